@@ -1,0 +1,1 @@
+"""Tensors with independently known answers, and the script that makes them."""

@@ -1,0 +1,1 @@
+"""The programs people run: quantize, evaluate, verify and benchmark ternary language models."""

@@ -1,0 +1,133 @@
+"""What passes between the stages: the settings, a ternarized matrix, and how it was fitted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+STARTS = ("asymmetric", "twn")
+REORDERINGS = ("none", "random", "hessian", "ssr")
+ALIGNMENTS = ("none", "exact", "printed", "conditional")
+
+
+@dataclass(frozen=True)
+class TernaryConfig:
+    """Settings of `ternarize`; the defaults are the paper's, the rest its ablations.
+
+    Attributes
+    ----------
+    block_size : int
+        Columns that share a scale and a shift in each row (k).
+    start : {"asymmetric", "twn"}
+        First grid and trits of a block: Eq. 4-5, or Eq. 1-3 with mu = 0.
+    reorder : {"none", "random", "hessian", "ssr"}
+        Order of the columns: as they are, shuffled, by falling diagonal of C, or Eq. 16.
+    itf : bool
+        Whether iterative ternary fitting runs (Eq. 9-10).
+    aga : {"none", "exact", "printed", "conditional"}
+        Grid alignment: none, Eq. 12, Eq. 13 as printed, or Eq. 12 with (H⁻¹_BB)⁻¹ in place of
+        C_BB, which is the cost a block causes once its error has been compensated.
+    compensation : bool
+        Whether the error of a block is moved into the remaining columns.
+    damping : float
+        Share of the mean of the diagonal of C added to the diagonal.
+    max_iterations : int
+        Most rounds of ITF.
+    seed : int
+        Seed of the random order.
+    """
+
+    block_size: int = 128
+    start: str = "asymmetric"
+    reorder: str = "ssr"
+    itf: bool = True
+    aga: str = "exact"
+    compensation: bool = True
+    damping: float = 0.01
+    max_iterations: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("start", STARTS), ("reorder", REORDERINGS), ("aga", ALIGNMENTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("block_size", "max_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must be finite and not negative, got {self.damping}")
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How one matrix was fitted; the figures behind Fig. 3.
+
+    Errors per stage are sums over blocks, each block against the weights it was fitted to (those
+    compensated for the blocks before it), before alpha and mu are rounded to what is stored.
+
+    Attributes
+    ----------
+    damping : float
+        Damping used; larger than configured if the factorization asked for it, 0 if none was needed.
+    iterations : int
+        Most rounds of ITF that a block took; 0 without ITF.
+    weight_errors : tuple of float
+        E_w / ‖W‖² at the start and after every half-step of ITF; blocks that stopped earlier
+        count with their last value.
+    aligned_weight_error : float
+        E_w / ‖W‖² after AGA.
+    output_errors : dict of str to float
+        E_x / tr(W C Wᵀ) after "init", "itf" and "aga", with C_BB.
+    variance_before, variance_after : float
+        Mean variance within blocks of W as it came, and in quantization order.
+    relative_output_error : float
+        E_x / tr(W C Wᵀ) of the whole matrix as stored.
+    """
+
+    damping: float
+    iterations: int
+    weight_errors: tuple[float, ...]
+    aligned_weight_error: float
+    output_errors: dict[str, float]
+    variance_before: float
+    variance_after: float
+    relative_output_error: float
+
+
+@dataclass(frozen=True)
+class TernaryMatrix:
+    """A weight matrix as a checkpoint holds it.
+
+    Attributes
+    ----------
+    trits : (n, m) int8
+        -1, 0 and +1; columns in quantization order.
+    scale, shift : (n, blocks) float16
+        alpha and mu of every block of `block_size` columns; the last block may have fewer.
+    permutation : (m,) intp
+        ``trits[:, j]`` belongs to column ``permutation[j]`` of the original matrix.
+    block_size : int
+        Columns in a block.
+    report : FitReport, optional
+        How it was fitted; None for a matrix that was read back.
+    """
+
+    trits: Any
+    scale: Any
+    shift: Any
+    permutation: Any
+    block_size: int
+    report: FitReport | None = None
+
+    def dequantize(self) -> Any:
+        """``float32(alpha) * t + float32(mu)``, as (n, m) float32 in the original column order."""
+        block = np.arange(self.trits.shape[1]) // self.block_size
+        ordered = (
+            self.scale.astype(np.float32)[:, block] * self.trits + self.shift.astype(np.float32)[:, block]
+        )
+        W_hat = np.empty_like(ordered)
+        W_hat[:, self.permutation] = ordered
+        return W_hat
