@@ -173,6 +173,8 @@ def _report(W: Floats, C: Floats, result: TernaryMatrix, fits: list[_BlockFit], 
     power = output_error(W, np.zeros_like(W), C)
     return FitReport(
         damping=damping,
+        weight_power=norm,
+        output_power=power,
         iterations=steps // 2,
         weight_errors=tuple(share(e, norm) for e in curve),
         aligned_weight_error=share(sum(f.aligned_weight_error for f in fits), norm),

@@ -72,6 +72,8 @@ class FitReport:
     ----------
     damping : float
         Damping used; larger than configured if the factorization asked for it, 0 if none was needed.
+    weight_power, output_power : float
+        ‖W‖² and tr(W C Wᵀ), which the errors are shares of (0 where the power is 0).
     iterations : int
         Most rounds of ITF that a block took; 0 without ITF.
     weight_errors : tuple of float
@@ -88,6 +90,8 @@ class FitReport:
     """
 
     damping: float
+    weight_power: float
+    output_power: float
     iterations: int
     weight_errors: tuple[float, ...]
     aligned_weight_error: float
