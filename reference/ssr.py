@@ -91,7 +91,8 @@ def select_block(W: ArrayLike, k: int) -> Indices:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     W = checks.matrix(W, "W")
-    similarity = _unit_columns(W).T @ W.mean(axis=1)
+    # Not a matrix product: that may round equal columns differently, and a tie would not be one.
+    similarity = (_unit_columns(W) * W.mean(axis=1, keepdims=True)).sum(axis=0)
     similarity[~W.any(axis=0)] = -np.inf
     best = np.argsort(-similarity, kind="stable")[:k]
     return np.sort(best)
