@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from reference import checks
 from reference.checks import Floats
 from reference.packing import unpack_base3
+from reference.ssr import permute
 
 
 def matmul(
@@ -40,7 +41,8 @@ def matmul(
     Raises
     ------
     ValueError
-        If shapes do not fit, a value is not finite, or a byte is not the code of trits.
+        If shapes do not fit, a value is not finite, a byte is not the code of trits, `permutation`
+        does not hold every column once, or block_size is not positive.
 
     Notes
     -----
@@ -50,6 +52,8 @@ def matmul(
 
     and the block sums of x serve every row.
     """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
     x = checks.matrix(x, "x")
     columns = x.shape[1]
     T = unpack_base3(packed, columns)
@@ -57,7 +61,7 @@ def matmul(
     scale, shift = checks.matrix(scale, "scale"), checks.matrix(shift, "shift")
     for name, value in (("scale", scale), ("shift", shift)):
         checks.same_shape(name, value, (T.shape[0], blocks))
-    x = x[:, np.asarray(permutation)]
+    x = permute(x, permutation)
     y = np.zeros((x.shape[0], T.shape[0]))
     for b in range(blocks):
         block = slice(b * block_size, (b + 1) * block_size)
