@@ -175,7 +175,7 @@ def _report(W: Floats, C: Floats, result: TernaryMatrix, fits: list[_BlockFit], 
         damping=damping,
         weight_power=norm,
         output_power=power,
-        iterations=steps // 2,
+        iterations=(steps - 1) // 2,  # a block that hit the limit ends with one more grid
         weight_errors=tuple(share(e, norm) for e in curve),
         aligned_weight_error=share(sum(f.aligned_weight_error for f in fits), norm),
         output_errors={
