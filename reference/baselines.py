@@ -36,8 +36,9 @@ def round_to_nearest(W: ArrayLike, bits: int = 2, group_size: int = 128) -> Floa
     Raises
     ------
     ValueError
-        If W is not a non-empty, finite matrix.
+        If W is not a non-empty, finite matrix, or bits or group_size is not positive.
     """
+    _check_grid(bits, group_size)
     W = checks.matrix(W, "W")
     W_hat = np.empty_like(W)
     for first in range(0, W.shape[1], group_size):
@@ -80,7 +81,8 @@ def gptq(
     Raises
     ------
     ValueError
-        If shapes do not fit, a value is not finite, or C is not a Gram matrix.
+        If shapes do not fit, a value is not finite, C is not a Gram matrix, or bits or group_size is
+        not positive.
     numpy.linalg.LinAlgError
         If the damped Gram matrix has no inverse.
 
@@ -89,6 +91,7 @@ def gptq(
     With U the upper Cholesky factor of H⁻¹, quantizing column j with the error e moves
     e / U_jj · U_jR into the columns R after it. Its paper has neither activation order nor clipping.
     """
+    _check_grid(bits, group_size)
     W = checks.matrix(W, "W")
     C = checks.gram(C, W.shape[1])
     W = np.where(np.diag(C) == 0, 0.0, W)
@@ -109,6 +112,12 @@ def gptq(
     result = np.empty_like(W_hat)
     result[:, order] = W_hat
     return result
+
+
+def _check_grid(bits: int, group_size: int) -> None:
+    for name, value in (("bits", bits), ("group_size", group_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _round(W: Floats, step: Floats, zero: Floats, bits: int) -> Floats:
