@@ -1,0 +1,129 @@
+"""The settings, what a checkpoint holds, and the figures of the fit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from reference.ternarize import ternarize
+from reference.types import ALIGNMENTS, REORDERINGS, STARTS, TernaryConfig, TernaryMatrix
+from tests.reference.dense_route import ternarize_densely
+from tests.reference.strategies import quadratic_error, random_gram
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": "gaussian"}, "start must be one of asymmetric, twn, got 'gaussian'"),
+        ({"reorder": "cosine"}, "reorder must be one of none, random, hessian, ssr, got 'cosine'"),
+        ({"aga": "on"}, "aga must be one of none, exact, printed, conditional, got 'on'"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),
+        ({"damping": -0.1}, "damping must be finite and not negative, got -0.1"),
+        ({"damping": float("nan")}, "damping must be finite"),
+        ({"damping": float("inf")}, "damping must be finite"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TernaryConfig(**changes)
+
+
+def test_settings_cannot_change_after_the_fact():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TernaryConfig().damping = 0.5
+
+
+def test_dequantize_by_hand():
+    matrix = TernaryMatrix(
+        trits=np.array([[1, 0, -1], [0, 1, 1]], dtype=np.int8),
+        scale=np.array([[0.5, 2.0], [-1.0, 4.0]], dtype=np.float16),
+        shift=np.array([[0.25, 0.0], [1.0, -8.0]], dtype=np.float16),
+        permutation=np.array([2, 0, 1]),
+        block_size=2,
+    )
+    W_hat = matrix.dequantize()
+    # Column 2 is the first trit, column 0 the second, and column 1 the third, in the second block.
+    assert W_hat.tolist() == [[0.25, -2.0, 0.75], [0.0, -4.0, 1.0]]
+    assert W_hat.dtype == np.float32
+
+
+def test_dequantize_adds_in_float32():
+    alpha, mu = np.float16(0.1), np.float16(1000)
+    matrix = TernaryMatrix(
+        np.array([[1, -1]], dtype=np.int8), np.array([[alpha]]), np.array([[mu]]), np.arange(2), 2
+    )
+    expected = [float(np.float32(mu) + np.float32(alpha)), float(np.float32(mu) - np.float32(alpha))]
+    assert matrix.dequantize().tolist() == [expected]
+    # In float16 the sum would have been 1000.
+    assert expected[0] != 1000
+
+
+CONFIGS = [
+    TernaryConfig(4, start, reorder, itf, aga, compensation)
+    for start, reorder, itf, aga, compensation in [
+        ("asymmetric", "ssr", True, "exact", True),
+        ("asymmetric", "hessian", True, "conditional", True),
+        ("asymmetric", "none", True, "printed", True),
+        ("twn", "none", True, "none", True),
+        ("twn", "random", False, "exact", False),
+        ("asymmetric", "ssr", False, "none", False),
+    ]
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.start}-{c.reorder}-{c.itf}-{c.aga}")
+@pytest.mark.parametrize("dead", [False, True])
+def test_figures_of_the_fit_are_those_of_their_definitions(config, dead):
+    rng = np.random.default_rng(1)
+    W, C = rng.normal(size=(9, 14)) + 0.2, random_gram(rng, 14) + 30
+    if dead:
+        C[5] = C[:, 5] = 0
+    result = ternarize(W, C, config)
+    report = result.report
+    blocks, W_hat = ternarize_densely(W, C, config, result.permutation.tolist())
+    alive = np.where(np.diag(C) > 0, W, 0)
+    norm, power = np.square(alive).sum(), quadratic_error(alive, 0, C)
+    assert (report.weight_power, report.output_power) == pytest.approx((norm, power), rel=1e-12)
+
+    steps = max(len(block.weight_errors) for block in blocks)
+    curve = np.zeros(steps)
+    for block in blocks:
+        errors = block.weight_errors
+        curve += errors + errors[-1:] * (steps - len(errors))
+    assert report.iterations == (steps - 1) // 2
+    assert (report.iterations == 0) == (not config.itf)
+    # All figures below: shares of sums of a hundred squares; the two routes' grids differ by 1e-12.
+    assert report.weight_errors == pytest.approx(tuple(curve / norm), rel=1e-10)
+    aligned = sum(block.weight_error() for block in blocks)
+    assert report.aligned_weight_error == pytest.approx(aligned / norm, rel=1e-10)
+    for stage in ("init", "itf", "aga"):
+        expected = sum(block.output_errors[stage] for block in blocks) / power
+        assert report.output_errors[stage] == pytest.approx(expected, rel=1e-9)
+    assert list(report.output_errors) == ["init", "itf", "aga"]
+    stored = quadratic_error(alive, W_hat, C) / power
+    assert report.relative_output_error == pytest.approx(stored, rel=1e-6)
+
+    def variance(order):
+        squares = 0.0
+        for first in range(0, 14, 4):
+            block = alive[:, order[first : first + 4]]
+            squares += np.square(block - block.mean(axis=1, keepdims=True)).sum()
+        return squares / W.size
+
+    assert report.variance_before == pytest.approx(variance(list(range(14))), rel=1e-12)
+    assert report.variance_after == pytest.approx(variance(result.permutation.tolist()), rel=1e-12)
+    assert report.damping == (config.damping if config.compensation else 0)
+
+
+def test_dead_weights_do_not_count_in_any_figure():
+    rng = np.random.default_rng(2)
+    W, C = rng.normal(size=(3, 8)), random_gram(rng, 8, "dead")
+    moved = W + 100 * (np.diag(C) == 0)
+    assert ternarize(W, C, TernaryConfig(4)).report == ternarize(moved, C, TernaryConfig(4)).report
+
+
+def test_names_of_the_settings_are_those_of_the_checkpoint():
+    assert STARTS == ("asymmetric", "twn")
+    assert REORDERINGS == ("none", "random", "hessian", "ssr")
+    assert ALIGNMENTS == ("none", "exact", "printed", "conditional")
