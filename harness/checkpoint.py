@@ -1,0 +1,321 @@
+"""A ternary model on disk: a Hugging Face folder whose linear layers are packed trits.
+
+What is stored for a linear layer is written down in `reference.packing`. Beside that, config.json
+has a ``quantization_config`` with ``quant_method`` "pt2_llm", ``format_version``, ``block_size`` and
+``modules``, the names of the packed layers; everything else is as transformers writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from harness.cli import UserError
+from harness.models import Original, quiet_transformers, read_config, require_complete
+from reference.packing import FORMAT_VERSION, pack_base3, unpack_base3
+from reference.types import TernaryMatrix
+
+QUANT_METHOD = "pt2_llm"
+CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "report.json"
+WEIGHT_FILES = "model*.safetensors"
+
+PACKED = ("trits", "scale", "shift", "permutation")
+
+
+def packed_tensors(name: str, matrix: TernaryMatrix) -> dict[str, torch.Tensor]:
+    """The tensors that hold one matrix, by their names in the checkpoint."""
+    columns = matrix.trits.shape[1]
+    parts = {"trits": pack_base3(matrix.trits), "scale": matrix.scale, "shift": matrix.shift}
+    if not np.array_equal(matrix.permutation, np.arange(columns)):
+        parts["permutation"] = matrix.permutation.astype(permutation_dtype(columns))
+    return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
+
+
+def permutation_dtype(columns: int) -> np.dtype[Any]:
+    """The smallest unsigned type that holds the index of every column."""
+    return np.min_scalar_type(columns - 1)
+
+
+def packed_bytes(rows: int, columns: int, block_size: int, permuted: bool) -> int:
+    """Bytes of one packed matrix, the bias left out."""
+    blocks = -(-columns // block_size)
+    permutation = columns * permutation_dtype(columns).itemsize if permuted else 0
+    return rows * (-(-columns // 5)) + 2 * 2 * rows * blocks + permutation
+
+
+class CheckpointWriter:
+    """Writes a checkpoint shard by shard, and makes it visible only once it is whole.
+
+    Files go to a folder beside `out` that has no config.json and so does not load. `finish` moves
+    them into place; leaving the context without it removes them.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the checkpoint.
+    shards : int
+        How many times `add` will be called.
+
+    Raises
+    ------
+    UserError
+        On every method, if a file cannot be written (a full disk, say).
+    """
+
+    def __init__(self, out: Path, shards: int) -> None:
+        self.out = out
+        self.shards = shards
+        self.folder = out.with_name(out.name + ".incomplete")
+        self._files: dict[str, str] = {}
+        self._bytes = 0
+        self._written = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)  # left behind by a run that was killed
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made: {error.strerror}") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write one shard."""
+        self._written += 1
+        file = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(tensors, self.folder / file, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.folder / file} could not be written: {_reason(error, self.folder)}"
+            ) from None
+        self._files.update(dict.fromkeys(tensors, file))
+        self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def finish(self, original: Original, block_size: int, modules: list[str], report: dict[str, Any]) -> None:
+        """Write index, tokenizer, report and config, and move everything into place, config last."""
+        try:
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
+            write_json(self.folder / INDEX, index)
+            original.tokenizer.save_pretrained(self.folder)
+            if getattr(original.model, "generation_config", None) is not None:
+                original.model.generation_config.save_pretrained(self.folder)
+            write_json(self.folder / REPORT, report)
+            config = original.model.config.to_dict()
+            config["architectures"] = [type(original.model).__name__]
+            config["quantization_config"] = {
+                "quant_method": QUANT_METHOD,
+                "format_version": FORMAT_VERSION,
+                "block_size": block_size,
+                "modules": modules,
+            }
+            write_json(self.folder / CONFIG, config)
+            self._move()
+        except OSError as error:
+            raise UserError(f"{self.out} could not be written: {_reason(error, self.folder)}") from None
+
+    def _move(self) -> None:
+        if self.out.is_dir():
+            # An earlier checkpoint stops being one before its first file is replaced.
+            (self.out / CONFIG).unlink(missing_ok=True)
+            for stale in [*self.out.glob(WEIGHT_FILES), self.out / INDEX]:
+                stale.unlink(missing_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(self.folder.iterdir(), key=lambda f: f.name == CONFIG):
+            os.replace(file, self.out / file.name)
+
+
+def require_free(out: Path, force: bool) -> None:
+    """Refuse an output folder that holds something already, unless it may be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} exists and is not a folder")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise UserError(f"{out} exists and is not empty; choose another --out, or --force to overwrite")
+
+
+def require_space(out: Path, needed: int) -> None:
+    """Refuse to start where the checkpoint will not fit."""
+    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"{out} needs {needed / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free; "
+            "free some or choose another --out"
+        )
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the new one, never half."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def is_ternary(folder: Path) -> bool:
+    """Whether a folder says that it holds a checkpoint of this format."""
+    if not (folder / CONFIG).is_file():
+        return False
+    quantization = read_config(folder).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def load(path: str | Path) -> Any:
+    """Read a ternary checkpoint back as a transformers model with dequantized weights.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder that `python -m harness.quantize` wrote.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In the dtype of the original model, in evaluation mode. Every weight is, bit for bit, what
+        calibration used.
+
+    Raises
+    ------
+    UserError
+        If the folder is no such checkpoint, its version is another, or a tensor is missing, left
+        over, of the wrong shape or type, or damaged; names the tensor.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
+    config_dict = read_config(folder)
+    if not is_ternary(folder):
+        raise UserError(
+            f"{folder} is not a ternary checkpoint: its config.json has no quant_method {QUANT_METHOD}"
+        )
+    quantization = config_dict["quantization_config"]
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder} has format version {version}; this program reads version {FORMAT_VERSION}")
+    modules, block_size = quantization.get("modules"), quantization.get("block_size")
+    if not isinstance(modules, list) or not isinstance(block_size, int) or block_size < 1:
+        raise UserError(f"{folder / CONFIG}: quantization_config lacks modules or block_size")
+
+    transformers = quiet_transformers()
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        # Weights are in the checkpoint's types already; transformers must not look for its own method.
+        del config.quantization_config
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG} does not describe a model: {error}") from None
+
+    state: dict[str, torch.Tensor] = {}
+    packed: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
+    for name, tensor in _tensors(folder):
+        module, _, part = name.rpartition(".")
+        if module in packed and part in PACKED:
+            packed[module][part] = tensor
+        else:
+            state[name] = tensor
+    for module, parts in packed.items():
+        linear = dict(empty.named_modules()).get(module)
+        if not isinstance(linear, torch.nn.Linear):
+            raise UserError(f"{folder / CONFIG}: {module} is not a linear layer of {type(empty).__name__}")
+        matrix = _unpack(module, parts, linear.out_features, linear.in_features, block_size)
+        state[f"{module}.weight"] = torch.from_numpy(matrix.dequantize()).to(config.dtype)
+    for name, expected in empty.state_dict().items():
+        if name in state and state[name].shape != expected.shape:
+            raise UserError(
+                f"{name} has shape {tuple(state[name].shape)}, the model needs {tuple(expected.shape)}"
+            )
+    model, info = type(empty).from_pretrained(
+        None, config=config, state_dict=state, dtype=config.dtype, output_loading_info=True
+    )
+    require_complete(info, str(folder))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer that was saved with a checkpoint."""
+    transformers = quiet_transformers()
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path} has no tokenizer that can be read: {error}") from None
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that the index lists."""
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / INDEX} is missing or damaged: {error}") from None
+    for file in sorted(set(weight_map.values())):
+        wanted = {name for name, where in weight_map.items() if where == file}
+        try:
+            with safe_open(folder / file, framework="pt") as shard:
+                available = set(shard.keys())
+                for name in sorted(wanted):
+                    if name not in available:
+                        raise UserError(f"{folder / file} lacks the tensor {name}")
+                    yield name, shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / file} is missing or damaged: {error}") from None
+
+
+def _unpack(
+    name: str, parts: dict[str, torch.Tensor], rows: int, columns: int, block_size: int
+) -> TernaryMatrix:
+    """The matrix of one layer, every tensor checked."""
+    blocks = -(-columns // block_size)
+    expected = {
+        "trits": (torch.uint8, (rows, -(-columns // 5))),
+        "scale": (torch.float16, (rows, blocks)),
+        "shift": (torch.float16, (rows, blocks)),
+        "permutation": (getattr(torch, str(permutation_dtype(columns))), (columns,)),
+    }
+    arrays = {}
+    for part, (dtype, shape) in expected.items():
+        if part == "permutation" and part not in parts:
+            arrays[part] = np.arange(columns)
+            continue
+        if part not in parts:
+            raise UserError(f"the tensor {name}.{part} is missing")
+        tensor = parts[part]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{name}.{part} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
+                f"expected {str(dtype).removeprefix('torch.')} {shape}"
+            )
+        arrays[part] = tensor.numpy()
+    for part in ("scale", "shift"):
+        if not np.isfinite(arrays[part]).all():
+            raise UserError(f"{name}.{part} holds a value that is not finite")
+    permutation = arrays["permutation"].astype(np.intp)
+    if not np.array_equal(np.sort(permutation), np.arange(columns)):
+        raise UserError(f"{name}.permutation does not hold every column once")
+    try:
+        trits = unpack_base3(arrays["trits"], columns)
+    except ValueError as error:
+        raise UserError(f"{name}.trits is damaged: {error}") from None
+    return TernaryMatrix(trits, arrays["scale"], arrays["shift"], permutation, block_size)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return f"{str(error).strip()} ({free / 1e6:.0f} MB free on that disk)"

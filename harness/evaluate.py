@@ -1,0 +1,78 @@
+"""Measure the perplexity of an original or a ternary model: python -m harness.evaluate MODEL."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from harness import perplexity, text
+from harness.checkpoint import is_ternary, load, load_tokenizer
+from harness.cli import HelpFormatter, positive, run
+from harness.models import GGUF_DTYPES, MODEL_HELP, Original, load_original
+
+DESCRIPTION = """\
+Measure perplexity as the GPTQ family does: windows of --seqlen tokens that do not overlap, from
+the start of the text; the exponential of the mean negative log-likelihood. The protocol is printed
+with the number, as numbers by different protocols cannot be compared.
+
+  python -m harness.evaluate smollm2-ternary --data wikitext2
+  python -m harness.evaluate --data wikitext2:wiki.test.raw --windows 8
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.evaluate", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"a ternary checkpoint; or {MODEL_HELP}")
+    parser.add_argument("--data", required=True, metavar="TEXT", help=text.SOURCES_HELP)
+    parser.add_argument("--text-column", metavar="NAME", help="field of .jsonl, .parquet and .arrow rows")
+    parser.add_argument("--seqlen", type=positive, default=2048, help="tokens in a window")
+    parser.add_argument("--windows", type=positive, metavar="N", help="measure only the first N windows")
+    parser.add_argument("--dtype", choices=GGUF_DTYPES, default="bfloat16", help="what a GGUF is loaded in")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def measure_on(
+    original: Original, stream: text.Text, seqlen: int, windows: int | None
+) -> perplexity.Perplexity:
+    """Perplexity of a model on a text by the text's protocol, with a progress bar.
+
+    Raises
+    ------
+    UserError
+        If the text is shorter than one window.
+    """
+    tokens = text.tokenize(stream, original.tokenizer)
+    limit = min(filter(None, (windows, stream.windows)), default=None)
+    chosen = text.evaluation_windows(tokens, seqlen, limit)
+    with tqdm(total=len(chosen), desc="perplexity", unit="window", disable=None, leave=False) as bar:
+        return perplexity.measure(original.model, chosen, len(tokens), stream.protocol, bar.update)
+
+
+def main() -> int:
+    """Run the command line."""
+    arguments = parser().parse_args()
+    stream = text.read_text(arguments.data, text.EVALUATION, arguments.text_column)
+    path = Path(arguments.model) if arguments.model else None
+    if path is not None and is_ternary(path):
+        original = Original(load(path), load_tokenizer(path), str(path))
+    else:
+        original = load_original(arguments.model, arguments.dtype, arguments.trust_remote_code)
+    result = measure_on(original, stream, arguments.seqlen, arguments.windows)
+    if arguments.json:
+        print(json.dumps({"model": original.name, **asdict(result)}, indent=2))
+    else:
+        print(f"perplexity {result.value:.4g}   {original.name}\n  {result.protocol}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

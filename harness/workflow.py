@@ -1,0 +1,301 @@
+"""A whole quantization run: from names of model and text to a checkpoint and its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from harness import checkpoint, report, text
+from harness.backends import Backend, load_backend
+from harness.cli import UserError
+from harness.evaluate import measure_on
+from harness.models import DecoderLayers, Original, find_decoder_layers, load_original
+from harness.pipeline import FittedMatrix, LayerCall, Method, capture_inputs, quantize_layers
+from harness.plan import Plan, duration, make_plan
+from reference import baselines
+from reference.types import TernaryConfig
+
+PT2_LLM = "pt2-llm"
+BASELINES = {
+    "rtn-2bit": "round to nearest on a min-max grid",
+    "gptq-2bit": "GPTQ as its paper has it: min-max grid, columns in their order",
+    "gptq-2bit-best": "GPTQ at its best: activation order, MSE-clipped grid",
+}
+NO_EVALUATION = "none"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked for; the command line of `harness.quantize` explains every field."""
+
+    model: str | None = None
+    out: Path | None = None
+    force: bool = False
+    backend: str = "auto"
+    gguf_dtype: str = "bfloat16"
+    trust_remote_code: bool = False
+    calibration: str | None = None
+    text_column: str | None = None
+    nsamples: int = 128
+    seqlen: int = 2048
+    true_sequential: bool = False
+    method: str = PT2_LLM
+    config: TernaryConfig = field(default_factory=TernaryConfig)
+    evaluation: str | None = None
+    evaluation_seqlen: int = 2048
+    evaluation_windows: int | None = None
+
+
+def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
+    """Quantize a model, write the checkpoint, and measure perplexity before and after.
+
+    Parameters
+    ----------
+    options : Options
+        What to do.
+    say : callable
+        Takes every line meant for the user.
+
+    Returns
+    -------
+    dict
+        What report.json holds.
+
+    Raises
+    ------
+    UserError
+        If the input cannot be used; before any long work where that can be known before.
+    """
+    if options.out is None and options.method == PT2_LLM:
+        raise UserError("--out DIR is missing: where should the checkpoint go?")
+    if options.out is not None:
+        checkpoint.require_free(options.out, options.force)
+    backend = load_backend(options.backend)
+    if backend.note:
+        say(backend.note)
+    calibration_text, evaluation_text = _texts(options)
+
+    begin = time.perf_counter()
+    original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
+    decoder = find_decoder_layers(original.model)
+    tokens = text.tokenize(calibration_text, original.tokenizer)
+    windows = text.calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed)
+    hidden, calls = capture_inputs(original.model, decoder.layers, windows)
+    plan = make_plan(
+        original.model,
+        decoder,
+        hidden,
+        calls[0],
+        options.config.block_size,
+        permuted=options.config.reorder != "none",
+        true_sequential=options.true_sequential,
+    )
+    if options.method == PT2_LLM and options.out is not None:
+        checkpoint.require_space(options.out, plan.packed_bytes + plan.other_bytes)
+
+    say(f"{original.name}: {options.method} on the {backend.name} backend")
+    say(f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}")
+    if len(tokens) < windows.numel():
+        say(f"  warning: the text has {len(tokens)} tokens for {windows.numel()} asked for; windows overlap")
+    if options.method == PT2_LLM:
+        say("\n".join(plan.lines()))
+
+    record = _record(options, original, backend, calibration_text, len(tokens), plan)
+    record["calibration"]["activations_kept_in"] = _dtype_name(hidden[0].dtype)
+
+    def evaluate(when: str, model: Original) -> None:
+        if evaluation_text is not None:
+            record["perplexity"][when] = asdict(
+                measure_on(model, evaluation_text, options.evaluation_seqlen, options.evaluation_windows)
+            )
+
+    def summarize(layers: list[dict[str, Any]]) -> None:
+        record["layers"] = layers
+        record["mean_relative_output_error"] = report.mean_layer_error(layers)
+
+    record["seconds"]["load"] = time.perf_counter() - begin
+    evaluate("before", original)
+    begin = time.perf_counter()
+    if options.method == PT2_LLM and options.out is not None:
+        method: Method = partial(backend.function("ternarize.ternarize"), config=options.config)
+        with checkpoint.CheckpointWriter(options.out, len(decoder.layers) + 1) as writer:
+
+            def write(index: int, matrices: list[FittedMatrix]) -> None:
+                writer.add(_layer_tensors(decoder, index, matrices))
+
+            summarize(_run_layers(options, decoder, hidden, calls, method, write, say))
+            writer.add(_outside_layers(original, decoder))
+            record["seconds"]["layers"] = time.perf_counter() - begin
+            writer.finish(original, options.config.block_size, list(decoder.named_linears()), record)
+        tokenizer = original.tokenizer
+        del original, decoder, hidden, calls
+        evaluate("after", Original(checkpoint.load(options.out), tokenizer, str(options.out)))
+    else:
+        method = _baseline(options)
+        summarize(_run_layers(options, decoder, hidden, calls, method, lambda index, matrices: None, say))
+        record["seconds"]["layers"] = time.perf_counter() - begin
+        evaluate("after", original)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+    record["peak_memory_bytes"] = report.peak_memory()
+    if options.out is not None:
+        checkpoint.write_json(options.out / checkpoint.REPORT, record)
+    for line in _result_lines(options, record):
+        say(line)
+    return record
+
+
+def _texts(options: Options) -> tuple[text.Text, text.Text | None]:
+    """Text for calibration and evaluation; the defaults hang together."""
+    calibration = options.calibration or (text.BUILTIN if options.model is None else "wikitext2")
+    evaluation = options.evaluation
+    if evaluation is None:
+        named = calibration in (*text.DATA_SETS, text.BUILTIN)
+        evaluation = calibration if named else NO_EVALUATION
+    return (
+        text.read_text(calibration, text.CALIBRATION, options.text_column),
+        None
+        if evaluation == NO_EVALUATION
+        else text.read_text(evaluation, text.EVALUATION, options.text_column),
+    )
+
+
+def _baseline(options: Options) -> Method:
+    config = options.config
+    if options.method == "rtn-2bit":
+        return lambda W, C: baselines.round_to_nearest(W, group_size=config.block_size)
+    best = options.method == "gptq-2bit-best"
+    return partial(
+        baselines.gptq,
+        group_size=config.block_size,
+        damping=config.damping,
+        activation_order=best,
+        clip=best,
+    )
+
+
+def _run_layers(
+    options: Options,
+    decoder: DecoderLayers,
+    hidden: list[torch.Tensor],
+    calls: list[LayerCall],
+    method: Method,
+    write: Callable[[int, list[FittedMatrix]], None],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Quantize every layer with a progress bar, write it, and say a line about it."""
+    records: list[dict[str, Any]] = []
+    count = len(decoder.layers)
+    with tqdm(total=count, disable=None, leave=False, bar_format=_BAR) as bar:
+
+        def progress(steps: int, stage: str) -> None:
+            bar.set_postfix_str(stage, refresh=False)
+            # Two passes of every window make a layer; those that true-sequential adds do not count.
+            bar.update(min(steps / (2 * len(hidden)), max(len(records) + 1 - bar.n, 0)))
+
+        for index, layer in enumerate(
+            quantize_layers(
+                decoder, hidden, calls, method, true_sequential=options.true_sequential, progress=progress
+            )
+        ):
+            write(index, layer.matrices)
+            record = report.layer_record(index, layer)
+            records.append(record)
+            bar.update(len(records) - bar.n)
+            say(
+                f"layer {len(records):3d}/{count}  {len(layer.matrices)} matrices  "
+                f"relative output error {record['relative_output_error']:.4f}  "
+                f"{sum(layer.seconds.values()):.1f} s"
+            )
+            for matrix in record["matrices"]:
+                if matrix.get("damping", 0.0) > options.config.damping:
+                    say(f"  warning: {matrix['name']}: damping raised to {matrix['damping']:g}")
+    return records
+
+
+_BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
+
+
+def _layer_tensors(
+    decoder: DecoderLayers, index: int, matrices: list[FittedMatrix]
+) -> dict[str, torch.Tensor]:
+    """Everything a decoder layer stores: packed matrices, biases, norms."""
+    packed = {f"{name}.weight" for name in decoder.linears[index]}
+    tensors = {
+        decoder.full_name(index, name): value
+        for name, value in decoder.layers[index].state_dict().items()
+        if name not in packed
+    }
+    for matrix in matrices:
+        tensors.update(checkpoint.packed_tensors(matrix.name, matrix.result))
+    return tensors
+
+
+def _outside_layers(original: Original, decoder: DecoderLayers) -> dict[str, torch.Tensor]:
+    """What is outside the decoder layers, without the tensors that are tied to another."""
+    tied = getattr(original.model, "all_tied_weights_keys", {})
+    return {
+        name: value
+        for name, value in original.model.state_dict().items()
+        if not name.startswith(f"{decoder.prefix}.") and name not in tied
+    }
+
+
+def _record(
+    options: Options,
+    original: Original,
+    backend: Backend,
+    calibration_text: text.Text,
+    tokens: int,
+    plan: Plan,
+) -> dict[str, Any]:
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": original.name,
+        "dtype": _dtype_name(original.model.dtype),
+        "method": options.method,
+        "backend": backend.name,
+        "config": asdict(options.config),
+        "calibration": {
+            "text": calibration_text.protocol,
+            "tokens": tokens,
+            "nsamples": options.nsamples,
+            "seqlen": options.seqlen,
+            "seed": options.config.seed,
+            "true_sequential": options.true_sequential,
+            "computed_in": "float32",
+            "gram": "float32 products, float64 sums",
+        },
+        **report.environment(),
+        "plan": {**asdict(plan), "bits_per_weight": plan.bits_per_weight},
+        "perplexity": {},
+        "seconds": {},
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _result_lines(options: Options, record: dict[str, Any]) -> list[str]:
+    lines = ["", *report.table(record["layers"]), ""]
+    lines.append(f"mean relative output error of the layers {record['mean_relative_output_error']:.4f}")
+    for when, result in record["perplexity"].items():
+        lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
+    if options.method == PT2_LLM and options.out is not None:
+        size = sum(file.stat().st_size for file in options.out.glob(checkpoint.WEIGHT_FILES))
+        bits = record["plan"]["bits_per_weight"]
+        lines.append(f"{options.out}: {size / 1e6:.0f} MB of weights, {bits:.3f} bits a ternary weight")
+    seconds = sum(record["seconds"].values())
+    lines.append(
+        f"{duration(seconds)} without evaluation, peak memory {record['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+    return lines
