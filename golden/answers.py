@@ -1,0 +1,236 @@
+"""Which answer belongs to which operation, and where it comes from.
+
+Answers are arrays by name, in the order in which the function returns them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from golden import whole
+from golden.arithmetic import Array, Exact
+from golden.cases import Tensors
+from golden.whole import Kit
+
+# Enumerating every assignment of trits to a row stays quick up to here (3^7 = 2187).
+BRUTE_FORCE_COLUMNS = 7
+
+ORIGINS = {
+    "exact": {
+        "twn.symmetric_ternarize": "Eq. 1-3 in rational arithmetic",
+        "atq.ternary_init": "Eq. 4-5 in rational arithmetic",
+        "atq.weight_error": "sum of squares in rational arithmetic",
+        "atq.weight_error_gradient": "central differences, exact for a quadratic function, in rational "
+        "arithmetic",
+        "atq.build_optimal_grid": "normal equations of Eq. 8 by Cramer's rule in rational arithmetic",
+        "atq.flexible_round": "the best of all 3^m assignments of trits to the row, in rational "
+        "arithmetic; of equal ones that with the fewest non-zero trits",
+        "atq.iterative_ternary_fitting": "Algorithm 1 in rational arithmetic, each weight given the best of "
+        "the three trits; no decision is near its threshold",
+        "aga.output_error": "quadratic form in rational arithmetic",
+        "aga.output_error_gradient": "central differences, exact for a quadratic function, in rational "
+        "arithmetic",
+        "aga.align_grid": "Eq. 12 by Cramer's rule in rational arithmetic; of a singular system the "
+        "correction of least norm",
+        "aga.align_grid_printed": "Eq. 13 as printed, in rational arithmetic",
+        "ssr.permute": "columns copied one by one",
+        "ssr.cosine_similarity": "rational dot products, root to 60 digits, rounded once",
+        "ssr.select_block": "squared cosines compared as rational numbers",
+        "ssr.block_variance": "definition in rational arithmetic",
+        "gptq.gram": "integer sums",
+        "gptq.damp": "definition in rational arithmetic",
+        "gptq.invert_damped": "elimination in rational arithmetic; damping raised until all pivots are "
+        "positive",
+        "gptq.compensate": "W_R + E H_BR H_RR⁻¹ with H itself, in rational arithmetic",
+        "gptq.eliminate": "H_RR inverted by elimination in rational arithmetic",
+        "ternarize.ternarize": "all steps in rational arithmetic, compensation by solving with H_RR",
+        "packing.pack_base3": "positional notation, one trit at a time",
+        "packing.unpack_base3": "the trits that were packed, one at a time",
+        "packing.pack_2bit": "positional notation, one trit at a time",
+        "packing.unpack_2bit": "the trits that were packed, one at a time",
+        "matmul.matmul": "product with the dense matrix in rational arithmetic",
+    },
+    "real": {
+        "twn.symmetric_ternarize": "Eq. 1-3 with sums that are rounded once",
+        "atq.ternary_init": "Eq. 4-5 with sums that are rounded once",
+        "atq.weight_error": "sum of squares, rounded once",
+        "atq.weight_error_gradient": "central differences of a quadratic function",
+        "atq.build_optimal_grid": "dense least squares in [t, 1]",
+        "atq.flexible_round": "argmin over the three values of the grid",
+        "atq.iterative_ternary_fitting": "dense least squares and argmin over the three values in turn",
+        "aga.output_error": "squared norm of (W - Ŵ) C^½, the root from an eigendecomposition",
+        "aga.output_error_gradient": "central differences of a quadratic function",
+        "aga.align_grid": "dense least squares against w C^½, the root from an eigendecomposition",
+        "aga.align_grid_printed": "least squares weighted by the row sums of C",
+        "ssr.permute": "columns copied one by one",
+        "ssr.cosine_similarity": "every cosine by itself, sums rounded once",
+        "ssr.select_block": "cosines with the mean column one by one, sums rounded once, then sorted",
+        "ssr.block_variance": "definition, sums rounded once",
+        "gptq.gram": "every entry a sum that is rounded once",
+        "gptq.damp": "definition",
+        "gptq.invert_damped": "eigendecomposition of H",
+        "gptq.compensate": "W_R + E H_BR H_RR⁻¹ by a dense solve with H itself",
+        "gptq.eliminate": "H_RR inverted by a dense solve",
+        "ternarize.ternarize": "composition of the other real answers, compensation by a dense solve with "
+        "H_RR for all quantized columns at once",
+        "packing.pack_base3": "positional notation, one trit at a time",
+        "packing.unpack_base3": "the trits that were packed, one at a time",
+        "packing.pack_2bit": "positional notation, one trit at a time",
+        "packing.unpack_2bit": "the trits that were packed, one at a time",
+        "matmul.matmul": "product with the dense matrix, sums rounded once",
+    },
+}
+
+
+def answer(kit: Kit, operation: str, inputs: Tensors, parameters: dict[str, Any]) -> Tensors:
+    """The answer to one call.
+
+    `inputs` may hold ``H`` where the function itself takes blocks of its inverse.
+    """
+    given: dict[str, Array] = {
+        name: value if value.dtype.kind in "iub" else kit.numbers(value) for name, value in inputs.items()
+    }
+    result = _ANSWERS[operation](kit, **given, **parameters)
+    return {name: _plain(value) for name, value in result.items()}
+
+
+def _plain(value: Any) -> Array:
+    array = np.asarray(value)
+    return array.astype(np.float64) if array.dtype == object else array
+
+
+def _ternary_init(kit: Kit, W: Array) -> dict[str, Any]:
+    return dict(zip(("alpha", "mu", "T"), kit.ternary_init(W), strict=True))
+
+
+def _round(kit: Kit, W: Array, alpha: Array, mu: Array) -> dict[str, Any]:
+    T = kit.round(W, alpha, mu)
+    if isinstance(kit, Exact) and W.shape[1] <= BRUTE_FORCE_COLUMNS:
+        T = np.array([_best_row(*row) for row in zip(W, alpha[:, 0], mu[:, 0], strict=True)], dtype=np.int8)
+    return {"T": T}
+
+
+def _best_row(w: Array, alpha: Any, mu: Any) -> tuple[int, ...]:
+    def error(row: tuple[int, ...]) -> Any:
+        return sum((x - alpha * t - mu) ** 2 for x, t in zip(w, row, strict=True))
+
+    return min(itertools.product((0, 1, -1), repeat=len(w)), key=lambda row: (error(row), sum(map(abs, row))))
+
+
+def _fitting(kit: Kit, W: Array, max_iterations: int = 100, **start: Array) -> dict[str, Any]:
+    first = tuple(start[f"start.{name}"] for name in ("alpha", "mu", "T")) if start else kit.ternary_init(W)
+    result = whole.fit(kit, W, first, max_iterations)  # type: ignore[arg-type]
+    return dict(zip(("alpha", "mu", "T", "errors"), result, strict=True))
+
+
+def _gradient(
+    kit: Kit, error: Callable[[Array], Any], W: Array, alpha: Array, mu: Array, T: Array
+) -> dict[str, Any]:
+    """Central differences row by row. A quadratic function has no third derivative: any step is exact."""
+    one: Any = kit.numbers(1.0)[()]
+    gradients = np.zeros((2, len(W), 1), dtype=object)
+    for i in range(len(W)):
+        row = slice(i, i + 1)
+        for g, (da, dm) in enumerate(((one, one * 0), (one * 0, one))):
+            ends = [error(W[row] - (alpha[row] + s * da) * T[row] - (mu[row] + s * dm)) for s in (1, -1)]
+            gradients[g, i, 0] = (ends[0] - ends[1]) / 2
+    return {"d_alpha": gradients[0], "d_mu": gradients[1]}
+
+
+def _weight_gradient(kit: Kit, W: Array, alpha: Array, mu: Array, T: Array) -> dict[str, Any]:
+    return _gradient(kit, kit.weight_error, W, alpha, mu, T)
+
+
+def _output_gradient(kit: Kit, W: Array, alpha: Array, mu: Array, T: Array, C: Array) -> dict[str, Any]:
+    return _gradient(kit, lambda E: kit.output_error(E, C), W, alpha, mu, T)
+
+
+def _permute(kit: Kit, A: Array, permutation: Array) -> dict[str, Any]:
+    return {"permuted": np.stack([A[:, j] for j in permutation], axis=1)}
+
+
+def _invert(kit: Kit, C: Array, damping: float) -> dict[str, Any]:
+    H, used = whole.damped(kit, C, damping)
+    if isinstance(kit, Exact):
+        return {"Hinv": kit.solve(H, kit.numbers(np.eye(len(H)))), "damping": used}
+    values, vectors = np.linalg.eigh(H)
+    return {"Hinv": (vectors / values) @ vectors.T, "damping": used}
+
+
+def _compensate(kit: Kit, W_R: Array, E: Array, H: Array, **_: Array) -> dict[str, Any]:
+    B, R = range(E.shape[1]), range(E.shape[1], len(H))
+    return {"W_R": W_R + E @ kit.solve(H[np.ix_(R, R)], H[np.ix_(R, B)]).T}
+
+
+def _eliminate(kit: Kit, B: Array, R: Array, H: Array, **_: Array) -> dict[str, Any]:
+    return {"Hinv": kit.solve(H[np.ix_(R, R)], kit.numbers(np.eye(len(R))))}
+
+
+def _pack(kit: Kit, trits: Array, base: int, places: int) -> dict[str, Any]:
+    packed = []
+    for row in trits.reshape(int(np.prod(trits.shape[:-1])), -1).tolist():
+        row += [0] * (-len(row) % places)
+        packed.append(
+            [
+                sum((t + 1) * base**i for i, t in enumerate(row[b : b + places]))
+                for b in range(0, len(row), places)
+            ]
+        )
+    shape = (*trits.shape[:-1], -(-trits.shape[-1] // places))
+    return {"packed": np.array(packed, dtype=np.uint8).reshape(shape)}
+
+
+def _unpack(kit: Kit, packed: Array, count: int, base: int, places: int) -> dict[str, Any]:
+    rows = [
+        [byte // base**i % base - 1 for byte in row for i in range(places)][:count]
+        for row in packed.reshape(int(np.prod(packed.shape[:-1])), -1).tolist()
+    ]
+    return {"trits": np.array(rows, dtype=np.int8).reshape(*packed.shape[:-1], count)}
+
+
+def _matmul(
+    kit: Kit, x: Array, packed: Array, scale: Array, shift: Array, permutation: Array, block_size: int
+) -> dict[str, Any]:
+    T = _unpack(kit, packed, len(permutation), 3, 5)["trits"]
+    W_hat = np.empty(T.shape, dtype=x.dtype)
+    for j, column in enumerate(permutation):
+        W_hat[:, column] = scale[:, j // block_size] * T[:, j] + shift[:, j // block_size]
+    return {"y": kit.product(x, W_hat.T)}
+
+
+_ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "twn.symmetric_ternarize": lambda kit, W: dict(zip(("alpha", "T"), kit.symmetric(W), strict=True)),
+    "atq.ternary_init": _ternary_init,
+    "atq.weight_error": lambda kit, W, alpha, mu, T: {"error": kit.weight_error(W - alpha * T - mu)},
+    "atq.weight_error_gradient": _weight_gradient,
+    "atq.build_optimal_grid": lambda kit, W, T: dict(zip(("alpha", "mu"), kit.grid(W, T), strict=True)),
+    "atq.flexible_round": _round,
+    "atq.iterative_ternary_fitting": _fitting,
+    "aga.output_error": lambda kit, W, W_hat, C: {"error": kit.output_error(W - W_hat, C)},
+    "aga.output_error_gradient": _output_gradient,
+    "aga.align_grid": lambda kit, W, T, C: dict(zip(("alpha", "mu"), kit.align(W, T, C), strict=True)),
+    "aga.align_grid_printed": lambda kit, W, T, C: dict(
+        zip(("alpha", "mu"), kit.align_printed(W, T, C), strict=True)
+    ),
+    "ssr.permute": _permute,
+    "ssr.cosine_similarity": lambda kit, W: {"S": kit.cosines(W)},
+    "ssr.select_block": lambda kit, W, k: {"indices": np.array(whole.select_block(kit, W, k))},
+    "ssr.block_variance": lambda kit, W, block_size: {"variance": whole.block_variance(kit, W, block_size)},
+    "gptq.gram": lambda kit, X: {"C": kit.gram(X)},
+    "gptq.damp": lambda kit, C, damping: {
+        "H": C + kit.numbers(damping) * np.diag(C).sum() / len(C) * kit.numbers(np.eye(len(C)))
+    },
+    "gptq.invert_damped": _invert,
+    "gptq.compensate": _compensate,
+    "gptq.eliminate": _eliminate,
+    "ternarize.ternarize": lambda kit, W, C, **config: whole.ternarize(kit, W, C, **config),
+    "packing.pack_base3": lambda kit, trits: _pack(kit, trits, 3, 5),
+    "packing.unpack_base3": lambda kit, packed, count: _unpack(kit, packed, count, 3, 5),
+    "packing.pack_2bit": lambda kit, trits: _pack(kit, trits, 4, 4),
+    "packing.unpack_2bit": lambda kit, packed, count: _unpack(kit, packed, count, 4, 4),
+    "matmul.matmul": _matmul,
+}

@@ -1,0 +1,229 @@
+"""Golden cases as they lie on disk: read, checked against their SHA-256, written.
+
+`manifest.json` names every case: the operation (``module.function`` of `reference`), the tensors that
+go in and those that must come out, the other arguments, and where the answer comes from. The tensors
+lie in the safetensors files beside it. What is committed is the truth; `golden.generate` only shows
+that it can be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+FORMAT_VERSION = 1
+FOLDER = Path(__file__).parent
+MANIFEST = "manifest.json"
+KINDS = ("exact", "degenerate", "real")
+
+Array = NDArray[Any]
+Tensors = dict[str, Array]
+
+
+class GoldenError(Exception):
+    """Golden files that cannot be trusted; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call with a known answer.
+
+    Attributes
+    ----------
+    name : str
+        Unique.
+    operation : str
+        ``module.function``, as in ``atq.flexible_round``.
+    kind : {"exact", "degenerate", "real"}
+        Rational arithmetic on small numbers, the same on input at the edge of what is defined, or
+        slices of a real model.
+    origin : str
+        Where the answer comes from.
+    inputs : dict of str to ndarray
+        Array arguments; ``start.alpha`` is a member of the tuple ``start``.
+    parameters : dict
+        All other arguments; those of ``ternarize`` are the fields of its configuration.
+    outputs : dict of str to ndarray
+        What must come out, in the order the function returns it.
+    margins : dict of str to ndarray
+        For trits of measured cases: how far the decision on each was from its threshold, in units of
+        |Z|; one value a row or one in all where decisions build on each other.
+    raises : str, optional
+        The exception that must come instead of an answer.
+    """
+
+    name: str
+    operation: str
+    kind: str
+    origin: str
+    inputs: Tensors
+    parameters: dict[str, Any] = field(default_factory=dict)
+    outputs: Tensors = field(default_factory=dict)
+    margins: Tensors = field(default_factory=dict)
+    raises: str | None = None
+
+
+def load_cases(folder: Path = FOLDER) -> list[Case]:
+    """Every case of a folder, after all of its files have been checked.
+
+    Raises
+    ------
+    GoldenError
+        If a file is missing, changed or not listed, or the manifest is not what was written.
+    """
+    manifest, files = read_folder(folder)
+    return [_case(entry, files[entry["file"]], folder) for entry in manifest["cases"]]
+
+
+def _case(entry: dict[str, Any], tensors: Tensors, folder: Path) -> Case:
+    def group(name: str) -> Tensors:
+        return {argument: tensors[key] for argument, key in entry.get(name, {}).items()}
+
+    try:
+        return Case(
+            name=entry["name"],
+            operation=entry["operation"],
+            kind=entry["kind"],
+            origin=entry["origin"],
+            inputs=group("inputs"),
+            parameters=entry.get("parameters", {}),
+            outputs=group("outputs"),
+            margins=group("margins"),
+            raises=entry.get("raises"),
+        )
+    except KeyError as missing:
+        raise GoldenError(
+            f"{folder / MANIFEST}: case {entry.get('name')} needs {missing}, "
+            f"which neither it nor {entry['file']} holds"
+        ) from None
+
+
+def read_folder(folder: Path = FOLDER) -> tuple[dict[str, Any], dict[str, Tensors]]:
+    """The manifest and the tensors of every file it lists, all of them checked.
+
+    Raises
+    ------
+    GoldenError
+        As for `load_cases`.
+    """
+    manifest = read_manifest(folder)
+    listed = manifest["files"]
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in listed:
+            raise GoldenError(f"{path} is not listed in {MANIFEST}")
+    files = {}
+    for name, record in listed.items():
+        path = folder / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise GoldenError(f"{path} cannot be read: {error.strerror}") from None
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != record["sha256"]:
+            raise GoldenError(
+                f"{path} has changed: its SHA-256 is {digest[:16]}..., {MANIFEST} says "
+                f"{record['sha256'][:16]}.... Restore the committed file."
+            )
+        try:
+            files[name] = load(data)
+        except SafetensorError as error:
+            raise GoldenError(f"{path} is not a safetensors file: {error}") from None
+    return manifest, files
+
+
+def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
+    """The manifest, refused if a byte of it is not as `write_folder` left it.
+
+    Raises
+    ------
+    GoldenError
+        If it is missing, changed or of another format version.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GoldenError(f"{path} cannot be read: {error}") from None
+    try:
+        manifest = json.loads(text)
+        version = manifest["format_version"]
+        intact = _render(manifest) == text
+    except (ValueError, KeyError, TypeError):
+        raise GoldenError(f"{path} is not a manifest of golden cases") from None
+    if version != FORMAT_VERSION:
+        raise GoldenError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+    if not intact:
+        raise GoldenError(f"{path} has changed: its checksum does not fit. Restore the committed file.")
+    return manifest
+
+
+def pack(file: str, cases: Iterable[Case], tensors: Tensors | None = None) -> tuple[Tensors, list[dict]]:
+    """The tensors of one file and the manifest's entries for its cases.
+
+    `tensors` are stored first, under their own names. A tensor that is already there is not stored
+    again: cases on the same matrix share it.
+    """
+    stored: Tensors = {}
+    known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def store(key: str, array: Array) -> str:
+        array = np.ascontiguousarray(array).reshape(np.shape(array))
+        identity = (array.dtype.str, array.shape, array.tobytes())
+        if identity not in known:
+            if key in stored:
+                raise ValueError(f"two cases are called {key.split('.inputs')[0]}")
+            known[identity] = key
+            stored[key] = array
+        return known[identity]
+
+    for key, array in (tensors or {}).items():
+        store(key, array)
+    entries = []
+    for case in cases:
+        entry: dict[str, Any] = {"name": case.name, "operation": case.operation, "kind": case.kind}
+        entry["file"] = file
+        for group in ("inputs", "outputs", "margins"):
+            members: Tensors = getattr(case, group)
+            if members:
+                entry[group] = {name: store(f"{case.name}.{group}.{name}", a) for name, a in members.items()}
+        if case.parameters:
+            entry["parameters"] = case.parameters
+        if case.raises:
+            entry["raises"] = case.raises
+        entry["origin"] = case.origin
+        entries.append(entry)
+    return stored, entries
+
+
+def write_folder(folder: Path, files: dict[str, Tensors], entries: list[dict]) -> None:
+    """Write tensors and manifest; what else lies in the folder stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = {}
+    for name in sorted(files):
+        data = save(files[name])
+        (folder / name).write_bytes(data)
+        records[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    entries = sorted(entries, key=lambda entry: (KINDS.index(entry["kind"]), entry["file"]))
+    manifest = {"format_version": FORMAT_VERSION, "files": records, "cases": entries}
+    (folder / MANIFEST).write_text(_render(manifest), encoding="utf-8")
+
+
+def _render(manifest: dict[str, Any]) -> str:
+    """The manifest as text, its last entry being the SHA-256 of everything before."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    body = json.dumps(content, ensure_ascii=False, indent=1)
+    return (
+        json.dumps(
+            {**content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, ensure_ascii=False, indent=1
+        )
+        + "\n"
+    )

@@ -1,0 +1,227 @@
+"""Input at the edge of what is defined, and beyond it: what is decided there, exactly.
+
+The decisions are those of the design: equal trits determine no scale (alpha 0, mu the mean), a tie
+|Z| = ½ rounds to 0, a singular Eq. 12 takes the correction of least norm, dead inputs lose their
+weights, zero columns come last and ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from golden.arithmetic import Array
+from golden.cases import Case
+from golden.drafts import Drafts
+from golden.exact import correlated, sixteenths, trits
+
+CONSTANT = [[0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [-0.25, -0.25, -0.25, -0.25], [1, 0, 0, 0]]
+
+
+def cases() -> list[Case]:
+    """All degenerate cases."""
+    drafts = Drafts("degenerate")
+    _rows(drafts)
+    _grids(drafts)
+    _columns(drafts)
+    _gram(drafts)
+    _whole(drafts)
+    _refused(drafts)
+    return drafts.cases
+
+
+def _rows(drafts: Drafts) -> None:
+    for operation in ("twn.symmetric_ternarize", "atq.ternary_init", "atq.iterative_ternary_fitting"):
+        drafts.add(operation, "constant-rows", {"W": CONSTANT}, ties=True)
+        drafts.add(operation, "one-column", {"W": [[0.5], [0], [-2]]}, ties=True)
+    # The mean magnitude is 4, so the threshold is 3 exactly, and "beyond" is strict.
+    at_threshold = [[3, -3, 5, -5], [3, 3, 5, 5]]
+    drafts.add("twn.symmetric_ternarize", "at-threshold", {"W": at_threshold}, ties=True)
+    shifted = [[4, -2, 6, -4], [3, -3, 5, -5]]
+    drafts.add("atq.ternary_init", "at-threshold", {"W": shifted}, ties=True)
+    on_grid = [[1, 3, 5, 1, 3, 5], [-2, -2, -2, 7, 7, 7], [0, 0, 1, 0, 0, 0]]
+    drafts.add("atq.iterative_ternary_fitting", "already-ternary", {"W": on_grid})
+
+    W = sixteenths(51, 3, 6)
+    equal = np.array([[0] * 6, [1] * 6, [-1] * 6], dtype=np.int8)
+    drafts.add("atq.build_optimal_grid", "equal-trits", {"W": W, "T": equal})
+    tenths = {"W": np.full((3, 6), 0.1), "T": equal}
+    drafts.add("atq.build_optimal_grid", "constant-not-binary", tenths)
+    drafts.add("atq.build_optimal_grid", "one-column", {"W": W[:, :1], "T": equal[:, :1]})
+    large_mean = W / 16 + 4096
+    drafts.add("atq.build_optimal_grid", "large-mean", {"W": large_mean, "T": trits(52, 3, 6)})
+
+
+def _grids(drafts: Drafts) -> None:
+    W = np.array([[-1.5, -0.5, -0.25, 0, 0.5, 0.75, 1.5]] * 6)
+    alpha = [[1], [-1], [0.5], [-0.5], [0], [3]]
+    drafts.add("atq.flexible_round", "ties", {"W": W, "alpha": alpha, "mu": np.zeros((6, 1))}, ties=True)
+    mu = [[0.25], [-0.5], [0], [1], [0.5], [-1.5]]
+    drafts.add("atq.flexible_round", "ties-shifted", {"W": W, "alpha": alpha, "mu": mu}, ties=True)
+    tiny = {"W": [[1, -1, 0], [2.0**-1070, 0, -1]], "alpha": [[2.0**-1060], [2.0**-1060]]}
+    drafts.add("atq.flexible_round", "tiny-alpha", {**tiny, "mu": [[0], [0]]})
+    minus = {"W": sixteenths(53, 3, 5), "alpha": [[-0.5], [0], [-3]], "mu": [[0], [0.25], [-1]]}
+    T = trits(54, 3, 5)
+    drafts.add("atq.weight_error", "alpha-negative", {**minus, "T": T})
+    drafts.add("atq.weight_error_gradient", "alpha-negative", {**minus, "T": T})
+
+    W5 = sixteenths(55, 4, 5)
+    equal = np.array([[0] * 5, [1] * 5, [-1] * 5, [1, -1, 0, 1, 0]], dtype=np.int8)
+    v = np.array([1.0, 2, -1, 3, 1])
+    matrices = {
+        "equal-trits": correlated(56, 5),
+        "rank-1": np.outer(v, v),
+        "rank-2": correlated(57, 5, tokens=2),
+        "zero-gram": np.zeros((5, 5)),
+        "dead-inputs": _with_dead(correlated(58, 5), [1, 3]),
+    }
+    for label, C in matrices.items():
+        drafts.add("aga.align_grid", label, {"W": W5, "T": equal, "C": C})
+        drafts.add("aga.output_error", label, {"W": W5, "W_hat": equal / 2, "C": C})
+    # Here the correction makes alpha negative.
+    drafts.add(
+        "aga.align_grid", "alpha-negative", {"W": -W5, "T": np.sign(W5).astype(np.int8), "C": np.eye(5)}
+    )
+    drafts.add("aga.output_error", "no-error", {"W": W5, "W_hat": W5, "C": correlated(56, 5)})
+    # Row sums of C below zero: what Eq. 13 as printed minimizes has no lower bound.
+    C = np.array([[9.0, -6, 0, 0, 0], [-6, 5, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 3]])
+    inputs = {"W": W5, "T": trits(59, 4, 5), "C": C}
+    drafts.add("aga.align_grid_printed", "negative-row-sums", inputs)
+    drafts.add("aga.align_grid", "negative-row-sums", inputs)
+    for label in ("equal-trits", "zero-gram"):
+        why = "The denominator is 0: Eq. 9 stays"
+        drafts.add("aga.align_grid_printed", label, {"W": W5, "T": equal, "C": matrices[label]}, why=why)
+
+
+def _columns(drafts: Drafts) -> None:
+    # Columns of four ±1 have the norm 2: cosines with equal values are equal to the last bit.
+    signs = np.array([[1, 1, -1, 1, 0, 1, -1, 0], [1, 1, 1, 1, 0, -1, 1, 0]] * 2, dtype=np.float64)
+    drafts.add("ssr.cosine_similarity", "zero-columns", {"W": signs})
+    for k in (1, 3, 6, 7, 8, 20):
+        drafts.add("ssr.select_block", f"ties-and-zeros-k{k}", {"W": signs}, k=k, ties=True)
+    cancel = np.array([[1.0, -1, 1, -1], [1, -1, -1, 1]])
+    drafts.add("ssr.select_block", "columns-cancel", {"W": cancel}, k=2, ties=True)
+    drafts.add("ssr.select_block", "all-zero", {"W": np.zeros((2, 4))}, k=3, ties=True)
+    drafts.add("ssr.select_block", "one-row", {"W": [[-3, 4, 0.5, 0, -1]]}, k=2, ties=True)
+    W = sixteenths(61, 3, 5)
+    drafts.add("ssr.block_variance", "one-block", {"W": W}, block_size=9)
+    drafts.add("ssr.block_variance", "single-columns", {"W": W}, block_size=1)
+    drafts.add("ssr.permute", "identity", {"A": W, "permutation": np.arange(5)})
+    drafts.add("ssr.permute", "one-column", {"A": W[:, :1], "permutation": np.arange(1)})
+
+
+def _gram(drafts: Drafts) -> None:
+    drafts.add("gptq.gram", "one-token", {"X": [[1, -2, 0, 3]]})
+    drafts.add("gptq.gram", "dead-input", {"X": [[1, 0, 2], [-3, 0, 4]]})
+    C = correlated(62, 5)
+    drafts.add("gptq.damp", "no-damping", {"C": C}, damping=0.0)
+    drafts.add("gptq.damp", "zero-gram", {"C": np.zeros((3, 3))}, damping=0.25)
+    dead = _with_dead(C, [0, 3])
+    drafts.add("gptq.invert_damped", "dead-inputs", {"C": dead}, damping=0.25)
+    drafts.add("gptq.invert_damped", "all-dead", {"C": np.zeros((3, 3))}, damping=0.25)
+    drafts.add("gptq.invert_damped", "rank-deficient", {"C": correlated(63, 5, tokens=2)}, damping=0.25)
+    # The lower eigenvalue is -1/16: damping of 1/128 is not enough, ten times that is.
+    indefinite = [[1, 1.0625], [1.0625, 1]]
+    drafts.add("gptq.invert_damped", "damping-raised", {"C": indefinite}, damping=1 / 128)
+    H = np.diag([1.0, 2, 4, 8])
+    Hinv = np.diag([1, 0.5, 0.25, 0.125])
+    W = sixteenths(64, 3, 4)
+    blocks = {"Hinv_BB": Hinv[:2, :2], "Hinv_BR": Hinv[:2, 2:]}
+    why = "Uncorrelated inputs: nothing can be made good"
+    drafts.add(
+        "gptq.compensate", "uncoupled", {"W_R": W[:, 2:], "E": W[:, :2], **blocks}, hidden={"H": H}, why=why
+    )
+    ends = {"B": np.array([1, 3]), "R": np.array([0, 2])}
+    drafts.add("gptq.eliminate", "uncoupled", {"Hinv": Hinv, **ends}, hidden={"H": H})
+
+
+def _whole(drafts: Drafts) -> None:
+    W, C = sixteenths(71, 3, 10, 1000), correlated(72, 10)
+    constant = np.vstack([W[:1], np.full((1, 10), 0.5), np.zeros((1, 10))])
+    zero_columns = W.copy()
+    zero_columns[:, [1, 4]] = 0
+    matrices: dict[str, tuple[Array, Array, dict]] = {
+        "constant-rows": (constant, C, {"block_size": 6}),
+        "zero-matrix": (np.zeros((2, 5)), correlated(73, 5), {"block_size": 3}),
+        "one-column": (W[:, :1], C[:1, :1], {}),
+        "one-row": (W[:1], C, {"block_size": 6, "reorder": "none"}),
+        "block-wider-than-matrix": (W, C, {}),
+        "blocks-of-one": (W, C, {"block_size": 1, "reorder": "none"}),
+        "zero-columns": (zero_columns, C, {"block_size": 6}),
+        "dead-inputs": (W, _with_dead(C, [0, 5]), {"block_size": 6}),
+        "dead-inputs-conditional": (W, _with_dead(C, [0, 5]), {"block_size": 6, "aga": "conditional"}),
+        "all-dead": (W, np.zeros((10, 10)), {"block_size": 6}),
+        "rank-deficient": (W, correlated(74, 10, tokens=4), {"block_size": 6}),
+        "damping-raised": (W[:, :2], np.array([[1, 1.0625], [1.0625, 1]]), {"damping": 1 / 128}),
+    }
+    # Rows of equal or absent weights: nothing is rounded on the way to these ties.
+    tied = ("constant-rows", "zero-matrix", "one-column", "blocks-of-one", "all-dead")
+    for label, (w, c, config) in matrices.items():
+        drafts.add("ternarize.ternarize", label, {"W": w, "C": c}, ties=label in tied, **config)
+
+    inputs = {
+        "x": sixteenths(75, 2, 6),
+        "packed": np.array([[113, 122], [121, 120]], dtype=np.uint8),
+        "scale": np.array([[0, 0.5], [-1, 0]], dtype=np.float16),
+        "shift": np.array([[0, 0], [0.25, -2]], dtype=np.float16),
+        "permutation": np.array([5, 0, 1, 4, 2, 3]),
+    }
+    drafts.add("matmul.matmul", "zero-scale", inputs, block_size=4)
+    for codec in ("base3", "2bit"):
+        none = {"trits": np.zeros((2, 0), dtype=np.int8)}
+        packed = drafts.add(f"packing.pack_{codec}", "no-trits", none)["packed"]
+        drafts.add(f"packing.unpack_{codec}", "no-trits", {"packed": packed}, count=0)
+
+
+def _refused(drafts: Drafts) -> None:
+    W, C = sixteenths(81, 2, 3), correlated(82, 3)
+    T = trits(83, 2, 3)
+    nan, infinite = W.copy(), W.copy()
+    nan[1, 2], infinite[0, 0] = np.nan, np.inf
+    skew, negative = C.copy(), C.copy()
+    skew[0, 1] += C.max()
+    negative[1, 1] = -1
+    refuse = drafts.refuse
+    refuse("twn.symmetric_ternarize", "nan", {"W": nan}, "ValueError")
+    refuse("atq.ternary_init", "infinity", {"W": infinite}, "ValueError")
+    refuse("atq.build_optimal_grid", "not-a-trit", {"W": W, "T": 2 * T}, "ValueError")
+    refuse("atq.build_optimal_grid", "shape", {"W": W, "T": T[:, :2]}, "ValueError")
+    refuse("atq.flexible_round", "shape", {"W": W, "alpha": [[1]], "mu": [[0], [0]]}, "ValueError")
+    for label, gram in (("not-symmetric", skew), ("negative-diagonal", negative), ("shape", C[:2, :2])):
+        refuse("aga.align_grid", label, {"W": W, "T": T, "C": gram}, "ValueError")
+        refuse("ternarize.ternarize", label, {"W": W, "C": gram}, "ValueError")
+    refuse("gptq.gram", "nan", {"X": nan}, "ValueError")
+    refuse("gptq.damp", "negative-damping", {"C": C}, "ValueError", damping=-0.5)
+    singular = np.ones((3, 3))
+    refuse("gptq.invert_damped", "singular-undamped", {"C": singular}, "LinAlgError", damping=0.0)
+    refuse("ternarize.ternarize", "singular-undamped", {"W": W, "C": singular}, "LinAlgError", damping=0.0)
+    refuse("ternarize.ternarize", "nan", {"W": nan, "C": C}, "ValueError")
+    refuse("ternarize.ternarize", "beyond-float16", {"W": W * 2.0**20, "C": C}, "ValueError")
+    refuse("ssr.permute", "not-a-permutation", {"A": W, "permutation": np.array([0, 0, 1])}, "ValueError")
+    refuse("ssr.select_block", "k0", {"W": W}, "ValueError", k=0)
+    product = {
+        "x": W,
+        "packed": np.full((2, 1), 121, dtype=np.uint8),
+        "scale": np.ones((2, 1), dtype=np.float16),
+        "shift": np.ones((2, 1), dtype=np.float16),
+        "permutation": np.array([0, 2, 1]),
+    }
+    twice, bad_byte = np.array([0, 0, 1]), np.full((2, 1), 250, dtype=np.uint8)
+    refuse(
+        "matmul.matmul", "not-a-permutation", {**product, "permutation": twice}, "ValueError", block_size=3
+    )
+    refuse("matmul.matmul", "no-code", {**product, "packed": bad_byte}, "ValueError", block_size=3)
+    for codec, byte, filling in (("base3", 243, 0), ("2bit", 3, 0)):
+        bad = np.array([[byte]], dtype=np.uint8)
+        places = 5 if codec == "base3" else 4
+        refuse(f"packing.unpack_{codec}", "no-code", {"packed": bad}, "ValueError", count=places)
+        other = np.array([[filling]], dtype=np.uint8)
+        refuse(f"packing.unpack_{codec}", "other-filling", {"packed": other}, "ValueError", count=1)
+        refuse(f"packing.unpack_{codec}", "length", {"packed": other}, "ValueError", count=places + 1)
+        refuse(f"packing.pack_{codec}", "not-a-trit", {"trits": 2 * T}, "ValueError")
+
+
+def _with_dead(C: Array, dead: list[int]) -> Array:
+    result = C.copy()
+    result[dead] = 0
+    result[:, dead] = 0
+    return result

@@ -1,0 +1,160 @@
+"""Small cases with exact answers: sixteenths that float64 holds exactly, answered by `Exact`."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from golden.answers import answer
+from golden.arithmetic import Array, Exact, rational
+from golden.cases import Case
+from golden.drafts import Drafts
+
+CONFIGS: dict[str, dict] = {
+    "default": {},
+    "none": {"reorder": "none"},
+    "hessian": {"reorder": "hessian"},
+    "conditional": {"aga": "conditional"},
+    "printed": {"aga": "printed"},
+    "no-aga": {"aga": "none"},
+    "no-itf": {"itf": False},
+    "one-iteration": {"max_iterations": 1},
+    "twn": {"start": "twn"},
+    "no-compensation": {"compensation": False},
+    "undamped": {"damping": 0.0},
+}
+
+
+def sixteenths(seed: int, rows: int, columns: int, largest: int = 16) -> Array:
+    """Multiples of 1/16; `random.random` is the one generator that never changes between versions."""
+    source = random.Random(seed)
+    span = 2 * largest + 1
+    values = [[int(source.random() * span) - largest for _ in range(columns)] for _ in range(rows)]
+    return np.array(values) / 16
+
+
+def correlated(seed: int, columns: int, tokens: int = 0) -> Array:
+    """Gram matrix of whole numbers with a common part, so that Eq. 12 and Eq. 13 differ."""
+    X = np.rint(sixteenths(seed, tokens or columns + 3, columns, 64))
+    return (X + X[:, :1]).T @ (X + X[:, :1])
+
+
+def trits(seed: int, rows: int, columns: int) -> Array:
+    """Trits in which no row is constant."""
+    T = np.sign(np.rint(sixteenths(seed, rows, columns, 24))).astype(np.int8)
+    T[:, 0], T[:, 1] = 1, -1
+    return T
+
+
+def inverse(H: Array) -> Array:
+    """Rounded once from the rational inverse."""
+    kit = Exact()
+    return kit.solve(rational(H), rational(np.eye(len(H)))).astype(np.float64)
+
+
+def cases() -> list[Case]:
+    """All exact cases."""
+    drafts = Drafts("exact")
+    _per_row(drafts)
+    _per_matrix(drafts)
+    _packing(drafts)
+    return drafts.cases
+
+
+def _per_row(drafts: Drafts) -> None:
+    W, C = sixteenths(1, 5, 7), correlated(2, 7)
+    wide, wide_C = sixteenths(3, 3, 12, 160), correlated(4, 12)
+    for label, w, c in (("small", W, C), ("wide", wide, wide_C), ("row", W[:1], C)):
+        n, m = w.shape
+        T = trits(5 + m, n, m)
+        mu = sixteenths(6, n, 1, 4)
+        alpha = sixteenths(7, n, 1, 8) + 9 / 16
+        drafts.add("twn.symmetric_ternarize", label, {"W": w})
+        drafts.add("atq.ternary_init", label, {"W": w})
+        grid = {"W": w, "alpha": alpha, "mu": mu, "T": T}
+        drafts.add("atq.weight_error", label, grid)
+        drafts.add("atq.weight_error_gradient", label, grid)
+        drafts.add("atq.build_optimal_grid", label, {"W": w, "T": T})
+        drafts.add("atq.flexible_round", label, {"W": w, "alpha": alpha, "mu": mu}, ties=True)
+        drafts.add("atq.iterative_ternary_fitting", label, {"W": w})
+        drafts.add("atq.iterative_ternary_fitting", f"{label}-limit", {"W": w}, max_iterations=1)
+        start = {"W": w, "start.alpha": alpha, "start.mu": mu, "start.T": T}
+        drafts.add("atq.iterative_ternary_fitting", f"{label}-start", start)
+        W_hat = alpha * T + mu
+        drafts.add("aga.output_error", label, {"W": w, "W_hat": W_hat, "C": c})
+        drafts.add("aga.output_error_gradient", label, {**grid, "C": c})
+        drafts.add("aga.align_grid", label, {"W": w, "T": T, "C": c})
+        drafts.add("aga.align_grid_printed", label, {"W": w, "T": T, "C": c})
+    diagonal = np.diag(np.arange(1.0, 8.0))
+    for operation in ("align_grid", "align_grid_printed"):
+        why = "On a diagonal C Eq. 12 and Eq. 13 as printed agree"
+        drafts.add(f"aga.{operation}", "diagonal", {"W": W, "T": trits(12, 5, 7), "C": diagonal}, why=why)
+    # The grid in closed form is where both gradients vanish.
+    exact = [[1, 1, -1, -1], [2, 2, 0, 0]]
+    at_optimum = {
+        "W": exact,
+        "alpha": [[1], [1]],
+        "mu": [[0], [1]],
+        "T": np.array([[1, 1, -1, -1], [1, 1, -1, -1]], dtype=np.int8),
+    }
+    drafts.add("atq.weight_error", "on-the-grid", at_optimum)
+    drafts.add("atq.weight_error_gradient", "on-the-grid", at_optimum)
+    drafts.add("aga.output_error_gradient", "on-the-grid", {**at_optimum, "C": correlated(8, 4)})
+
+
+def _per_matrix(drafts: Drafts) -> None:
+    W, C = sixteenths(11, 4, 8), correlated(12, 8)
+    permutation = np.array([3, 0, 7, 1, 6, 2, 5, 4])
+    drafts.add("ssr.permute", "small", {"A": W, "permutation": permutation})
+    drafts.add("ssr.cosine_similarity", "small", {"W": W})
+    for k in (1, 3, 7):
+        drafts.add("ssr.select_block", f"k{k}", {"W": W}, k=k)
+    for size in (3, 4):
+        drafts.add("ssr.block_variance", f"blocks-of-{size}", {"W": W}, block_size=size)
+    drafts.add("gptq.gram", "small", {"X": np.rint(sixteenths(13, 9, 5, 128))})
+    drafts.add("gptq.damp", "small", {"C": C}, damping=1 / 128)
+    drafts.add("gptq.invert_damped", "small", {"C": C}, damping=1 / 128)
+    drafts.add("gptq.invert_damped", "undamped", {"C": C}, damping=0.0)
+    H = C + np.eye(8)
+    Hinv = inverse(H)
+    for k in (1, 3, 7):
+        blocks = {"Hinv_BB": Hinv[:k, :k], "Hinv_BR": Hinv[:k, k:]}
+        drafts.add(
+            "gptq.compensate", f"k{k}", {"W_R": W[:, k:], "E": W[:, :k] / 16, **blocks}, hidden={"H": H}
+        )
+        B = np.array(sorted(permutation[:k]))
+        R = np.array(sorted(permutation[k:]))
+        drafts.add("gptq.eliminate", f"k{k}", {"Hinv": Hinv, "B": B, "R": R}, hidden={"H": H})
+
+    whole = {"W": sixteenths(21, 4, 8, 1000), "C": correlated(22, 8)}
+    for label, config in CONFIGS.items():
+        drafts.add("ternarize.ternarize", label, whole, block_size=3, **config)
+
+    x, T = np.rint(sixteenths(31, 3, 8, 64)), trits(32, 4, 8)
+    packed = answer(Exact(), "packing.pack_base3", {"trits": T}, {})["packed"]
+    for label, size, order in (("ordered", 4, np.arange(8)), ("permuted", 3, permutation)):
+        blocks_of = -(-8 // size)
+        inputs = {
+            "x": x,
+            "packed": packed,
+            "scale": sixteenths(33, 4, blocks_of).astype(np.float16),
+            "shift": sixteenths(34, 4, blocks_of, 4).astype(np.float16),
+            "permutation": order,
+        }
+        drafts.add("matmul.matmul", label, inputs, block_size=size)
+
+
+def _packing(drafts: Drafts) -> None:
+    for codec, places, base in (("base3", 5, 3), ("2bit", 4, 4)):
+        codes = [c for c in range(base**places) if all(c // base**i % base < 3 for i in range(places))]
+        every = np.array(codes, dtype=np.uint8)
+        all_trits = np.array(
+            [[code // base**i % base - 1 for code in codes for i in range(places)]], dtype=np.int8
+        )
+        drafts.add(f"packing.pack_{codec}", "every-byte", {"trits": all_trits})
+        drafts.add(f"packing.unpack_{codec}", "every-byte", {"packed": every[None]}, count=all_trits.shape[1])
+        for m in (1, 3, 4, 5, 6, 11):
+            T = np.sign(np.rint(sixteenths(40 + m, 3, m, 24))).astype(np.int8)
+            packed = drafts.add(f"packing.pack_{codec}", f"{m}-trits", {"trits": T})["packed"]
+            drafts.add(f"packing.unpack_{codec}", f"{m}-trits", {"packed": packed}, count=m)

@@ -1,0 +1,183 @@
+"""A whole matrix, composed of the steps of an `Arithmetic` and independent of `reference.ternarize`.
+
+Compensation is the one place where the routes differ in kind: here no inverse is kept and updated.
+The remaining columns R are computed afresh from the original weights and the errors of all quantized
+columns Q, as W_R + (W_Q - Ŵ_Q) H_QR H_RR⁻¹.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from golden.arithmetic import Arithmetic, Array, Dense, Exact
+
+Kit = Exact | Dense
+
+# As in the paper; the settings of a case override them.
+DEFAULTS: dict[str, Any] = {
+    "block_size": 128,
+    "start": "asymmetric",
+    "reorder": "ssr",
+    "itf": True,
+    "aga": "exact",
+    "compensation": True,
+    "damping": 0.01,
+    "max_iterations": 100,
+}
+
+
+def select_block(kit: Kit, W: Array, k: int) -> list[int]:
+    """Eq. 16: the k columns nearest in direction to the mean, ties to the lower index, ascending."""
+    keys = kit.similarities(W)
+    order = sorted(range(len(keys)), key=lambda j: (keys[j] is None, -(keys[j] or 0), j))
+    if k < len(order):
+        last, next_ = keys[order[k - 1]], keys[order[k]]
+        if last is not None and next_ is not None:
+            largest = max(abs(key) for key in keys if key is not None)
+            kit.note(abs(last - next_) / largest if largest else 0)
+    return sorted(order[:k])
+
+
+def fit(kit: Kit, W: Array, start: tuple[Array, Array, Array], rounds: int) -> tuple[Any, Any, Any, list]:
+    """Algorithm 1's loop over all rows at once: Eq. 9, Eq. 10, until no trit changes."""
+    alpha, mu, T = start
+    errors = [kit.weight_error(W - alpha * T - mu)]
+    for _ in range(rounds):
+        alpha, mu = kit.grid(W, T)
+        errors.append(kit.weight_error(W - alpha * T - mu))
+        rounded = kit.round(W, alpha, mu)
+        errors.append(kit.weight_error(W - alpha * rounded - mu))
+        if (rounded == T).all():
+            return alpha, mu, T, errors
+        T = rounded
+    alpha, mu = kit.grid(W, T)
+    return alpha, mu, T, [*errors, kit.weight_error(W - alpha * T - mu)]
+
+
+def damped(kit: Kit, C: Array, damping: float) -> tuple[Array, float]:
+    """H and the damping it took: ten times more where it is not positive definite, 1 at most."""
+    while True:
+        H = C + kit.numbers(damping) * np.diag(C).sum() / len(C) * kit.numbers(np.eye(len(C)))
+        for j in np.flatnonzero(np.diag(C) == 0):
+            H[j, j] = kit.numbers(1.0)[()]
+        if kit.positive_definite(H):
+            return H, damping
+        if not 0 < damping * 10 <= 1:
+            raise ArithmeticError("no damping makes the Gram matrix positive definite")
+        damping *= 10
+
+
+def block_variance(kit: Kit, W: Array, block_size: int) -> Any:
+    """Variance within blocks, every block counting by its columns."""
+    total = 0
+    for b in range(0, W.shape[1], block_size):
+        block = W[:, b : b + block_size]
+        total = total + kit.weight_error(block - kit.row_means(block)) / len(W)
+    return total / W.shape[1]
+
+
+def ternarize(kit: Kit, W: Array, C: Array, **settings: Any) -> dict[str, Array]:
+    """Every figure of a `TernaryMatrix` and its report, by name."""
+    config = {**DEFAULTS, **settings}
+    k, columns = config["block_size"], W.shape[1]
+    W = W.copy()
+    W[:, np.diag(C) == 0] = kit.numbers(0.0)[()]
+    H, damping = C, 0.0
+    if config["compensation"] or config["aga"] == "conditional":
+        H, damping = damped(kit, C, config["damping"])
+
+    W_hat = np.zeros(W.shape, dtype=np.float32)
+    trits, scales, shifts, fits = [], [], [], []
+    done: list[int] = []
+    rest = list(range(columns))
+    if config["reorder"] == "hessian":
+        rest.sort(key=lambda j: -C[j, j])
+    while rest:
+        now = W[:, rest]
+        if config["compensation"] and done:
+            error = W[:, done] - kit.numbers(W_hat[:, done])
+            now = now + error @ _moved(kit, H, done, rest)
+        chosen = select_block(kit, now, k) if config["reorder"] == "ssr" else range(min(k, len(rest)))
+        B = sorted(rest[j] for j in chosen)
+        W_B = now[:, [rest.index(j) for j in B]]
+        rest = [j for j in rest if j not in B]
+        cost = C[np.ix_(B, B)]
+        if config["aga"] == "conditional":
+            # What the block costs in the end: H_BB less what the remaining columns can make good.
+            cost = H[np.ix_(B, B)]
+            if rest:
+                cost = cost - H[np.ix_(B, rest)] @ kit.solve(H[np.ix_(rest, rest)], H[np.ix_(rest, B)])
+        result = _fit_block(kit, W_B, C[np.ix_(B, B)], cost, config)
+        alpha, mu = kit.stored(result["alpha"]), kit.stored(result["mu"])
+        W_hat[:, B] = alpha.astype(np.float32) * result["T"] + mu.astype(np.float32)
+        trits.append(result["T"])
+        scales.append(alpha)
+        shifts.append(mu)
+        fits.append(result)
+        done += B
+
+    power = kit.output_error(W, C)
+    norm = kit.weight_error(W)
+    steps = max(len(f["weight"]) for f in fits)
+    curve = [sum(f["weight"][min(s, len(f["weight"]) - 1)] for f in fits) for s in range(steps)]
+    stages = [sum(f["output"][stage] for f in fits) for stage in range(3)]
+    error = kit.output_error(W - kit.numbers(W_hat), C)
+    return {
+        "trits": np.hstack(trits),
+        "scale": np.hstack(scales),
+        "shift": np.hstack(shifts),
+        "permutation": np.array(done, dtype=np.int64),
+        "weights": W_hat,
+        "report.damping": np.array(damping),
+        "report.weight_power": _shares(norm, 1),
+        "report.output_power": _shares(power, 1),
+        "report.iterations": np.array((steps - 1) // 2),
+        "report.weight_errors": _shares(curve, norm),
+        "report.aligned_weight_error": _shares(sum(f["aligned"] for f in fits), norm),
+        "report.output_errors": _shares(stages, power),
+        "report.variance_before": _shares(block_variance(kit, W, k), 1),
+        "report.variance_after": _shares(block_variance(kit, W[:, done], k), 1),
+        "report.relative_output_error": _shares(error, power),
+    }
+
+
+def _fit_block(kit: Kit, W: Array, C: Array, cost: Array, config: dict[str, Any]) -> dict[str, Any]:
+    if config["start"] == "twn":
+        alpha, T = kit.symmetric(W)
+        mu = alpha * 0
+    else:
+        alpha, mu, T = kit.ternary_init(W)
+    weight = [kit.weight_error(W - alpha * T - mu)]
+    output = [kit.output_error(W - alpha * T - mu, C)]
+    if config["itf"]:
+        alpha, mu, T, weight = fit(kit, W, (alpha, mu, T), config["max_iterations"])
+    output.append(kit.output_error(W - alpha * T - mu, C))
+    if config["aga"] in ("exact", "conditional"):
+        alpha, mu = kit.align(W, T, cost)
+    elif config["aga"] == "printed":
+        alpha, mu = kit.align_printed(W, T, C)
+    residual = W - alpha * T - mu
+    output.append(kit.output_error(residual, C))
+    return {
+        "alpha": alpha,
+        "mu": mu,
+        "T": T,
+        "weight": weight,
+        "aligned": kit.weight_error(residual),
+        "output": output,
+    }
+
+
+def _moved(kit: Kit, H: Array, Q: list[int], R: list[int]) -> Array:
+    """H_QR H_RR⁻¹: what the errors of the columns Q add to the columns R."""
+    return kit.solve(H[np.ix_(R, R)], H[np.ix_(R, Q)]).T
+
+
+def _shares(values: Any, total: Any) -> Array:
+    array = np.asarray(values, dtype=object)
+    return np.vectorize(lambda value: float(value / total) if total else 0.0, otypes=[float])(array)
+
+
+__all__ = ["Arithmetic", "Kit", "block_variance", "damped", "fit", "select_block", "ternarize"]
