@@ -1,0 +1,230 @@
+"""Whether a backend computes the paper: every golden case, by the one tolerance table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
+from harness.backends import Backend, MissingOperation, load_backend
+from harness.cli import EXIT_MISS, HelpFormatter, run
+from harness.tolerances import TOLERANCES, Finding, check
+from reference.types import TernaryConfig
+
+DESCRIPTION = """\
+Check that a backend computes the paper.
+
+Runs every golden case through the backend and compares the answers with the
+committed ones by one tolerance table. Golden answers come from rational
+arithmetic, enumeration and dense least squares, never from the code under test.
+
+For every operation the report shows the number of cases, and for every output
+the worst error, the tolerance, what both are relative to, and why the tolerance
+is what it is. Errors of trits are distances of a decision from its threshold;
+those of bytes and indices count the entries that differ."""
+
+EPILOG = """\
+examples:
+  python -m harness.verify                          the reference, all cases
+  python -m harness.verify --operation atq          one module
+  python -m harness.verify --operation aga.align_grid --kind real
+  python -m harness.verify --backend mybackend      any package with the modules and functions of reference/
+  python -m harness.verify --json > verify.json     the same for a program
+
+exit code: 0 all within tolerance, 1 a miss or a changed golden file, 2 bad usage"""
+
+EXCEPTIONS: dict[str, type[Exception]] = {"ValueError": ValueError, "LinAlgError": np.linalg.LinAlgError}
+
+
+@dataclass
+class Outcome:
+    """One operation over all of its cases."""
+
+    operation: str
+    cases: int = 0
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)  # output: error, case
+    misses: list[str] = field(default_factory=list)
+    refused: bool = False
+
+    def add(self, case: Case, findings: list[Finding]) -> None:
+        """Take in what came of one case."""
+        self.cases += 1
+        for finding in findings:
+            if finding.output and finding.error >= self.worst.get(finding.output, (-1.0, ""))[0]:
+                self.worst[finding.output] = (finding.error, case.name)
+            if finding.miss:
+                self.misses.append(f"{case.name} {finding.output}: {finding.miss}".replace(" :", ":"))
+
+
+def verify(backend: Backend, cases: list[Case]) -> list[Outcome]:
+    """Run the cases; one outcome per operation, in the order of the table."""
+    outcomes: dict[str, Outcome] = {}
+    for case in cases:
+        outcome = outcomes.setdefault(case.operation, Outcome(case.operation))
+        if case.operation in backend.refused:
+            outcome.cases += 1
+            outcome.refused = True
+        else:
+            outcome.add(case, run_case(backend, case))
+    return [outcomes[operation] for operation in TOLERANCES if operation in outcomes]
+
+
+def run_case(backend: Backend, case: Case) -> list[Finding]:
+    """Call the backend and compare."""
+    try:
+        function = backend.function(case.operation)
+    except MissingOperation as missing:
+        return [Finding("", np.inf, str(missing))]
+    try:
+        result = function(**_arguments(backend, case))
+    except Exception as error:
+        if case.raises and isinstance(error, EXCEPTIONS[case.raises]):
+            return []
+        wanted = f", {case.raises} was expected" if case.raises else ""
+        return [Finding("", np.inf, f"{type(error).__name__}: {error}{wanted}")]
+    if case.raises:
+        return [Finding("", np.inf, f"an answer came back, {case.raises} was expected")]
+    try:
+        got = _by_name(backend, case, result)
+    except Exception as error:
+        wanted = ", ".join(case.outputs)
+        return [
+            Finding("", np.inf, f"what came back does not hold {wanted}: {type(error).__name__}: {error}")
+        ]
+    return check(case, got)
+
+
+def _arguments(backend: Backend, case: Case) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for name, value in case.inputs.items():
+        name, _, member = name.partition(".")
+        value = backend.to_device(value)
+        arguments[name] = (*arguments.get(name, ()), value) if member else value
+    if case.operation == "ternarize.ternarize":
+        return {**arguments, "config": TernaryConfig(**case.parameters)}
+    return {**arguments, **case.parameters}
+
+
+def _by_name(backend: Backend, case: Case, result: Any) -> dict[str, Any]:
+    """What the function returned, under the names of the case's outputs."""
+    if case.operation == "ternarize.ternarize":
+        named = {name: _attribute(result, name) for name in case.outputs}
+    elif len(case.outputs) == 1:
+        named = dict(zip(case.outputs, [result], strict=True))
+    else:
+        named = dict(zip(case.outputs, result, strict=True))
+    return {name: np.asarray(backend.to_host(value)) for name, value in named.items()}
+
+
+def _attribute(result: Any, path: str) -> Any:
+    if path == "weights":
+        return result.dequantize()
+    for name in path.split("."):
+        result = getattr(result, name)
+    # The three stages of the fit, in the order they run.
+    return [result[stage] for stage in ("init", "itf", "aga")] if isinstance(result, dict) else result
+
+
+def render(backend: Backend, outcomes: list[Outcome], seconds: float) -> str:
+    """The report as people read it."""
+    lines = []
+    for outcome in outcomes:
+        state = "refused" if outcome.refused else "MISS" if outcome.misses else "ok"
+        lines.append(f"{outcome.operation}: {outcome.cases} cases, {state}")
+        for output, (error, _) in outcome.worst.items():
+            row = TOLERANCES[outcome.operation][output]
+            lines.append(f"  {output:29}worst {error:8.2g}   allowed {row.float64:<6g} {row.unit}")
+            lines.append(f"      {row.reason}")
+        lines += [f"  MISS {miss}" for miss in outcome.misses]
+    misses = sum(len(outcome.misses) for outcome in outcomes)
+    count = sum(outcome.cases for outcome in outcomes)
+    verdict = f"FAIL: {misses} misses" if misses else "PASS"
+    lines.append(
+        f"{verdict}: backend {backend.name}, {count} cases of {len(outcomes)} operations, {seconds:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+def as_json(backend: Backend, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
+    """The report as programs read it."""
+    operations = {}
+    for outcome in outcomes:
+        rows = {output: TOLERANCES[outcome.operation][output] for output in outcome.worst}
+        operations[outcome.operation] = {
+            "cases": outcome.cases,
+            "refused": outcome.refused,
+            "outputs": {
+                output: {
+                    # JSON has no infinity.
+                    "worst_error": error if np.isfinite(error) else "infinite",
+                    "worst_case": case,
+                    "tolerance": rows[output].float64,
+                    "relative_to": rows[output].unit,
+                    "reason": rows[output].reason,
+                }
+                for output, (error, case) in outcome.worst.items()
+            },
+            "misses": outcome.misses,
+        }
+    passed = not any(outcome.misses for outcome in outcomes)
+    return {
+        "backend": backend.name,
+        "precision": "float64",
+        "passed": passed,
+        "seconds": seconds,
+        "operations": operations,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.verify", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--backend", default="auto", help="package with the functions of reference/, or auto")
+    parser.add_argument("--operation", metavar="NAME", help="only this module or module.function")
+    parser.add_argument("--kind", choices=KINDS, help="only cases of this kind")
+    parser.add_argument(
+        "--golden", type=Path, default=FOLDER, metavar="DIR", help="folder of the golden files"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args(arguments)
+
+    backend = load_backend(options.backend)
+    if backend.note:
+        print(backend.note, file=sys.stderr)
+    started = time.perf_counter()
+    try:
+        cases = load_cases(options.golden)
+    except GoldenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISS
+    known = {name for operation in TOLERANCES for name in (operation, operation.partition(".")[0])}
+    if options.operation and options.operation not in known:
+        parser.error(f"no operation {options.operation!r}; known are {', '.join(TOLERANCES)}")
+    cases = [
+        case
+        for case in cases
+        if options.kind in (None, case.kind)
+        and (not options.operation or f"{case.operation}.".startswith(f"{options.operation}."))
+    ]
+    if not cases:
+        parser.error(f"no case of {options.operation} is of kind {options.kind}")
+    outcomes = verify(backend, cases)
+    seconds = round(time.perf_counter() - started, 3)
+    if options.json:
+        print(json.dumps(as_json(backend, outcomes, seconds), ensure_ascii=False, indent=1))
+    else:
+        print(render(backend, outcomes, seconds))
+    return EXIT_MISS if any(outcome.misses for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    run(main)
