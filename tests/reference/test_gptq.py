@@ -115,6 +115,15 @@ def test_no_inverse_is_an_error_that_lists_what_was_tried(C, damping, tried):
         invert_damped(C, damping)
 
 
+@pytest.mark.parametrize("columns", [2, 3, 5])
+def test_a_single_direction_has_no_inverse_although_rounding_may_leave_a_factor(columns):
+    for seed in range(50):
+        # About one in ten of these has a Cholesky factor in float64.
+        C = random_gram(np.random.default_rng(seed), columns, "low rank")
+        with pytest.raises(np.linalg.LinAlgError, match="with damping 0;"):
+            invert_damped(C, 0)
+
+
 @given(st.integers(2, 9), st.integers(0, 2**20), st.data())
 def test_eliminating_a_block_leaves_the_inverse_of_the_rest(columns, seed, data):
     rng = np.random.default_rng(seed)

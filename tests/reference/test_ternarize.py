@@ -140,6 +140,18 @@ def test_random_order_is_a_permutation_set_by_the_seed():
     assert all(np.array_equal(np.sort(order), np.arange(30)) for order in orders)
 
 
+def test_error_passed_on_is_that_of_the_float32_sum():
+    """By hand: scale and shift are exact in float16, so only their sum in float32 makes an error."""
+    alpha, mu = 819 / 8192, 60000.0
+    W = [[mu + alpha, mu - alpha, 0.0]]
+    C = [[2.0, 0.0, 1.0], [0.0, 2.0, 0.0], [1.0, 0.0, 1.0]]
+    result = ternarize(W, C, TernaryConfig(2, reorder="none", aga="none", damping=0))
+    assert (result.scale[0, 0], result.shift[0, 0]) == (alpha, mu)
+    # Near 60000 float32 has steps of 1/256: mu + alpha becomes mu + 832/8192, and C_02 / C_22 = 1 of
+    # the error 819/8192 - 832/8192 goes to the last column.
+    assert result.shift[0, 1] == -13 / 8192
+
+
 def test_weights_on_a_ternary_grid_come_back_unchanged():
     rng = np.random.default_rng(12)
     T = rng.integers(-1, 2, size=(6, 20))
