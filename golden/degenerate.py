@@ -36,6 +36,9 @@ def _rows(drafts: Drafts) -> None:
     # The mean magnitude is 4, so the threshold is 3 exactly, and "beyond" is strict.
     at_threshold = [[3, -3, 5, -5], [3, 3, 5, 5]]
     drafts.add("twn.symmetric_ternarize", "at-threshold", {"W": at_threshold}, ties=True)
+    small = 2.0**-18
+    above = [[3 + small, 3, 5 - small, 5], [-3 - small, -3 + small, 5, -5]]
+    drafts.add("twn.symmetric_ternarize", "just-above-threshold", {"W": above}, ties=True)
     shifted = [[4, -2, 6, -4], [3, -3, 5, -5]]
     drafts.add("atq.ternary_init", "at-threshold", {"W": shifted}, ties=True)
     on_grid = [[1, 3, 5, 1, 3, 5], [-2, -2, -2, 7, 7, 7], [0, 0, 1, 0, 0, 0]]
@@ -77,6 +80,9 @@ def _grids(drafts: Drafts) -> None:
     for label, C in matrices.items():
         drafts.add("aga.align_grid", label, {"W": W5, "T": equal, "C": C})
         drafts.add("aga.output_error", label, {"W": W5, "W_hat": equal / 2, "C": C})
+    # Eigenvalues 1e4 apart are no reason to drop the smaller.
+    nearly = {"W": W5[:, :4], "T": np.array([[1, 1, -1, -1]] * 4, dtype=np.int8)}
+    drafts.add("aga.align_grid", "nearly-singular", {**nearly, "C": np.diag([1, 3, 2.0**-12, 3 * 2.0**-12])})
     # Here the correction makes alpha negative.
     drafts.add(
         "aga.align_grid", "alpha-negative", {"W": -W5, "T": np.sign(W5).astype(np.int8), "C": np.eye(5)}
@@ -98,6 +104,9 @@ def _columns(drafts: Drafts) -> None:
     drafts.add("ssr.cosine_similarity", "zero-columns", {"W": signs})
     for k in (1, 3, 6, 7, 8, 20):
         drafts.add("ssr.select_block", f"ties-and-zeros-k{k}", {"W": signs}, k=k, ties=True)
+    many = np.where(sixteenths(60, 4, 64) > 0, 1.0, -1.0)
+    for k in (4, 12, 26, 60):
+        drafts.add("ssr.select_block", f"many-ties-k{k}", {"W": many}, k=k, ties=True)
     cancel = np.array([[1.0, -1, 1, -1], [1, -1, -1, 1]])
     drafts.add("ssr.select_block", "columns-cancel", {"W": cancel}, k=2, ties=True)
     drafts.add("ssr.select_block", "all-zero", {"W": np.zeros((2, 4))}, k=3, ties=True)
@@ -151,6 +160,11 @@ def _whole(drafts: Drafts) -> None:
         "dead-inputs-conditional": (W, _with_dead(C, [0, 5]), {"block_size": 6, "aga": "conditional"}),
         "all-dead": (W, np.zeros((10, 10)), {"block_size": 6}),
         "rank-deficient": (W, correlated(74, 10, tokens=4), {"block_size": 6}),
+        "equal-diagonal": (
+            sixteenths(76, 2, 40, 1000),
+            np.diag([1.0, 2] * 20),
+            {"block_size": 6, "reorder": "hessian", "compensation": False},
+        ),
         "damping-raised": (W[:, :2], np.array([[1, 1.0625], [1.0625, 1]]), {"damping": 1 / 128}),
     }
     # Rows of equal or absent weights: nothing is rounded on the way to these ties.

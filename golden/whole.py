@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from golden.arithmetic import Arithmetic, Array, Dense, Exact
+from golden.arithmetic import Array, Dense, Exact
 
 Kit = Exact | Dense
 
@@ -178,6 +178,3 @@ def _moved(kit: Kit, H: Array, Q: list[int], R: list[int]) -> Array:
 def _shares(values: Any, total: Any) -> Array:
     array = np.asarray(values, dtype=object)
     return np.vectorize(lambda value: float(value / total) if total else 0.0, otypes=[float])(array)
-
-
-__all__ = ["Arithmetic", "Kit", "block_variance", "damped", "fit", "select_block", "ternarize"]
