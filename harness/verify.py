@@ -14,7 +14,7 @@ import numpy as np
 
 from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
 from harness.backends import Backend, MissingOperation, load_backend
-from harness.cli import EXIT_MISS, HelpFormatter, run
+from harness.cli import EXIT_MISS, run
 from harness.tolerances import TOLERANCES, Finding, check
 from reference.types import TernaryConfig
 
@@ -186,13 +186,22 @@ def as_json(backend: Backend, outcomes: list[Outcome], seconds: float) -> dict[s
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m harness.verify", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
+        prog="python -m harness.verify",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--backend", default="auto", help="package with the functions of reference/, or auto")
-    parser.add_argument("--operation", metavar="NAME", help="only this module or module.function")
-    parser.add_argument("--kind", choices=KINDS, help="only cases of this kind")
     parser.add_argument(
-        "--golden", type=Path, default=FOLDER, metavar="DIR", help="folder of the golden files"
+        "--backend", default="auto", help="package with the functions of reference/, or auto (auto)"
+    )
+    parser.add_argument("--operation", metavar="NAME", help="only this module or module.function (all)")
+    parser.add_argument("--kind", choices=KINDS, help="only cases of this kind (all)")
+    parser.add_argument(
+        "--golden",
+        type=Path,
+        default=FOLDER,
+        metavar="DIR",
+        help="folder of the golden files (the package's own)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(arguments)
