@@ -260,8 +260,8 @@ def test_rows_are_independent_and_powers_of_two_scale_exactly(given, exponent, r
         # Multiplying by a power of two changes no mantissa.
         assert np.array_equal(got[0], plain[0][order] * factor)
         assert np.array_equal(got[1], plain[1][order] * factor)
-        for got_trits, trits in zip(got[2:3], plain[2:3], strict=True):
-            assert np.array_equal(got_trits, trits[order])
+        if len(plain) > 2:
+            assert np.array_equal(got[2], plain[2][order])
 
     agree(ternary_init(W[order] * factor), ternary_init(W))
     agree(build_optimal_grid(W[order] * factor, T[order]), build_optimal_grid(W, T))
