@@ -161,7 +161,7 @@ def _whole(drafts: Drafts) -> None:
         "all-dead": (W, np.zeros((10, 10)), {"block_size": 6}),
         "rank-deficient": (W, correlated(74, 10, tokens=4), {"block_size": 6}),
         "equal-diagonal": (
-            sixteenths(76, 2, 40, 1000),
+            sixteenths(94, 2, 40, 1000),
             np.diag([1.0, 2] * 20),
             {"block_size": 6, "reorder": "hessian", "compensation": False},
         ),
