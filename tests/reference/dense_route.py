@@ -122,8 +122,7 @@ def _fit(block, config):
     if config.itf:
         _alternate(block, config.max_iterations)
     block.output_errors["itf"] = block.output_error()
-    for i, (w, t) in enumerate(zip(W, block.T, strict=True)):
-        block.alpha[i], block.mu[i] = _aligned(w, t, (block.alpha[i], block.mu[i]), block, config.aga)
+    _align(block, config.aga)
     block.output_errors["aga"] = block.output_error()
 
 
@@ -147,17 +146,21 @@ def _refit(block):
     block.weight_errors.append(block.weight_error())
 
 
-def _aligned(w, t, grid, block, aga):
+def _align(block, aga):
     if aga == "none":
-        return grid
-    if aga == "exact":
-        return least_squares_grid(w, t, block.C)
-    if aga == "conditional":
-        return least_squares_grid(w, t, block.cost)
+        return
+    root = square_root(block.cost if aga == "conditional" else block.C)
+    for i, (w, t) in enumerate(zip(block.W, block.T, strict=True)):
+        if aga == "printed":
+            block.alpha[i], block.mu[i] = _weighted_grid(w, t, block.C.sum(axis=1))
+        else:
+            block.alpha[i], block.mu[i] = least_squares_grid(w, t, root)
+
+
+def _weighted_grid(w, t, weights):
     if not np.ptp(t):
         return 0.0, w.mean()
     design = np.column_stack([t, np.ones(t.size)])
-    weights = block.C.sum(axis=1)
     return np.linalg.solve(design.T @ (weights[:, None] * design), design.T @ (weights * w))
 
 
@@ -168,12 +171,11 @@ def _plain_grid(w, t):
     return np.linalg.lstsq(np.column_stack([t, np.ones(t.size)]), w, rcond=None)[0]
 
 
-def least_squares_grid(w, t, C):
-    """The grid of least error under C; where that leaves a choice, the nearest to the plain one.
+def least_squares_grid(w, t, root):
+    """The grid of least error under C = root rootᵀ; where that leaves a choice, the nearest to the plain one.
 
     An eigenvalue of Eq. 12 below 1e-12 of the larger one is a singular value of the design below 1e-6.
     """
     design = np.column_stack([t, np.ones(t.size)])
     plain = _plain_grid(w, t)
-    root = square_root(C).T
-    return plain + np.linalg.lstsq(root @ design, root @ (w - design @ plain), rcond=1e-6)[0]
+    return plain + np.linalg.lstsq(root.T @ design, root.T @ (w - design @ plain), rcond=1e-6)[0]

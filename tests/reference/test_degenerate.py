@@ -46,8 +46,9 @@ def degenerate_weights():
 def test_result_is_finite_and_complete_for_every_setting(W, kind):
     C = random_gram(np.random.default_rng(1), W.shape[1], kind)
     # The printed form may be beyond float16 by right; it has its own tests.
-    configs = [config for config in EVERY if config.aga != "printed"][:: 5 if W.size > 10 else 1]
-    for config in configs:
+    configs = [config for config in EVERY if config.aga != "printed"]
+    # A seventh of the settings has every value of every one: 7 shares no factor with their numbers.
+    for config in configs[:: 7 if W.size > 1 else 1]:
         result = ternarize(W, C, config)
         blocks = -(-W.shape[1] // 4)
         assert result.dequantize().shape == W.shape
@@ -91,7 +92,7 @@ def test_weights_of_dead_inputs_count_for_nothing(aga):
 
 def test_matrix_that_meets_no_inputs_becomes_zero():
     W = np.random.default_rng(4).normal(size=(3, 6))
-    for config in EVERY:
+    for config in EVERY[::7]:
         result = ternarize(W, np.zeros((6, 6)), config)
         assert np.array_equal(result.dequantize(), np.zeros((3, 6)))
         assert result.report.relative_output_error == 0

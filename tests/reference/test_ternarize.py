@@ -75,7 +75,7 @@ def test_limit_of_rounds_agrees_with_the_dense_route(limit):
 
 
 def test_wider_blocks_agree_with_the_dense_route():
-    W, C = layer(16, 150, 7)
+    W, C = layer(6, 150, 7)
     for aga in ("exact", "conditional"):
         agree(W, C, TernaryConfig(aga=aga))
 
