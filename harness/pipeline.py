@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy.linalg.blas import ssyrk
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -203,8 +202,11 @@ def _quantize_together(jobs: list[tuple[str, nn.Linear, np.ndarray]], method: Me
     """Quantize matrices side by side, which keeps all cores busy; BLAS threads share what is left."""
     cores = torch.get_num_threads()
     workers = min(len(jobs), cores)
+    # The one that takes longest, by the cube of its columns, must not be the last to start.
+    order = sorted(range(len(jobs)), key=lambda i: jobs[i][1].in_features, reverse=True)
     with threadpool_limits(max(1, cores // workers), "blas"), ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda job: _quantize(job[0], job[1], job[2], method), jobs))
+        running = {i: pool.submit(_quantize, *jobs[i], method) for i in order}
+        return [running[i].result() for i in range(len(jobs))]
 
 
 def _quantize(name: str, linear: nn.Linear, gram: np.ndarray, method: Method) -> FittedMatrix:
@@ -262,7 +264,7 @@ def _collect_grams(
     sums = [GramSum(linears[group[0]].in_features) for group in groups]
 
     def add(total: GramSum) -> Callable[..., None]:
-        return lambda module, args: total.add(args[0].reshape(-1, total.columns).numpy())
+        return lambda module, args: total.add(args[0].reshape(-1, total.columns))
 
     with _pre_hooks({linears[group[0]]: add(total) for group, total in zip(groups, sums, strict=True)}):
         for states in hidden:
@@ -282,28 +284,27 @@ class GramSum:
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
-        self._total = np.zeros((columns, columns), order="F")
-        self._chunk = np.zeros((columns, columns), dtype=np.float32, order="F")
+        self._total = torch.zeros(columns, columns, dtype=torch.float64)
+        self._chunk = torch.zeros(columns, columns)
         self._rows = 0
 
-    def add(self, X: np.ndarray) -> None:
+    def add(self, X: torch.Tensor) -> None:
         """Add the rows of X, (rows, m) float32."""
-        for first in range(0, len(X), CHUNK_TOKENS):
-            part = X[first : first + CHUNK_TOKENS]
+        for part in X.split(CHUNK_TOKENS):
             if self._rows + len(part) > CHUNK_TOKENS:
                 self._flush()
-            # Half the work of a product: only the upper triangle is formed.
-            self._chunk = ssyrk(1.0, part.T, 1.0, self._chunk, overwrite_c=1)
+            self._chunk.addmm_(part.T, part)
             self._rows += len(part)
 
     def finish(self) -> np.ndarray:
         """The symmetric (m, m) float64 sum."""
         self._flush()
-        return np.triu(self._total) + np.triu(self._total, 1).T
+        # The product of a matrix with itself is symmetric only to rounding.
+        return ((self._total + self._total.T) / 2).numpy()
 
     def _flush(self) -> None:
         self._total += self._chunk
-        self._chunk[:] = 0
+        self._chunk.zero_()
         self._rows = 0
 
 

@@ -118,6 +118,6 @@ def _time_layer(decoder: DecoderLayers, hidden: torch.Tensor, call: LayerCall) -
     rows = torch.ones(hidden.shape[0] * hidden.shape[1], max(widths))
     begin = time.perf_counter()
     for width, total in sums.items():
-        total.add(rows[:, :width].contiguous().numpy())
+        total.add(rows[:, :width].contiguous())
     # Inputs of the hidden width feed q/k/v, o and gate/up; the widest only one matrix.
     return forward, 2 * (time.perf_counter() - begin)

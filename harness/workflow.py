@@ -34,7 +34,10 @@ NO_EVALUATION = "none"
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for; the command line of `harness.quantize` explains every field."""
+    """What a run is asked for; the command line of `harness.quantize` explains the fields.
+
+    `measure_original` is for runs that follow others on the same model.
+    """
 
     model: str | None = None
     out: Path | None = None
@@ -52,6 +55,7 @@ class Options:
     evaluation: str | None = None
     evaluation_seqlen: int = 2048
     evaluation_windows: int | None = None
+    measure_original: bool = True
 
 
 def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
@@ -122,7 +126,8 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
         record["mean_relative_output_error"] = report.mean_layer_error(layers)
 
     record["seconds"]["load"] = time.perf_counter() - begin
-    evaluate("before", original)
+    if options.measure_original:
+        evaluate("before", original)
     begin = time.perf_counter()
     if options.method == PT2_LLM and options.out is not None:
         method: Method = partial(backend.function("ternarize.ternarize"), config=options.config)

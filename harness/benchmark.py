@@ -1,0 +1,263 @@
+"""Measure speed, memory and quality, and write the figures to a file: python -m harness.benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from harness import checkpoint, report, text
+from harness.cli import HelpFormatter, UserError, positive, run
+from harness.models import find_decoder_layers, load_original
+from harness.pipeline import capture_inputs
+from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
+from reference.types import TernaryConfig
+
+DESCRIPTION = """\
+Measure on this machine and write the figures to a file, with command, machine and date.
+
+  command      seconds and peak memory of any command line
+  calibration  a whole quantization against two plain forward passes of the same tokens
+  methods      the paper's ablations and 2-bit baselines side by side, on one text
+
+  python -m harness.benchmark command benchmarks/demo.json -- python -m harness.quantize --out DIR
+  python -m harness.benchmark calibration benchmarks/calibration.json
+  python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
+"""
+
+# Windows that the plain passes are timed on; the rest would take the same time each.
+PASS_WINDOWS = 16
+
+NO_ORDER = TernaryConfig(reorder="none")
+METHODS: dict[str, tuple[str, TernaryConfig]] = {
+    "SSR + ITF + AGA (PT²-LLM)": (PT2_LLM, TernaryConfig()),
+    "SSR + ITF + conditional AGA": (PT2_LLM, TernaryConfig(aga="conditional")),
+    "Hessian order + ITF + AGA": (PT2_LLM, TernaryConfig(reorder="hessian")),
+    "random order + ITF + AGA": (PT2_LLM, TernaryConfig(reorder="random")),
+    "ITF + AGA": (PT2_LLM, NO_ORDER),
+    "ITF + AGA, no compensation": (PT2_LLM, replace(NO_ORDER, compensation=False)),
+    "ITF": (PT2_LLM, replace(NO_ORDER, aga="none")),
+    "initialization only": (PT2_LLM, replace(NO_ORDER, itf=False, aga="none")),
+    "SSR + ITF + Eq. 13 as printed": (PT2_LLM, TernaryConfig(aga="printed")),
+    **{f"{name} ({what})": (name, TernaryConfig()) for name, what in BASELINES.items()},
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.benchmark", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+
+    def kind(name: str, what: str) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=what, description=what, formatter_class=HelpFormatter)
+        sub.add_argument("file", type=Path, metavar="FILE", help="where the figures go, as JSON")
+        return sub
+
+    sub = kind("command", "seconds and peak memory of a command line")
+    sub.add_argument("command", nargs="+", metavar="WORD", help="the command, after --")
+
+    defaults = Options()
+    sub = kind("calibration", "a whole quantization against two plain passes of the same tokens")
+    sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
+    sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
+    sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="windows")
+    sub.add_argument("--seqlen", type=positive, default=defaults.seqlen, help="tokens in a window")
+
+    sub = kind("methods", "the paper's ablations and 2-bit baselines side by side, on one text")
+    sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
+    sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
+    sub.add_argument("--eval", default=text.BUILTIN, metavar="TEXT", help="text for perplexity")
+    sub.add_argument("--nsamples", type=positive, default=16, help="windows of calibration text")
+    sub.add_argument("--seqlen", type=positive, default=1024, help="tokens in a window")
+    sub.add_argument("--eval-seqlen", type=positive, default=2048, help="tokens in an evaluation window")
+    sub.add_argument("--eval-windows", type=positive, default=8, help="evaluation windows")
+    sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="some of the methods")
+    return parser
+
+
+def measure_command(command: list[str]) -> dict[str, Any]:
+    """Run a command and give its seconds and the most memory it had resident.
+
+    Raises
+    ------
+    UserError
+        If the command fails.
+    """
+    import resource
+
+    begin = time.perf_counter()
+    status = subprocess.run(command, check=False).returncode
+    if status != 0:
+        raise UserError(f"{' '.join(command)} ended with exit code {status}")
+    return {
+        "seconds": round(time.perf_counter() - begin, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, 2),
+    }
+
+
+def measure_calibration(
+    model: str | None, calibration: str, nsamples: int, seqlen: int, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Time a quantization from loading to the finished checkpoint, and plain passes before and after it."""
+    before = time_passes(model, calibration, nsamples, seqlen)
+    say(f"two plain passes: {before:.0f} s")
+    with TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        record = quantize(
+            Options(
+                model=model,
+                out=Path(folder) / "out",
+                calibration=calibration,
+                evaluation=NO_EVALUATION,
+                nsamples=nsamples,
+                seqlen=seqlen,
+            ),
+            say,
+        )
+        total = time.perf_counter() - begin
+    after = time_passes(model, calibration, nsamples, seqlen)
+    say(f"two plain passes: {after:.0f} s")
+    passes = (before + after) / 2
+    stages: dict[str, float] = {}
+    for layer in record["layers"]:
+        for stage, seconds in layer["seconds"].items():
+            stages[stage] = round(stages.get(stage, 0.0) + seconds, 1)
+    return {
+        "tokens": nsamples * seqlen,
+        "total_seconds": round(total, 1),
+        "two_plain_passes_seconds": [round(before, 1), round(after, 1)],
+        "passes_timed_on_windows": min(PASS_WINDOWS, nsamples),
+        "ratio": round(total / passes, 3),
+        "seconds_by_stage": {"load and capture": round(record["seconds"]["load"], 1), **stages},
+        "peak_memory_gb": round(record["peak_memory_bytes"] / 1e9, 2),
+    }
+
+
+@torch.no_grad()
+def time_passes(model: str | None, calibration: str, nsamples: int, seqlen: int) -> float:
+    """Seconds that two passes of all windows through the decoder layers take, in float32 as calibration's."""
+    original = load_original(model)
+    decoder = find_decoder_layers(original.model)
+    tokens = text.tokenize(text.read_text(calibration, text.CALIBRATION), original.tokenizer)
+    timed = min(PASS_WINDOWS, nsamples)
+    hidden, calls = capture_inputs(
+        original.model, decoder.layers, text.calibration_windows(tokens, timed, seqlen, seed=0)
+    )
+    begin = time.perf_counter()
+    for layer, call in zip(decoder.layers, calls, strict=True):
+        working = copy.deepcopy(layer).float()
+        for position, states in enumerate(hidden):
+            hidden[position] = call(working, states.float()).to(states.dtype)
+    return 2 * (time.perf_counter() - begin) * nsamples / timed
+
+
+def compare_methods(
+    options: Options, methods: list[str], say: Callable[[str], None] = print
+) -> dict[str, dict[str, Any]]:
+    """Perplexity and mean relative output error of every method, everything else equal."""
+    results: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory() as folder:
+        for name in methods:
+            method, config = METHODS[name]
+            say(name)
+            try:
+                record = quantize(
+                    replace(
+                        options,
+                        method=method,
+                        config=config,
+                        out=Path(folder) / "out",
+                        force=True,
+                        measure_original=not results,
+                    ),
+                    say=lambda line: None,
+                )
+            except UserError as error:  # a method that diverges is a result, too
+                results[name] = {"error": str(error)}
+                say(f"  {error}")
+                continue
+            if not results:
+                results["original"] = {"perplexity": record["perplexity"]["before"]["value"]}
+                results["protocol"] = {
+                    "calibration": record["calibration"],
+                    "evaluation": record["perplexity"]["before"]["protocol"],
+                }
+            bits = record["plan"]["bits_per_weight"] if method == PT2_LLM else 2 + 18 / config.block_size
+            results[name] = {
+                "bits_per_weight": round(bits, 3),
+                "perplexity": record["perplexity"]["after"]["value"],
+                "mean_relative_output_error": record["mean_relative_output_error"],
+                "seconds": round(sum(record["seconds"].values()), 1),
+            }
+            say(f"  {json.dumps(results[name])}")
+    return results
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return {"cpu": name, "memory_gb": round(memory, 1), **report.environment()}
+
+
+def main() -> int:
+    """Run the command line."""
+    arguments = parser().parse_args()
+    arguments.file.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.kind == "command":
+        results = measure_command(arguments.command)
+    elif arguments.kind == "calibration":
+        results = measure_calibration(
+            arguments.model, arguments.calibration, arguments.nsamples, arguments.seqlen
+        )
+    else:
+        options = Options(
+            model=arguments.model,
+            calibration=arguments.calibration,
+            evaluation=arguments.eval,
+            nsamples=arguments.nsamples,
+            seqlen=arguments.seqlen,
+            evaluation_seqlen=arguments.eval_seqlen,
+            evaluation_windows=arguments.eval_windows,
+        )
+        results = compare_methods(options, arguments.only or list(METHODS))
+    checkpoint.write_json(
+        arguments.file,
+        {
+            "command": " ".join(["python -m harness.benchmark", *map(_without_folders, sys.argv[1:])]),
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": machine(),
+            "results": results,
+        },
+    )
+    print(json.dumps(results, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _without_folders(word: str) -> str:
+    """A word of the command line without the folders of this machine."""
+    name, colon, path = word.rpartition(":")
+    return f"{name}{colon}{Path(path).name}" if Path(path).is_absolute() else word
+
+
+if __name__ == "__main__":
+    run(main)
