@@ -202,7 +202,6 @@ def compare_methods(
                 "bits_per_weight": round(bits, 3),
                 "perplexity": record["perplexity"]["after"]["value"],
                 "mean_relative_output_error": record["mean_relative_output_error"],
-                "seconds": round(sum(record["seconds"].values()), 1),
             }
             say(f"  {json.dumps(results[name])}")
     return results
