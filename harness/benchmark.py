@@ -167,9 +167,15 @@ def time_passes(model: str | None, calibration: str, nsamples: int, seqlen: int)
 
 
 def compare_methods(
-    options: Options, methods: list[str], say: Callable[[str], None] = print
+    options: Options,
+    methods: list[str],
+    save: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, Any]]:
-    """Perplexity and mean relative output error of every method, everything else equal."""
+    """Perplexity and mean relative output error of every method, everything else equal.
+
+    `save` gets the results so far after every method, so that a run that is killed loses only one.
+    """
     results: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
         for name in methods:
@@ -204,6 +210,7 @@ def compare_methods(
                 "mean_relative_output_error": record["mean_relative_output_error"],
             }
             say(f"  {json.dumps(results[name])}")
+            save(results)
     return results
 
 
@@ -221,7 +228,19 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     """Run the command line."""
     arguments = parser().parse_args()
-    arguments.file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{arguments.file.parent} cannot be made: {error.strerror}") from None
+    described = {
+        "command": " ".join(["python -m harness.benchmark", *map(_without_folders, sys.argv[1:])]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+    }
+
+    def save(results: dict[str, Any]) -> None:
+        checkpoint.write_json(arguments.file, {**described, "results": results})
+
     if arguments.kind == "command":
         results = measure_command(arguments.command)
     elif arguments.kind == "calibration":
@@ -238,16 +257,8 @@ def main() -> int:
             evaluation_seqlen=arguments.eval_seqlen,
             evaluation_windows=arguments.eval_windows,
         )
-        results = compare_methods(options, arguments.only or list(METHODS))
-    checkpoint.write_json(
-        arguments.file,
-        {
-            "command": " ".join(["python -m harness.benchmark", *map(_without_folders, sys.argv[1:])]),
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": machine(),
-            "results": results,
-        },
-    )
+        results = compare_methods(options, arguments.only or list(METHODS), save)
+    save(results)
     print(json.dumps(results, indent=2, ensure_ascii=False))
     return 0
 
