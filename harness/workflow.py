@@ -88,6 +88,51 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     calibration_text, evaluation_text = _texts(options)
 
     begin = time.perf_counter()
+    ready = _prepare(options, calibration_text)
+    for line in _announcement(options, ready, backend, calibration_text):
+        say(line)
+    record = _record(options, ready, backend, calibration_text)
+    record["seconds"]["load"] = time.perf_counter() - begin
+
+    def evaluate(when: str, model: Original) -> None:
+        if evaluation_text is not None:
+            record["perplexity"][when] = asdict(
+                measure_on(model, evaluation_text, options.evaluation_seqlen, options.evaluation_windows)
+            )
+
+    if options.measure_original:
+        evaluate("before", ready.original)
+    if options.method == PT2_LLM and options.out is not None:
+        _ternarize(options, options.out, ready, backend, record, say)
+        tokenizer = ready.original.tokenizer
+        del ready  # two models need not fit side by side
+        evaluate("after", Original(checkpoint.load(options.out), tokenizer, str(options.out)))
+    else:
+        _run_layers(options, ready, _baseline(options), lambda index, matrices: None, record, say)
+        evaluate("after", ready.original)
+    record["peak_memory_bytes"] = report.peak_memory()
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(options.out / checkpoint.REPORT, record)
+    for line in _result_lines(options, record):
+        say(line)
+    return record
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model and its calibration inputs; `tokens` is the length of the whole calibration text."""
+
+    original: Original
+    decoder: DecoderLayers
+    tokens: int
+    hidden: list[torch.Tensor]
+    calls: list[LayerCall]
+    plan: Plan
+
+
+def _prepare(options: Options, calibration_text: text.Text) -> _Ready:
+    """Everything that can fail early: load, look for what to quantize, cut windows, look for space."""
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
     decoder = find_decoder_layers(original.model)
     tokens = text.tokenize(calibration_text, original.tokenizer)
@@ -104,58 +149,41 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     )
     if options.method == PT2_LLM and options.out is not None:
         checkpoint.require_space(options.out, plan.packed_bytes + plan.other_bytes)
+    return _Ready(original, decoder, len(tokens), hidden, calls, plan)
 
-    say(f"{original.name}: {options.method} on the {backend.name} backend")
-    say(f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}")
-    if len(tokens) < windows.numel():
-        say(f"  warning: the text has {len(tokens)} tokens for {windows.numel()} asked for; windows overlap")
-    if options.method == PT2_LLM:
-        say("\n".join(plan.lines()))
 
-    record = _record(options, original, backend, calibration_text, len(tokens), plan)
-    record["calibration"]["activations_kept_in"] = _dtype_name(hidden[0].dtype)
+def _announcement(
+    options: Options, ready: _Ready, backend: Backend, calibration_text: text.Text
+) -> list[str]:
+    wanted = options.nsamples * options.seqlen
+    lines = [
+        f"{ready.original.name}: {options.method} on the {backend.name} backend",
+        f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
+    ]
+    if ready.tokens < wanted:
+        lines.append(f"  warning: the text has {ready.tokens} tokens for {wanted} asked for; windows overlap")
+    return lines + (ready.plan.lines() if options.method == PT2_LLM else [])
 
-    def evaluate(when: str, model: Original) -> None:
-        if evaluation_text is not None:
-            record["perplexity"][when] = asdict(
-                measure_on(model, evaluation_text, options.evaluation_seqlen, options.evaluation_windows)
-            )
 
-    def summarize(layers: list[dict[str, Any]]) -> None:
-        record["layers"] = layers
-        record["mean_relative_output_error"] = report.mean_layer_error(layers)
+def _ternarize(
+    options: Options,
+    out: Path,
+    ready: _Ready,
+    backend: Backend,
+    record: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Ternarize the model and write the checkpoint layer by layer."""
+    method = partial(backend.function("ternarize.ternarize"), config=options.config)
+    with checkpoint.CheckpointWriter(out, len(ready.decoder.layers) + 1) as writer:
 
-    record["seconds"]["load"] = time.perf_counter() - begin
-    if options.measure_original:
-        evaluate("before", original)
-    begin = time.perf_counter()
-    if options.method == PT2_LLM and options.out is not None:
-        method: Method = partial(backend.function("ternarize.ternarize"), config=options.config)
-        with checkpoint.CheckpointWriter(options.out, len(decoder.layers) + 1) as writer:
+        def write(index: int, matrices: list[FittedMatrix]) -> None:
+            writer.add(_layer_tensors(ready.decoder, index, matrices))
 
-            def write(index: int, matrices: list[FittedMatrix]) -> None:
-                writer.add(_layer_tensors(decoder, index, matrices))
-
-            summarize(_run_layers(options, decoder, hidden, calls, method, write, say))
-            writer.add(_outside_layers(original, decoder))
-            record["seconds"]["layers"] = time.perf_counter() - begin
-            writer.finish(original, options.config.block_size, list(decoder.named_linears()), record)
-        tokenizer = original.tokenizer
-        del original, decoder, hidden, calls
-        evaluate("after", Original(checkpoint.load(options.out), tokenizer, str(options.out)))
-    else:
-        method = _baseline(options)
-        summarize(_run_layers(options, decoder, hidden, calls, method, lambda index, matrices: None, say))
-        record["seconds"]["layers"] = time.perf_counter() - begin
-        evaluate("after", original)
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
-    record["peak_memory_bytes"] = report.peak_memory()
-    if options.out is not None:
-        checkpoint.write_json(options.out / checkpoint.REPORT, record)
-    for line in _result_lines(options, record):
-        say(line)
-    return record
+        _run_layers(options, ready, method, write, record, say)
+        writer.add(_outside_layers(ready.original, ready.decoder))
+        modules = list(ready.decoder.named_linears())
+        writer.finish(ready.original, options.config.block_size, modules, record)
 
 
 def _texts(options: Options) -> tuple[text.Text, text.Text | None]:
@@ -189,41 +217,47 @@ def _baseline(options: Options) -> Method:
 
 def _run_layers(
     options: Options,
-    decoder: DecoderLayers,
-    hidden: list[torch.Tensor],
-    calls: list[LayerCall],
+    ready: _Ready,
     method: Method,
     write: Callable[[int, list[FittedMatrix]], None],
+    record: dict[str, Any],
     say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Quantize every layer with a progress bar, write it, and say a line about it."""
-    records: list[dict[str, Any]] = []
-    count = len(decoder.layers)
+) -> None:
+    """Quantize every layer with a progress bar, write it, and say and record its figures."""
+    begin = time.perf_counter()
+    layers: list[dict[str, Any]] = []
+    count = len(ready.decoder.layers)
     with tqdm(total=count, disable=None, leave=False, bar_format=_BAR) as bar:
 
         def progress(steps: int, stage: str) -> None:
             bar.set_postfix_str(stage, refresh=False)
             # Two passes of every window make a layer; those that true-sequential adds do not count.
-            bar.update(min(steps / (2 * len(hidden)), max(len(records) + 1 - bar.n, 0)))
+            bar.update(min(steps / (2 * len(ready.hidden)), max(len(layers) + 1 - bar.n, 0)))
 
         for index, layer in enumerate(
             quantize_layers(
-                decoder, hidden, calls, method, true_sequential=options.true_sequential, progress=progress
+                ready.decoder,
+                ready.hidden,
+                ready.calls,
+                method,
+                true_sequential=options.true_sequential,
+                progress=progress,
             )
         ):
             write(index, layer.matrices)
-            record = report.layer_record(index, layer)
-            records.append(record)
-            bar.update(len(records) - bar.n)
+            layers.append(report.layer_record(index, layer))
+            bar.update(len(layers) - bar.n)
             say(
-                f"layer {len(records):3d}/{count}  {len(layer.matrices)} matrices  "
-                f"relative output error {record['relative_output_error']:.4f}  "
+                f"layer {len(layers):3d}/{count}  {len(layer.matrices)} matrices  "
+                f"relative output error {layers[-1]['relative_output_error']:.4f}  "
                 f"{sum(layer.seconds.values()):.1f} s"
             )
-            for matrix in record["matrices"]:
+            for matrix in layers[-1]["matrices"]:
                 if matrix.get("damping", 0.0) > options.config.damping:
                     say(f"  warning: {matrix['name']}: damping raised to {matrix['damping']:g}")
-    return records
+    record["layers"] = layers
+    record["mean_relative_output_error"] = report.mean_layer_error(layers)
+    record["seconds"]["layers"] = time.perf_counter() - begin
 
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
@@ -254,33 +288,28 @@ def _outside_layers(original: Original, decoder: DecoderLayers) -> dict[str, tor
     }
 
 
-def _record(
-    options: Options,
-    original: Original,
-    backend: Backend,
-    calibration_text: text.Text,
-    tokens: int,
-    plan: Plan,
-) -> dict[str, Any]:
+def _record(options: Options, ready: _Ready, backend: Backend, calibration_text: text.Text) -> dict[str, Any]:
+    """What is known of a run before its first layer."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": original.name,
-        "dtype": _dtype_name(original.model.dtype),
+        "model": ready.original.name,
+        "dtype": _dtype_name(ready.original.model.dtype),
         "method": options.method,
         "backend": backend.name,
         "config": asdict(options.config),
         "calibration": {
             "text": calibration_text.protocol,
-            "tokens": tokens,
+            "tokens": ready.tokens,
             "nsamples": options.nsamples,
             "seqlen": options.seqlen,
             "seed": options.config.seed,
             "true_sequential": options.true_sequential,
             "computed_in": "float32",
+            "activations_kept_in": _dtype_name(ready.hidden[0].dtype),
             "gram": "float32 products, float64 sums",
         },
         **report.environment(),
-        "plan": {**asdict(plan), "bits_per_weight": plan.bits_per_weight},
+        "plan": {**asdict(ready.plan), "bits_per_weight": ready.plan.bits_per_weight},
         "perplexity": {},
         "seconds": {},
     }

@@ -1,0 +1,81 @@
+"""The benchmarks run on small models and say what they measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness import benchmark
+from harness.cli import EXIT_USAGE
+
+Run = Callable[..., int]
+
+
+def test_a_command_is_timed_and_its_memory_is_that_of_the_child(tmp_path: Path, run_main: Run) -> None:
+    file = tmp_path / "results" / "command.json"
+    code = "import time; block = bytearray(300_000_000); time.sleep(0.5)"
+    assert run_main(benchmark.main, "command", file, "--", sys.executable, "-c", code) == 0
+    record = json.loads(file.read_text())
+    assert 0.5 < record["results"]["seconds"] < 30
+    assert record["results"]["peak_memory_gb"] >= 0.3
+    assert record["command"].startswith("python -m harness.benchmark command")
+    assert str(tmp_path) not in record["command"]
+    assert record["machine"]["cpu"]
+
+
+def test_a_command_that_fails_gives_no_figures(
+    tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "command.json"
+    assert run_main(benchmark.main, "command", file, "--", sys.executable, "-c", "exit(3)") == EXIT_USAGE
+    assert "ended with exit code 3" in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_calibration_is_held_against_plain_passes_of_the_same_tokens(
+    tmp_path: Path, llama: Path, words_file: Path, run_main: Run
+) -> None:
+    file = tmp_path / "calibration.json"
+    arguments = ("--model", llama, "--calibration", words_file, "--nsamples", "4", "--seqlen", "24")
+    assert run_main(benchmark.main, "calibration", file, *arguments) == 0
+    results = json.loads(file.read_text())["results"]
+    assert results["tokens"] == 96
+    passes = sum(results["two_plain_passes_seconds"]) / 2
+    # Both are rounded in the file.
+    assert results["ratio"] == pytest.approx(results["total_seconds"] / passes, rel=1)
+    assert {"inputs", "fits", "outputs"} <= results["seconds_by_stage"].keys()
+
+
+def test_methods_are_compared_and_one_that_diverges_is_a_result(
+    tmp_path: Path, llama: Path, words_file: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "methods.json"
+    names = ["ITF + AGA", "rtn-2bit (round to nearest on a min-max grid)"]
+    diverging = ("no-such-method", benchmark.NO_ORDER)
+    monkeypatch.setitem(benchmark.METHODS, "diverging", diverging)
+    quantize = benchmark.quantize
+
+    def fail(options: benchmark.Options, **rest: object) -> dict:
+        if options.method == "no-such-method":
+            raise benchmark.UserError("layer 0: beyond what float16 holds")
+        return quantize(options, **rest)
+
+    monkeypatch.setattr(benchmark, "quantize", fail)
+    text = ("--calibration", words_file, "--eval", words_file, "--nsamples", "8", "--seqlen", "24")
+    size = ("--eval-seqlen", "24", "--eval-windows", "2", "--model", llama)
+    assert (
+        run_main(benchmark.main, "methods", file, *text, *size, "--only", names[0], "diverging", names[1])
+        == 0
+    )
+    results = json.loads(file.read_text())["results"]
+    assert results["diverging"] == {"error": "layer 0: beyond what float16 holds"}
+    # Weights on a ternary grid: ternarization finds them, two bits by min and max do not.
+    assert results[names[0]]["mean_relative_output_error"] < 1e-3
+    assert results[names[1]]["mean_relative_output_error"] > 1e-3
+    assert results[names[1]]["bits_per_weight"] == pytest.approx(2 + 18 / 128, abs=1e-3)
+    assert results["original"]["perplexity"] > 1
+    assert "windows of 24" in results["protocol"]["evaluation"]
