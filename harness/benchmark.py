@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import platform
 import subprocess
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 
 from harness import checkpoint, report, text
-from harness.cli import HelpFormatter, UserError, positive, run
+from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
 from harness.models import find_decoder_layers, load_original
-from harness.pipeline import capture_inputs
+from harness.pipeline import FitError, capture_inputs
 from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
 from reference.types import TernaryConfig
 
@@ -76,15 +75,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
     sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="windows")
-    sub.add_argument("--seqlen", type=positive, default=defaults.seqlen, help="tokens in a window")
+    sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens in a window")
 
     sub = kind("methods", "the paper's ablations and 2-bit baselines side by side, on one text")
     sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
     sub.add_argument("--eval", default=text.BUILTIN, metavar="TEXT", help="text for perplexity")
     sub.add_argument("--nsamples", type=positive, default=16, help="windows of calibration text")
-    sub.add_argument("--seqlen", type=positive, default=1024, help="tokens in a window")
-    sub.add_argument("--eval-seqlen", type=positive, default=2048, help="tokens in an evaluation window")
+    sub.add_argument("--seqlen", type=window_length, default=1024, help="tokens in a window")
+    sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens in an evaluation window")
     sub.add_argument("--eval-windows", type=positive, default=8, help="evaluation windows")
     sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="some of the methods")
     return parser
@@ -98,15 +97,16 @@ def measure_command(command: list[str]) -> dict[str, Any]:
     UserError
         If the command fails.
     """
-    import resource
-
     begin = time.perf_counter()
-    status = subprocess.run(command, check=False).returncode
+    try:
+        status = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        raise UserError(f"{command[0]} cannot be run: {error.strerror}") from None
     if status != 0:
         raise UserError(f"{' '.join(command)} ended with exit code {status}")
     return {
         "seconds": round(time.perf_counter() - begin, 1),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, 2),
+        "peak_memory_gb": round(report.peak_memory(of_children=True) / 1e9, 2),
     }
 
 
@@ -187,17 +187,17 @@ def compare_methods(
                         options,
                         method=method,
                         config=config,
-                        out=Path(folder) / "out",
+                        out=Path(folder) / "out" if method == PT2_LLM else None,
                         force=True,
-                        measure_original=not results,
+                        measure_original="original" not in results,
                     ),
                     say=lambda line: None,
                 )
-            except UserError as error:  # a method that diverges is a result, too
+            except FitError as error:  # a method that diverges is a result, too
                 results[name] = {"error": str(error)}
                 say(f"  {error}")
                 continue
-            if not results:
+            if "original" not in results:
                 results["original"] = {"perplexity": record["perplexity"]["before"]["value"]}
                 results["protocol"] = {
                     "calibration": record["calibration"],
@@ -209,7 +209,7 @@ def compare_methods(
                 "perplexity": record["perplexity"]["after"]["value"],
                 "mean_relative_output_error": record["mean_relative_output_error"],
             }
-            say(f"  {json.dumps(results[name])}")
+            say(f"  {results[name]}")
             save(results)
     return results
 
@@ -259,7 +259,7 @@ def main() -> int:
         )
         results = compare_methods(options, arguments.only or list(METHODS), save)
     save(results)
-    print(json.dumps(results, indent=2, ensure_ascii=False))
+    print(json_text(results))
     return 0
 
 

@@ -1,8 +1,10 @@
 """A ternary model on disk: a Hugging Face folder whose linear layers are packed trits.
 
 What is stored for a linear layer is written down in `reference.packing`. Beside that, config.json
-has a ``quantization_config`` with ``quant_method`` "pt2_llm", ``format_version``, ``block_size`` and
-``modules``, the names of the packed layers; everything else is as transformers writes it.
+has a ``quantization_config`` with ``quant_method`` "pt2_llm", ``format_version``, ``block_size``,
+``modules``, the names of the packed layers, and ``unpermuted``, those of them that have no permutation
+because it is the identity (so that one that got lost is missed); everything else is as transformers
+writes it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,13 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from harness.cli import UserError
+from harness.cli import UserError, json_text
 from harness.models import Original, quiet_transformers, read_config, require_complete
 from reference.packing import FORMAT_VERSION, pack_base3, unpack_base3
 from reference.types import TernaryMatrix
 
 QUANT_METHOD = "pt2_llm"
-CONFIG, INDEX, REPORT = "config.json", "model.safetensors.index.json", "report.json"
+CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
+INDEX = "model.safetensors.index.json"
+STAGING = ".incomplete"
 WEIGHT_FILES = "model*.safetensors"
 
 PACKED = ("trits", "scale", "shift", "permutation")
@@ -56,8 +60,8 @@ def packed_bytes(rows: int, columns: int, block_size: int, permuted: bool) -> in
 class CheckpointWriter:
     """Writes a checkpoint shard by shard, and makes it visible only once it is whole.
 
-    Files go to a folder beside `out` that has no config.json and so does not load. `finish` moves
-    them into place; leaving the context without it removes them.
+    Files go to a folder inside `out`, on the disk they will stay on; without a config.json it does
+    not load. `finish` moves them into place; leaving the context without it removes them.
 
     Parameters
     ----------
@@ -75,12 +79,14 @@ class CheckpointWriter:
     def __init__(self, out: Path, shards: int) -> None:
         self.out = out
         self.shards = shards
-        self.folder = out.with_name(out.name + ".incomplete")
+        self.folder = out / STAGING
         self._files: dict[str, str] = {}
         self._bytes = 0
         self._written = 0
+        self._unpermuted: list[str] = []
 
     def __enter__(self) -> CheckpointWriter:
+        self._made = not self.out.exists()
         try:
             shutil.rmtree(self.folder, ignore_errors=True)  # left behind by a run that was killed
             self.folder.mkdir(parents=True)
@@ -92,12 +98,21 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._made and kind is not None:
+            shutil.rmtree(self.out, ignore_errors=True)
 
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one shard."""
+    def add(
+        self, tensors: dict[str, torch.Tensor], matrices: Mapping[str, TernaryMatrix] | None = None
+    ) -> None:
+        """Write one shard: tensors as they are, and matrices by the name of their layer, packed."""
         self._written += 1
         file = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        for name, matrix in (matrices or {}).items():
+            packed = packed_tensors(name, matrix)
+            if f"{name}.permutation" not in packed:
+                self._unpermuted.append(name)
+            tensors.update(packed)
         try:
             save_file(tensors, self.folder / file, metadata={"format": "pt"})
         except (SafetensorError, OSError) as error:
@@ -109,52 +124,57 @@ class CheckpointWriter:
 
     def finish(self, original: Original, block_size: int, modules: list[str], report: dict[str, Any]) -> None:
         """Write index, tokenizer, report and config, and move everything into place, config last."""
+        config = original.model.config.to_dict()
+        config["architectures"] = [type(original.model).__name__]
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "block_size": block_size,
+            "modules": modules,
+            "unpermuted": self._unpermuted,
+        }
         try:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
             write_json(self.folder / INDEX, index)
             original.tokenizer.save_pretrained(self.folder)
             if getattr(original.model, "generation_config", None) is not None:
-                original.model.generation_config.save_pretrained(self.folder)
+                write_json(self.folder / GENERATION, original.model.generation_config.to_dict())
             write_json(self.folder / REPORT, report)
-            config = original.model.config.to_dict()
-            config["architectures"] = [type(original.model).__name__]
-            config["quantization_config"] = {
-                "quant_method": QUANT_METHOD,
-                "format_version": FORMAT_VERSION,
-                "block_size": block_size,
-                "modules": modules,
-            }
             write_json(self.folder / CONFIG, config)
             self._move()
-        except OSError as error:
+        except Exception as error:  # the tokenizer raises plain Exception where the disk is full
             raise UserError(f"{self.out} could not be written: {_reason(error, self.folder)}") from None
 
     def _move(self) -> None:
-        if self.out.is_dir():
-            # An earlier checkpoint stops being one before its first file is replaced.
-            (self.out / CONFIG).unlink(missing_ok=True)
-            for stale in [*self.out.glob(WEIGHT_FILES), self.out / INDEX]:
-                stale.unlink(missing_ok=True)
-        self.out.mkdir(parents=True, exist_ok=True)
+        # An earlier checkpoint stops being one before its first file is replaced.
+        (self.out / CONFIG).unlink(missing_ok=True)
+        for stale in [*self.out.glob(WEIGHT_FILES), self.out / INDEX]:
+            stale.unlink(missing_ok=True)
         for file in sorted(self.folder.iterdir(), key=lambda f: f.name == CONFIG):
-            os.replace(file, self.out / file.name)
+            target = self.out / file.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(file, target)
 
 
 def require_free(out: Path, force: bool) -> None:
     """Refuse an output folder that holds something already, unless it may be overwritten."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} exists and is not a folder")
-    if out.is_dir() and any(out.iterdir()) and not force:
+    existing = next(p for p in [out, *out.absolute().parents] if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} exists and is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{existing} may not be written to")
+    if out.is_dir() and any(entry.name != STAGING for entry in out.iterdir()) and not force:
         raise UserError(f"{out} exists and is not empty; choose another --out, or --force to overwrite")
 
 
 def require_space(out: Path, needed: int) -> None:
     """Refuse to start where the checkpoint will not fit."""
-    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(parent).free
+    existing = next(p for p in [out, *out.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{out} needs {needed / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free; "
+            f"{out} needs {needed / 1e6:.1f} MB of disk, {free / 1e6:.1f} MB are free; "
             "free some or choose another --out"
         )
 
@@ -162,8 +182,11 @@ def require_space(out: Path, needed: int) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the new one, never half."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    try:
+        partial.write_text(json_text(value) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def is_ternary(folder: Path) -> bool:
@@ -174,13 +197,15 @@ def is_ternary(folder: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, trust_remote_code: bool = False) -> Any:
     """Read a ternary checkpoint back as a transformers model with dequantized weights.
 
     Parameters
     ----------
     path : str or Path
         Folder that `python -m harness.quantize` wrote.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
 
     Returns
     -------
@@ -206,19 +231,21 @@ def load(path: str | Path) -> Any:
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} has format version {version}; this program reads version {FORMAT_VERSION}")
-    modules, block_size = quantization.get("modules"), quantization.get("block_size")
-    if not isinstance(modules, list) or not isinstance(block_size, int) or block_size < 1:
-        raise UserError(f"{folder / CONFIG}: quantization_config lacks modules or block_size")
+    modules, unpermuted = quantization.get("modules"), quantization.get("unpermuted")
+    block_size = quantization.get("block_size")
+    names_fit = all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in (modules, unpermuted))
+    if not names_fit or not isinstance(block_size, int) or block_size < 1:
+        raise UserError(f"{folder / CONFIG}: quantization_config lacks modules, unpermuted or block_size")
 
     transformers = quiet_transformers()
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # Weights are in the checkpoint's types already; transformers must not look for its own method.
         del config.quantization_config
         with torch.device("meta"):
-            empty = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError, AttributeError, TypeError) as error:
+            empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged config fails in as many ways as there are models
         raise UserError(f"{folder / CONFIG} does not describe a model: {error}") from None
 
     state: dict[str, torch.Tensor] = {}
@@ -233,19 +260,22 @@ def load(path: str | Path) -> Any:
         linear = dict(empty.named_modules()).get(module)
         if not isinstance(linear, torch.nn.Linear):
             raise UserError(f"{folder / CONFIG}: {module} is not a linear layer of {type(empty).__name__}")
+        if f"{module}.weight" in state:
+            raise UserError(f"{module}.weight is stored beside its packed form")
+        if (module in unpermuted) == ("permutation" in parts):
+            fault = "is there, though the order is the original" if module in unpermuted else "is missing"
+            raise UserError(f"the tensor {module}.permutation {fault}")
         matrix = _unpack(module, parts, linear.out_features, linear.in_features, block_size)
         state[f"{module}.weight"] = torch.from_numpy(matrix.dequantize()).to(config.dtype)
     for name, expected in empty.state_dict().items():
-        if name in state and state[name].shape != expected.shape:
-            raise UserError(
-                f"{name} has shape {tuple(state[name].shape)}, the model needs {tuple(expected.shape)}"
-            )
+        if name in state:
+            _require_fit(name, state[name], expected)
     model, info = type(empty).from_pretrained(
         None, config=config, state_dict=state, dtype=config.dtype, output_loading_info=True
     )
     require_complete(info, str(folder))
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if (folder / GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_dict(_read_json(folder / GENERATION))
     return model.eval()
 
 
@@ -261,21 +291,41 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that the index lists."""
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is missing or damaged: {error}") from None
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
     for file in sorted(set(weight_map.values())):
-        wanted = {name for name, where in weight_map.items() if where == file}
+        listed = {name for name, where in weight_map.items() if where == file}
         try:
             with safe_open(folder / file, framework="pt") as shard:
-                available = set(shard.keys())
-                for name in sorted(wanted):
-                    if name not in available:
-                        raise UserError(f"{folder / file} lacks the tensor {name}")
+                stored = set(shard.keys())
+                for name in sorted(listed ^ stored):
+                    what = "lacks the tensor" if name in listed else "holds, unlisted in the index,"
+                    raise UserError(f"{folder / file} {what} {name}")
+                for name in sorted(listed):
                     yield name, shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / file} is missing or damaged: {error}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is missing or damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object")
+    return value
+
+
+def _require_fit(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse a tensor that is stored as it was but cannot be what the model needs."""
+    if tensor.shape != expected.shape:
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, the model needs {tuple(expected.shape)}")
+    if tensor.is_floating_point() != expected.is_floating_point():
+        raise UserError(f"{name} is {tensor.dtype}, the model needs {expected.dtype}".replace("torch.", ""))
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(f"{name} holds a value that is not finite")
 
 
 def _unpack(

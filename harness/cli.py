@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 EXIT_MISS = 1  # a check found a difference
 EXIT_USAGE = 2  # the input cannot be used; the message says why
@@ -17,15 +21,47 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as written, defaults shown."""
+    """Descriptions as written; defaults shown where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
-def positive(value: str) -> int:
-    """An argument that must be a whole number from 1."""
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return number
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of an argument that must be a whole number from `minimum`."""
+
+    def convert(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {value!r}") from None
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return number
+
+    return convert
+
+
+positive = at_least(1)
+# A window of one token predicts nothing.
+window_length = at_least(2)
+
+
+def json_text(value: Any) -> str:
+    """JSON that every parser reads: what is not finite becomes the text "nan", "inf" or "-inf"."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {str(key): plain(entry) for key, entry in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(entry) for entry in item]
+        if isinstance(item, Path):
+            return str(item)
+        return str(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def run(main: Callable[[], int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from tqdm import tqdm
 
 from harness import perplexity, text
 from harness.checkpoint import is_ternary, load, load_tokenizer
-from harness.cli import HelpFormatter, positive, run
-from harness.models import GGUF_DTYPES, MODEL_HELP, Original, load_original
+from harness.cli import HelpFormatter, json_text, positive, run, window_length
+from harness.models import GGUF_DTYPES, MODEL_HELP, Original, load_original, require_fits
 
 DESCRIPTION = """\
 Measure perplexity as the GPTQ family does: windows of --seqlen tokens that do not overlap, from
@@ -32,9 +31,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"a ternary checkpoint; or {MODEL_HELP}")
     parser.add_argument("--data", required=True, metavar="TEXT", help=text.SOURCES_HELP)
     parser.add_argument("--text-column", metavar="NAME", help="field of .jsonl, .parquet and .arrow rows")
-    parser.add_argument("--seqlen", type=positive, default=2048, help="tokens in a window")
+    parser.add_argument("--seqlen", type=window_length, default=2048, help="tokens in a window")
     parser.add_argument("--windows", type=positive, metavar="N", help="measure only the first N windows")
-    parser.add_argument("--dtype", choices=GGUF_DTYPES, default="bfloat16", help="what a GGUF is loaded in")
+    parser.add_argument(
+        "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="what a GGUF is loaded in"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -48,9 +49,10 @@ def measure_on(
     Raises
     ------
     UserError
-        If the text is shorter than one window.
+        If the text is shorter than one window, or a window is longer than the model allows.
     """
     tokens = text.tokenize(stream, original.tokenizer)
+    require_fits(original.model, tokens, seqlen)
     limit = min(filter(None, (windows, stream.windows)), default=None)
     chosen = text.evaluation_windows(tokens, seqlen, limit)
     with tqdm(total=len(chosen), desc="perplexity", unit="window", disable=None, leave=False) as bar:
@@ -63,12 +65,12 @@ def main() -> int:
     stream = text.read_text(arguments.data, text.EVALUATION, arguments.text_column)
     path = Path(arguments.model) if arguments.model else None
     if path is not None and is_ternary(path):
-        original = Original(load(path), load_tokenizer(path), str(path))
+        original = Original(load(path, arguments.trust_remote_code), load_tokenizer(path), str(path))
     else:
-        original = load_original(arguments.model, arguments.dtype, arguments.trust_remote_code)
+        original = load_original(arguments.model, arguments.gguf_dtype, arguments.trust_remote_code)
     result = measure_on(original, stream, arguments.seqlen, arguments.windows)
     if arguments.json:
-        print(json.dumps({"model": original.name, **asdict(result)}, indent=2))
+        print(json_text({"model": original.name, **asdict(result)}))
     else:
         print(f"perplexity {result.value:.4g}   {original.name}\n  {result.protocol}")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from harness.cli import UserError
@@ -86,13 +87,14 @@ def load_original(
     """
     source = source or str(embedded_gguf())
     path = Path(source)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _load_gguf(path, GGUF_DTYPES[gguf_dtype])
     if path.is_dir():
-        config = read_config(path)
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "an unknown method")
+        quantization = read_config(path).get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UserError(f"{source} is already quantized ({method}); start from the original model")
+        _require_whole_shards(path)
     elif path.exists():
         raise UserError(f"{source} is a file, but not a .gguf file; give a model folder or a Hugging Face id")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -104,18 +106,23 @@ def load_original(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", output_loading_info=True, **options
+            source,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the loading info, by name
+            **options,
         )
     except Exception as error:  # transformers and the hub share no base class of failures
+        elsewhere = "" if path.is_dir() else " (nor is there a folder of that name)"
         raise UserError(
-            f"{source} could not be loaded as a causal language model: {_summary(error)}"
+            f"{source} could not be loaded as a causal language model{elsewhere}: {_summary(error)}"
         ) from None
     require_complete(info, source)
     return Original(model.eval(), tokenizer, source)
 
 
 def quiet_transformers() -> Any:
-    """The package transformers, imported late as it is slow to, and without its loading bars."""
+    """The package transformers, imported late as that takes seconds, and without its loading bars."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -206,13 +213,36 @@ def find_decoder_layers(model: nn.Module) -> DecoderLayers:
     found = DecoderLayers(prefix, layers, linears)
     if not found.named_linears():
         raise UserError(f"{type(model).__name__} has nothing to quantize: no nn.Linear in {prefix}")
-    for name, linear in found.named_linears().items():
-        finite = torch.isfinite(linear.weight)
+    for name, parameter in model.named_parameters():
+        finite = torch.isfinite(parameter)
         if not finite.all():
-            row, column = (~finite).nonzero()[0].tolist()
-            value = linear.weight[row, column].item()
-            raise UserError(f"{name}.weight[{row}, {column}] is {value}; all weights must be finite")
+            place = (~finite).nonzero()[0].tolist()
+            value = parameter[tuple(place)].item()
+            raise UserError(f"{name}{place} is {value}; all weights must be finite")
     return found
+
+
+def require_fits(model: Any, tokens: torch.Tensor, seqlen: int) -> None:
+    """Refuse windows longer than the model has positions for, and tokens it has no embedding of."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and seqlen > positions:
+        raise UserError(f"windows of {seqlen} tokens are longer than the {positions} positions of the model")
+    if int(tokens.max()) >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer gives token {int(tokens.max())}, the model has {config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+def _require_whole_shards(folder: Path) -> None:
+    """Name the shard that is damaged, which transformers does not."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged: {error}") from None
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> Original:

@@ -66,14 +66,9 @@ def measure(
     Notes
     -----
     The mean cross-entropy over the seqlen - 1 predictions inside a window counts seqlen times, so that
-    the result is exp(sum / (count · seqlen)), as in GPTQ's code. A float16 model on a CPU, which
-    has no fast float16, is computed in float32.
+    the result is exp(sum / (count · seqlen)), as in GPTQ's code. The model runs in its own dtype.
     """
     count, seqlen = windows.shape
-    dtype = model.dtype
-    if dtype == torch.float16 and model.device.type == "cpu":
-        model = model.float()
-        dtype = torch.float32
     total = 0.0
     for window in windows:
         logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
@@ -87,6 +82,6 @@ def measure(
     value = math.exp(mean) if mean < 700 else math.inf  # NaN stays NaN
     protocol = (
         f"{text}; {tokens} tokens, {count} of {tokens // seqlen} windows of {seqlen} without overlap, "
-        f"computed in {str(dtype).removeprefix('torch.')}"
+        f"computed in {str(model.dtype).removeprefix('torch.')}"
     )
     return Perplexity(math.nan if math.isnan(mean) else value, count, seqlen, tokens, protocol)

@@ -32,6 +32,10 @@ CHUNK_TOKENS = 8192
 Method = Callable[[np.ndarray, np.ndarray], Any]
 
 
+class FitError(UserError):
+    """A matrix that cannot be quantized by the method asked for."""
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """What the model passes to a decoder layer beside the hidden states."""
@@ -92,35 +96,17 @@ def capture_inputs(
     UserError
         If the model does not simply pass the hidden states from layer to layer.
     """
-    calls: list[LayerCall] = []
-    inputs: list[torch.Tensor] = []
-    outputs: list[torch.Tensor] = []
+    first, calls = _record_pass(model, layers, windows[0])
+    if len(windows) > 1:
+        _, others = _record_pass(model, layers, windows[-1])
+        for index, (call, other) in enumerate(zip(calls, others, strict=True)):
+            if not _same((call.args, call.kwargs), (other.args, other.kwargs)):
+                raise UserError(
+                    f"decoder layer {index} of {type(model).__name__} is given more that depends on the text "
+                    "than the hidden states; such models cannot be calibrated layer by layer"
+                )
 
-    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        inputs.append(args[0] if args else kwargs.pop("hidden_states"))
-        calls.append(LayerCall(args[1:], kwargs))
-
-    def leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
-    handles += [layer.register_forward_hook(leave) for layer in layers]
-    try:
-        model(windows[:1], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    chained = len(calls) == len(layers) and all(
-        a is b or torch.equal(a, b) for a, b in zip(outputs, inputs[1:], strict=False)
-    )
-    if not chained:
-        raise UserError(
-            f"{type(model).__name__} does more between its decoder layers than pass the hidden states on; "
-            "such models cannot be calibrated layer by layer"
-        )
-
-    hidden = [inputs[0]]
+    hidden = [first]
 
     def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0] if args else kwargs["hidden_states"])
@@ -168,8 +154,10 @@ def quantize_layers(
 
     Raises
     ------
-    UserError
+    FitError
         If a matrix cannot be quantized or its inputs are not finite; names the matrix.
+    UserError
+        If a matrix is used more than once in its layer, or not at all.
     """
     for index, (layer, call) in enumerate(zip(decoder.layers, calls, strict=True)):
         working = copy.deepcopy(layer).float()
@@ -196,6 +184,8 @@ def quantize_layers(
                 hidden[position] = call(working, states.float()).to(states.dtype)
                 progress(1, "outputs")
         yield FittedLayer(matrices, clock.seconds)
+        # Weights and Gram matrices of a layer in float64 need not live beside those of the next.
+        del matrices, grams, jobs
 
 
 def _quantize_together(jobs: list[tuple[str, nn.Linear, np.ndarray]], method: Method) -> list[FittedMatrix]:
@@ -204,20 +194,25 @@ def _quantize_together(jobs: list[tuple[str, nn.Linear, np.ndarray]], method: Me
     workers = min(len(jobs), cores)
     # The one that takes longest, by the cube of its columns, must not be the last to start.
     order = sorted(range(len(jobs)), key=lambda i: jobs[i][1].in_features, reverse=True)
-    with threadpool_limits(max(1, cores // workers), "blas"), ThreadPoolExecutor(workers) as pool:
-        running = {i: pool.submit(_quantize, *jobs[i], method) for i in order}
-        return [running[i].result() for i in range(len(jobs))]
+    pool = ThreadPoolExecutor(workers)
+    try:
+        with threadpool_limits(max(1, cores // workers), "blas"):
+            running = {i: pool.submit(_quantize, *jobs[i], method) for i in order}
+            return [running[i].result() for i in range(len(jobs))]
+    finally:
+        # After Ctrl-C or a failure the matrices that have not begun are not begun.
+        pool.shutdown(cancel_futures=True)
 
 
 def _quantize(name: str, linear: nn.Linear, gram: np.ndarray, method: Method) -> FittedMatrix:
     if not np.isfinite(gram).all():
-        raise UserError(f"{name}: its inputs are not finite on the calibration text")
+        raise FitError(f"{name}: its inputs are not finite on the calibration text")
     weight = linear.weight.detach().double().numpy()
     begin = time.perf_counter()
     try:
         result = method(weight, gram)
     except ValueError as error:  # numpy's LinAlgError is one
-        raise UserError(f"{name}: {error}") from None
+        raise FitError(f"{name}: {error}") from None
     seconds = time.perf_counter() - begin
     dense = result.dequantize() if isinstance(result, TernaryMatrix) else result
     linear.weight.data = torch.from_numpy(dense).to(linear.weight.dtype)
@@ -333,6 +328,51 @@ class _Clock:
 
 class _Captured(Exception):
     """The first decoder layer was reached; the rest of the pass is not needed."""
+
+
+def _record_pass(
+    model: nn.Module, layers: nn.ModuleList, window: torch.Tensor
+) -> tuple[torch.Tensor, list[LayerCall]]:
+    """The hidden states that reach the first layer, and every layer's call, in a pass of the whole model."""
+    calls: list[LayerCall] = []
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        inputs.append(args[0] if args else kwargs.pop("hidden_states"))
+        calls.append(LayerCall(args[1:], kwargs))
+
+    def leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
+    try:
+        model(window[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    chained = len(calls) == len(layers) and all(
+        a is b or torch.equal(a, b) for a, b in zip(outputs, inputs[1:], strict=False)
+    )
+    if not chained:
+        raise UserError(
+            f"{type(model).__name__} does more between its decoder layers than pass the hidden states on; "
+            "such models cannot be calibrated layer by layer"
+        )
+    return inputs[0], calls
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls pass the same; what holds no tensor is taken to be the same."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

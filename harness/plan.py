@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,13 +60,14 @@ class Plan:
 
 
 def make_plan(
-    model: torch.nn.Module,
+    model: Any,
     decoder: DecoderLayers,
     hidden: list[torch.Tensor],
     call: LayerCall,
     block_size: int,
     permuted: bool,
     true_sequential: bool,
+    evaluation_seqlen: int,
 ) -> Plan:
     """Estimate a run from the shapes and from one timed pass of the first layer."""
     linears = list(decoder.named_linears().values())
@@ -86,11 +88,13 @@ def make_plan(
         other_bytes=item * (total - weights),
         memory_bytes=IMPORTS_BYTES
         + item * total
-        + 4 * layer
+        # One layer in float32, and its weights in float64 as they are fitted.
+        + 12 * layer
+        + item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0)
         + sum(states.numel() * states.element_size() for states in hidden)
-        # Gram matrices of a layer, and what the inverse of the widest takes.
+        # Gram matrices of a layer, and what the inverse of the widest takes, side by side.
         + 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
-        + 8 * 6 * widest**2
+        + 8 * 6 * widest**2 * min(torch.get_num_threads(), len(decoder.linears[0]))
         + 16 * max(shape.numel() for shape in shapes),
         seconds=len(decoder.layers) * len(hidden) * (passes * forward + gram) + fitting,
     )

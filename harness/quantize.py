@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from harness import text
-from harness.cli import HelpFormatter, UserError, positive, run
+from harness.cli import HelpFormatter, UserError, positive, run, window_length
 from harness.models import GGUF_DTYPES, MODEL_HELP
 from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
 from reference.types import ALIGNMENTS, REORDERINGS, STARTS, TernaryConfig
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         default=defaults.backend,
         help="auto takes the GPU where there is one",
     )
-    add("--dtype", choices=GGUF_DTYPES, default=defaults.gguf_dtype, help="what a GGUF is loaded in")
+    add("--gguf-dtype", choices=GGUF_DTYPES, default=defaults.gguf_dtype, help="what a GGUF is loaded in")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
     add = parser.add_argument_group("calibration").add_argument
@@ -53,9 +53,21 @@ def parser() -> argparse.ArgumentParser:
         help=f"{text.SOURCES_HELP}. Default: wikitext2; for the embedded model {text.BUILTIN}",
     )
     add("--text-column", metavar="NAME", help="field of .jsonl, .parquet and .arrow rows")
-    add("--nsamples", type=positive, default=defaults.nsamples, help="windows of calibration text")
-    add("--seqlen", type=positive, default=defaults.seqlen, help="tokens in a window")
-    add("--seed", type=int, default=config.seed, help="of the windows' places and of --reorder random")
+    add(
+        "--nsamples",
+        type=positive,
+        metavar="N",
+        default=defaults.nsamples,
+        help="windows of calibration text",
+    )
+    add("--seqlen", type=window_length, metavar="N", default=defaults.seqlen, help="tokens in a window")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=config.seed,
+        help="of the windows' places and of --reorder random",
+    )
     add("--true-sequential", action="store_true", help="collect inputs again inside each layer")
 
     add = parser.add_argument_group("method", "the defaults are the paper's").add_argument
@@ -66,7 +78,13 @@ def parser() -> argparse.ArgumentParser:
         help="pt2-llm, or a baseline in groups of --block-size that gives a report and no checkpoint: "
         + "; ".join(f"{name}: {what}" for name, what in BASELINES.items()),
     )
-    add("--block-size", type=positive, default=config.block_size, help="columns that share alpha and mu")
+    add(
+        "--block-size",
+        type=positive,
+        metavar="K",
+        default=config.block_size,
+        help="columns that share alpha and mu",
+    )
     add("--start", choices=STARTS, default=config.start, help="first grid: Eq. 4-5, or Eq. 1-3 with mu = 0")
     add("--reorder", choices=REORDERINGS, default=config.reorder, help="order of the columns")
     add(
@@ -87,8 +105,20 @@ def parser() -> argparse.ArgumentParser:
         default=config.compensation,
         help="move the error of each block into the columns after it",
     )
-    add("--damping", type=float, default=config.damping, help="share of mean(diag C) added to the diagonal")
-    add("--max-iterations", type=positive, default=config.max_iterations, help="most rounds of ITF")
+    add(
+        "--damping",
+        type=float,
+        metavar="X",
+        default=config.damping,
+        help="share of mean(diag C) added to the diagonal",
+    )
+    add(
+        "--max-iterations",
+        type=positive,
+        metavar="N",
+        default=config.max_iterations,
+        help="most rounds of ITF",
+    )
 
     add = parser.add_argument_group("evaluation, before and after").add_argument
     add(
@@ -98,7 +128,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"text for perplexity, or {NO_EVALUATION}. Default: the evaluation split of --calibration, "
         f"{NO_EVALUATION} if that is a file",
     )
-    add("--eval-seqlen", type=positive, default=defaults.evaluation_seqlen, help="tokens in a window")
+    add(
+        "--eval-seqlen",
+        type=window_length,
+        metavar="N",
+        default=defaults.evaluation_seqlen,
+        help="tokens in a window",
+    )
     add("--eval-windows", type=positive, metavar="N", help="measure only the first N windows")
     return parser
 
@@ -116,7 +152,7 @@ def main() -> int:
             out=arguments.out,
             force=arguments.force,
             backend=arguments.backend,
-            gguf_dtype=arguments.dtype,
+            gguf_dtype=arguments.gguf_dtype,
             trust_remote_code=arguments.trust_remote_code,
             calibration=arguments.calibration,
             text_column=arguments.text_column,

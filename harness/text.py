@@ -18,6 +18,9 @@ from harness.cli import UserError
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 BUILTIN = "builtin"
 
+# Endings of files that are text as they are; the empty one for files without.
+PLAIN = (".txt", ".raw", ".md", "")
+
 # Topics of the built-in text that begin beyond this share of it are kept for evaluation.
 HELD_OUT_FROM = 0.8
 
@@ -159,7 +162,7 @@ def evaluation_windows(tokens: torch.Tensor, seqlen: int, limit: int | None) -> 
     if count == 0:
         raise UserError(
             f"the evaluation text has {len(tokens)} tokens, less than one window of {seqlen}. "
-            "Use more text or a smaller --seqlen"
+            "Use more text or shorter windows"
         )
     count = min(count, limit) if limit else count
     return tokens[: count * seqlen].reshape(count, seqlen)
@@ -206,16 +209,17 @@ def _local(name: str, path: Path, use: str, column: str | None) -> Text:
         known = ", ".join([*DATA_SETS, BUILTIN])
         raise UserError(f"{path} is not a file; text is one of {known}, or a file that exists")
     column = column or (DATA_SETS[name].column if name else "text")
+    suffix = path.suffix.lower()
     readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
     try:
-        if path.suffix in readers:
-            rows = list(readers[path.suffix](path, column))
+        if suffix in readers:
+            rows = list(readers[suffix](path, column))
         elif name:
             rows = list(_text_rows(path, DATA_SETS[name].keeps_newline))
-        elif path.suffix in (".txt", ".raw", ".md", ""):
-            return Text(path.read_text(encoding="utf-8"), f"{path.name} as it is")
+        elif suffix in PLAIN:
+            return Text(path.read_bytes().decode("utf-8-sig"), f"{path.name} as it is")
         else:
-            raise UserError(f"{path}: text files end in .txt, {', '.join(readers)}")
+            raise UserError(f"{path}: text files end in {', '.join(filter(None, (*PLAIN, *readers)))}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
@@ -232,16 +236,16 @@ def _joined(rows: list[str], name: str, use: str, origin: str) -> Text:
 
 def _text_rows(path: Path, keeps_newline: bool) -> Iterable[str]:
     """Rows of a published text file: a line of one space stands for the empty row."""
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for line in lines:
             if keeps_newline:
-                yield "" if line == " \n" else line
+                yield "" if line.rstrip("\n") == " " else line
             else:
                 yield line.strip()
 
 
 def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

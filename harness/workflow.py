@@ -17,7 +17,7 @@ from harness import checkpoint, report, text
 from harness.backends import Backend, load_backend
 from harness.cli import UserError
 from harness.evaluate import measure_on
-from harness.models import DecoderLayers, Original, find_decoder_layers, load_original
+from harness.models import DecoderLayers, Original, find_decoder_layers, load_original, require_fits
 from harness.pipeline import FittedMatrix, LayerCall, Method, capture_inputs, quantize_layers
 from harness.plan import Plan, duration, make_plan
 from reference import baselines
@@ -82,13 +82,14 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
         raise UserError("--out DIR is missing: where should the checkpoint go?")
     if options.out is not None:
         checkpoint.require_free(options.out, options.force)
+        _require_other_folder(options)
     backend = load_backend(options.backend)
     if backend.note:
         say(backend.note)
     calibration_text, evaluation_text = _texts(options)
 
     begin = time.perf_counter()
-    ready = _prepare(options, calibration_text)
+    ready = _prepare(options, calibration_text, evaluation_text)
     for line in _announcement(options, ready, backend, calibration_text):
         say(line)
     record = _record(options, ready, backend, calibration_text)
@@ -96,9 +97,11 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
 
     def evaluate(when: str, model: Original) -> None:
         if evaluation_text is not None:
+            begin = time.perf_counter()
             record["perplexity"][when] = asdict(
                 measure_on(model, evaluation_text, options.evaluation_seqlen, options.evaluation_windows)
             )
+            record["seconds"][f"perplexity {when}"] = time.perf_counter() - begin
 
     if options.measure_original:
         evaluate("before", ready.original)
@@ -106,16 +109,24 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
         _ternarize(options, options.out, ready, backend, record, say)
         tokenizer = ready.original.tokenizer
         del ready  # two models need not fit side by side
-        evaluate("after", Original(checkpoint.load(options.out), tokenizer, str(options.out)))
+        loaded = checkpoint.load(options.out, options.trust_remote_code)
+        evaluate("after", Original(loaded, tokenizer, str(options.out)))
     else:
         _run_layers(options, ready, _baseline(options), lambda index, matrices: None, record, say)
         evaluate("after", ready.original)
     record["peak_memory_bytes"] = report.peak_memory()
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(options.out / checkpoint.REPORT, record)
     for line in _result_lines(options, record):
         say(line)
+    if options.out is not None:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(options.out / checkpoint.REPORT, record)
+        except OSError as error:
+            whole = "; the checkpoint is whole, its report lacks the perplexity"
+            raise UserError(
+                f"{options.out / checkpoint.REPORT} could not be written: {error.strerror}"
+                + (whole if options.method == PT2_LLM else "")
+            ) from None
     return record
 
 
@@ -131,12 +142,30 @@ class _Ready:
     plan: Plan
 
 
-def _prepare(options: Options, calibration_text: text.Text) -> _Ready:
+def _require_other_folder(options: Options) -> None:
+    """Refuse to write over what is read, and to put a baseline's report over a checkpoint's."""
+    if options.model is None or options.out is None:
+        source = None
+    else:
+        source = Path(options.model)
+        source = source.parent if source.is_file() else source
+    if source is not None and options.out is not None and source.resolve() == options.out.resolve():
+        raise UserError(f"{options.out} is where the original model lies; choose another --out")
+    if options.method != PT2_LLM and options.out is not None and checkpoint.is_ternary(options.out):
+        raise UserError(f"{options.out} holds a checkpoint, and a baseline gives none; choose another --out")
+
+
+def _prepare(options: Options, calibration_text: text.Text, evaluation_text: text.Text | None) -> _Ready:
     """Everything that can fail early: load, look for what to quantize, cut windows, look for space."""
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
     decoder = find_decoder_layers(original.model)
     tokens = text.tokenize(calibration_text, original.tokenizer)
     windows = text.calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed)
+    require_fits(original.model, tokens, options.seqlen)
+    if evaluation_text is not None:
+        evaluated = text.tokenize(evaluation_text, original.tokenizer)
+        text.evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
+        require_fits(original.model, evaluated, options.evaluation_seqlen)
     hidden, calls = capture_inputs(original.model, decoder.layers, windows)
     plan = make_plan(
         original.model,
@@ -146,6 +175,7 @@ def _prepare(options: Options, calibration_text: text.Text) -> _Ready:
         options.config.block_size,
         permuted=options.config.reorder != "none",
         true_sequential=options.true_sequential,
+        evaluation_seqlen=options.evaluation_seqlen if evaluation_text is not None else 0,
     )
     if options.method == PT2_LLM and options.out is not None:
         checkpoint.require_space(options.out, plan.packed_bytes + plan.other_bytes)
@@ -178,7 +208,8 @@ def _ternarize(
     with checkpoint.CheckpointWriter(out, len(ready.decoder.layers) + 1) as writer:
 
         def write(index: int, matrices: list[FittedMatrix]) -> None:
-            writer.add(_layer_tensors(ready.decoder, index, matrices))
+            results = {matrix.name: matrix.result for matrix in matrices}
+            writer.add(_unpacked_tensors(ready.decoder, index), results)
 
         _run_layers(options, ready, method, write, record, say)
         writer.add(_outside_layers(ready.original, ready.decoder))
@@ -234,18 +265,16 @@ def _run_layers(
             # Two passes of every window make a layer; those that true-sequential adds do not count.
             bar.update(min(steps / (2 * len(ready.hidden)), max(len(layers) + 1 - bar.n, 0)))
 
-        for index, layer in enumerate(
-            quantize_layers(
-                ready.decoder,
-                ready.hidden,
-                ready.calls,
-                method,
-                true_sequential=options.true_sequential,
-                progress=progress,
-            )
+        for layer in quantize_layers(
+            ready.decoder,
+            ready.hidden,
+            ready.calls,
+            method,
+            true_sequential=options.true_sequential,
+            progress=progress,
         ):
-            write(index, layer.matrices)
-            layers.append(report.layer_record(index, layer))
+            write(len(layers), layer.matrices)
+            layers.append(report.layer_record(len(layers), layer))
             bar.update(len(layers) - bar.n)
             say(
                 f"layer {len(layers):3d}/{count}  {len(layer.matrices)} matrices  "
@@ -255,6 +284,7 @@ def _run_layers(
             for matrix in layers[-1]["matrices"]:
                 if matrix.get("damping", 0.0) > options.config.damping:
                     say(f"  warning: {matrix['name']}: damping raised to {matrix['damping']:g}")
+            del layer  # or its float64 matrices would live beside those of the next
     record["layers"] = layers
     record["mean_relative_output_error"] = report.mean_layer_error(layers)
     record["seconds"]["layers"] = time.perf_counter() - begin
@@ -263,19 +293,14 @@ def _run_layers(
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
 
 
-def _layer_tensors(
-    decoder: DecoderLayers, index: int, matrices: list[FittedMatrix]
-) -> dict[str, torch.Tensor]:
-    """Everything a decoder layer stores: packed matrices, biases, norms."""
+def _unpacked_tensors(decoder: DecoderLayers, index: int) -> dict[str, torch.Tensor]:
+    """What a decoder layer stores as it was: biases and norms."""
     packed = {f"{name}.weight" for name in decoder.linears[index]}
-    tensors = {
+    return {
         decoder.full_name(index, name): value
         for name, value in decoder.layers[index].state_dict().items()
         if name not in packed
     }
-    for matrix in matrices:
-        tensors.update(checkpoint.packed_tensors(matrix.name, matrix.result))
-    return tensors
 
 
 def _outside_layers(original: Original, decoder: DecoderLayers) -> dict[str, torch.Tensor]:
@@ -297,6 +322,7 @@ def _record(options: Options, ready: _Ready, backend: Backend, calibration_text:
         "method": options.method,
         "backend": backend.name,
         "config": asdict(options.config),
+        "options": {name: value for name, value in asdict(options).items() if name != "config"},
         "calibration": {
             "text": calibration_text.protocol,
             "tokens": ready.tokens,
@@ -322,14 +348,13 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _result_lines(options: Options, record: dict[str, Any]) -> list[str]:
     lines = ["", *report.table(record["layers"]), ""]
     lines.append(f"mean relative output error of the layers {record['mean_relative_output_error']:.4f}")
+    if not record["perplexity"]:
+        lines.append("perplexity not measured: name a text with --eval")
     for when, result in record["perplexity"].items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
     if options.method == PT2_LLM and options.out is not None:
         size = sum(file.stat().st_size for file in options.out.glob(checkpoint.WEIGHT_FILES))
-        bits = record["plan"]["bits_per_weight"]
-        lines.append(f"{options.out}: {size / 1e6:.0f} MB of weights, {bits:.3f} bits a ternary weight")
+        lines.append(f"{options.out}: {size / 1e6:.1f} MB of weights")
     seconds = sum(record["seconds"].values())
-    lines.append(
-        f"{duration(seconds)} without evaluation, peak memory {record['peak_memory_bytes'] / 1e9:.1f} GB"
-    )
+    lines.append(f"{duration(seconds)}, peak memory {record['peak_memory_bytes'] / 1e9:.1f} GB")
     return lines

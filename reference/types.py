@@ -57,6 +57,8 @@ class TernaryConfig:
         for name in ("block_size", "max_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"damping must be finite and not negative, got {self.damping}")
 

@@ -61,7 +61,7 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
 
     def fail(options: benchmark.Options, **rest: object) -> dict:
         if options.method == "no-such-method":
-            raise benchmark.UserError("layer 0: beyond what float16 holds")
+            raise benchmark.FitError("layer 0: beyond what float16 holds")
         return quantize(options, **rest)
 
     monkeypatch.setattr(benchmark, "quantize", fail)

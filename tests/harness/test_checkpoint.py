@@ -77,14 +77,24 @@ def edit_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], No
     return damage
 
 
-def edit_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+def edit_tensor(
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor | None],
+    unlist: bool = False,
+    beside: dict[str, torch.Tensor] | None = None,
+) -> Callable[[Path], None]:
+    """Change a tensor, or take it away (from the index too, if `unlist`), or put others beside it."""
+
     def damage(folder: Path) -> None:
         file = folder / json.loads((folder / checkpoint.INDEX).read_text())["weight_map"][name]
         tensors = load_file(file)
         changed = change(tensors.pop(name))
         if changed is not None:
             tensors[name] = changed
-        save_file(tensors, file)
+        save_file({**tensors, **(beside or {})}, file)
+        if unlist:
+            edit_index(lambda m: m.pop(name))(folder)
+        edit_index(lambda m: m.update(dict.fromkeys(beside or {}, file.name)))(folder)
 
     return damage
 
@@ -122,7 +132,7 @@ DAMAGE = {
     ),
     "modules": (
         edit_config(lambda c: c["quantization_config"].pop("modules")),
-        "lacks modules or block_size",
+        "lacks modules, unpermuted or block_size",
     ),
     "unknown module": (
         edit_config(lambda c: c["quantization_config"]["modules"].append("model.norm")),
@@ -147,7 +157,7 @@ DAMAGE = {
     ),
     "scale value": (edit_tensor(f"{Q_PROJ}.scale", put((0, 0), torch.inf)), rf"{Q_PROJ}\.scale.*not finite"),
     "shift missing": (
-        edit_index(lambda m: m.pop(f"{Q_PROJ}.shift")),
+        edit_tensor(f"{Q_PROJ}.shift", lambda t: None, unlist=True),
         rf"the tensor {Q_PROJ}\.shift is missing",
     ),
     "tensor gone": (edit_tensor(f"{Q_PROJ}.shift", lambda t: None), rf"lacks the tensor {Q_PROJ}\.shift"),
@@ -155,7 +165,42 @@ DAMAGE = {
         edit_tensor(f"{Q_PROJ}.permutation", put((0,), 200)),
         rf"{Q_PROJ}\.permutation does not hold every column once",
     ),
-    "norm missing": (edit_index(lambda m: m.pop("model.norm.weight")), r"lacks model\.norm\.weight"),
+    "permutation gone": (
+        edit_tensor(f"{Q_PROJ}.permutation", lambda t: None, unlist=True),
+        rf"the tensor {Q_PROJ}\.permutation is missing",
+    ),
+    "modules of another kind": (
+        edit_config(lambda c: c["quantization_config"].update(modules=[["a"]])),
+        "lacks modules",
+    ),
+    "heads": (edit_config(lambda c: c.update(num_attention_heads=0)), "does not describe a model"),
+    "activation": (edit_config(lambda c: c.update(hidden_act="no-such")), "does not describe a model"),
+    "width": (edit_config(lambda c: c.update(hidden_size="abc")), "does not describe a model"),
+    "index of lists": (edit_index(lambda m: m.update({"model.norm.weight": [1]})), "no weight_map"),
+    "generation": (
+        lambda folder: (folder / "generation_config.json").write_text("{"),
+        r"generation_config\.json is missing or damaged",
+    ),
+    "weight beside": (
+        edit_tensor("model.norm.weight", lambda t: t, beside={f"{Q_PROJ}.weight": torch.zeros(128, 128)}),
+        rf"{Q_PROJ}\.weight is stored beside its packed form",
+    ),
+    "norm value": (
+        edit_tensor("model.norm.weight", put((4,), torch.nan)),
+        r"model\.norm\.weight holds a value that is not finite",
+    ),
+    "norm type": (
+        edit_tensor("model.norm.weight", lambda t: t.int()),
+        r"model\.norm\.weight is int32, the model needs bfloat16",
+    ),
+    "unlisted": (
+        edit_index(lambda m: m.pop("model.norm.weight")),
+        r"unlisted in the index, model\.norm\.weight",
+    ),
+    "norm missing": (
+        edit_tensor("model.norm.weight", lambda t: None, unlist=True),
+        r"lacks model\.norm\.weight",
+    ),
     "norm shape": (
         edit_tensor("model.norm.weight", lambda t: t[1:].contiguous()),
         r"model\.norm\.weight has shape \(127,\), the model needs \(128,\)",
@@ -210,9 +255,22 @@ def test_nothing_is_left_of_a_checkpoint_that_was_not_finished(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_are_staged_on_the_disk_they_stay_on(tmp_path: Path) -> None:
+    """A folder beside a mount point is on another disk, and a rename from there fails."""
+    with checkpoint.CheckpointWriter(tmp_path / "out", 2) as writer:
+        assert writer.folder.parent == tmp_path / "out"
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file exists and is not a folder"):
+        checkpoint.require_free(tmp_path / "file" / "out", force=False)
+
+
 def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
-    left = tmp_path / "out.incomplete"
-    left.mkdir()
+    left = tmp_path / "out" / checkpoint.STAGING
+    left.mkdir(parents=True)
+    checkpoint.require_free(tmp_path / "out", force=False)
     (left / "model-00001-of-00009.safetensors").write_bytes(b"old")
     with checkpoint.CheckpointWriter(tmp_path / "out", 2) as writer:
         assert list(writer.folder.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness import evaluate, perplexity
-from harness.cli import EXIT_USAGE
+from harness.cli import EXIT_USAGE, json_text
 from tests.harness import tiny
 
 Run = Callable[..., int]
@@ -45,10 +45,14 @@ def test_perplexity_is_the_exponential_of_the_mean_of_the_windows(seqlen: int) -
     assert result.value == pytest.approx(math.exp(sum(means) / 3), rel=1e-5)
 
 
-def test_a_float16_model_is_computed_in_float32_on_a_cpu_and_says_so() -> None:
+def test_measuring_leaves_a_float16_model_as_it_was() -> None:
     model = tiny.make_model("llama", torch.float16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     result = perplexity.measure(model, torch.randint(3, 90, (1, 12)), 12, "words")
-    assert result.protocol.endswith("computed in float32")
+    assert result.protocol.endswith("computed in float16")
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float16
+        assert torch.equal(value, before[name])
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
@@ -79,6 +83,22 @@ def test_the_protocol_is_printed_with_the_number(
     printed = capsys.readouterr().out
     assert printed.startswith("perplexity ")
     assert "words.txt as it is; 400 tokens, 8 of 8 windows of 50" in printed
+
+
+def test_perplexities_that_are_no_numbers_are_json_all_the_same() -> None:
+    assert json.loads(json_text({"a": [math.inf, -math.inf], "b": math.nan, "c": 1.5})) == {
+        "a": ["inf", "-inf"],
+        "b": "nan",
+        "c": 1.5,
+    }
+
+
+@pytest.mark.parametrize("seqlen", ["1", "0", "x"])
+def test_windows_that_predict_nothing_are_refused(
+    seqlen: str, words_file: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(evaluate.main, "--data", words_file, "--seqlen", seqlen) == EXIT_USAGE
+    assert "argument --seqlen: must be" in capsys.readouterr().err
 
 
 def test_text_shorter_than_a_window_is_refused(

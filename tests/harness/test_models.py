@@ -80,6 +80,23 @@ def test_a_weight_that_is_not_a_number_is_refused_by_name_and_place() -> None:
         models.find_decoder_layers(model)
 
 
+def test_weights_outside_the_layers_must_be_finite_too() -> None:
+    model = tiny.make_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[7] = torch.inf
+    with pytest.raises(UserError, match=r"model\.norm\.weight\[7\] is inf"):
+        models.find_decoder_layers(model)
+
+
+def test_windows_and_tokens_must_fit_the_model() -> None:
+    model = tiny.make_model("opt")
+    models.require_fits(model, torch.tensor([95]), 128)
+    with pytest.raises(UserError, match="windows of 129 tokens are longer than the 128 positions"):
+        models.require_fits(model, torch.tensor([95]), 129)
+    with pytest.raises(UserError, match="token 96, the model has 96"):
+        models.require_fits(model, torch.tensor([96]), 128)
+
+
 def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path) -> None:
     tiny.save(tiny.make_model("llama", torch.float16), tmp_path)
     original = models.load_original(str(tmp_path))
@@ -93,6 +110,7 @@ def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path) -> None:
         ("empty", None, "no config.json"),
         ("broken", {"config.json": "{"}, "not JSON"),
         ("list", {"config.json": "[]"}, "JSON object"),
+        ("null", {"config.json": '{"quantization_config": null}'}, "could not be loaded"),
         ("unknown", {"config.json": '{"model_type": "no-such"}'}, "could not be loaded"),
         (
             "awq",
@@ -140,7 +158,19 @@ def test_a_truncated_shard_is_refused(llama: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        models.load_original(str(tmp_path))
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"wrong shape for .*model\.norm\.weight"):
         models.load_original(str(tmp_path))
 
 

@@ -162,6 +162,34 @@ def test_a_model_that_changes_hidden_states_between_layers_is_refused() -> None:
         capture_inputs(model, decoder.layers, windows())
 
 
+def test_a_model_that_tells_its_layers_about_the_tokens_is_refused() -> None:
+    """Only one window's arguments are kept; a mask made from the tokens would be wrong for the others."""
+    model = tiny.make_model("llama", torch.float32)
+    decoder = find_decoder_layers(model)
+    seen = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    decoder.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "tokens": seen[-1]}), with_kwargs=True
+    )
+    with pytest.raises(UserError, match="decoder layer 0 of LlamaForCausalLM is given more"):
+        capture_inputs(model, decoder.layers, windows())
+
+
+def test_after_a_failure_the_matrices_that_have_not_begun_are_not_begun() -> None:
+    model = tiny.make_model("llama", torch.float32)
+    decoder = find_decoder_layers(model)
+    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    begun = []
+
+    def interrupt(W: np.ndarray, C: np.ndarray) -> np.ndarray:
+        begun.append(W.shape)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(quantize_layers(decoder, hidden, calls, interrupt))
+    assert len(begun) < 7
+
+
 def test_a_matrix_that_is_not_used_is_refused() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shutil
@@ -17,8 +18,8 @@ import pytest
 import torch
 
 import harness
-from harness import quantize, workflow
-from harness.checkpoint import REPORT
+from harness import checkpoint, quantize, workflow
+from harness.checkpoint import REPORT, STAGING
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from harness.models import Original
 from reference.types import TernaryConfig
@@ -148,6 +149,8 @@ def test_damping_zero_with_a_singular_gram_matrix_names_the_matrix(
         (("--out", "NEW", "--seqlen", "400"), "has 400 tokens; windows of 400 need at least 401"),
         (("--out", "NEW", "--damping", "-1"), "damping must be finite and not negative"),
         (("--out", "NEW", "--calibration", "no.txt"), "no.txt is not a file"),
+        (("--out", "NEW", "--seed", "-1"), "seed must not be negative"),
+        (("--out", "NEW", "--eval", "TEXT", "--eval-seqlen", "401"), "less than one window of 401"),
         (("--out", "NEW", "--backend", "gpu"), "GPU"),
     ],
 )
@@ -162,7 +165,8 @@ def test_bad_input_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "OUT").mkdir()
     (tmp_path / "OUT" / "mine.txt").write_text("mine")
-    arguments = [str(tmp_path / a) if a in ("OUT", "NEW") else a for a in extra]
+    (tmp_path / "TEXT").write_text(tiny.words(400))
+    arguments = [str(tmp_path / a) if a in ("OUT", "NEW", "TEXT") else a for a in extra]
     code = run_main(quantize.main, llama, *SMALL, "--calibration", words_file, *arguments)
     assert code == EXIT_USAGE
     error = capsys.readouterr().err.strip()
@@ -223,21 +227,98 @@ def test_a_killed_process_leaves_nothing_that_loads(
         stderr=subprocess.PIPE,
         text=True,
     )
-    incomplete = tmp_path / "out.incomplete"
+    incomplete = out / STAGING
     deadline = time.monotonic() + 120
     while not list(incomplete.glob("*.safetensors")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.02)
     process.send_signal(kill)
     error = process.communicate(timeout=60)[1]
-    assert not out.exists()
     if kill == signal.SIGINT:
         assert process.returncode == EXIT_INTERRUPTED
         assert "Traceback" not in error
-        assert not incomplete.exists()
+        assert not out.exists()
     else:
-        with pytest.raises(UserError, match=r"no config\.json"):
-            harness.load(incomplete)
+        for folder in (out, incomplete):
+            with pytest.raises(UserError, match=r"no config\.json"):
+                harness.load(folder)
+
+
+def test_a_float16_model_measured_before_is_still_what_is_read_back(words_file: Path, tmp_path: Path) -> None:
+    model = tiny.make_model("llama", torch.float16, ternary=False)
+    run_workflow(model, tmp_path / "out", words_file, TernaryConfig(), evaluation=str(words_file))
+    loaded = harness.load(tmp_path / "out").state_dict()
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float16
+        assert torch.equal(loaded[name], value), name
+
+
+def test_the_original_is_not_written_over(
+    llama: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(llama, tmp_path / "source")
+    arguments = (source, "--out", source / ".." / "source", "--force", "--calibration", words_file, *SMALL)
+    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    assert "is where the original model lies" in capsys.readouterr().err
+    assert (source / "model.safetensors").is_file()
+
+
+def test_a_baseline_does_not_put_its_report_over_that_of_a_checkpoint(
+    damaged: Path, llama: Path, words_file: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (damaged / REPORT).read_bytes()
+    arguments = (
+        llama,
+        "--method",
+        "rtn-2bit",
+        "--out",
+        damaged,
+        "--force",
+        "--calibration",
+        words_file,
+        *SMALL,
+    )
+    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    assert "holds a checkpoint, and a baseline gives none" in capsys.readouterr().err
+    assert (damaged / REPORT).read_bytes() == before
+
+
+def test_folders_of_the_tokenizer_are_replaced_too(
+    damaged: Path, llama: Path, words_file: Path, tmp_path: Path, run_main: Run
+) -> None:
+    """Two chat templates make transformers write a folder beside the tokenizer."""
+    source = shutil.copytree(llama, tmp_path / "source")
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer.save_pretrained(source)
+    for _ in range(2):
+        arguments = (source, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
+        assert run_main(quantize.main, *arguments) == 0
+    assert (damaged / "additional_chat_templates").is_dir()
+
+
+def test_a_report_that_cannot_be_written_at_the_end_is_said_after_the_result(
+    llama: Path,
+    words_file: Path,
+    tmp_path: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = checkpoint.write_json
+
+    def full(file: Path, value: object) -> None:
+        if file == tmp_path / "out" / REPORT:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, value)
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
+    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert "mean relative output error" in printed.out
+    assert "No space left on device; the checkpoint is whole" in printed.err
+    harness.load(tmp_path / "out")
 
 
 def test_a_ternary_checkpoint_is_not_quantized_again(
@@ -258,7 +339,9 @@ def test_every_switch_of_the_method_is_on_the_command_line() -> None:
     assert (arguments.damping, arguments.max_iterations, arguments.seed) == (0.1, 5, 3)
 
 
-def run_workflow(model: object, out: Path, words_file: Path, config: TernaryConfig) -> dict:
+def run_workflow(
+    model: object, out: Path, words_file: Path, config: TernaryConfig, evaluation: str | None = None
+) -> dict:
     """Quantize a model that is in memory, as it would be from a folder."""
     folder = tiny.save(model, out.parent / "original")
     options = workflow.Options(
@@ -269,6 +352,8 @@ def run_workflow(model: object, out: Path, words_file: Path, config: TernaryConf
         nsamples=8,
         seqlen=24,
         config=config,
+        evaluation=evaluation,
+        evaluation_seqlen=24,
     )
     with pytest.MonkeyPatch.context() as patch:
         original = Original(model, tiny.make_tokenizer(), "tiny")
