@@ -82,7 +82,7 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
         raise UserError("--out DIR is missing: where should the checkpoint go?")
     if options.out is not None:
         checkpoint.require_free(options.out, options.force)
-        _require_other_folder(options)
+        _require_other_folder(options, options.out)
     backend = load_backend(options.backend)
     if backend.note:
         say(backend.note)
@@ -142,17 +142,13 @@ class _Ready:
     plan: Plan
 
 
-def _require_other_folder(options: Options) -> None:
+def _require_other_folder(options: Options, out: Path) -> None:
     """Refuse to write over what is read, and to put a baseline's report over a checkpoint's."""
-    if options.model is None or options.out is None:
-        source = None
-    else:
-        source = Path(options.model)
-        source = source.parent if source.is_file() else source
-    if source is not None and options.out is not None and source.resolve() == options.out.resolve():
-        raise UserError(f"{options.out} is where the original model lies; choose another --out")
-    if options.method != PT2_LLM and options.out is not None and checkpoint.is_ternary(options.out):
-        raise UserError(f"{options.out} holds a checkpoint, and a baseline gives none; choose another --out")
+    source = Path(options.model).resolve() if options.model is not None else None
+    if source is not None and out.resolve() in (source, source.parent if source.is_file() else source):
+        raise UserError(f"{out} is where the original model lies; choose another --out")
+    if options.method != PT2_LLM and checkpoint.is_ternary(out):
+        raise UserError(f"{out} holds a checkpoint, and a baseline gives none; choose another --out")
 
 
 def _prepare(options: Options, calibration_text: text.Text, evaluation_text: text.Text | None) -> _Ready:
