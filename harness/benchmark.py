@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import os
 import platform
 import subprocess
@@ -16,12 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from harness import checkpoint, report, text
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
-from harness.models import find_decoder_layers, load_original
-from harness.pipeline import FitError, capture_inputs
+from harness.pipeline import FitError
 from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
 from reference.types import TernaryConfig
 
@@ -36,9 +33,6 @@ Measure on this machine and write the figures to a file, with command, machine a
   python -m harness.benchmark calibration benchmarks/calibration.json
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
 """
-
-# Windows that the plain passes are timed on; the rest would take the same time each.
-PASS_WINDOWS = 16
 
 NO_ORDER = TernaryConfig(reorder="none")
 METHODS: dict[str, tuple[str, TernaryConfig]] = {
@@ -76,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
     sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="windows")
     sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens in a window")
+    sub.add_argument(
+        "--report", type=Path, metavar="FILE", help="report.json of a run on this machine, instead"
+    )
 
     sub = kind("methods", "the paper's ablations and 2-bit baselines side by side, on one text")
     sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
@@ -110,60 +107,37 @@ def measure_command(command: list[str]) -> dict[str, Any]:
     }
 
 
-def measure_calibration(
-    model: str | None, calibration: str, nsamples: int, seqlen: int, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Time a quantization from loading to the finished checkpoint, and plain passes before and after it."""
-    before = time_passes(model, calibration, nsamples, seqlen)
-    say(f"two plain passes: {before:.0f} s")
+def measure_calibration(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Time a quantization, and hold it against two plain passes of the same tokens (`against_passes`)."""
     with TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        record = quantize(
-            Options(
-                model=model,
-                out=Path(folder) / "out",
-                calibration=calibration,
-                evaluation=NO_EVALUATION,
-                nsamples=nsamples,
-                seqlen=seqlen,
-            ),
-            say,
+        return against_passes(
+            quantize(replace(options, out=Path(folder) / "out", evaluation=NO_EVALUATION), say)
         )
-        total = time.perf_counter() - begin
-    after = time_passes(model, calibration, nsamples, seqlen)
-    say(f"two plain passes: {after:.0f} s")
-    passes = (before + after) / 2
-    stages: dict[str, float] = {}
+
+
+def against_passes(record: dict[str, Any]) -> dict[str, Any]:
+    """The seconds of a run by stage, from its report, as a multiple of two plain forward passes.
+
+    The pass that makes the outputs of every layer is a plain one: float32, all windows, nothing
+    collected. It is timed between the other stages, so that a busy machine slows both alike.
+    """
+    stages = {"load and capture": record["seconds"]["load"]}
     for layer in record["layers"]:
         for stage, seconds in layer["seconds"].items():
-            stages[stage] = round(stages.get(stage, 0.0) + seconds, 1)
+            stages[stage] = stages.get(stage, 0.0) + seconds
+    total = record["seconds"]["load"] + record["seconds"]["layers"]
+    passes = 2 * stages["outputs"]
+    calibration = record["calibration"]
     return {
-        "tokens": nsamples * seqlen,
+        "model": record["model"],
+        "nsamples": calibration["nsamples"],
+        "seqlen": calibration["seqlen"],
         "total_seconds": round(total, 1),
-        "two_plain_passes_seconds": [round(before, 1), round(after, 1)],
-        "passes_timed_on_windows": min(PASS_WINDOWS, nsamples),
+        "two_plain_passes_seconds": round(passes, 1),
         "ratio": round(total / passes, 3),
-        "seconds_by_stage": {"load and capture": round(record["seconds"]["load"], 1), **stages},
+        "seconds_by_stage": {stage: round(seconds, 1) for stage, seconds in stages.items()},
         "peak_memory_gb": round(record["peak_memory_bytes"] / 1e9, 2),
     }
-
-
-@torch.no_grad()
-def time_passes(model: str | None, calibration: str, nsamples: int, seqlen: int) -> float:
-    """Seconds that two passes of all windows through the decoder layers take, in float32 as calibration's."""
-    original = load_original(model)
-    decoder = find_decoder_layers(original.model)
-    tokens = text.tokenize(text.read_text(calibration, text.CALIBRATION), original.tokenizer)
-    timed = min(PASS_WINDOWS, nsamples)
-    hidden, calls = capture_inputs(
-        original.model, decoder.layers, text.calibration_windows(tokens, timed, seqlen, seed=0)
-    )
-    begin = time.perf_counter()
-    for layer, call in zip(decoder.layers, calls, strict=True):
-        working = copy.deepcopy(layer).float()
-        for position, states in enumerate(hidden):
-            hidden[position] = call(working, states.float()).to(states.dtype)
-    return 2 * (time.perf_counter() - begin) * nsamples / timed
 
 
 def compare_methods(
@@ -244,9 +218,17 @@ def main() -> int:
     if arguments.kind == "command":
         results = measure_command(arguments.command)
     elif arguments.kind == "calibration":
-        results = measure_calibration(
-            arguments.model, arguments.calibration, arguments.nsamples, arguments.seqlen
-        )
+        if arguments.report:
+            results = against_passes(json.loads(arguments.report.read_text(encoding="utf-8")))
+        else:
+            results = measure_calibration(
+                Options(
+                    model=arguments.model,
+                    calibration=arguments.calibration,
+                    nsamples=arguments.nsamples,
+                    seqlen=arguments.seqlen,
+                )
+            )
     else:
         options = Options(
             model=arguments.model,
