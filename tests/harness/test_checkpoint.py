@@ -291,7 +291,7 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.M
 
 def test_too_little_space_is_refused_before_the_start(tmp_path: Path) -> None:
     checkpoint.require_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(UserError, match=r"needs \d+ MB of disk"):
+    with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk"):
         checkpoint.require_space(tmp_path, 1 << 62)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -183,11 +184,14 @@ def test_after_a_failure_the_matrices_that_have_not_begun_are_not_begun() -> Non
 
     def interrupt(W: np.ndarray, C: np.ndarray) -> np.ndarray:
         begun.append(W.shape)
-        raise KeyboardInterrupt
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        time.sleep(0.3)  # long enough for the failure to be seen
+        return W
 
     with pytest.raises(KeyboardInterrupt):
         next(quantize_layers(decoder, hidden, calls, interrupt))
-    assert len(begun) < 7
+    assert len(begun) <= 3
 
 
 def test_a_matrix_that_is_not_used_is_refused() -> None:
