@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -168,6 +168,10 @@ def quantize_layers(
         for batch in [[group] for group in groups] if true_sequential else [groups]:
             with clock("inputs"):
                 grams = _collect_grams(working, linears, batch, hidden, call, lambda: progress(1, "inputs"))
+            for group, gram in zip(batch, grams, strict=True):
+                if not np.isfinite(gram).all():
+                    name = decoder.full_name(index, group[0])
+                    raise FitError(f"{name}: its inputs are not finite on the calibration text")
             with clock("fits"):
                 jobs = [
                     (decoder.full_name(index, name), decoder.linears[index][name], gram)
@@ -198,6 +202,8 @@ def _quantize_together(jobs: list[tuple[str, nn.Linear, np.ndarray]], method: Me
     try:
         with threadpool_limits(max(1, cores // workers), "blas"):
             running = {i: pool.submit(_quantize, *jobs[i], method) for i in order}
+            for future in wait(running.values(), return_when=FIRST_EXCEPTION).done:
+                future.result()  # the first failure ends it, whichever matrix it is
             return [running[i].result() for i in range(len(jobs))]
     finally:
         # After Ctrl-C or a failure the matrices that have not begun are not begun.
@@ -205,8 +211,6 @@ def _quantize_together(jobs: list[tuple[str, nn.Linear, np.ndarray]], method: Me
 
 
 def _quantize(name: str, linear: nn.Linear, gram: np.ndarray, method: Method) -> FittedMatrix:
-    if not np.isfinite(gram).all():
-        raise FitError(f"{name}: its inputs are not finite on the calibration text")
     weight = linear.weight.detach().double().numpy()
     begin = time.perf_counter()
     try:
