@@ -6,9 +6,7 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,12 +23,11 @@ from reference.types import TernaryConfig
 DESCRIPTION = """\
 Measure on this machine and write the figures to a file, with command, machine and date.
 
-  command      seconds and peak memory of any command line
-  calibration  a whole quantization against two plain forward passes of the same tokens
-  methods      the paper's ablations and 2-bit baselines side by side, on one text
+  run      a whole quantization, stage by stage, against two plain forward passes of the same tokens
+  methods  the paper's ablations and 2-bit baselines side by side, on one text
 
-  python -m harness.benchmark command benchmarks/demo.json -- python -m harness.quantize --out DIR
-  python -m harness.benchmark calibration benchmarks/calibration.json
+  python -m harness.benchmark run benchmarks/calibration.json
+  python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
 """
 
@@ -61,18 +58,13 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("file", type=Path, metavar="FILE", help="where the figures go, as JSON")
         return sub
 
-    sub = kind("command", "seconds and peak memory of a command line")
-    sub.add_argument("command", nargs="+", metavar="WORD", help="the command, after --")
-
     defaults = Options()
-    sub = kind("calibration", "a whole quantization against two plain passes of the same tokens")
+    sub = kind("run", "a whole quantization, stage by stage, against two plain passes of the same tokens")
     sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
     sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="windows")
     sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens in a window")
-    sub.add_argument(
-        "--report", type=Path, metavar="FILE", help="report.json of a run on this machine, instead"
-    )
+    sub.add_argument("--report", type=Path, metavar="FILE", help="report.json of a run made on this machine")
 
     sub = kind("methods", "the paper's ablations and 2-bit baselines side by side, on one text")
     sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
@@ -86,57 +78,31 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure_command(command: list[str]) -> dict[str, Any]:
-    """Run a command and give its seconds and the most memory it had resident.
-
-    Raises
-    ------
-    UserError
-        If the command fails.
-    """
-    begin = time.perf_counter()
-    try:
-        status = subprocess.run(command, check=False).returncode
-    except OSError as error:
-        raise UserError(f"{command[0]} cannot be run: {error.strerror}") from None
-    if status != 0:
-        raise UserError(f"{' '.join(command)} ended with exit code {status}")
-    return {
-        "seconds": round(time.perf_counter() - begin, 1),
-        "peak_memory_gb": round(report.peak_memory(of_children=True) / 1e9, 2),
-    }
-
-
-def measure_calibration(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Time a quantization, and hold it against two plain passes of the same tokens (`against_passes`)."""
-    with TemporaryDirectory() as folder:
-        return against_passes(
-            quantize(replace(options, out=Path(folder) / "out", evaluation=NO_EVALUATION), say)
-        )
-
-
-def against_passes(record: dict[str, Any]) -> dict[str, Any]:
-    """The seconds of a run by stage, from its report, as a multiple of two plain forward passes.
+def summarize(record: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a run, from its report: seconds by stage, memory, error, perplexity.
 
     The pass that makes the outputs of every layer is a plain one: float32, all windows, nothing
-    collected. It is timed between the other stages, so that a busy machine slows both alike.
+    collected. Twice that is what calibration would take if everything else were free. It is timed
+    between the other stages, so that a busy machine slows both alike.
     """
-    stages = {"load and capture": record["seconds"]["load"]}
+    seconds = dict(record["seconds"])
+    total = seconds["load"] + seconds.pop("layers")
     for layer in record["layers"]:
-        for stage, seconds in layer["seconds"].items():
-            stages[stage] = stages.get(stage, 0.0) + seconds
-    total = record["seconds"]["load"] + record["seconds"]["layers"]
-    passes = 2 * stages["outputs"]
+        for stage, spent in layer["seconds"].items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+    passes = 2 * seconds["outputs"]
     calibration = record["calibration"]
     return {
         "model": record["model"],
-        "nsamples": calibration["nsamples"],
-        "seqlen": calibration["seqlen"],
-        "total_seconds": round(total, 1),
-        "two_plain_passes_seconds": round(passes, 1),
+        "calibration": f"{calibration['nsamples']} x {calibration['seqlen']} tokens; {calibration['text']}",
+        "seconds_without_evaluation": round(total, 1),
+        "seconds_of_two_plain_passes": round(passes, 1),
         "ratio": round(total / passes, 3),
-        "seconds_by_stage": {stage: round(seconds, 1) for stage, seconds in stages.items()},
+        "seconds_by_stage": {stage: round(spent, 1) for stage, spent in seconds.items()},
         "peak_memory_gb": round(record["peak_memory_bytes"] / 1e9, 2),
+        "bits_per_weight": round(record["plan"]["bits_per_weight"], 3),
+        "mean_relative_output_error": record["mean_relative_output_error"],
+        "perplexity": record["perplexity"],
     }
 
 
@@ -215,20 +181,8 @@ def main() -> int:
     def save(results: dict[str, Any]) -> None:
         checkpoint.write_json(arguments.file, {**described, "results": results})
 
-    if arguments.kind == "command":
-        results = measure_command(arguments.command)
-    elif arguments.kind == "calibration":
-        if arguments.report:
-            results = against_passes(json.loads(arguments.report.read_text(encoding="utf-8")))
-        else:
-            results = measure_calibration(
-                Options(
-                    model=arguments.model,
-                    calibration=arguments.calibration,
-                    nsamples=arguments.nsamples,
-                    seqlen=arguments.seqlen,
-                )
-            )
+    if arguments.kind == "run":
+        results = summarize(_report_of(arguments))
     else:
         options = Options(
             model=arguments.model,
@@ -243,6 +197,26 @@ def main() -> int:
     save(results)
     print(json_text(results))
     return 0
+
+
+def _report_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report named on the command line, or that of a run made for it."""
+    if arguments.report:
+        try:
+            return json.loads(arguments.report.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{arguments.report} is missing or damaged: {error}") from None
+    with TemporaryDirectory() as folder:
+        return quantize(
+            Options(
+                model=arguments.model,
+                out=Path(folder) / "out",
+                calibration=arguments.calibration,
+                evaluation=NO_EVALUATION,
+                nsamples=arguments.nsamples,
+                seqlen=arguments.seqlen,
+            )
+        )
 
 
 def _without_folders(word: str) -> str:

@@ -95,11 +95,11 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "machine": platform.machine(), "cores": os.cpu_count()}
 
 
-def peak_memory(of_children: bool = False) -> int:
-    """Most bytes this process, or a child that ended, has had resident; 0 where no one tells."""
+def peak_memory() -> int:
+    """Most bytes this process has had resident; 0 where the system does not tell."""
     try:
         import resource
     except ImportError:
         return 0
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

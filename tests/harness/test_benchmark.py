@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,57 +14,51 @@ from harness.cli import EXIT_USAGE
 Run = Callable[..., int]
 
 
-def test_a_command_is_timed_and_its_memory_is_that_of_the_child(tmp_path: Path, run_main: Run) -> None:
-    file = tmp_path / "results" / "command.json"
-    code = "import time; block = bytearray(300_000_000); time.sleep(0.5)"
-    assert run_main(benchmark.main, "command", file, "--", sys.executable, "-c", code) == 0
-    record = json.loads(file.read_text())
-    assert 0.5 < record["results"]["seconds"] < 30
-    assert record["results"]["peak_memory_gb"] >= 0.3
-    assert record["command"].startswith("python -m harness.benchmark command")
-    assert str(tmp_path) not in record["command"]
-    assert record["machine"]["cpu"]
-
-
-def test_a_command_that_fails_gives_no_figures(
-    tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "command.json"
-    assert run_main(benchmark.main, "command", file, "--", sys.executable, "-c", "exit(3)") == EXIT_USAGE
-    assert "ended with exit code 3" in capsys.readouterr().err
-    assert not file.exists()
-
-
-def test_calibration_is_held_against_plain_passes_of_the_same_tokens(
+def test_a_run_is_measured_stage_by_stage(
     tmp_path: Path, llama: Path, words_file: Path, run_main: Run
 ) -> None:
-    file = tmp_path / "calibration.json"
+    file = tmp_path / "results" / "run.json"
     arguments = ("--model", llama, "--calibration", words_file, "--nsamples", "4", "--seqlen", "24")
-    assert run_main(benchmark.main, "calibration", file, *arguments) == 0
-    results = json.loads(file.read_text())["results"]
-    assert (results["nsamples"], results["seqlen"]) == (4, 24)
-    assert {"load and capture", "inputs", "fits", "outputs"} == results["seconds_by_stage"].keys()
-    assert results["ratio"] > 0.5
+    assert run_main(benchmark.main, "run", file, *arguments) == 0
+    record = json.loads(file.read_text())
+    assert record["command"].startswith("python -m harness.benchmark run")
+    assert str(tmp_path) not in record["command"]
+    assert record["machine"]["cpu"]
+    assert {"load", "inputs", "fits", "outputs"} == record["results"]["seconds_by_stage"].keys()
+    assert record["results"]["ratio"] > 0.5
+
+
+def test_a_report_that_is_none_is_refused(
+    tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    assert run_main(benchmark.main, "run", file, "--report", tmp_path / "no.json") == EXIT_USAGE
+    assert "no.json is missing or damaged" in capsys.readouterr().err
+    assert not file.exists()
 
 
 def test_the_ratio_is_the_total_over_two_passes_that_make_outputs(tmp_path: Path, run_main: Run) -> None:
     layer = {"seconds": {"inputs": 11.0, "fits": 4.0, "outputs": 10.0}}
     record = {
         "model": "m",
-        "calibration": {"nsamples": 8, "seqlen": 16},
+        "calibration": {"nsamples": 8, "seqlen": 16, "text": "words"},
         "seconds": {"load": 2.0, "layers": 53.0, "perplexity before": 99.0},
         "layers": [layer, layer],
         "peak_memory_bytes": 2_000_000_000,
+        "plan": {"bits_per_weight": 1.9},
+        "mean_relative_output_error": 0.04,
+        "perplexity": {},
     }
     (tmp_path / "report.json").write_text(json.dumps(record))
-    file = tmp_path / "calibration.json"
-    assert run_main(benchmark.main, "calibration", file, "--report", tmp_path / "report.json") == 0
+    file = tmp_path / "run.json"
+    assert run_main(benchmark.main, "run", file, "--report", tmp_path / "report.json") == 0
     results = json.loads(file.read_text())["results"]
-    assert results["total_seconds"] == 55.0
-    assert results["two_plain_passes_seconds"] == 40.0
+    assert results["seconds_without_evaluation"] == 55.0
+    assert results["seconds_of_two_plain_passes"] == 40.0
     assert results["ratio"] == 1.375
     assert results["seconds_by_stage"] == {
-        "load and capture": 2.0,
+        "load": 2.0,
+        "perplexity before": 99.0,
         "inputs": 22.0,
         "fits": 8.0,
         "outputs": 20.0,
