@@ -9,7 +9,8 @@ A linear layer NAME with weights (n, m) in blocks of k columns is stored as thes
 ``NAME.scale``        float16, (n, ceil(m / k)): alpha of every block.
 ``NAME.shift``        float16, (n, ceil(m / k)): mu of every block.
 ``NAME.permutation``  (m,), the smallest of uint8, uint16, uint32 that holds m - 1: trit j of a row
-                      belongs to column ``permutation[j]``. Left out where it is the identity.
+                      belongs to column ``permutation[j]``. Left out where it is the identity, and
+                      NAME is then listed as ``unpermuted`` in the model's configuration.
 ``NAME.bias``         as it was, if there was one.
 
 The weight of row i at column ``permutation[j]`` is
