@@ -115,6 +115,7 @@ class CheckpointWriter:
             tensors.update(packed)
         try:
             save_file(tensors, self.folder / file, metadata={"format": "pt"})
+            (self.folder / file).chmod(0o644)  # safetensors leaves it to the owner alone
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.folder / file} could not be written: {_reason(error, self.folder)}"

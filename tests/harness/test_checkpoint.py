@@ -261,6 +261,11 @@ def test_files_are_staged_on_the_disk_they_stay_on(tmp_path: Path) -> None:
         assert writer.folder.parent == tmp_path / "out"
 
 
+def test_others_may_read_the_weights(quantized: Path) -> None:
+    for file in quantized.iterdir():
+        assert file.stat().st_mode & 0o044 == 0o044, file.name
+
+
 def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file exists and is not a folder"):
