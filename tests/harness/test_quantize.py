@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -213,6 +214,23 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
     assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err.strip().endswith("interrupted")
+
+
+def test_a_run_interrupted_while_files_move_leaves_nothing_that_loads(
+    damaged: Path, llama: Path, words_file: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = os.replace
+
+    def interrupt(source: Path, target: Path) -> None:
+        if Path(target) == damaged / "model-00002-of-00004.safetensors":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", interrupt)
+    arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
+    assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
+    with pytest.raises(UserError, match=r"no config\.json"):
+        harness.load(damaged)
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
