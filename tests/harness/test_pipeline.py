@@ -135,11 +135,11 @@ def test_a_failure_names_the_matrix() -> None:
     hidden, calls = capture_inputs(model, decoder.layers, windows())
 
     def fail(W: np.ndarray, C: np.ndarray) -> np.ndarray:
-        if W.shape == (tiny.INNER, tiny.WIDTH):
+        if W.shape == (tiny.WIDTH, tiny.INNER):
             raise np.linalg.LinAlgError("is not positive definite")
         return W
 
-    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.gate_proj: is not positive definite"):
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj: is not positive definite"):
         next(quantize_layers(decoder, hidden, calls, fail))
 
 
