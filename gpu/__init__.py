@@ -1,1 +1,15 @@
-"""The functions of `reference` on a GPU. Nothing is here yet; `--backend gpu` says so."""
+"""PT²-LLM on device arrays: the functions of `reference`, module by module, with the same signatures.
+
+Arrays are CuPy's where there is a CUDA device. With ``NUMBA_ENABLE_CUDASIM=1`` in the environment they
+are NumPy's, so that everything but the hardware itself is checked on any machine (`gpu.device`).
+
+Weights may be float32 or float64, and results that have the shape of weights are in the same type.
+Sums over rows, the alignment of grids and factorizations are float64 in both.
+"""
+
+from gpu.device import describe, to_device, to_host
+
+# The printed Eq. 13 exists to show that it is wrong. The rest of what `reference` has comes later.
+REFUSED = frozenset({"aga.align_grid_printed", "matmul.matmul"})
+
+__all__ = ["REFUSED", "describe", "to_device", "to_host"]

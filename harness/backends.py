@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from harness.cli import UserError
+from reference.types import TernaryConfig, TernaryMatrix
 
 
 class MissingOperation(LookupError):
@@ -26,7 +29,8 @@ class Backend:
         Name of the package.
     package : module
         It may define ``REFUSED``, operations it leaves out on purpose, and the functions
-        ``to_device`` and ``to_host`` if its arrays are not NumPy's.
+        ``to_device`` and ``to_host`` if its arrays are not NumPy's. Where it cannot run, importing
+        it raises a RuntimeError that says why.
     note : str
         What was chosen and why, where the name left that open.
     """
@@ -61,6 +65,12 @@ class Backend:
             raise MissingOperation(f"backend {self.name} has no function {operation}")
         return function
 
+    def ternarize(self, W: np.ndarray, C: np.ndarray, config: TernaryConfig) -> TernaryMatrix:
+        """The operation ``ternarize.ternarize`` on NumPy arrays, from the host and back to it."""
+        result = self.function("ternarize.ternarize")(self.to_device(W), self.to_device(C), config=config)
+        moved = ("trits", "scale", "shift", "permutation")
+        return replace(result, **{name: self.to_host(getattr(result, name)) for name in moved})
+
     def to_device(self, array: Any) -> Any:
         """A NumPy array as the backend takes it."""
         return getattr(self.package, "to_device", _unchanged)(array)
@@ -71,23 +81,34 @@ class Backend:
 
 
 def load_backend(name: str = "auto") -> Backend:
-    """The backend of a name: ``reference``, any package of the same shape, or ``auto``.
+    """The backend of a name: ``reference``, ``gpu``, any package of the same shape, or ``auto``.
+
+    ``auto`` is ``gpu`` where there is a CUDA device and what it needs is installed, else ``reference``.
 
     Raises
     ------
     UserError
-        If there is no such backend.
+        If there is no such backend, or no device for it.
     """
     if name == "auto":
-        note = "backend auto: this version has no GPU backend, so it is reference (NumPy, float64)"
-        return Backend("reference", importlib.import_module("reference"), note)
+        try:
+            gpu = load_backend("gpu")
+        except UserError as error:
+            return Backend(
+                "reference",
+                importlib.import_module("reference"),
+                f"{error}; auto is reference (NumPy, float64)",
+            )
+        return replace(gpu, note=f"backend auto: gpu ({gpu.package.describe()})")
     if not name.isidentifier() or importlib.util.find_spec(name) is None:
         raise UserError(f"unknown backend {name!r}: there is no Python package of that name; use reference")
-    if name == "gpu" and importlib.util.find_spec("gpu.ternarize") is None:
-        raise UserError("the GPU backend is not part of this version; use --backend reference")
+    try:
+        package = importlib.import_module(name)
+    except RuntimeError as error:  # no device: the package says so as it is imported
+        raise UserError(f"backend {name} cannot run here: {error}") from None
     if importlib.util.find_spec(name + ".ternarize") is None:
         raise UserError(f"{name!r} is no backend: it has no module {name}.ternarize; use reference")
-    return Backend(name, importlib.import_module(name))
+    return Backend(name, package)
 
 
 def _unchanged(array: Any) -> Any:

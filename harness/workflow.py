@@ -200,7 +200,7 @@ def _ternarize(
     say: Callable[[str], None],
 ) -> None:
     """Ternarize the model and write the checkpoint layer by layer."""
-    method = partial(backend.function("ternarize.ternarize"), config=options.config)
+    method = partial(backend.ternarize, config=options.config)
     with checkpoint.CheckpointWriter(out, len(ready.decoder.layers) + 1) as writer:
 
         def write(index: int, matrices: list[FittedMatrix]) -> None:

@@ -184,11 +184,16 @@ def test_auto_says_what_it_is(capsys):
         ("nothing_of_that_name", "unknown backend"),
         ("../reference", "unknown backend"),
         ("json", "is no backend"),
-        ("gpu", "the GPU backend is not part of this version"),
     ],
 )
 def test_unusable_backends_are_named(name, message):
     with pytest.raises(UserError, match=message):
+        load_backend(name)
+
+
+def test_a_backend_that_cannot_run_says_why(backend):
+    name = backend("deviceless", package="raise RuntimeError('no CUDA device')\n")
+    with pytest.raises(UserError, match="backend deviceless cannot run here: no CUDA device"):
         load_backend(name)
 
 

@@ -1,0 +1,131 @@
+"""Activation-aware grid alignment, Section 3.2 (Eq. 11-12), in float64; see `reference.aga`.
+
+Eq. 13 as printed is left out: it is in the reference so that the misprint can be shown.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu import checks
+from gpu.atq import optimal_grid, residual
+from gpu.device import Array, xp
+from reference.aga import SINGULAR
+
+
+def output_error(W: Array, W_hat: Array, C: Array) -> float:
+    r"""Error of the layer's outputs, :math:`\mathrm{tr}((W - \hat W) C (W - \hat W)^T)` (Eq. 11).
+
+    Parameters
+    ----------
+    W, W_hat : (n, m) float32 or float64
+        Weights, and the weights that replace them.
+    C : (m, m) array
+        Gram matrix of the inputs.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a value is not finite, C is not symmetric or has a negative diagonal.
+    """
+    W = checks.matrix(W, "W")
+    W_hat = checks.matrix(W_hat, "W_hat")
+    checks.same_shape("W_hat", W_hat, W.shape)
+    C = checks.gram(C, W.shape[1])
+    return float(quadratic_form(W.astype(np.float64) - W_hat, C))
+
+
+def quadratic_form(E: Array, C: Array) -> Array:
+    """tr(E C Eᵀ) as a device scalar."""
+    return ((E @ C) * E).sum()
+
+
+def output_error_gradient(W: Array, alpha: Array, mu: Array, T: Array, C: Array) -> tuple[Array, Array]:
+    """Gradient of E_x with respect to alpha and mu; setting it to zero gives Eq. 12.
+
+    Parameters
+    ----------
+    W : (n, m) float32 or float64
+        Weights.
+    alpha, mu : (n, 1) array
+        Grid.
+    T : (n, m) array
+        Trits.
+    C : (m, m) array
+        Gram matrix of the inputs.
+
+    Returns
+    -------
+    d_alpha, d_mu : (n, 1) float64
+
+    Raises
+    ------
+    ValueError
+        As for `output_error`, or if T holds something that is not a trit.
+    """
+    W = checks.matrix(W, "W")
+    T = checks.trits(T, W.shape)
+    C = checks.gram(C, W.shape[1])
+    alpha = checks.column(alpha, W.shape[0], "alpha")
+    EC = residual(W, alpha, checks.column(mu, W.shape[0], "mu"), T) @ C
+    return -2 * (EC * T).sum(axis=1, keepdims=True), -2 * EC.sum(axis=1, keepdims=True)
+
+
+def align_grid(W: Array, T: Array, C: Array) -> tuple[Array, Array]:
+    """The grid that minimizes E_x for fixed trits: the exact solution of Eq. 12 (AGA).
+
+    Parameters
+    ----------
+    W : (n, m) float32 or float64
+        Weights.
+    T : (n, m) array
+        Trits.
+    C : (m, m) array
+        Gram matrix of the inputs.
+
+    Returns
+    -------
+    alpha, mu : (n, 1) float64
+        Not rounded to what a checkpoint stores.
+
+    Raises
+    ------
+    ValueError
+        As for `output_error`, or if T holds something that is not a trit.
+    """
+    W = checks.matrix(W, "W")
+    return aligned_grid(W, checks.trits(T, W.shape), checks.gram(C, W.shape[1]))
+
+
+def aligned_grid(W: Array, T: Array, C: Array) -> tuple[Array, Array]:
+    """`align_grid` of input that has been checked.
+
+    Notes
+    -----
+    With the system of a row [[a, b], [b, c]] and λ its larger eigenvalue, the smaller one is
+    (ac - b²)/λ. Where that is below `SINGULAR` λ the pseudoinverse is vvᵀ/λ, v being the larger
+    one's eigenvector, and vvᵀ/λ is the system itself divided by λ², up to `SINGULAR`.
+    """
+    alpha, mu = optimal_grid(W, T)
+    E = residual(W, alpha, mu, T)
+    T = T.astype(np.float64)
+    TC = T @ C
+    C1 = C.sum(axis=1, keepdims=True)
+    a = (TC * T).sum(axis=1, keepdims=True)
+    b = T @ C1
+    c = C1.sum()
+    right_alpha = (TC * E).sum(axis=1, keepdims=True)
+    right_mu = E @ C1
+
+    eigenvalue = (a + c) / 2 + xp.hypot((a - c) / 2, b)
+    determinant = a * c - b * b
+    singular = abs(determinant) <= SINGULAR * eigenvalue**2
+    divisor = xp.where(singular, eigenvalue**2, determinant)
+    divisor = xp.where(divisor == 0, 1.0, divisor)  # a system of zeros corrects nothing
+    alpha_correction = xp.where(singular, a * right_alpha + b * right_mu, c * right_alpha - b * right_mu)
+    mu_correction = xp.where(singular, b * right_alpha + c * right_mu, a * right_mu - b * right_alpha)
+    return alpha + alpha_correction / divisor, mu + mu_correction / divisor

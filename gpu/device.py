@@ -1,0 +1,104 @@
+"""Where arrays live: CuPy on a CUDA device, or NumPy standing in for it.
+
+``xp`` is the array module. The stand-in is chosen by ``NUMBA_ENABLE_CUDASIM=1``, the switch of Numba's
+own simulator, and never by itself: without it and without a device, importing this module fails with
+`DeviceError`. What the two modules do not share is below; nothing else in `gpu` asks which it is.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+STANDIN = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+Array = Any
+
+# Rows of a Cholesky factor have the length of the matrix's diagonal to about m·ε, 1e-11 at most.
+FACTOR_TOLERANCE = 1e-6
+
+
+class DeviceError(RuntimeError):
+    """No usable CUDA device; the message says what is missing."""
+
+
+def describe() -> str:
+    """The device in words.
+
+    Raises
+    ------
+    DeviceError
+        If there is none, or a package is missing.
+    """
+    if STANDIN:
+        return "NumPy standing in for a CUDA device"
+    try:
+        import cupy
+        import numba.cuda  # noqa: F401
+    except ImportError as error:
+        raise DeviceError(
+            f"{error.name} is not installed: pip install 'pt2-llm[cuda13]' (or cuda12)"
+        ) from None
+    try:
+        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(f"no CUDA device: {error}") from None
+    return f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}"
+
+
+def _array_module() -> ModuleType:
+    if STANDIN:
+        return np
+    describe()
+    import cupy
+
+    return cupy
+
+
+xp: Any = _array_module()
+
+
+def to_device(array: Any) -> Array:
+    """A NumPy array on the device; a device array as it is."""
+    return xp.asarray(array)
+
+
+def to_host(array: Any) -> Any:
+    """A device array as NumPy's; anything else as it is."""
+    return array if STANDIN or not isinstance(array, xp.ndarray) else xp.asnumpy(array)
+
+
+def cholesky(A: Array) -> Array:
+    """Lower factor of a symmetric (m, m) float64 matrix, without waiting for the device.
+
+    Where there is none the result is not a factor, and `is_factor` says so.
+    """
+    if not STANDIN:
+        return xp.linalg.cholesky(A)
+    try:
+        return np.linalg.cholesky(A)
+    except np.linalg.LinAlgError:
+        return np.full_like(A, np.nan)
+
+
+def is_factor(L: Array, diagonal: Array) -> Array:
+    """Whether L can be the Cholesky factor of a matrix with this diagonal, as a device scalar.
+
+    The status that cuSOLVER returns is not read, which would stop the host. A failed factorization
+    leaves a matrix whose rows do not have the lengths that the diagonal gives them.
+    """
+    lengths = xp.square(L).sum(axis=1)
+    close = abs(lengths - diagonal) <= FACTOR_TOLERANCE * diagonal
+    return ((xp.diagonal(L) > 0) & close).all()  # comparisons with NaN are False
+
+
+def solve_lower(L: Array, B: Array) -> Array:
+    """X with L X = B for a lower triangular L; B is overwritten where possible."""
+    if STANDIN:
+        from scipy.linalg import solve_triangular
+    else:
+        from cupyx.scipy.linalg import solve_triangular
+    return solve_triangular(L, B, lower=True, overwrite_b=True, check_finite=False)

@@ -1,0 +1,242 @@
+"""Ternary initialization and the whole ITF loop of a block, Eq. 4-10, one row for every CUDA block.
+
+The lanes of a block share a row: lane l takes the columns l, l + lanes, l + 2 lanes, ... Sums go
+through shared memory and every lane adds them up in the same order, so that all lanes hold the same
+bits, take the same branches and reach the same barriers, and a run can be repeated byte for byte.
+
+The body is plain Numba and is compiled twice from one source: for CUDA with LANES lanes and real
+barriers, and for the CPU with one lane and none, which stands in for it at full matrix sizes. The
+simulator runs the CUDA one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda, float64, njit
+
+from gpu.device import STANDIN, Array, xp
+from reference.twn import THRESHOLD
+
+# A warp: barriers of a block of one warp cost next to nothing.
+LANES = 32
+
+
+def _build(jit: Callable[..., Any], barrier: Any) -> Any:
+    """The body for one row, compiled by `jit`."""
+
+    @jit
+    def total(partial, lane, lanes, value):
+        partial[lane] = value
+        barrier()
+        result = 0.0
+        for other in range(lanes):
+            result += partial[other]
+        barrier()
+        return result
+
+    @jit
+    def record(W, T, row, alpha, mu, errors, step, partial, lane, lanes):
+        # Eq. 6 of this row
+        error = 0.0
+        for j in range(lane, W.shape[1], lanes):
+            difference = W[row, j] - (alpha * T[row, j] + mu)
+            error += difference * difference
+        error = total(partial, lane, lanes, error)
+        if lane == 0:
+            errors[step, row] = error
+        return error
+
+    @jit
+    def initialize(W, T, row, symmetric, partial, lane, lanes):
+        m = W.shape[1]
+        mu = 0.0
+        if not symmetric:  # Eq. 4
+            mean = 0.0
+            for j in range(lane, m, lanes):
+                mean += W[row, j]
+            mu = total(partial, lane, lanes, mean) / m
+        magnitude = 0.0
+        for j in range(lane, m, lanes):
+            magnitude += abs(W[row, j] - mu)
+        delta = THRESHOLD * (total(partial, lane, lanes, magnitude) / m)  # Eq. 5, Eq. 3
+        kept = 0.0
+        matched = 0.0
+        for j in range(lane, m, lanes):  # Eq. 2
+            centred = W[row, j] - mu
+            t = 0
+            if centred > delta:
+                t = 1
+            elif centred < -delta:
+                t = -1
+            T[row, j] = t
+            kept += abs(t)
+            matched += t * centred
+        kept = total(partial, lane, lanes, kept)
+        matched = total(partial, lane, lanes, matched)
+        return matched / max(kept, 1.0), mu
+
+    @jit
+    def build_optimal_grid(W, T, row, partial, lane, lanes):
+        m = W.shape[1]
+        weights = 0.0
+        t1 = 0.0
+        tt1 = 0.0
+        for j in range(lane, m, lanes):
+            weights += W[row, j]
+            t1 += T[row, j]
+            tt1 += abs(T[row, j])
+        mean = total(partial, lane, lanes, weights) / m
+        t1 = total(partial, lane, lanes, t1)
+        tt1 = total(partial, lane, lanes, tt1)
+        wt1 = 0.0
+        for j in range(lane, m, lanes):
+            wt1 += (W[row, j] - mean) * T[row, j]
+        wt1 = total(partial, lane, lanes, wt1)
+        denominator = m * tt1 - t1 * t1  # sums of small integers, exact
+        alpha = 0.0
+        if denominator != 0.0:
+            alpha = m * wt1 / denominator
+        return alpha, mean - alpha * t1 / m
+
+    @jit
+    def flexible_round(W, T, row, alpha, mu, partial, lane, lanes):
+        changed = 0.0
+        for j in range(lane, W.shape[1], lanes):
+            centred = W[row, j] - mu
+            t = 0
+            if abs(centred) > abs(alpha) / 2:
+                t = 1
+                if (centred < 0) != (alpha < 0):
+                    t = -1
+                if alpha == 0.0:
+                    t = 0
+            if t != T[row, j]:
+                changed = 1.0
+                T[row, j] = t
+        return total(partial, lane, lanes, changed) != 0.0
+
+    @jit
+    def fit_row(W, start, symmetric, limit, grids, T0, T, errors, steps, row, partial, lane, lanes):
+        if start:
+            alpha, mu = grids[row, 0], grids[row, 1]
+        else:
+            alpha, mu = initialize(W, T0, row, symmetric, partial, lane, lanes)
+            if lane == 0:
+                grids[row, 0] = alpha
+                grids[row, 1] = mu
+        for j in range(lane, W.shape[1], lanes):
+            T[row, j] = T0[row, j]
+        error = record(W, T, row, alpha, mu, errors, 0, partial, lane, lanes)
+        step = 1
+        changed = True
+        rounds = 0
+        while changed and rounds < limit:
+            alpha, mu = build_optimal_grid(W, T, row, partial, lane, lanes)
+            record(W, T, row, alpha, mu, errors, step, partial, lane, lanes)
+            changed = flexible_round(W, T, row, alpha, mu, partial, lane, lanes)
+            error = record(W, T, row, alpha, mu, errors, step + 1, partial, lane, lanes)
+            step += 2
+            rounds += 1
+        if changed and limit > 0:  # the limit was hit: the grid of the last trits
+            alpha, mu = build_optimal_grid(W, T, row, partial, lane, lanes)
+            error = record(W, T, row, alpha, mu, errors, step, partial, lane, lanes)
+            step += 1
+        if lane == 0:
+            grids[row, 2] = alpha
+            grids[row, 3] = mu
+            steps[row] = step
+        for later in range(step + lane, errors.shape[0], lanes):
+            errors[later, row] = error
+
+    return fit_row
+
+
+if STANDIN:
+
+    @njit
+    def _no_barrier():
+        pass
+
+    _fit_row_cpu = _build(njit, _no_barrier)
+
+    @njit
+    def _fit_rows_cpu(W, start, symmetric, limit, grids, T0, T, errors, steps, partial):
+        for row in range(W.shape[0]):
+            _fit_row_cpu(W, start, symmetric, limit, grids, T0, T, errors, steps, row, partial, 0, 1)
+
+
+def _barrier():
+    cuda.syncthreads()
+
+
+_fit_row = _build(cuda.jit(device=True), cuda.jit(device=True)(_barrier))
+
+
+@cuda.jit
+def fit_rows_kernel(W, start, symmetric, limit, grids, T0, T, errors, steps):
+    """One row a CUDA block; see `fit_rows` for the arguments."""
+    partial = cuda.shared.array(LANES, float64)
+    _fit_row(
+        W,
+        start,
+        symmetric,
+        limit,
+        grids,
+        T0,
+        T,
+        errors,
+        steps,
+        cuda.blockIdx.x,
+        partial,
+        cuda.threadIdx.x,
+        LANES,
+    )
+
+
+def fit_rows(
+    W: Array,
+    limit: int,
+    start: tuple[Array, Array, Array] | None = None,
+    symmetric: bool = False,
+    simulate: bool = False,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Initialize every row of a block and alternate grid and rounding until its trits are fixed.
+
+    Parameters
+    ----------
+    W : (n, k) float32 or float64
+        Weights of the block; of any strides.
+    limit : int
+        Most rounds of ITF; 0 for the initialization alone.
+    start : (alpha, mu, T), optional
+        (n, 1) grids and (n, k) trits to begin with, instead of an initialization.
+    symmetric : bool
+        Initialize by Eq. 1-3 with mu = 0 instead of Eq. 4-5.
+    simulate : bool
+        In the stand-in, run the CUDA kernel in Numba's simulator instead of its body on the CPU.
+
+    Returns
+    -------
+    grids : (n, 4) float64
+        alpha and mu at the start, alpha and mu at the end.
+    T0, T : (n, k) int8
+        Trits at the start and at the end.
+    errors : (2 limit + 2, n) float64
+        E_w of every row at the start and after every half-step, the last value repeated.
+    steps : (n,) int32
+        Half-steps recorded for every row, the start included.
+    """
+    n, k = W.shape
+    grids = xp.empty((n, 4))
+    T0, T = xp.empty((n, k), xp.int8), xp.empty((n, k), xp.int8)
+    errors, steps = xp.empty((2 * limit + 2, n)), xp.empty(n, xp.int32)
+    if start is not None:
+        grids[:, 0:1], grids[:, 1:2], T0[:] = start
+    arguments = (W, start is not None, symmetric, limit, grids, T0, T, errors, steps)
+    if STANDIN and not simulate:
+        _fit_rows_cpu(*arguments, xp.empty(1))
+    else:
+        fit_rows_kernel[n, LANES](*arguments)
+    return grids, T0, T, errors, steps

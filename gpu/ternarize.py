@@ -1,0 +1,200 @@
+"""One weight matrix from start to end on the device; see `reference.ternarize`.
+
+Columns keep their places: `rest` holds the remaining columns of W, compensated in place, with zeros
+where a block is done, and so does the inverse of H in rows and columns. Every block then has the same
+shapes, and the host queues the whole loop without waiting for the device. What went wrong on the way
+(a factorization, a scale beyond float16) is read once at the end.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu import checks
+from gpu.aga import aligned_grid, quadratic_form
+from gpu.atq import residual, squared_norm
+from gpu.device import Array, cholesky, is_factor, xp
+from gpu.gptq import halved, invert_damped
+from gpu.kernels.fitting import fit_rows
+from gpu.ssr import block_variance, most_similar
+from reference.types import FitReport, TernaryConfig, TernaryMatrix
+
+STAGES = ("init", "itf", "aga")
+
+
+def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> TernaryMatrix:
+    """Ternarize one weight matrix by PT²-LLM.
+
+    Parameters
+    ----------
+    W : (n, m) float32 or float64
+        Weights; compensation runs in their type.
+    C : (m, m) array
+        Gram matrix of the layer's calibration inputs.
+    config : TernaryConfig
+        Settings.
+
+    Returns
+    -------
+    TernaryMatrix
+        Of device arrays, with the figures of the fit in ``report``.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a value is not finite, C is not symmetric or has a negative diagonal, a
+        scale or shift is beyond what float16 holds, or the configuration asks for Eq. 13 as printed.
+    numpy.linalg.LinAlgError
+        If the damped Gram matrix has no inverse (`gpu.gptq.invert_damped`), or a block of it no factor.
+    """
+    if config.aga == "printed":
+        raise ValueError("Eq. 13 as printed is only in the reference backend")
+    W = checks.matrix(W, "W")
+    C = checks.gram(C, W.shape[1])
+    n, m = W.shape
+    W = xp.where(xp.diagonal(C) == 0, 0, W).astype(W.dtype, copy=False)
+    blocks = -(-m // config.block_size)
+
+    order = _fixed_order(C, config)
+    Hinv: Array | None = None
+    damping = 0.0
+    if config.compensation or config.aga == "conditional":
+        Hinv, damping = invert_damped(C, config.damping)
+
+    rest = W.copy()
+    remaining = xp.ones(m, bool)
+    trits = xp.empty((n, m), np.int8)
+    grids = xp.empty((2, n, blocks))  # alpha and mu as computed
+    W_hat = xp.empty((n, m), np.float32)
+    permutation = xp.empty(m, np.intp)
+    factored = xp.ones((), bool)
+    figures = _Figures(config, blocks)
+    for b in range(blocks):
+        block = slice(b * config.block_size, min((b + 1) * config.block_size, m))
+        width = block.stop - block.start
+        B = most_similar(rest, remaining, m - block.start, width) if order is None else xp.sort(order[block])
+        W_B = rest[:, B]
+        C_BB = C[B[:, None], B]
+        cost = C_BB
+        if Hinv is not None:
+            Hinv_BB = Hinv[B[:, None], B]
+            L = cholesky(Hinv_BB)
+            factored &= is_factor(L, xp.diagonal(Hinv_BB))
+            whitening, half = halved(L, Hinv[B])
+            if config.aga == "conditional":
+                cost = whitening.T @ whitening
+
+        alpha, mu, T = _fit_block(W_B, C_BB, cost, config, figures, b)
+        grids[0, :, b : b + 1], grids[1, :, b : b + 1] = alpha, mu
+        stored_alpha, stored_mu = (_stored(grid).astype(np.float32) for grid in (alpha, mu))
+        trits[:, block], permutation[block] = T, B
+        with np.errstate(invalid="ignore"):  # an infinite scale is refused in the end
+            W_hat[:, B] = stored_alpha * T + stored_mu
+
+        if Hinv is not None and b + 1 < blocks:
+            if config.compensation:
+                moved = (W_B - W_hat[:, B].astype(np.float64)) @ whitening.T
+                rest -= moved.astype(W.dtype) @ half.astype(W.dtype)
+            Hinv -= half.T @ half
+            Hinv[B] = 0
+            Hinv[:, B] = 0
+        rest[:, B] = 0
+        remaining[B] = False
+
+    if not factored:
+        raise np.linalg.LinAlgError(f"the inverse of H lost its factor on the way, with damping {damping:g}")
+    scale, shift = _stored(grids[0]), _stored(grids[1])
+    _require_stored(grids, xp.stack([scale, shift]))
+    return TernaryMatrix(
+        trits=trits,
+        scale=scale,
+        shift=shift,
+        permutation=permutation,
+        block_size=config.block_size,
+        report=figures.report(W, W_hat, C, permutation, damping),
+    )
+
+
+def _fit_block(
+    W_B: Array, C_BB: Array, cost: Array, config: TernaryConfig, figures: _Figures, b: int
+) -> tuple[Array, Array, Array]:
+    """Algorithm 1 on one block; `cost` is the matrix that AGA minimizes with."""
+    limit = config.max_iterations if config.itf else 0
+    fitted, T0, T, errors, steps = fit_rows(W_B, limit, symmetric=config.start == "twn")
+    alpha, mu = fitted[:, 2:3], fitted[:, 3:4]
+    figures.output_errors[b, 0] = quadratic_form(residual(W_B, fitted[:, 0:1], fitted[:, 1:2], T0), C_BB)
+    figures.output_errors[b, 1] = quadratic_form(residual(W_B, alpha, mu, T), C_BB)
+    if config.aga != "none":
+        alpha, mu = aligned_grid(W_B, T, cost)
+    aligned = residual(W_B, alpha, mu, T)
+    figures.output_errors[b, 2] = quadratic_form(aligned, C_BB)
+    figures.aligned += squared_norm(aligned)
+    figures.curve += errors.sum(axis=1)
+    figures.steps = xp.maximum(figures.steps, steps.max())
+    return alpha, mu, T
+
+
+class _Figures:
+    """What the report is made of, summed on the device."""
+
+    def __init__(self, config: TernaryConfig, blocks: int) -> None:
+        self.block_size = config.block_size
+        limit = config.max_iterations if config.itf else 0
+        self.curve = xp.zeros(2 * limit + 2)
+        self.steps = xp.zeros((), np.int32)
+        self.aligned = xp.zeros(())
+        self.output_errors = xp.zeros((blocks, len(STAGES)))
+
+    def report(self, W: Array, W_hat: Array, C: Array, permutation: Array, damping: float) -> FitReport:
+        """The report; waits for the device."""
+
+        def share(value: Array, total: float) -> float:
+            return float(value) / total if total > 0 else 0.0
+
+        norm = float(squared_norm(W))
+        W64 = W.astype(np.float64, copy=False)
+        power = float(quadratic_form(W64, C))
+        steps = int(self.steps)
+        return FitReport(
+            damping=damping,
+            weight_power=norm,
+            output_power=power,
+            iterations=(steps - 1) // 2,
+            weight_errors=tuple(share(error, norm) for error in self.curve[:steps].tolist()),
+            aligned_weight_error=share(self.aligned, norm),
+            output_errors={
+                stage: share(error, power)
+                for stage, error in zip(STAGES, self.output_errors.sum(axis=0).tolist(), strict=True)
+            },
+            variance_before=block_variance(W, self.block_size),
+            variance_after=block_variance(W[:, permutation], self.block_size),
+            relative_output_error=share(quadratic_form(W64 - W_hat, C), power),
+        )
+
+
+def _fixed_order(C: Array, config: TernaryConfig) -> Array | None:
+    """The order of the columns where it is known before the first block; None for SSR."""
+    if config.reorder == "ssr":
+        return None
+    if config.reorder == "hessian":
+        return xp.argsort(-xp.diagonal(C), kind="stable")
+    if config.reorder == "random":
+        return xp.asarray(np.random.default_rng(config.seed).permutation(C.shape[0]))
+    return xp.arange(C.shape[0])
+
+
+def _stored(value: Array) -> Array:
+    """`value` in the type a checkpoint holds; infinite where that cannot hold it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return value.astype(np.float16)
+
+
+def _require_stored(grids: Array, stored: Array) -> None:
+    """Refuse scales and shifts that are not finite as stored, naming the first in order of blocks."""
+    finite = xp.isfinite(stored)
+    if finite.all():
+        return
+    block, which, row = (int(index[0]) for index in xp.nonzero(~finite.transpose(2, 0, 1)))
+    value = float(grids[which, row, block])
+    name = ("scale", "shift")[which]
+    raise ValueError(f"the {name} of row {row}, block {block} is {value:.6g}, beyond what float16 holds")
