@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+# Kernels run on CuPy's stream, so Numba need not wait for it at every launch.
+os.environ.setdefault("NUMBA_CUDA_ARRAY_INTERFACE_SYNC", "0")
+
 STANDIN = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 Array = Any
@@ -69,6 +72,16 @@ def to_device(array: Any) -> Array:
 def to_host(array: Any) -> Any:
     """A device array as NumPy's; anything else as it is."""
     return array if STANDIN or not isinstance(array, xp.ndarray) else xp.asnumpy(array)
+
+
+def stream() -> Any:
+    """CuPy's current stream, as a Numba kernel is launched on it."""
+    pointer = 0 if STANDIN else xp.cuda.get_current_stream().ptr
+    if not pointer:
+        return 0
+    from numba import cuda
+
+    return cuda.external_stream(pointer)
 
 
 def cholesky(A: Array) -> Array:

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import cuda, float64, njit
 
-from gpu.device import STANDIN, Array, xp
+from gpu.device import STANDIN, Array, stream, xp
 from reference.twn import THRESHOLD
 
 # A warp: barriers of a block of one warp cost next to nothing.
@@ -41,7 +42,7 @@ def _build(jit: Callable[..., Any], barrier: Any) -> Any:
         # Eq. 6 of this row
         error = 0.0
         for j in range(lane, W.shape[1], lanes):
-            difference = W[row, j] - (alpha * T[row, j] + mu)
+            difference = np.float64(W[row, j]) - (alpha * T[row, j] + mu)
             error += difference * difference
         error = total(partial, lane, lanes, error)
         if lane == 0:
@@ -55,16 +56,16 @@ def _build(jit: Callable[..., Any], barrier: Any) -> Any:
         if not symmetric:  # Eq. 4
             mean = 0.0
             for j in range(lane, m, lanes):
-                mean += W[row, j]
+                mean += np.float64(W[row, j])
             mu = total(partial, lane, lanes, mean) / m
         magnitude = 0.0
         for j in range(lane, m, lanes):
-            magnitude += abs(W[row, j] - mu)
+            magnitude += abs(np.float64(W[row, j]) - mu)
         delta = THRESHOLD * (total(partial, lane, lanes, magnitude) / m)  # Eq. 5, Eq. 3
         kept = 0.0
         matched = 0.0
         for j in range(lane, m, lanes):  # Eq. 2
-            centred = W[row, j] - mu
+            centred = np.float64(W[row, j]) - mu
             t = 0
             if centred > delta:
                 t = 1
@@ -84,7 +85,7 @@ def _build(jit: Callable[..., Any], barrier: Any) -> Any:
         t1 = 0.0
         tt1 = 0.0
         for j in range(lane, m, lanes):
-            weights += W[row, j]
+            weights += np.float64(W[row, j])
             t1 += T[row, j]
             tt1 += abs(T[row, j])
         mean = total(partial, lane, lanes, weights) / m
@@ -92,7 +93,7 @@ def _build(jit: Callable[..., Any], barrier: Any) -> Any:
         tt1 = total(partial, lane, lanes, tt1)
         wt1 = 0.0
         for j in range(lane, m, lanes):
-            wt1 += (W[row, j] - mean) * T[row, j]
+            wt1 += (np.float64(W[row, j]) - mean) * T[row, j]
         wt1 = total(partial, lane, lanes, wt1)
         denominator = m * tt1 - t1 * t1  # sums of small integers, exact
         alpha = 0.0
@@ -104,7 +105,7 @@ def _build(jit: Callable[..., Any], barrier: Any) -> Any:
     def flexible_round(W, T, row, alpha, mu, partial, lane, lanes):
         changed = 0.0
         for j in range(lane, W.shape[1], lanes):
-            centred = W[row, j] - mu
+            centred = np.float64(W[row, j]) - mu
             t = 0
             if abs(centred) > abs(alpha) / 2:
                 t = 1
@@ -207,7 +208,7 @@ def fit_rows(
     Parameters
     ----------
     W : (n, k) float32 or float64
-        Weights of the block; of any strides.
+        Weights of the block. Sums and grids are float64 in either case.
     limit : int
         Most rounds of ITF; 0 for the initialization alone.
     start : (alpha, mu, T), optional
@@ -234,9 +235,9 @@ def fit_rows(
     errors, steps = xp.empty((2 * limit + 2, n)), xp.empty(n, xp.int32)
     if start is not None:
         grids[:, 0:1], grids[:, 1:2], T0[:] = start
-    arguments = (W, start is not None, symmetric, limit, grids, T0, T, errors, steps)
+    arguments = (xp.ascontiguousarray(W), start is not None, symmetric, limit, grids, T0, T, errors, steps)
     if STANDIN and not simulate:
         _fit_rows_cpu(*arguments, xp.empty(1))
     else:
-        fit_rows_kernel[n, LANES](*arguments)
+        fit_rows_kernel[n, LANES, stream()](*arguments)
     return grids, T0, T, errors, steps

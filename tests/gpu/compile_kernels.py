@@ -1,0 +1,57 @@
+"""Compile every Numba kernel to PTX, which needs no device: python tests/gpu/compile_kernels.py 90.
+
+A program of its own, since the process that runs it must not be in Numba's simulator, and device
+functions keep what they were compiled for.
+"""
+
+import os
+import sys
+from types import SimpleNamespace
+
+os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # arrays of NumPy, as there is no device to import CuPy for
+import gpu.device  # noqa: F401
+
+os.environ["NUMBA_ENABLE_CUDASIM"] = "0"  # and the real compiler
+from numba import cuda, types
+from numba.cuda import dispatcher
+
+from gpu.kernels import fitting
+
+
+def signatures():
+    """Kernels by name, with the argument types they are launched with."""
+
+    def array(dtype, ndim):
+        return types.Array(dtype, ndim, "C")
+
+    for dtype in (types.float32, types.float64):
+        yield (
+            f"fitting.fit_rows {dtype}",
+            fitting.fit_rows_kernel,
+            types.void(
+                array(dtype, 2),
+                types.boolean,
+                types.boolean,
+                types.int64,
+                array(types.float64, 2),
+                array(types.int8, 2),
+                array(types.int8, 2),
+                array(types.float64, 2),
+                array(types.int32, 1),
+            ),
+        )
+
+
+def main(capability):
+    """Print one line a kernel."""
+    cc = divmod(capability, 10)
+    # Device functions ask which device they are compiled for; there is none to ask.
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+    for name, kernel, signature in signatures():
+        ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=cc)
+        assert f".target sm_{capability}" in ptx, ptx[:500]
+        print(f"{name}: {len(ptx)} bytes, {ptx.count('bar.sync')} barriers")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

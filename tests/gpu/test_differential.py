@@ -1,0 +1,140 @@
+"""Operation by operation against the reference, on the reference's own inputs, at odd sizes."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+import gpu
+from golden.cases import Case
+from harness.tolerances import TOLERANCES, check
+from tests.reference.strategies import GRAM_KINDS, random_gram
+
+SHAPES = [(1, 1), (3, 2), (2, 127), (5, 128), (1, 129), (7, 151), (130, 577)]
+DTYPES = ("float32", "float64")
+
+
+def strided(array):
+    """The same numbers in every second row and column of a larger array."""
+    wide = np.full([2 * size + 1 for size in array.shape], 3, dtype=array.dtype)
+    view = wide[tuple(slice(1, None, 2) for _ in array.shape)]
+    view[...] = array
+    return view
+
+
+def inputs(operation, shape, dtype, kind="correlated"):
+    """Arguments by name; weights hold float32 numbers in either type, so the answer is the same."""
+    rng = np.random.default_rng([*shape, TOLERANCES_ORDER.index(operation)])
+    n, m = shape
+    W = (rng.normal(size=shape) + rng.normal(size=(n, 1))).astype(np.float32).astype(dtype)
+    T = rng.integers(-1, 2, size=shape).astype(np.int8)
+    alpha, mu = rng.normal(size=(n, 1)), rng.normal(size=(n, 1))
+    C = random_gram(rng, m, kind)
+    grid = {"alpha": alpha, "mu": mu}
+    Hinv = np.linalg.inv(C + 0.1 * np.diag(C).mean() * np.eye(m))
+    Hinv = (Hinv + Hinv.T) / 2
+    k = max(1, m // 3)
+    B, R = np.arange(0, k), np.arange(k, m)
+    return {
+        "twn.symmetric_ternarize": {"W": W},
+        "atq.ternary_init": {"W": W},
+        "atq.weight_error": {"W": W, **grid, "T": T},
+        "atq.weight_error_gradient": {"W": W, **grid, "T": T},
+        "atq.build_optimal_grid": {"W": W, "T": T},
+        "atq.flexible_round": {"W": W, **grid},
+        "atq.iterative_ternary_fitting": {"W": W},
+        "aga.output_error": {"W": W, "W_hat": (alpha * T + mu).astype(dtype), "C": C},
+        "aga.output_error_gradient": {"W": W, **grid, "T": T, "C": C},
+        "aga.align_grid": {"W": W, "T": T, "C": random_gram(rng, m)},
+        "ssr.permute": {"A": W, "permutation": rng.permutation(m)},
+        "ssr.cosine_similarity": {"W": W},
+        "ssr.select_block": {"W": W, "k": k},
+        "ssr.block_variance": {"W": W, "block_size": 50},
+        "gptq.gram": {"X": W},
+        "gptq.damp": {"C": C, "damping": 0.01},
+        "gptq.invert_damped": {"C": C, "damping": 0.1},
+        "gptq.compensate": {
+            "W_R": W[:, k:].astype(np.float64),
+            "E": 0.1 * W[:, :k],
+            "Hinv_BB": Hinv[:k, :k],
+            "Hinv_BR": Hinv[:k, k:],
+        },
+        "gptq.eliminate": {"Hinv": Hinv, "B": B, "R": R},
+        "packing.pack_base3": {"trits": T},
+        "packing.unpack_base3": {"packed": _packed("pack_base3", T), "count": m},
+        "packing.pack_2bit": {"trits": T},
+        "packing.unpack_2bit": {"packed": _packed("pack_2bit", T), "count": m},
+    }[operation]
+
+
+def _packed(how, T):
+    return getattr(importlib.import_module("reference.packing"), how)(T)
+
+
+TOLERANCES_ORDER = list(TOLERANCES)
+OPERATIONS = [o for o in TOLERANCES if o not in gpu.REFUSED and o != "ternarize.ternarize"]
+# A remainder is needed, so that there is something to compensate.
+NEED_TWO = ("gptq.compensate", "gptq.eliminate")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operation_agrees_with_the_reference(operation, shape, dtype, layout):
+    if operation in NEED_TWO and shape[1] == 1:
+        shape = (shape[0], 2)
+    arguments = inputs(operation, shape, dtype)
+    module, name = operation.split(".")
+    expected = getattr(importlib.import_module(f"reference.{module}"), name)(**arguments)
+
+    def given(value):
+        if not isinstance(value, np.ndarray):
+            return value
+        return gpu.to_device(strided(value) if layout == "strided" else value)
+
+    got = getattr(importlib.import_module(f"gpu.{module}"), name)(
+        **{name: given(value) for name, value in arguments.items()}
+    )
+    outputs = list(TOLERANCES[operation])
+    if len(outputs) == 1:
+        expected, got = (expected,), (got,)
+    arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    case = Case(
+        f"{operation} {shape}",
+        operation,
+        "real",
+        "the reference",
+        arrays,
+        outputs={name: np.asarray(value) for name, value in zip(outputs, expected, strict=True)},
+    )
+    answer = {name: np.asarray(gpu.to_host(value)) for name, value in zip(outputs, got, strict=True)}
+    if operation == "ssr.permute":  # weights keep their type here
+        answer["permuted"] = answer["permuted"].astype(np.float64)
+    assert [finding.miss for finding in check(case, answer) if finding.miss] == []
+
+
+@pytest.mark.parametrize("kind", GRAM_KINDS)
+def test_alignment_on_every_kind_of_gram_matrix(kind):
+    from reference.aga import output_error
+
+    rng = np.random.default_rng(7)
+    W = rng.normal(size=(9, 20)) + rng.normal(size=(9, 1))
+    T = rng.integers(-1, 2, size=W.shape).astype(np.int8)
+    T[0], T[1] = 0, 1  # rows that determine no scale
+    C = random_gram(rng, 20, kind)
+
+    def cost(package):
+        align = importlib.import_module(f"{package}.aga").align_grid
+        move = gpu.to_device if package == "gpu" else np.asarray
+        alpha, mu = (np.asarray(gpu.to_host(grid)) for grid in align(move(W), move(T), move(C)))
+        return alpha, mu, output_error(W, alpha * T + mu, C)
+
+    alpha, mu, error = cost("gpu")
+    alpha_reference, mu_reference, error_reference = cost("reference")
+    power = output_error(W, np.zeros_like(W), C)
+    # The cost is flat around its minimum, so it agrees to rounding where the grid is ill-determined.
+    assert abs(error - error_reference) <= 1e-12 * power
+    if kind not in ("low rank", "correlated"):
+        np.testing.assert_allclose(alpha, alpha_reference, atol=1e-9)
+        np.testing.assert_allclose(mu, mu_reference, atol=1e-9)

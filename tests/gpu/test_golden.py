@@ -1,0 +1,17 @@
+"""Every golden case, by the tolerance table."""
+
+import pytest
+
+from golden.cases import load_cases
+from harness.backends import load_backend
+from harness.tolerances import TOLERANCES
+from harness.verify import verify
+
+
+@pytest.mark.parametrize("operation", TOLERANCES)
+def test_golden_cases(operation):
+    backend = load_backend("gpu")
+    cases = [case for case in load_cases() if case.operation == operation]
+    (outcome,) = verify(backend, cases)
+    assert outcome.misses == []
+    assert bool(outcome.worst) == (operation not in backend.refused)

@@ -1,0 +1,122 @@
+"""Whole matrices against the reference."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from harness.backends import load_backend
+from reference.ternarize import ternarize
+from reference.types import TernaryConfig
+from tests.reference.strategies import random_gram
+
+CONFIGS = {
+    "default": TernaryConfig(),
+    "conditional": TernaryConfig(aga="conditional"),
+    "no alignment": TernaryConfig(aga="none"),
+    "hessian": TernaryConfig(reorder="hessian"),
+    "random": TernaryConfig(reorder="random", seed=3),
+    "in order": TernaryConfig(reorder="none"),
+    "symmetric start": TernaryConfig(start="twn"),
+    "initialization only": TernaryConfig(itf=False, aga="none"),
+    "no compensation": TernaryConfig(compensation=False),
+    "conditional, no compensation": TernaryConfig(aga="conditional", compensation=False),
+    "narrow blocks": TernaryConfig(block_size=50),
+    "one wide block": TernaryConfig(block_size=1000),
+    "few rounds": TernaryConfig(max_iterations=2),
+}
+
+
+def layer(rows=60, columns=151, kind="outlier"):
+    rng = np.random.default_rng([rows, columns])
+    W = rng.normal(size=(rows, columns)) * rng.uniform(0.5, 2, size=columns) + 0.2
+    return W.astype(np.float32).astype(np.float64), random_gram(rng, columns, kind)
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return load_backend("gpu")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float64_gives_the_matrix_of_the_reference(backend, name):
+    W, C = layer()
+    ours, theirs = backend.ternarize(W, C, CONFIGS[name]), ternarize(W, C, CONFIGS[name])
+    for part in ("trits", "scale", "shift", "permutation"):
+        np.testing.assert_array_equal(getattr(ours, part), getattr(theirs, part), err_msg=part)
+        assert getattr(ours, part).dtype == getattr(theirs, part).dtype
+    for figure in vars(theirs.report):
+        assert getattr(ours.report, figure) == pytest.approx(getattr(theirs.report, figure), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["white", "correlated", "dead", "outlier"])
+def test_float32_keeps_the_output_error(backend, kind):
+    W, C = layer(130, 577, kind)
+    ours = backend.ternarize(W.astype(np.float32), C, TernaryConfig())
+    theirs = ternarize(W, C)
+    # A flipped tie feeds forward, so a whole matrix is held to its output error (design, section 4).
+    assert ours.report.relative_output_error == pytest.approx(theirs.report.relative_output_error, rel=2e-3)
+    assert (ours.trits == theirs.trits).mean() > 0.5
+
+
+def test_the_report_is_true_of_what_is_stored(backend):
+    W, C = layer()
+    result = backend.ternarize(W, C, TernaryConfig())
+    E = W - result.dequantize()
+    power = ((W @ C) * W).sum()
+    assert result.report.relative_output_error == pytest.approx(((E @ C) * E).sum() / power, rel=1e-9)
+
+
+def test_two_runs_give_the_same_bytes(backend):
+    W, C = layer()
+    first, second = (backend.ternarize(W.astype(np.float32), C, TernaryConfig()) for _ in range(2))
+    for part in ("trits", "scale", "shift", "permutation"):
+        assert getattr(first, part).tobytes() == getattr(second, part).tobytes()
+
+
+def test_dead_inputs_do_not_reach_the_result(backend):
+    W, C = layer(kind="dead")
+    (dead,) = np.flatnonzero(np.diag(C) == 0)
+    other = W.copy()
+    other[:, dead] = 1e6
+    a, b = backend.ternarize(W, C, TernaryConfig()), backend.ternarize(other, C, TernaryConfig())
+    np.testing.assert_array_equal(a.trits, b.trits)
+
+
+def test_the_damping_rises_in_the_steps_of_the_reference(backend):
+    W, C = layer(columns=40)
+    C = C - 0.05 * np.diag(C).mean() * np.eye(40) * (np.arange(40) == 3)
+    C[3, 3] = 1e-9  # off-diagonal entries that no Gram matrix has
+    config = TernaryConfig(damping=1e-6)
+    ours, theirs = backend.ternarize(W, C, config), ternarize(W, C, config)
+    assert theirs.report.damping > config.damping
+    assert ours.report.damping == theirs.report.damping
+
+
+def test_a_singular_gram_matrix_without_damping_is_an_error(backend):
+    W, C = layer(columns=12, kind="low rank")
+    with pytest.raises(np.linalg.LinAlgError, match=r"not positive definite with damping 0;"):
+        backend.ternarize(W, C, TernaryConfig(damping=0.0))
+
+
+@pytest.mark.parametrize(("row", "column", "block"), [(2, 0, 0), (1, 100, 1)])
+def test_a_scale_beyond_float16_is_named(backend, row, column, block):
+    W, C = layer(rows=4)
+    W[row, column] = 1e8
+    config = TernaryConfig(reorder="none", block_size=64, compensation=False)
+    with pytest.raises(ValueError, match=rf"of row {row}, block {block} is .* beyond what float16 holds"):
+        backend.ternarize(W, C, config)
+
+
+def test_eq_13_as_printed_is_refused(backend):
+    W, C = layer(rows=2, columns=5)
+    with pytest.raises(ValueError, match="only in the reference"):
+        backend.ternarize(W, C, replace(TernaryConfig(), aga="printed"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_named(backend, bad):
+    W, C = layer(rows=3, columns=5)
+    W[1, 4] = bad
+    with pytest.raises(ValueError, match=r"W\[1, 4\]"):
+        backend.ternarize(W, C, TernaryConfig())
