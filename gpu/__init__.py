@@ -7,9 +7,9 @@ Weights may be float32 or float64, and results that have the shape of weights ar
 Sums over rows, the alignment of grids and factorizations are float64 in both.
 """
 
-from gpu.device import describe, to_device, to_host
+from gpu.device import describe, identity, to_device, to_host
 
 # The printed Eq. 13 exists to show that it is wrong. The rest of what `reference` has comes later.
 REFUSED = frozenset({"aga.align_grid_printed", "matmul.matmul"})
 
-__all__ = ["REFUSED", "describe", "to_device", "to_host"]
+__all__ = ["REFUSED", "describe", "identity", "to_device", "to_host"]

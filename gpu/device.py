@@ -52,6 +52,24 @@ def describe() -> str:
     return f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}"
 
 
+def identity() -> dict[str, str]:
+    """Device, driver and CUDA version, for the record of what was verified where.
+
+    Raises
+    ------
+    DeviceError
+        If there is no device: nothing is verified on hardware by its stand-in.
+    """
+    if STANDIN:
+        raise DeviceError("NumPy stands in for the device (NUMBA_ENABLE_CUDASIM=1)")
+    runtime = xp.cuda.runtime
+    return {
+        "device": describe(),
+        "driver": str(runtime.driverGetVersion()),
+        "cuda": str(runtime.runtimeGetVersion()),
+    }
+
+
 def _array_module() -> ModuleType:
     if STANDIN:
         return np

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "--backend",
         choices=("auto", "reference", "gpu"),
         default=defaults.backend,
-        help="auto takes the GPU backend where there is one; this version has none",
+        help="auto takes the GPU where there is a CUDA device with CuPy and numba-cuda, and says so",
     )
     add("--gguf-dtype", choices=GGUF_DTYPES, default=defaults.gguf_dtype, help="what a GGUF is loaded in")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
+from harness import verification
 from harness.backends import Backend, MissingOperation, load_backend
 from harness.cli import EXIT_MISS, run
 from harness.tolerances import TOLERANCES, Finding, check
@@ -37,6 +38,7 @@ examples:
   python -m harness.verify --operation aga.align_grid --kind real
   python -m harness.verify --backend mybackend      any package with the modules and functions of reference/
   python -m harness.verify --json > verify.json     the same for a program
+  python -m harness.verify --backend gpu --record golden/gpu-verified.json
 
 exit code: 0 all within tolerance, 1 a miss or a changed golden file, 2 bad usage"""
 
@@ -211,6 +213,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of the golden files (the package's own)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="if all cases pass on a device, write what was verified there (golden/gpu-verified.json)",
+    )
     options = parser.parse_args(arguments)
 
     backend = load_backend(options.backend)
@@ -239,7 +247,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(as_json(backend, outcomes, seconds), ensure_ascii=False, indent=1))
     else:
         print(render(backend, outcomes, seconds))
-    return EXIT_MISS if any(outcome.misses for outcome in outcomes) else 0
+    if any(outcome.misses for outcome in outcomes):
+        return EXIT_MISS
+    if options.record:
+        if options.operation or options.kind:
+            parser.error("--record is for all cases: leave out --operation and --kind")
+        verification.write_record(options.record, backend, as_json(backend, outcomes, seconds)["operations"])
+        print(f"{options.record} written", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
