@@ -1,6 +1,7 @@
 """Operation by operation against the reference, on the reference's own inputs, at odd sizes."""
 
 import importlib
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import gpu
 from golden.cases import Case
 from harness.tolerances import TOLERANCES, check
+from reference.atq import build_optimal_grid, flexible_round
 from tests.reference.strategies import GRAM_KINDS, random_gram
 
 SHAPES = [(1, 1), (3, 2), (2, 127), (5, 128), (1, 129), (7, 151), (130, 577)]
@@ -138,3 +140,16 @@ def test_alignment_on_every_kind_of_gram_matrix(kind):
     if kind not in ("low rank", "correlated"):
         np.testing.assert_allclose(alpha, alpha_reference, atol=1e-9)
         np.testing.assert_allclose(mu, mu_reference, atol=1e-9)
+
+
+def test_ties_of_small_integers_go_to_zero_as_in_the_reference():
+    # Means and grids of four small integers are exact, so a tie is one in both.
+    W = np.array(list(product(range(5), repeat=4)), dtype=np.float64)
+    T = np.random.default_rng(0).integers(-1, 2, size=W.shape).astype(np.int8)
+    alpha, mu = build_optimal_grid(W, T)
+    assert ((np.abs(W - mu) == np.abs(alpha) / 2) & (alpha != 0)).sum() > 10
+    start = (alpha, mu, T)
+    one_round = importlib.import_module("gpu.atq").iterative_ternary_fitting(
+        gpu.to_device(W), 1, tuple(gpu.to_device(part) for part in start)
+    )
+    np.testing.assert_array_equal(gpu.to_host(one_round[2]), flexible_round(W, alpha, mu))
