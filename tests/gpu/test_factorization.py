@@ -1,0 +1,56 @@
+"""Factorizations that fail, and how that is noticed without asking cuSOLVER."""
+
+import numpy as np
+import pytest
+
+import gpu
+from gpu.device import cholesky, is_factor, solve_lower
+from gpu.gptq import compensate, invert_damped
+from reference import gptq as reference
+
+SYMMETRIC = np.array([[4.0, 2.0, 1.0], [2.0, 5.0, 3.0], [1.0, 3.0, 6.0]])
+
+
+def test_a_factor_is_one():
+    A = gpu.to_device(SYMMETRIC)
+    L = cholesky(A)
+    assert is_factor(L, A.diagonal())
+    host = gpu.to_host(L)
+    np.testing.assert_allclose(host @ host.T, SYMMETRIC, rtol=1e-14)
+    np.testing.assert_allclose(
+        gpu.to_host(solve_lower(L, A.copy())), np.linalg.solve(host, SYMMETRIC), rtol=1e-13
+    )
+
+
+def test_a_factorization_that_stopped_half_way_is_none():
+    # One column done and the rest as it was, with a diagonal that could be a factor's.
+    stopped = np.array([[2.0, 0.0, 0.0], [1.0, 5.0, 0.0], [0.5, 3.0, 6.0]])
+    assert not is_factor(gpu.to_device(stopped), gpu.to_device(np.diag(SYMMETRIC)))
+
+
+@pytest.mark.parametrize("value", [np.nan, -1.0, 0.0])
+def test_an_impossible_diagonal_is_none(value):
+    L = np.linalg.cholesky(SYMMETRIC)
+    L[2, 2] = value
+    assert not is_factor(gpu.to_device(L), gpu.to_device(np.square(L).sum(axis=1)))
+
+
+def test_an_indefinite_matrix_has_no_factor():
+    A = gpu.to_device(SYMMETRIC - 3 * np.eye(3))
+    assert not is_factor(cholesky(A), A.diagonal())
+
+
+def test_a_matrix_that_is_singular_to_rounding_is_refused_as_in_the_reference():
+    C = np.array([[1.0, 1.0], [1.0, 1.0 + np.finfo(float).eps]])  # has a factor nonetheless
+    assert np.isfinite(np.linalg.cholesky(C)).all()
+    for invert, matrix in ((reference.invert_damped, C), (invert_damped, gpu.to_device(C))):
+        with pytest.raises(np.linalg.LinAlgError, match="not positive definite with damping 0;"):
+            invert(matrix, 0.0)
+        assert invert(matrix, 1e-3)[1] == 1e-3
+
+
+def test_an_indefinite_block_is_an_error():
+    W = gpu.to_device(np.ones((1, 3)))
+    bad = gpu.to_device(np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    with pytest.raises(np.linalg.LinAlgError, match="Hinv_BB is not positive definite"):
+        compensate(W, W, bad, gpu.to_device(np.eye(3)))
