@@ -127,9 +127,12 @@ def is_factor(L: Array, diagonal: Array) -> Array:
 
 
 def solve_lower(L: Array, B: Array) -> Array:
-    """X with L X = B for a lower triangular L; B is overwritten where possible."""
+    """X with L X = B for a lower triangular L; a B in Fortran's order is overwritten by it.
+
+    cuBLAS counts by columns: the transpose of L, which is C-ordered, is taken as it lies, without a copy.
+    """
     if STANDIN:
         from scipy.linalg import solve_triangular
     else:
         from cupyx.scipy.linalg import solve_triangular
-    return solve_triangular(L, B, lower=True, overwrite_b=True, check_finite=False)
+    return solve_triangular(L.T, B, trans="T", lower=False, overwrite_b=True, check_finite=False)

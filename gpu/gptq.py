@@ -167,7 +167,7 @@ def halved(L: Array, Hinv_BR: Array) -> tuple[Array, Array]:
     With `half` for the second, H⁻¹_RB (H⁻¹_BB)⁻¹ H⁻¹_BR is ``half.T @ half``, and the error of a block
     moves by ``E @ inv(L).T @ half``: one factor and one product serve both.
     """
-    whitening = solve_lower(L, xp.eye(L.shape[0]))
+    whitening = solve_lower(L, xp.eye(L.shape[0], order="F"))
     return whitening, whitening @ Hinv_BR
 
 
@@ -193,7 +193,7 @@ def _inverse(C: Array, damping: float, dead: Array) -> tuple[Array, bool]:
     L = cholesky(H)
     del H
     regular = is_factor(L, diagonal)
-    Linv = solve_lower(L, xp.eye(L.shape[0]))
+    Linv = solve_lower(L, xp.eye(L.shape[0], order="F"))
     del L
     Hinv = Linv.T @ Linv
     del Linv

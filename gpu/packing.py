@@ -105,7 +105,7 @@ def _pack(trits: Array, digits: int, base: int) -> Array:
     packed = xp.zeros((*rows, -(-count // digits)), np.uint8)
     for place in range(digits):
         found = trits[..., place::digits]
-        packed[..., : found.shape[-1]] += ((found + 1) * base**place).astype(np.uint8)
+        packed[..., : found.shape[-1]] += (found + 1).astype(np.uint8) * np.uint8(base**place)
         packed[..., found.shape[-1] :] += np.uint8(base**place)  # filled up with t = 0
     return packed
 
