@@ -152,7 +152,6 @@ def test_damping_zero_with_a_singular_gram_matrix_names_the_matrix(
         (("--out", "NEW", "--calibration", "no.txt"), "no.txt is not a file"),
         (("--out", "NEW", "--seed", "-1"), "seed must not be negative"),
         (("--out", "NEW", "--eval", "TEXT", "--eval-seqlen", "401"), "less than one window of 401"),
-        (("--out", "NEW", "--backend", "gpu"), "GPU"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(
