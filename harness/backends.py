@@ -67,16 +67,19 @@ class Backend:
 
     def ternarize(self, W: np.ndarray, C: np.ndarray, config: TernaryConfig) -> TernaryMatrix:
         """The operation ``ternarize.ternarize`` on NumPy arrays, from the host and back to it."""
-        result = self.function("ternarize.ternarize")(self.to_device(W), self.to_device(C), config=config)
-        moved = ("trits", "scale", "shift", "permutation")
-        return replace(result, **{name: self.to_host(getattr(result, name)) for name in moved})
+        return self.to_host(
+            self.function("ternarize.ternarize")(self.to_device(W), self.to_device(C), config=config)
+        )
 
     def to_device(self, array: Any) -> Any:
         """A NumPy array as the backend takes it."""
         return getattr(self.package, "to_device", _unchanged)(array)
 
     def to_host(self, array: Any) -> Any:
-        """An array of the backend as NumPy's."""
+        """An array of the backend as NumPy's, or a TernaryMatrix of such arrays."""
+        if isinstance(array, TernaryMatrix):
+            moved = ("trits", "scale", "shift", "permutation")
+            return replace(array, **{name: self.to_host(getattr(array, name)) for name in moved})
         return getattr(self.package, "to_host", _unchanged)(array)
 
 

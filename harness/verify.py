@@ -123,8 +123,9 @@ def _arguments(backend: Backend, case: Case) -> dict[str, Any]:
 def _by_name(backend: Backend, case: Case, result: Any) -> dict[str, Any]:
     """What the function returned, under the names of the case's outputs."""
     if case.operation == "ternarize.ternarize":
-        named = {name: _attribute(result, name) for name in case.outputs}
-    elif len(case.outputs) == 1:
+        matrix = backend.to_host(result)
+        return {name: np.asarray(_attribute(matrix, name)) for name in case.outputs}
+    if len(case.outputs) == 1:
         named = dict(zip(case.outputs, [result], strict=True))
     else:
         named = dict(zip(case.outputs, result, strict=True))

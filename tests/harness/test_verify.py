@@ -154,6 +154,28 @@ def symmetric_ternarize(W):
     capsys.readouterr()
 
 
+def test_a_whole_matrix_comes_back_from_the_device(backend, capsys):
+    package = """
+class OnDevice:
+    def __init__(self, array):
+        self.array = array
+def to_host(value):
+    return value.array
+"""
+    code = """
+from dataclasses import replace
+from reference import ternarize as original
+import whole_on_device
+def ternarize(W, C, config):
+    result = original.ternarize(W, C, config)
+    moved = ("trits", "scale", "shift", "permutation")
+    return replace(result, **{name: whole_on_device.OnDevice(getattr(result, name)) for name in moved})
+"""
+    name = backend("whole_on_device", "ternarize", code, package)
+    assert verify.main(["--backend", name, "--operation", "ternarize", "--kind", "exact"]) == 0
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_json_is_all_that_is_printed(backend, capsys, broken):
     name = backend("in_json", *FAULTS["not_a_number"]) if broken else "auto"
