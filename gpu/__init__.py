@@ -7,9 +7,22 @@ Weights may be float32 or float64, and results that have the shape of weights ar
 Sums over rows, the alignment of grids and factorizations are float64 in both.
 """
 
-from gpu.device import describe, identity, to_device, to_host
+from gpu.device import STANDIN, describe, identity, on_stream, to_device, to_host, use_allocator
 
 # The printed Eq. 13 exists to show that it is wrong. The rest of what `reference` has comes later.
 REFUSED = frozenset({"aga.align_grid_printed", "matmul.matmul"})
 
-__all__ = ["REFUSED", "describe", "identity", "to_device", "to_host"]
+# Types of weights: float32 keeps the output error of a matrix to 0.2 %, float64 is for comparison.
+PRECISIONS = ("float32", "float64")
+
+__all__ = [
+    "PRECISIONS",
+    "REFUSED",
+    "STANDIN",
+    "describe",
+    "identity",
+    "on_stream",
+    "to_device",
+    "to_host",
+    "use_allocator",
+]

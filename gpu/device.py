@@ -8,6 +8,9 @@ own simulator, and never by itself: without it and without a device, importing t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -83,13 +86,50 @@ xp: Any = _array_module()
 
 
 def to_device(array: Any) -> Array:
-    """A NumPy array on the device; a device array as it is."""
-    return xp.asarray(array)
+    """A NumPy array on the device; a device array, also of another library by DLPack, as it lies."""
+    if isinstance(array, np.ndarray | xp.ndarray) or not hasattr(array, "__dlpack__"):
+        return xp.asarray(array)
+    return xp.from_dlpack(array)
 
 
 def to_host(array: Any) -> Any:
     """A device array as NumPy's; anything else as it is."""
     return array if STANDIN or not isinstance(array, xp.ndarray) else xp.asnumpy(array)
+
+
+@contextmanager
+def on_stream(pointer: int) -> Iterator[None]:
+    """Queue what is inside on another library's CUDA stream; 0 is the default stream."""
+    if STANDIN:
+        yield
+        return
+    own = xp.cuda.Stream
+    with own.from_external(_ExternalStream(pointer)) if pointer else own.null:
+        yield
+
+
+@dataclass(frozen=True)
+class _ExternalStream:
+    """A stream as CUDA's Python libraries hand it to each other."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer  # version of the protocol, cudaStream_t
+
+
+def use_allocator(allocate: Callable[[int, int], int], release: Callable[[int, int], None]) -> None:
+    """Take device memory from another library, so that two pools do not compete for it.
+
+    Parameters
+    ----------
+    allocate : callable
+        Maps bytes and number of the device to an address.
+    release : callable
+        Takes an address and the number of the device.
+    """
+    if not STANDIN:
+        xp.cuda.set_allocator(xp.cuda.PythonFunctionAllocator(allocate, release).malloc)
 
 
 def stream() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -28,15 +29,19 @@ class Backend:
     name : str
         Name of the package.
     package : module
-        It may define ``REFUSED``, operations it leaves out on purpose, and the functions
-        ``to_device`` and ``to_host`` if its arrays are not NumPy's. Where it cannot run, importing
-        it raises a RuntimeError that says why.
+        It may define ``REFUSED``, operations it leaves out on purpose; ``PRECISIONS``, if it computes
+        in more than float64; and if its arrays are not NumPy's, the functions ``to_device``, ``to_host``,
+        ``on_stream`` and ``use_allocator`` of `gpu.device`. Where it cannot run, importing it raises a
+        RuntimeError that says why.
+    precision : str
+        Type of the weights it is given.
     note : str
         What was chosen and why, where the name left that open.
     """
 
     name: str
     package: ModuleType
+    precision: str = "float64"
     note: str = ""
 
     @property
@@ -65,15 +70,22 @@ class Backend:
             raise MissingOperation(f"backend {self.name} has no function {operation}")
         return function
 
-    def ternarize(self, W: np.ndarray, C: np.ndarray, config: TernaryConfig) -> TernaryMatrix:
-        """The operation ``ternarize.ternarize`` on NumPy arrays, from the host and back to it."""
-        return self.to_host(
-            self.function("ternarize.ternarize")(self.to_device(W), self.to_device(C), config=config)
-        )
+    @property
+    def on_device(self) -> bool:
+        """Whether its arrays are in the memory of a CUDA device."""
+        return not getattr(self.package, "STANDIN", True)
+
+    def ternarize(self, W: Any, C: Any, config: TernaryConfig) -> TernaryMatrix:
+        """The operation ``ternarize.ternarize`` on what `to_device` takes, to arrays of the backend."""
+        return self.function("ternarize.ternarize")(self.to_device(W), self.to_device(C), config=config)
+
+    def on_stream(self, pointer: int) -> AbstractContextManager[None]:
+        """Work on a CUDA stream; nothing is changed for a backend without a device."""
+        return self.package.on_stream(pointer) if self.on_device else nullcontext()
 
     def to_device(self, array: Any) -> Any:
-        """A NumPy array as the backend takes it."""
-        return getattr(self.package, "to_device", _unchanged)(array)
+        """A NumPy array, or one of another library through DLPack, as the backend takes it."""
+        return getattr(self.package, "to_device", _as_numpy)(array)
 
     def to_host(self, array: Any) -> Any:
         """An array of the backend as NumPy's, or a TernaryMatrix of such arrays."""
@@ -83,26 +95,40 @@ class Backend:
         return getattr(self.package, "to_host", _unchanged)(array)
 
 
-def load_backend(name: str = "auto") -> Backend:
+def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
     """The backend of a name: ``reference``, ``gpu``, any package of the same shape, or ``auto``.
 
     ``auto`` is ``gpu`` where there is a CUDA device and what it needs is installed, else ``reference``.
 
+    Parameters
+    ----------
+    name : str
+        Name of the package.
+    precision : {"float32", "float64"}, optional
+        Type of the weights; what the backend prefers if left out.
+
     Raises
     ------
     UserError
-        If there is no such backend, or no device for it.
+        If there is no such backend, no device for it, or it does not compute in that precision.
     """
+    note = ""
     if name == "auto":
         try:
-            gpu = load_backend("gpu")
+            package = _package("gpu")
+            name, note = "gpu", f"backend auto: gpu ({package.describe()})"
         except UserError as error:
-            return Backend(
-                "reference",
-                importlib.import_module("reference"),
-                f"{error}; auto is reference (NumPy, float64)",
-            )
-        return replace(gpu, note=f"backend auto: gpu ({gpu.package.describe()})")
+            name, note = "reference", f"{error}; auto is reference (NumPy, float64)"
+            package = _package("reference")
+    else:
+        package = _package(name)
+    precisions: tuple[str, ...] = getattr(package, "PRECISIONS", ("float64",))
+    if precision is not None and precision not in precisions:
+        raise UserError(f"backend {name} computes in {' or '.join(precisions)}, not in {precision}")
+    return Backend(name, package, precision or precisions[0], note)
+
+
+def _package(name: str) -> ModuleType:
     if not name.isidentifier() or importlib.util.find_spec(name) is None:
         raise UserError(f"unknown backend {name!r}: there is no Python package of that name; use reference")
     try:
@@ -111,8 +137,13 @@ def load_backend(name: str = "auto") -> Backend:
         raise UserError(f"backend {name} cannot run here: {error}") from None
     if importlib.util.find_spec(name + ".ternarize") is None:
         raise UserError(f"{name!r} is no backend: it has no module {name}.ternarize; use reference")
-    return Backend(name, package)
+    return package
 
 
 def _unchanged(array: Any) -> Any:
     return array
+
+
+def _as_numpy(array: Any) -> Any:
+    foreign = hasattr(array, "__dlpack__") and not isinstance(array, np.ndarray)
+    return np.from_dlpack(array) if foreign else array

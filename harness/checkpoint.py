@@ -9,7 +9,6 @@ writes it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from harness.backends import Backend
 from harness.cli import UserError, json_text
-from harness.models import Original, quiet_transformers, read_config, require_complete
-from reference.packing import FORMAT_VERSION, pack_base3, unpack_base3
+from harness.models import Original, quiet_transformers, read_config, read_json, require_complete
+from reference.packing import FORMAT_VERSION, unpack_base3
 from reference.types import TernaryMatrix
 
 QUANT_METHOD = "pt2_llm"
@@ -36,12 +36,17 @@ WEIGHT_FILES = "model*.safetensors"
 PACKED = ("trits", "scale", "shift", "permutation")
 
 
-def packed_tensors(name: str, matrix: TernaryMatrix) -> dict[str, torch.Tensor]:
-    """The tensors that hold one matrix, by their names in the checkpoint."""
+def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[str, torch.Tensor]:
+    """The tensors that hold one matrix of a backend's arrays, by their names in the checkpoint."""
     columns = matrix.trits.shape[1]
-    parts = {"trits": pack_base3(matrix.trits), "scale": matrix.scale, "shift": matrix.shift}
-    if not np.array_equal(matrix.permutation, np.arange(columns)):
-        parts["permutation"] = matrix.permutation.astype(permutation_dtype(columns))
+    packed = backend.function("packing.pack_base3")(matrix.trits)
+    parts = {
+        part: backend.to_host(value)
+        for part, value in (("trits", packed), ("scale", matrix.scale), ("shift", matrix.shift))
+    }
+    permutation = backend.to_host(matrix.permutation)
+    if not np.array_equal(permutation, np.arange(columns)):
+        parts["permutation"] = permutation.astype(permutation_dtype(columns))
     return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
 
 
@@ -69,6 +74,8 @@ class CheckpointWriter:
         Folder of the checkpoint.
     shards : int
         How many times `add` will be called.
+    backend : Backend
+        Whose arrays the matrices are made of; it packs them.
 
     Raises
     ------
@@ -76,9 +83,10 @@ class CheckpointWriter:
         On every method, if a file cannot be written (a full disk, say).
     """
 
-    def __init__(self, out: Path, shards: int) -> None:
+    def __init__(self, out: Path, shards: int, backend: Backend) -> None:
         self.out = out
         self.shards = shards
+        self.backend = backend
         self.folder = out / STAGING
         self._files: dict[str, str] = {}
         self._bytes = 0
@@ -109,7 +117,7 @@ class CheckpointWriter:
         file = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         for name, matrix in (matrices or {}).items():
-            packed = packed_tensors(name, matrix)
+            packed = packed_tensors(name, matrix, self.backend)
             if f"{name}.permutation" not in packed:
                 self._unpermuted.append(name)
             tensors.update(packed)
@@ -276,7 +284,7 @@ def load(path: str | Path, trust_remote_code: bool = False) -> Any:
     )
     require_complete(info, str(folder))
     if (folder / GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_dict(_read_json(folder / GENERATION))
+        model.generation_config = transformers.GenerationConfig.from_dict(read_json(folder / GENERATION))
     return model.eval()
 
 
@@ -292,7 +300,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that the index lists."""
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
     for file in sorted(set(weight_map.values())):
@@ -307,16 +315,6 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / file} is missing or damaged: {error}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is missing or damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is damaged: it holds no JSON object")
-    return value
 
 
 def _require_fit(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:

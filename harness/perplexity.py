@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from harness.capture import advance, brought, capture_inputs, logits_after
+from harness.compute import Compute
+from harness.layers import DecoderLayers
 
 # Rows of logits turned into float32 at a time; a vocabulary is wide.
 LOGIT_ROWS = 256
@@ -68,20 +72,68 @@ def measure(
     The mean cross-entropy over the seqlen - 1 predictions inside a window counts seqlen times, so that
     the result is exp(sum / (count · seqlen)), as in GPTQ's code. The model runs in its own dtype.
     """
-    count, seqlen = windows.shape
-    total = 0.0
+    losses = []
     for window in windows:
-        logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
-        targets = window[1:].to(logits.device)
-        loss = 0.0
-        for rows, goal in zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            loss += torch.nn.functional.cross_entropy(rows.float(), goal, reduction="sum").item()
-        total += loss / (seqlen - 1) * seqlen
+        window = window.to(model.device)
+        losses.append(_mean_loss(model(window[None], use_cache=False).logits, window))
         progress()
-    mean = total / (count * seqlen)
+    return _perplexity(losses, windows, tokens, text, model.dtype)
+
+
+@torch.no_grad()
+def measure_by_layers(
+    model: Any,
+    decoder: DecoderLayers,
+    windows: torch.Tensor,
+    tokens: int,
+    text: str,
+    compute: Compute,
+    progress: Callable[[], None] = lambda: None,
+) -> Perplexity:
+    """The same as `measure`, with one decoder layer at a time on the device, for models larger than it.
+
+    Parameters
+    ----------
+    model, windows, tokens, text
+        As for `measure`; the decoder layers of the model need not be in memory.
+    decoder : DecoderLayers
+        The decoder layers.
+    compute : Compute
+        Where they run, in the dtype of the model.
+    progress : callable
+        Called after every layer.
+    """
+    compute = replace(compute, dtype=None)
+    hidden, calls = capture_inputs(model, decoder, windows, compute)
+    hidden = compute.place(hidden, reserved=compute.memory // 2 if compute.memory else 0)
+    for index, call in enumerate(calls):
+        advance(decoder.working_copy(index, compute), call.to(compute), hidden, compute)
+        progress()
+    with decoder.outside_on(model, compute.device):
+        losses = [
+            _mean_loss(logits_after(model, decoder, calls, window, brought(states, compute)), window)
+            for window, states in zip(windows, hidden, strict=True)
+        ]
+    return _perplexity(losses, windows, tokens, text, model.dtype)
+
+
+def _mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
+    """Mean cross-entropy of the tokens of a window after the first."""
+    predicted, targets = logits[0, :-1], window[1:].to(logits.device)
+    loss = 0.0
+    for rows, goal in zip(predicted.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        loss += torch.nn.functional.cross_entropy(rows.float(), goal, reduction="sum").item()
+    return loss / len(targets)
+
+
+def _perplexity(
+    losses: list[float], windows: torch.Tensor, tokens: int, text: str, dtype: torch.dtype
+) -> Perplexity:
+    count, seqlen = windows.shape
+    mean = sum(loss * seqlen for loss in losses) / (count * seqlen)
     value = math.exp(mean) if mean < 700 else math.inf  # NaN stays NaN
     protocol = (
         f"{text}; {tokens} tokens, {count} of {tokens // seqlen} windows of {seqlen} without overlap, "
-        f"computed in {str(model.dtype).removeprefix('torch.')}"
+        f"computed in {str(dtype).removeprefix('torch.')}"
     )
     return Perplexity(math.nan if math.isnan(mean) else value, count, seqlen, tokens, protocol)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from harness.backends import Backend
+from harness.capture import LayerCall, brought
 from harness.checkpoint import packed_bytes
-from harness.models import DecoderLayers
-from harness.pipeline import GramSum, LayerCall
+from harness.compute import Compute
+from harness.gram import GramSum
+from harness.layers import DecoderLayers
+from harness.models import Original
+from harness.pipeline import ternarizer
+from reference.types import TernaryConfig
 
 # Seconds of `reference.ternarize` on one core of 2024: a weight, and a column cubed.
 TERNARIZE_WEIGHT, TERNARIZE_CUBE = 7e-7, 2.2e-10
@@ -30,8 +36,9 @@ class Plan:
         Linear layers that are ternarized, and weights in them.
     packed_bytes, other_bytes : int
         Bytes of those as packed, and of everything else in the checkpoint.
-    memory_bytes, seconds : float
-        Expected peak resident memory, and time without evaluation.
+    memory_bytes, device_bytes, seconds : float
+        Expected peak of resident memory and of the device's (0 where there is none; hidden states are
+        not counted), and time without evaluation.
     """
 
     matrices: int
@@ -39,6 +46,7 @@ class Plan:
     packed_bytes: int
     other_bytes: int
     memory_bytes: float
+    device_bytes: float
     seconds: float
 
     @property
@@ -55,21 +63,24 @@ class Plan:
             f"  checkpoint {size / 1e6:.0f} MB ({self.packed_bytes / 1e6:.0f} MB ternary, "
             f"{self.other_bytes / 1e6:.0f} MB embeddings, head and norms as they are)",
             f"  about {self.memory_bytes / 1e9:.1f} GB of memory, "
-            f"{duration(self.seconds)} without evaluation",
+            + (f"{self.device_bytes / 1e9:.1f} GB of the device's, " if self.device_bytes else "")
+            + f"{duration(self.seconds)} without evaluation",
         ]
 
 
 def make_plan(
-    model: Any,
+    original: Original,
     decoder: DecoderLayers,
     hidden: list[torch.Tensor],
     call: LayerCall,
-    block_size: int,
-    permuted: bool,
+    backend: Backend,
+    compute: Compute,
+    config: TernaryConfig,
     true_sequential: bool,
     evaluation_seqlen: int,
 ) -> Plan:
     """Estimate a run from the shapes and from one timed pass of the first layer."""
+    model = original.model
     linears = list(decoder.named_linears().values())
     shapes = [linear.weight.shape for linear in linears]
     weights = sum(rows * columns for rows, columns in shapes)
@@ -77,25 +88,37 @@ def make_plan(
     total = sum(p.numel() for p in model.parameters())
     widest = max(columns for _, columns in shapes)
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers)
+    permuted = config.reorder != "none"
+    packed = sum(packed_bytes(rows, columns, config.block_size, permuted) for rows, columns in shapes)
+    seqlen = hidden[0].shape[1]
+    states = sum(states.numel() * states.element_size() for states in hidden)
 
-    forward, gram = _time_layer(decoder, hidden[0], call)
+    # Gram matrices of a layer in float64 with a float32 chunk: most layers have two or three of the width.
+    grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
+    in_memory = item * (total if original.read is None else total - weights + layer)
+    device = compute.memory is not None
+    fit = 8 * 3 * widest**2 + 20 * max(shape.numel() for shape in shapes)
+    host_fits = 8 * 6 * widest**2 * min(torch.get_num_threads(), len(decoder.linears[0]))
+    host_layer = 12 * layer + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
+
+    forward, gram = _time_layer(decoder, hidden[0], call, compute)
     passes = 5 if true_sequential else 2  # q/k/v, o, gate/up and down are collected one by one
-    fitting = sum(TERNARIZE_WEIGHT * rows * columns + TERNARIZE_CUBE * columns**3 for rows, columns in shapes)
+    if device:
+        fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
+    else:
+        fitting = sum(TERNARIZE_WEIGHT * n * m + TERNARIZE_CUBE * m**3 for n, m in shapes)
     return Plan(
         matrices=len(linears),
         weights=weights,
-        packed_bytes=sum(packed_bytes(rows, columns, block_size, permuted) for rows, columns in shapes),
+        packed_bytes=packed,
         other_bytes=item * (total - weights),
         memory_bytes=IMPORTS_BYTES
-        + item * total
-        # One layer in float32, and its weights in float64 as they are fitted.
-        + 12 * layer
-        + item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0)
-        + sum(states.numel() * states.element_size() for states in hidden)
-        # Gram matrices of a layer, and what the inverse of the widest takes, side by side.
-        + 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
-        + 8 * 6 * widest**2 * min(torch.get_num_threads(), len(decoder.linears[0]))
-        + 16 * max(shape.numel() for shape in shapes),
+        + in_memory
+        + states
+        + (0 if device else host_layer)
+        + item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0),
+        # The layer, its weights before and after, and a window on its way through it.
+        device_bytes=2 * item * layer + grams + fit + 16 * item * seqlen * widest if device else 0,
         seconds=len(decoder.layers) * len(hidden) * (passes * forward + gram) + fitting,
     )
 
@@ -110,18 +133,36 @@ def duration(seconds: float) -> str:
 
 
 @torch.no_grad()
-def _time_layer(decoder: DecoderLayers, hidden: torch.Tensor, call: LayerCall) -> tuple[float, float]:
-    """Seconds of one float32 pass of a window through a layer, and of the Gram products of its inputs."""
-    layer = copy.deepcopy(decoder.layers[0]).float()
-    call(layer, hidden.float())  # the first pass also allocates and picks kernels
-    begin = time.perf_counter()
-    call(layer, hidden.float())
-    forward = time.perf_counter() - begin
+def _time_layer(
+    decoder: DecoderLayers, hidden: torch.Tensor, call: LayerCall, compute: Compute
+) -> tuple[float, float]:
+    """Seconds of one pass of a window through a layer, and of the Gram products of its inputs."""
+    layer, call, hidden = decoder.working_copy(0, compute), call.to(compute), brought(hidden, compute)
     widths = {linear.in_features for linear in decoder.linears[0].values()}
-    sums = {width: GramSum(width) for width in widths}
-    rows = torch.ones(hidden.shape[0] * hidden.shape[1], max(widths))
-    begin = time.perf_counter()
-    for width, total in sums.items():
-        total.add(rows[:, :width].contiguous())
+    sums = {width: GramSum(width, compute.device) for width in widths}
+    rows = torch.ones(hidden.shape[0] * hidden.shape[1], max(widths)).to(hidden)
+
+    def products() -> None:
+        for width, total in sums.items():
+            total.add(rows[:, :width].contiguous())
+
     # Inputs of the hidden width feed q/k/v, o and gate/up; the widest only one matrix.
-    return forward, 2 * (time.perf_counter() - begin)
+    return _seconds(lambda: call(layer, hidden), compute), 2 * _seconds(products, compute)
+
+
+def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:
+    """Seconds that a device takes for a block of columns; launches count for more than arithmetic."""
+    columns = 8 * config.block_size
+    W = torch.randn(columns, columns, device=compute.device)
+    C = (W.T @ W).double()
+    method = ternarizer(backend, compute, config)
+    return _seconds(lambda: method(W, C), compute) / 8
+
+
+def _seconds(work: Callable[[], Any], compute: Compute) -> float:
+    work()  # the first time also allocates, compiles and picks kernels
+    compute.wait()
+    begin = time.perf_counter()
+    work()
+    compute.wait()
+    return time.perf_counter() - begin

@@ -25,13 +25,14 @@ def matrix_record(fitted: FittedMatrix) -> dict[str, Any]:
         figures = asdict(result.report)
     else:
         dense = result.dequantize() if isinstance(result, TernaryMatrix) else result
-        power = output_error(fitted.weight, np.zeros_like(fitted.weight), fitted.gram)
-        error = output_error(fitted.weight, dense, fitted.gram)
+        weight, gram = (tensor.double().cpu().numpy() for tensor in (fitted.weight, fitted.gram))
+        power = output_error(weight, np.zeros_like(weight), gram)
+        error = output_error(weight, dense, gram)
         figures = {"output_power": power, "relative_output_error": error / power if power > 0 else 0.0}
     return {
         "name": fitted.name,
         "shape": list(fitted.weight.shape),
-        "dead_inputs": int((np.diag(fitted.gram) == 0).sum()),
+        "dead_inputs": int((fitted.gram.diagonal() == 0).sum()),
         "seconds": fitted.seconds,
         **figures,
     }

@@ -6,19 +6,22 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness import checkpoint, report, text
+from harness import checkpoint, gram, report, text
 from harness.backends import Backend, load_backend
+from harness.capture import LayerCall, capture_inputs
 from harness.cli import UserError
+from harness.compute import Compute, compute_for
 from harness.evaluate import measure_on
-from harness.models import DecoderLayers, Original, find_decoder_layers, load_original, require_fits
-from harness.pipeline import FittedMatrix, LayerCall, Method, capture_inputs, quantize_layers
+from harness.layers import DecoderLayers, find_decoder_layers
+from harness.models import Original, load_original, require_fits
+from harness.pipeline import FittedMatrix, Method, quantize_layers, ternarizer
 from harness.plan import Plan, duration, make_plan
 from reference import baselines
 from reference.types import TernaryConfig
@@ -43,6 +46,7 @@ class Options:
     out: Path | None = None
     force: bool = False
     backend: str = "auto"
+    precision: str | None = None
     gguf_dtype: str = "bfloat16"
     trust_remote_code: bool = False
     calibration: str | None = None
@@ -83,38 +87,44 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     if options.out is not None:
         checkpoint.require_free(options.out, options.force)
         _require_other_folder(options, options.out)
-    backend = load_backend(options.backend)
+    backend = load_backend(options.backend, options.precision)
     if backend.note:
         say(backend.note)
     calibration_text, evaluation_text = _texts(options)
 
+    compute = compute_for(backend)
     begin = time.perf_counter()
-    ready = _prepare(options, calibration_text, evaluation_text)
-    for line in _announcement(options, ready, backend, calibration_text):
+    ready = _prepare(options, backend, compute, calibration_text, evaluation_text)
+    for line in _announcement(options, ready, calibration_text):
         say(line)
-    record = _record(options, ready, backend, calibration_text)
+    record = _record(options, ready, calibration_text)
     record["seconds"]["load"] = time.perf_counter() - begin
 
     def evaluate(when: str, model: Original) -> None:
         if evaluation_text is not None:
             begin = time.perf_counter()
+            windows = options.evaluation_windows
             record["perplexity"][when] = asdict(
-                measure_on(model, evaluation_text, options.evaluation_seqlen, options.evaluation_windows)
+                measure_on(model, evaluation_text, options.evaluation_seqlen, windows, compute)
             )
             record["seconds"][f"perplexity {when}"] = time.perf_counter() - begin
 
     if options.measure_original:
         evaluate("before", ready.original)
     if options.method == PT2_LLM and options.out is not None:
-        _ternarize(options, options.out, ready, backend, record, say)
-        tokenizer = ready.original.tokenizer
+        _ternarize(options, options.out, ready, record, say)
+        tokenizer, streamed = ready.original.tokenizer, ready.original.read is not None
         del ready  # two models need not fit side by side
-        loaded = checkpoint.load(options.out, options.trust_remote_code)
-        evaluate("after", Original(loaded, tokenizer, str(options.out)))
+        if not streamed:
+            loaded = checkpoint.load(options.out, options.trust_remote_code)
+            evaluate("after", Original(loaded, tokenizer, str(options.out)))
+        elif evaluation_text is not None:
+            say("perplexity after is not measured: dequantized, the model does not fit in memory")
     else:
         _run_layers(options, ready, _baseline(options), lambda index, matrices: None, record, say)
         evaluate("after", ready.original)
     record["peak_memory_bytes"] = report.peak_memory()
+    record["peak_device_bytes"] = compute.peak_memory()
     for line in _result_lines(options, record):
         say(line)
     if options.out is not None:
@@ -136,6 +146,8 @@ class _Ready:
 
     original: Original
     decoder: DecoderLayers
+    backend: Backend
+    compute: Compute
     tokens: int
     hidden: list[torch.Tensor]
     calls: list[LayerCall]
@@ -151,10 +163,18 @@ def _require_other_folder(options: Options, out: Path) -> None:
         raise UserError(f"{out} holds a checkpoint, and a baseline gives none; choose another --out")
 
 
-def _prepare(options: Options, calibration_text: text.Text, evaluation_text: text.Text | None) -> _Ready:
+def _prepare(
+    options: Options,
+    backend: Backend,
+    compute: Compute,
+    calibration_text: text.Text,
+    evaluation_text: text.Text | None,
+) -> _Ready:
     """Everything that can fail early: load, look for what to quantize, cut windows, look for space."""
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
-    decoder = find_decoder_layers(original.model)
+    if original.read is not None and options.method != PT2_LLM:
+        raise UserError(f"{options.method} needs the whole model in memory, and {original.name} is too large")
+    decoder = find_decoder_layers(original.model, original.read)
     tokens = text.tokenize(calibration_text, original.tokenizer)
     windows = text.calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed)
     require_fits(original.model, tokens, options.seqlen)
@@ -162,28 +182,29 @@ def _prepare(options: Options, calibration_text: text.Text, evaluation_text: tex
         evaluated = text.tokenize(evaluation_text, original.tokenizer)
         text.evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
         require_fits(original.model, evaluated, options.evaluation_seqlen)
-    hidden, calls = capture_inputs(original.model, decoder.layers, windows)
+    hidden, calls = capture_inputs(original.model, decoder, windows, compute)
     plan = make_plan(
-        original.model,
+        original,
         decoder,
         hidden,
         calls[0],
-        options.config.block_size,
-        permuted=options.config.reorder != "none",
+        backend,
+        compute,
+        options.config,
         true_sequential=options.true_sequential,
         evaluation_seqlen=options.evaluation_seqlen if evaluation_text is not None else 0,
     )
     if options.method == PT2_LLM and options.out is not None:
         checkpoint.require_space(options.out, plan.packed_bytes + plan.other_bytes)
-    return _Ready(original, decoder, len(tokens), hidden, calls, plan)
+    hidden = compute.place(hidden, reserved=plan.device_bytes)
+    return _Ready(original, decoder, backend, compute, len(tokens), hidden, calls, plan)
 
 
-def _announcement(
-    options: Options, ready: _Ready, backend: Backend, calibration_text: text.Text
-) -> list[str]:
+def _announcement(options: Options, ready: _Ready, calibration_text: text.Text) -> list[str]:
+    backend = ready.backend
     wanted = options.nsamples * options.seqlen
     lines = [
-        f"{ready.original.name}: {options.method} on the {backend.name} backend",
+        f"{ready.original.name}: {options.method} on the {backend.name} backend in {backend.precision}",
         f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
     ]
     if ready.tokens < wanted:
@@ -195,13 +216,12 @@ def _ternarize(
     options: Options,
     out: Path,
     ready: _Ready,
-    backend: Backend,
     record: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
     """Ternarize the model and write the checkpoint layer by layer."""
-    method = partial(backend.ternarize, config=options.config)
-    with checkpoint.CheckpointWriter(out, len(ready.decoder.layers) + 1) as writer:
+    method = ternarizer(ready.backend, ready.compute, options.config)
+    with checkpoint.CheckpointWriter(out, len(ready.decoder.layers) + 1, ready.backend) as writer:
 
         def write(index: int, matrices: list[FittedMatrix]) -> None:
             results = {matrix.name: matrix.result for matrix in matrices}
@@ -230,16 +250,22 @@ def _texts(options: Options) -> tuple[text.Text, text.Text | None]:
 
 def _baseline(options: Options) -> Method:
     config = options.config
-    if options.method == "rtn-2bit":
-        return lambda W, C: baselines.round_to_nearest(W, group_size=config.block_size)
     best = options.method == "gptq-2bit-best"
-    return partial(
-        baselines.gptq,
-        group_size=config.block_size,
-        damping=config.damping,
-        activation_order=best,
-        clip=best,
-    )
+
+    def method(weight: torch.Tensor, products: torch.Tensor) -> np.ndarray:
+        W, C = (tensor.double().cpu().numpy() for tensor in (weight, products))
+        if options.method == "rtn-2bit":
+            return baselines.round_to_nearest(W, group_size=config.block_size)
+        return baselines.gptq(
+            W,
+            C,
+            group_size=config.block_size,
+            damping=config.damping,
+            activation_order=best,
+            clip=best,
+        )
+
+    return method
 
 
 def _run_layers(
@@ -266,6 +292,7 @@ def _run_layers(
             ready.hidden,
             ready.calls,
             method,
+            ready.compute,
             true_sequential=options.true_sequential,
             progress=progress,
         ):
@@ -292,11 +319,8 @@ _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}
 def _unpacked_tensors(decoder: DecoderLayers, index: int) -> dict[str, torch.Tensor]:
     """What a decoder layer stores as it was: biases and norms."""
     packed = {f"{name}.weight" for name in decoder.linears[index]}
-    return {
-        decoder.full_name(index, name): value
-        for name, value in decoder.layers[index].state_dict().items()
-        if name not in packed
-    }
+    names = [name for name in decoder.layers[index].state_dict() if name not in packed]
+    return {decoder.full_name(index, name): tensor for name, tensor in decoder.tensors(index, names).items()}
 
 
 def _outside_layers(original: Original, decoder: DecoderLayers) -> dict[str, torch.Tensor]:
@@ -309,14 +333,16 @@ def _outside_layers(original: Original, decoder: DecoderLayers) -> dict[str, tor
     }
 
 
-def _record(options: Options, ready: _Ready, backend: Backend, calibration_text: text.Text) -> dict[str, Any]:
+def _record(options: Options, ready: _Ready, calibration_text: text.Text) -> dict[str, Any]:
     """What is known of a run before its first layer."""
+    layers_in = ready.compute.dtype or ready.original.model.dtype
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": ready.original.name,
         "dtype": _dtype_name(ready.original.model.dtype),
         "method": options.method,
-        "backend": backend.name,
+        "backend": ready.backend.name,
+        "precision": ready.backend.precision,
         "config": asdict(options.config),
         "options": {name: value for name, value in asdict(options).items() if name != "config"},
         "calibration": {
@@ -326,11 +352,12 @@ def _record(options: Options, ready: _Ready, backend: Backend, calibration_text:
             "seqlen": options.seqlen,
             "seed": options.config.seed,
             "true_sequential": options.true_sequential,
-            "computed_in": "float32",
+            "computed_in": _dtype_name(layers_in),
             "activations_kept_in": _dtype_name(ready.hidden[0].dtype),
-            "gram": "float32 products, float64 sums",
+            "gram": gram.SUMS,
         },
         **report.environment(),
+        "device": ready.compute.describe(),
         "plan": {**asdict(ready.plan), "bits_per_weight": ready.plan.bits_per_weight},
         "perplexity": {},
         "seconds": {},
@@ -352,5 +379,9 @@ def _result_lines(options: Options, record: dict[str, Any]) -> list[str]:
         size = sum(file.stat().st_size for file in options.out.glob(checkpoint.WEIGHT_FILES))
         lines.append(f"{options.out}: {size / 1e6:.1f} MB of weights")
     seconds = sum(record["seconds"].values())
-    lines.append(f"{duration(seconds)}, peak memory {record['peak_memory_bytes'] / 1e9:.1f} GB")
+    device = record["peak_device_bytes"]
+    lines.append(
+        f"{duration(seconds)}, peak memory {record['peak_memory_bytes'] / 1e9:.1f} GB"
+        + (f", of the device {device / 1e9:.1f} GB" if device else "")
+    )
     return lines

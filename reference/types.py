@@ -130,10 +130,13 @@ class TernaryMatrix:
 
     def dequantize(self) -> Any:
         """``float32(alpha) * t + float32(mu)``, as (n, m) float32 in the original column order."""
-        block = np.arange(self.trits.shape[1]) // self.block_size
-        ordered = (
-            self.scale.astype(np.float32)[:, block] * self.trits + self.shift.astype(np.float32)[:, block]
+        m = self.trits.shape[1]
+        # These NumPy functions hand device arrays on to their own library.
+        alpha, mu = (
+            np.repeat(grid.astype(np.float32), self.block_size, axis=1)[:, :m]
+            for grid in (self.scale, self.shift)
         )
+        ordered = alpha * self.trits + mu
         W_hat = np.empty_like(ordered)
         W_hat[:, self.permutation] = ordered
         return W_hat

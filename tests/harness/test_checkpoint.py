@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import harness
 from harness import checkpoint
+from harness.backends import load_backend
 from harness.cli import UserError
 from reference.types import TernaryMatrix
 
+REFERENCE = load_backend("reference")
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
 
@@ -65,7 +67,11 @@ def test_an_identity_permutation_is_left_out() -> None:
     matrix = TernaryMatrix(
         np.zeros((2, 4), np.int8), np.ones((2, 1), np.float16), np.ones((2, 1), np.float16), np.arange(4), 4
     )
-    assert set(checkpoint.packed_tensors("a", matrix)) == {"a.trits", "a.scale", "a.shift"}
+    assert set(checkpoint.packed_tensors("a", matrix, REFERENCE)) == {
+        "a.trits",
+        "a.scale",
+        "a.shift",
+    }
 
 
 def edit_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -179,7 +185,7 @@ DAMAGE = {
     "index of lists": (edit_index(lambda m: m.update({"model.norm.weight": [1]})), "no weight_map"),
     "generation": (
         lambda folder: (folder / "generation_config.json").write_text("{"),
-        r"generation_config\.json is missing or damaged",
+        r"generation_config\.json is damaged, it is not JSON",
     ),
     "weight beside": (
         edit_tensor("model.norm.weight", lambda t: t, beside={f"{Q_PROJ}.weight": torch.zeros(128, 128)}),
@@ -248,7 +254,10 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_checkpoint_that_was_not_finished(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), checkpoint.CheckpointWriter(out, 2) as writer:  # noqa: PT012
+    with (  # noqa: PT012
+        pytest.raises(KeyboardInterrupt),
+        checkpoint.CheckpointWriter(out, 2, REFERENCE) as writer,
+    ):
         writer.add({"a": torch.zeros(3)})
         assert not checkpoint.is_ternary(writer.folder)
         raise KeyboardInterrupt
@@ -257,7 +266,7 @@ def test_nothing_is_left_of_a_checkpoint_that_was_not_finished(tmp_path: Path) -
 
 def test_files_are_staged_on_the_disk_they_stay_on(tmp_path: Path) -> None:
     """A folder beside a mount point is on another disk, and a rename from there fails."""
-    with checkpoint.CheckpointWriter(tmp_path / "out", 2) as writer:
+    with checkpoint.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
         assert writer.folder.parent == tmp_path / "out"
 
 
@@ -277,7 +286,7 @@ def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     checkpoint.require_free(tmp_path / "out", force=False)
     (left / "model-00001-of-00009.safetensors").write_bytes(b"old")
-    with checkpoint.CheckpointWriter(tmp_path / "out", 2) as writer:
+    with checkpoint.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
         assert list(writer.folder.iterdir()) == []
 
 
@@ -288,7 +297,7 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(checkpoint, "save_file", full)
     with (
         pytest.raises(UserError, match=r"model-00001-of-00002.*No space left on device"),
-        checkpoint.CheckpointWriter(tmp_path / "out", 2) as writer,
+        checkpoint.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer,
     ):
         writer.add({"a": torch.zeros(3)})
     assert list(tmp_path.iterdir()) == []

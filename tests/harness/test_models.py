@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from harness import models
+from harness import layers, models
 from harness.cli import UserError
 from tests.harness import tiny
 
@@ -23,7 +23,7 @@ from tests.harness import tiny
     ],
 )
 def test_decoder_matrices_are_found_and_nothing_else(kind: str, names: set[str]) -> None:
-    decoder = models.find_decoder_layers(tiny.make_model(kind))
+    decoder = layers.find_decoder_layers(tiny.make_model(kind))
     found = decoder.named_linears()
     assert {name.rpartition(".")[2] for name in found} == names
     assert len(found) == 3 * len(names)
@@ -41,13 +41,13 @@ def test_fused_experts_are_refused_by_name() -> None:
         num_local_experts=2,
     )
     with pytest.raises(UserError, match=r"fused experts.*layers\.0\.mlp\.experts\.gate_up_proj"):
-        models.find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
+        layers.find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def test_layers_of_another_kind_are_refused_by_name() -> None:
     config = transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(UserError, match=r"h\.0\.attn\.c_attn\.weight \(Conv1D, 32x96\)"):
-        models.find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
+        layers.find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def test_a_model_with_nothing_to_quantize_is_refused() -> None:
@@ -59,17 +59,17 @@ def test_a_model_with_nothing_to_quantize_is_refused() -> None:
             self.layers = nn.ModuleList([nn.LayerNorm(4)])
 
     with pytest.raises(UserError, match=r"Norms has nothing to quantize: no nn\.Linear in layers"):
-        models.find_decoder_layers(Norms())
+        layers.find_decoder_layers(Norms())
     empty = Norms()
     del empty.layers
     with pytest.raises(UserError, match="no ModuleList of decoder layers"):
-        models.find_decoder_layers(empty)
+        layers.find_decoder_layers(empty)
 
 
 def test_an_encoder_decoder_is_refused() -> None:
     config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(UserError, match="encoder-decoder"):
-        models.find_decoder_layers(transformers.T5ForConditionalGeneration(config))
+        layers.find_decoder_layers(transformers.T5ForConditionalGeneration(config))
 
 
 def test_a_weight_that_is_not_a_number_is_refused_by_name_and_place() -> None:
@@ -77,7 +77,7 @@ def test_a_weight_that_is_not_a_number_is_refused_by_name_and_place() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[2, 5] = torch.nan
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight\[2, 5\] is nan"):
-        models.find_decoder_layers(model)
+        layers.find_decoder_layers(model)
 
 
 def test_weights_outside_the_layers_must_be_finite_too() -> None:
@@ -85,7 +85,7 @@ def test_weights_outside_the_layers_must_be_finite_too() -> None:
     with torch.no_grad():
         model.model.norm.weight[7] = torch.inf
     with pytest.raises(UserError, match=r"model\.norm\.weight\[7\] is inf"):
-        models.find_decoder_layers(model)
+        layers.find_decoder_layers(model)
 
 
 def test_windows_and_tokens_must_fit_the_model() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from harness.capture import capture_inputs
 from harness.cli import UserError
-from harness.models import find_decoder_layers
-from harness.pipeline import CHUNK_TOKENS, GramSum, capture_inputs, quantize_layers
+from harness.gram import CHUNK_TOKENS, GramSum
+from harness.layers import find_decoder_layers
+from harness.pipeline import quantize_layers
 from tests.harness import tiny
 
 ARCHITECTURES = sorted(tiny.CONFIGS)
@@ -37,7 +39,7 @@ def test_layers_run_one_by_one_give_what_the_whole_model_gives(kind: str) -> Non
         for window in windows():
             model(window[None], use_cache=False)
     handle.remove()
-    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden, calls = capture_inputs(model, decoder, windows())
     for _ in quantize_layers(decoder, hidden, calls, keep):
         pass
     for states, wanted in zip(hidden, expected, strict=True):
@@ -66,7 +68,7 @@ def test_gram_matrices_are_those_of_the_inputs_through_quantized_layers(true_seq
     def halve(W: np.ndarray, C: np.ndarray) -> np.ndarray:
         return W / 2
 
-    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden, calls = capture_inputs(model, decoder, windows())
     fitted = [
         matrix
         for layer in quantize_layers(decoder, hidden, calls, halve, true_sequential=true_sequential)
@@ -89,7 +91,7 @@ def test_gram_matrices_are_those_of_the_inputs_through_quantized_layers(true_seq
 def test_matrices_that_read_one_input_share_one_gram_matrix() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden, calls = capture_inputs(model, decoder, windows())
     layer = next(quantize_layers(decoder, hidden, calls, keep))
     shared: dict[int, set[str]] = {}
     for matrix in layer.matrices:
@@ -105,7 +107,7 @@ def test_matrices_that_read_one_input_share_one_gram_matrix() -> None:
 def test_the_model_stays_in_its_dtype_and_one_layer_at_a_time_is_float32() -> None:
     model = tiny.make_model("llama", torch.bfloat16)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden, calls = capture_inputs(model, decoder, windows())
     seen = []
 
     def look(W: np.ndarray, C: np.ndarray) -> np.ndarray:
@@ -132,7 +134,7 @@ def test_gram_sum_keeps_digits_over_many_rows() -> None:
 def test_a_failure_names_the_matrix() -> None:
     model = tiny.make_model("llama")
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden, calls = capture_inputs(model, decoder, windows())
 
     def fail(W: np.ndarray, C: np.ndarray) -> np.ndarray:
         if W.shape == (tiny.WIDTH, tiny.INNER):
@@ -146,7 +148,7 @@ def test_a_failure_names_the_matrix() -> None:
 def test_inputs_that_are_not_finite_name_the_matrix() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden, calls = capture_inputs(model, decoder, windows())
     hidden[1][0, 3, 7] = torch.inf
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: its inputs are not finite"):
         next(quantize_layers(decoder, hidden, calls, keep))
@@ -160,7 +162,7 @@ def test_a_model_that_changes_hidden_states_between_layers_is_refused() -> None:
     second.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
     second.forward = original
     with pytest.raises(UserError, match="does more between its decoder layers"):
-        capture_inputs(model, decoder.layers, windows())
+        capture_inputs(model, decoder, windows())
 
 
 def test_a_model_that_tells_its_layers_about_the_tokens_is_refused() -> None:
@@ -173,13 +175,13 @@ def test_a_model_that_tells_its_layers_about_the_tokens_is_refused() -> None:
         lambda module, args, kwargs: (args, {**kwargs, "tokens": seen[-1]}), with_kwargs=True
     )
     with pytest.raises(UserError, match="decoder layer 0 of LlamaForCausalLM is given more"):
-        capture_inputs(model, decoder.layers, windows())
+        capture_inputs(model, decoder, windows())
 
 
 def test_after_a_failure_the_matrices_that_have_not_begun_are_not_begun() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden, calls = capture_inputs(model, decoder, windows())
     begun = []
 
     def interrupt(W: np.ndarray, C: np.ndarray) -> np.ndarray:
@@ -199,7 +201,7 @@ def test_a_matrix_that_is_not_used_is_refused() -> None:
     decoder = find_decoder_layers(model)
     decoder.layers[0].mlp.spare = torch.nn.Linear(4, 4)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder.layers, windows())
+    hidden, calls = capture_inputs(model, decoder, windows())
     with pytest.raises(UserError, match=r"mlp\.spare is not used"):
         next(quantize_layers(decoder, hidden, calls, keep))
 
