@@ -22,12 +22,12 @@ from harness.layers import DecoderLayers
 class LayerCall:
     """What the model passes to a decoder layer beside the hidden states, and takes from it.
 
-    `extra` is what the layer returns in a tuple after them; None if it returns them alone.
+    `extra` counts what the layer returns in a tuple after them; None if it returns them alone.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    extra: tuple[Any, ...] | None = None
+    extra: int | None = None
 
     def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run the layer on hidden states of its own device and type."""
@@ -150,16 +150,16 @@ def _enter_layers(
 
 def _extra_output(
     hidden: torch.Tensor, call: LayerCall, decoder: DecoderLayers, compute: Compute
-) -> tuple[Any, ...] | None:
-    """What the layers return in a tuple after the hidden states, if they return one."""
+) -> int | None:
+    """How many things the layers return in a tuple after the hidden states, if they return one."""
     call = call.to(compute)
     layer = decoder.working_copy(0, compute)
     output = layer(hidden.to(compute.device, compute.dtype), *call.args, **call.kwargs)
-    return output[1:] if isinstance(output, tuple) else None
+    return len(output) - 1 if isinstance(output, tuple) else None
 
 
 def _record_pass(
-    model: nn.Module, decoder: DecoderLayers, window: torch.Tensor, extra: tuple[Any, ...] | None
+    model: nn.Module, decoder: DecoderLayers, window: torch.Tensor, extra: int | None
 ) -> list[LayerCall]:
     """Every layer's call in a pass of the whole model."""
     layers = decoder.layers
@@ -203,13 +203,13 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
 def _replaced(
     layers: nn.ModuleList,
     stand_in: Callable[[torch.Tensor], torch.Tensor],
-    extra: tuple[Any, ...] | None,
+    extra: int | None,
 ) -> Iterator[None]:
     """Let every layer return what `stand_in` makes of its hidden states, in the form of the layer."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = stand_in(_split(args, kwargs)[0])
-        return states if extra is None else (states, *extra)
+        return states if extra is None else (states, *[None] * extra)
 
     # Libraries that move weights about put a forward of their own into a module.
     own = [vars(layer).get("forward") for layer in layers]

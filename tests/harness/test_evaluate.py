@@ -12,6 +12,8 @@ import torch
 
 from harness import evaluate, perplexity
 from harness.cli import EXIT_USAGE, json_text
+from harness.compute import Compute
+from harness.layers import find_decoder_layers
 from tests.harness import tiny
 
 Run = Callable[..., int]
@@ -43,6 +45,18 @@ def test_perplexity_is_the_exponential_of_the_mean_of_the_windows(seqlen: int) -
     result = perplexity.measure(model, windows, 0, "words")
     # Cross-entropy is taken in float32.
     assert result.value == pytest.approx(math.exp(sum(means) / 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.CONFIGS))
+def test_layer_by_layer_the_perplexity_is_the_same(kind: str) -> None:
+    model = tiny.make_model(kind, torch.bfloat16, ternary=False)
+    windows = torch.randint(3, tiny.VOCABULARY, (3, 20))
+    layers = []
+    result = perplexity.measure_by_layers(
+        model, find_decoder_layers(model), windows, 60, "words", Compute(), lambda: layers.append(1)
+    )
+    assert result == perplexity.measure(model, windows, 60, "words")
+    assert len(layers) == 3
 
 
 def test_measuring_leaves_a_float16_model_as_it_was() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from harness import layers, models
 from harness.cli import UserError
+from harness.compute import Compute
 from tests.harness import tiny
 
 
@@ -183,6 +184,58 @@ def test_a_missing_tensor_is_refused_by_name(llama: Path, tmp_path: Path) -> Non
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
+        models.load_original(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.CONFIGS))
+def test_layers_read_from_the_files_are_those_of_the_model_loaded_whole(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save(tiny.make_model(kind, ternary=False), tmp_path)
+    whole = models.load_original(str(tmp_path)).model
+    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    streamed = models.load_original(str(tmp_path))
+    decoder = layers.find_decoder_layers(streamed.model, streamed.read)
+    assert all(parameter.is_meta for parameter in decoder.layers.parameters())
+    outside = {n: p for n, p in streamed.model.state_dict().items() if not n.startswith(decoder.prefix)}
+    assert len(outside) == len([n for n in whole.state_dict() if not n.startswith(decoder.prefix)])
+    for name, tensor in outside.items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+    assert streamed.model.config.to_dict() == whole.config.to_dict()
+    for index, layer in enumerate(layers.find_decoder_layers(whole).layers):
+        copy = decoder.working_copy(index, Compute(dtype=None))
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(copy.state_dict()[name], tensor), name
+            assert copy.state_dict()[name].dtype == tensor.dtype
+
+
+def test_a_sharded_model_is_read_by_its_index(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype="auto")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    streamed = models.load_original(str(tmp_path))
+    decoder = layers.find_decoder_layers(streamed.model, streamed.read)
+    for name, tensor in model.model.layers[2].state_dict().items():
+        assert torch.equal(decoder.tensors(2, [name])[name], tensor)
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_tensor_that_the_files_lack_is_named_before_anything_is_read(
+    lost: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(llama / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    with pytest.raises(UserError, match=lost):
         models.load_original(str(tmp_path))
 
 

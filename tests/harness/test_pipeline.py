@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from harness.capture import capture_inputs
+from harness.capture import capture_inputs, logits_after
 from harness.cli import UserError
 from harness.gram import CHUNK_TOKENS, GramSum
 from harness.layers import find_decoder_layers
@@ -27,9 +28,13 @@ def keep(W: np.ndarray, C: np.ndarray) -> np.ndarray:
     return W
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "bloom"])
 def test_layers_run_one_by_one_give_what_the_whole_model_gives(kind: str) -> None:
-    model = tiny.make_model(kind, torch.float32, ternary=False)
+    if kind == "bloom":  # whose layers return a tuple, and take a mask by position
+        config = transformers.BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=64, n_layer=3, n_head=4)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = tiny.make_model(kind, torch.float32, ternary=False)
     decoder = find_decoder_layers(model)
     expected = []
     handle = decoder.layers[-1].register_forward_hook(
@@ -42,7 +47,11 @@ def test_layers_run_one_by_one_give_what_the_whole_model_gives(kind: str) -> Non
     hidden, calls = capture_inputs(model, decoder, windows())
     for _ in quantize_layers(decoder, hidden, calls, keep):
         pass
-    for states, wanted in zip(hidden, expected, strict=True):
+    assert (calls[0].extra is not None) == (kind == "bloom")
+    for states, wanted, window in zip(hidden, expected, windows(), strict=True):
+        with torch.no_grad():
+            logits = model(window[None], use_cache=False).logits
+        torch.testing.assert_close(logits_after(model, decoder, calls, window, states), logits)
         # The same float32 operations in the same order; only a thread pool could split them differently.
         torch.testing.assert_close(states, wanted, rtol=1e-5, atol=1e-5)
 
@@ -163,6 +172,17 @@ def test_a_model_that_changes_hidden_states_between_layers_is_refused() -> None:
     second.forward = original
     with pytest.raises(UserError, match="does more between its decoder layers"):
         capture_inputs(model, decoder, windows())
+
+
+def test_recording_leaves_the_layers_as_they_were() -> None:
+    model = tiny.make_model("llama", torch.float32)
+    decoder = find_decoder_layers(model)
+    first, second = decoder.layers[0], decoder.layers[1]
+    own = first.forward = lambda *args, **kwargs: type(first).forward(first, *args, **kwargs)
+    capture_inputs(model, decoder, windows())
+    assert first.forward is own
+    assert "forward" not in vars(second)
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in decoder.layers)
 
 
 def test_a_model_that_tells_its_layers_about_the_tokens_is_refused() -> None:

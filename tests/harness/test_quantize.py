@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import harness
-from harness import checkpoint, quantize, workflow
+from harness import checkpoint, models, quantize, workflow
 from harness.checkpoint import REPORT, STAGING
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from harness.models import Original
@@ -54,6 +54,31 @@ def test_what_is_read_back_is_bit_for_bit_what_calibration_used(words_file: Path
     for name, value in calibrated.items():
         assert torch.equal(loaded[name], value), name
         assert torch.equal(before[name], value) == ("_proj" not in name), name
+
+
+def test_a_model_too_large_for_the_memory_gives_the_same_checkpoint(
+    quantized: Path,
+    llama: Path,
+    words_file: Path,
+    tmp_path: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    text = ("--calibration", words_file, "--eval", words_file, "--block-size", tiny.BLOCK)
+    assert run_main(quantize.main, llama, "--out", tmp_path / "out", *text, *SMALL) == 0
+    assert "perplexity after is not measured" in capsys.readouterr().out
+    files = sorted(file.name for file in quantized.glob("model*"))
+    assert files == sorted(file.name for file in (tmp_path / "out").glob("model*"))
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (quantized / file).read_bytes()
+    before = [
+        json.loads((f / REPORT).read_text())["perplexity"]["before"] for f in (quantized, tmp_path / "out")
+    ]
+    assert reports[0]["perplexity"]["before"] == reports[1]["perplexity"]["before"]
+    assert run_main(quantize.main, llama, "--method", "rtn-2bit", *text, *SMALL) == EXIT_USAGE
+    assert "needs the whole model in memory" in capsys.readouterr().err
 
 
 def test_a_run_prints_plan_layers_table_and_result(

@@ -1,0 +1,110 @@
+"""From torch to the backend and back: exchange of arrays, Gram matrices, whole layers."""
+
+import numpy as np
+import pytest
+import torch
+
+from gpu.device import STANDIN, to_device, xp
+from harness.backends import load_backend
+from harness.capture import capture_inputs
+from harness.checkpoint import packed_tensors
+from harness.compute import Compute, compute_for
+from harness.gram import GramSum
+from harness.layers import find_decoder_layers
+from harness.pipeline import quantize_layers, ternarizer
+from reference.packing import unpack_base3
+from reference.types import TernaryConfig
+from tests.harness import tiny
+
+
+@pytest.fixture(scope="module")
+def compute():
+    return compute_for(load_backend("gpu"))
+
+
+def address(array):
+    return array.ctypes.data if STANDIN else array.data.ptr
+
+
+def test_torch_and_the_backend_share_memory(compute):
+    tensor = torch.arange(6.0, device=compute.device).reshape(2, 3)
+    array = to_device(tensor)
+    assert isinstance(array, xp.ndarray)
+    assert address(array) == tensor.data_ptr()
+    made = xp.arange(6.0)
+    assert torch.from_dlpack(made).data_ptr() == address(made)
+
+
+def test_work_is_queued_on_the_stream_of_torch(compute):
+    if compute.device.type != "cuda":
+        pytest.skip("the host has no streams")
+    backend = load_backend("gpu", "float64")
+    rng = np.random.default_rng(0)
+    W = torch.from_numpy(rng.normal(size=(64, 300)))
+    expected = backend.to_host(backend.ternarize(W.numpy(), np.eye(300), TernaryConfig()))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        # A long product ahead of the weights: work on any other stream would see zeros.
+        big = torch.randn(8192, 8192, device=compute.device)
+        ready = (big @ big @ big).sum() * 0
+        on_side = W.to(compute.device) + torch.nan_to_num(ready)
+        gram = torch.eye(300, dtype=torch.float64, device=compute.device)
+        result = ternarizer(backend, compute, TernaryConfig())(on_side, gram)
+    np.testing.assert_array_equal(backend.to_host(result).trits, expected.trits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gram_matrix_of_262144_correlated_rows_stays_positive_definite(compute, dtype):
+    generator = torch.Generator().manual_seed(0)
+    columns = 64
+    mixing = torch.randn(8, columns, generator=generator)
+    total = GramSum(columns, compute.device)
+    exact = torch.zeros(columns, columns, dtype=torch.float64)
+    for _ in range(128):
+        # Eight directions carry all but a thousandth of the power, as in a language model.
+        rows = torch.randn(2048, 8, generator=generator) @ mixing
+        rows = (rows + 0.1 * torch.randn(2048, columns, generator=generator) + 1).to(dtype)
+        exact += rows.double().T @ rows.double()
+        total.add(rows.to(compute.device))
+    C = total.finish().cpu()
+    scale = torch.sqrt(torch.outer(exact.diagonal(), exact.diagonal()))
+    # float32 sums of 8192 exact or once rounded products, then float64: some ε√8192 = 5e-6 at most.
+    assert ((C - exact).abs() / scale).max() < 1e-5
+    assert torch.equal(C, C.T)
+    smallest = torch.linalg.eigvalsh(exact)[0].item()
+    assert torch.linalg.eigvalsh(C)[0].item() == pytest.approx(smallest, rel=1e-2)
+    torch.linalg.cholesky(C)
+
+
+def test_layers_are_ternarized_as_by_the_reference(compute):
+    """Layers run in float32 on both, so that only the order of sums differs."""
+    windows = torch.randint(3, tiny.VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
+    errors = {}
+    for name, precision in (("reference", "float64"), ("gpu", "float64"), ("gpu", "float32")):
+        backend = load_backend(name, precision)
+        where = Compute(compute.device, torch.float32, compute.memory) if name == "gpu" else Compute()
+        model = tiny.make_model("llama", torch.bfloat16, ternary=False)
+        decoder = find_decoder_layers(model)
+        hidden, calls = capture_inputs(model, decoder, windows, where)
+        method = ternarizer(backend, where, TernaryConfig(block_size=tiny.BLOCK))
+        layer = next(quantize_layers(decoder, hidden, calls, method, where))
+        errors[precision, name] = [m.result.report.relative_output_error for m in layer.matrices]
+        for matrix in layer.matrices:
+            packed = packed_tensors(matrix.name, matrix.result, backend)
+            stored = unpack_base3(packed[f"{matrix.name}.trits"].numpy(), matrix.result.trits.shape[1])
+            np.testing.assert_array_equal(stored, backend.to_host(matrix.result.trits))
+            weight = model.get_submodule(matrix.name).weight
+            dense = torch.from_numpy(backend.to_host(matrix.result).dequantize())
+            assert torch.equal(weight, dense.bfloat16())
+    expected = errors["float64", "reference"]
+    assert errors["float64", "gpu"] == pytest.approx(expected, rel=2e-3 if compute.memory else 1e-6)
+    assert errors["float32", "gpu"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_hidden_states_that_do_not_fit_wait_in_pinned_memory(compute):
+    if compute.device.type != "cuda":
+        pytest.skip("all memory is the host's")
+    states = [torch.ones(1, 4, 8)]
+    small = Compute(compute.device, None, memory=128)
+    assert small.place(states, reserved=0)[0].is_cuda
+    assert small.place(states, reserved=1)[0].is_pinned()
