@@ -15,8 +15,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from harness import checkpoint, report, text
+from harness.backends import load_backend
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
+from harness.compute import compute_for
 from harness.pipeline import FitError
+from harness.scale import SHAPES, Scale, quantize_shape
 from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
 from reference.types import TernaryConfig
 
@@ -25,10 +28,12 @@ Measure on this machine and write the figures to a file, with command, machine a
 
   run      a whole quantization, stage by stage, against two plain forward passes of the same tokens
   methods  the paper's ablations and 2-bit baselines side by side, on one text
+  quantize random layers of the shapes of large models through the whole pipeline
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
+  python -m harness.benchmark quantize benchmarks/quantize.json --shape llama-7b llama-65b --layers 2
 """
 
 NO_ORDER = TernaryConfig(reorder="none")
@@ -55,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
     def kind(name: str, what: str) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=what, description=what, formatter_class=HelpFormatter)
-        sub.add_argument("file", type=Path, metavar="FILE", help="where the figures go, as JSON")
+        where = "where the figures go, as JSON; left out, they are only printed"
+        sub.add_argument("file", nargs="?", type=Path, metavar="FILE", help=where)
         return sub
 
     defaults = Options()
@@ -75,6 +81,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens in an evaluation window")
     sub.add_argument("--eval-windows", type=positive, default=8, help="evaluation windows")
     sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="some of the methods")
+
+    scale = Scale("")
+    sub = kind("quantize", "random layers of the shapes of large models through the whole pipeline")
+    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help="models to imitate")
+    sub.add_argument("--layers", type=positive, metavar="N", help="only N layers; the rest is extrapolated")
+    sub.add_argument("--nsamples", type=positive, default=scale.nsamples, help="windows")
+    sub.add_argument("--seqlen", type=window_length, default=scale.seqlen, help="tokens in a window")
+    sub.add_argument("--backend", default="auto", help="as for harness.quantize")
+    sub.add_argument("--precision", choices=("float32", "float64"), help="as for harness.quantize")
+    sub.add_argument("--device-memory", type=positive, metavar="GB", help="most memory of the device to use")
     return parser
 
 
@@ -168,10 +184,11 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     """Run the command line."""
     arguments = parser().parse_args()
-    try:
-        arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{arguments.file.parent} cannot be made: {error.strerror}") from None
+    if arguments.file is not None:
+        try:
+            arguments.file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{arguments.file.parent} cannot be made: {error.strerror}") from None
     described = {
         "command": " ".join(["python -m harness.benchmark", *map(_without_folders, sys.argv[1:])]),
         "date": datetime.now(UTC).date().isoformat(),
@@ -179,10 +196,13 @@ def main() -> int:
     }
 
     def save(results: dict[str, Any]) -> None:
-        checkpoint.write_json(arguments.file, {**described, "results": results})
+        if arguments.file is not None:
+            checkpoint.write_json(arguments.file, {**described, "results": results})
 
     if arguments.kind == "run":
         results = summarize(_report_of(arguments))
+    elif arguments.kind == "quantize":
+        results = _quantize_shapes(arguments, save)
     else:
         options = Options(
             model=arguments.model,
@@ -197,6 +217,22 @@ def main() -> int:
     save(results)
     print(json_text(results))
     return 0
+
+
+def _quantize_shapes(
+    arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+) -> dict[str, dict[str, Any]]:
+    backend = load_backend(arguments.backend, arguments.precision)
+    if backend.note:
+        print(backend.note)
+    limit = arguments.device_memory
+    compute = compute_for(backend, None if limit is None else limit * 10**9)
+    results: dict[str, dict[str, Any]] = {}
+    for shape in arguments.shape:
+        scale = Scale(shape, arguments.layers, arguments.nsamples, arguments.seqlen)
+        results[shape] = quantize_shape(scale, backend, compute)
+        save(results)
+    return results
 
 
 def _report_of(arguments: argparse.Namespace) -> dict[str, Any]:

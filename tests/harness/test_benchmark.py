@@ -6,10 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from harness import benchmark
 from harness.cli import EXIT_USAGE
+from harness.compute import Compute
+from harness.scale import Scale, column_gptq, random_model
+from reference import baselines
 
 Run = Callable[..., int]
 
@@ -94,3 +99,39 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
     assert results[names[1]]["bits_per_weight"] == pytest.approx(2 + 18 / 128, abs=1e-3)
     assert results["original"]["perplexity"] > 1
     assert "windows of 24" in results["protocol"]["evaluation"]
+
+
+def test_layers_of_a_shape_go_through_the_whole_pipeline(tmp_path: Path, run_main: Run) -> None:
+    file = tmp_path / "quantize.json"
+    size = ("--nsamples", "3", "--seqlen", "64", "--backend", "reference")
+    assert run_main(benchmark.main, "quantize", file, "--shape", "tiny", "--layers", "2", *size) == 0
+    result = json.loads(file.read_text())["results"]["tiny"]
+    assert (result["layers_measured"], result["layers_of_the_model"]) == (2, 3)
+    assert result["extrapolated"]
+    stages = {"load", "inputs", "fits", "outputs", "writing"}
+    assert result["seconds_a_layer"].keys() == stages
+    assert result["seconds_of_the_model"] > result["seconds_a_layer_in_all"] > 0
+    assert result["seconds_a_layer_of_column_by_column_gptq"] > 0
+    # Trits of the seven matrices at five to a byte: q and o, k and v, gate and up, down.
+    trits = 2 * 96 * 20 + 2 * 48 * 20 + 2 * 256 * 20 + 96 * 52
+    assert result["bytes_a_layer"] > trits
+
+
+def test_random_layers_are_the_same_at_every_call_and_have_outliers() -> None:
+    _, decoder, depth = random_model(Scale("tiny"), Compute())
+    assert depth == len(decoder.layers) == 3
+    name = "mlp.down_proj.weight"
+    weight = decoder.tensors(1, [name])[name]
+    assert torch.equal(weight, decoder.tensors(1, [name])[name])
+    assert not torch.equal(weight, decoder.tensors(2, [name])[name])
+    lengths = decoder.tensors(0, ["self_attn.q_proj.weight"])["self_attn.q_proj.weight"].float().norm(dim=0)
+    assert lengths.max() > 5 * lengths.median()
+
+
+def test_the_plain_gptq_that_is_timed_is_the_one_of_the_reference() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 150)) * rng.uniform(0.5, 2, 150)
+    W, C = rng.normal(size=(7, 150)), X.T @ X
+    W[3] = 0
+    ours = column_gptq(torch.from_numpy(W), torch.from_numpy(C))
+    np.testing.assert_allclose(ours.numpy(), baselines.gptq(W, C), atol=1e-12)

@@ -73,9 +73,7 @@ def test_a_model_too_large_for_the_memory_gives_the_same_checkpoint(
     assert files == sorted(file.name for file in (tmp_path / "out").glob("model*"))
     for file in files:
         assert (tmp_path / "out" / file).read_bytes() == (quantized / file).read_bytes()
-    before = [
-        json.loads((f / REPORT).read_text())["perplexity"]["before"] for f in (quantized, tmp_path / "out")
-    ]
+    reports = [json.loads((folder / REPORT).read_text()) for folder in (quantized, tmp_path / "out")]
     assert reports[0]["perplexity"]["before"] == reports[1]["perplexity"]["before"]
     assert run_main(quantize.main, llama, "--method", "rtn-2bit", *text, *SMALL) == EXIT_USAGE
     assert "needs the whole model in memory" in capsys.readouterr().err
