@@ -71,6 +71,11 @@ class Backend:
         return function
 
     @property
+    def precisions(self) -> tuple[str, ...]:
+        """Types of weights that it computes with, the preferred one first."""
+        return getattr(self.package, "PRECISIONS", ("float64",))
+
+    @property
     def on_device(self) -> bool:
         """Whether its arrays are in the memory of a CUDA device."""
         return not getattr(self.package, "STANDIN", True)
@@ -122,10 +127,10 @@ def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
             package = _package("reference")
     else:
         package = _package(name)
-    precisions: tuple[str, ...] = getattr(package, "PRECISIONS", ("float64",))
-    if precision is not None and precision not in precisions:
-        raise UserError(f"backend {name} computes in {' or '.join(precisions)}, not in {precision}")
-    return Backend(name, package, precision or precisions[0], note)
+    backend = Backend(name, package, note=note)
+    if precision is not None and precision not in backend.precisions:
+        raise UserError(f"backend {name} computes in {' or '.join(backend.precisions)}, not in {precision}")
+    return replace(backend, precision=precision or backend.precisions[0])
 
 
 def _package(name: str) -> ModuleType:

@@ -16,7 +16,7 @@ from harness.backends import Backend
 from harness.cli import UserError, json_text
 
 FORMAT_VERSION = 1
-LIBRARIES = ("numpy", "scipy", "cupy-cuda12x", "cupy-cuda13x", "numba", "numba-cuda")
+LIBRARIES = ("numpy", "scipy", "cupy-cuda12x", "cupy-cuda13x", "numba", "numba-cuda", "torch")
 SUFFIXES = (".py", ".cu", ".cuh")
 
 
@@ -33,8 +33,19 @@ def hashes(package: Path) -> dict[str, str]:
     }
 
 
-def write_record(file: Path, backend: Backend, operations: dict[str, Any]) -> None:
-    """Write what a full pass of the golden cases on a device has shown.
+def add_to_record(file: Path, backend: Backend, part: str, results: dict[str, Any]) -> None:
+    """Write down what a full pass on a device has shown, beside the other parts of the same state.
+
+    Parameters
+    ----------
+    file : Path
+        The record. What it holds of other files, another device or other libraries is dropped.
+    backend : Backend
+        The backend that passed.
+    part : {"golden", "real_model"}
+        What it passed.
+    results : dict
+        By precision: for "golden" what `harness.verify` prints as JSON, of which the worst errors are kept.
 
     Raises
     ------
@@ -50,22 +61,30 @@ def write_record(file: Path, backend: Backend, operations: dict[str, Any]) -> No
     installed = {
         distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()
     }
-    record = {
+    state = {
         "format_version": FORMAT_VERSION,
-        "date": datetime.now(UTC).date().isoformat(),
         **identity,
         "libraries": {name: installed[name] for name in LIBRARIES if name in installed},
-        "worst_errors": {
-            operation: {output: row["worst_error"] for output, row in results["outputs"].items()}
-            for operation, results in operations.items()
-            if results["outputs"]
-        },
         "files": hashes(Path(str(backend.package.__file__)).parent),
     }
+    previous = _read(file) if file.exists() else {}
+    same = all(previous.get(key) == value for key, value in state.items())
+    if part == "golden":
+        results = {precision: _worst_errors(operations) for precision, operations in results.items()}
+    passed = {"date": datetime.now(UTC).date().isoformat(), **results}
+    record = {**state, "passed": {**(previous["passed"] if same else {}), part: passed}}
     try:
         file.write_text(json_text(record) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def _worst_errors(operations: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        operation: {output: row["worst_error"] for output, row in result["outputs"].items()}
+        for operation, result in operations.items()
+        if result["outputs"]
+    }
 
 
 def changed_since(file: Path, package: Path) -> list[str]:
@@ -79,11 +98,19 @@ def changed_since(file: Path, package: Path) -> list[str]:
     now = hashes(package)
     if not file.exists():
         return list(now)
+    seen = _read(file)["files"]
+    return sorted(name for name in now.keys() | seen.keys() if now.get(name) != seen.get(name))
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        version, seen = record["format_version"], dict(record["files"])
+        version = record["format_version"]
+        whole = isinstance(record["files"], dict) and isinstance(record["passed"], dict)
     except (ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{file} is not a record of verification: {error!r}") from None
     if version != FORMAT_VERSION:
         raise RecordError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}")
-    return sorted(name for name in now.keys() | seen.keys() if now.get(name) != seen.get(name))
+    if not whole:
+        raise RecordError(f"{file} is not a record of verification: files or passed is no object")
+    return record

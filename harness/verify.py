@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
 from harness import verification
 from harness.backends import Backend, MissingOperation, load_backend
-from harness.cli import EXIT_MISS, run
+from harness.cli import EXIT_MISS, json_text, run
 from harness.tolerances import TOLERANCES, Finding, check
 from reference.types import TernaryConfig
 
@@ -39,8 +38,11 @@ examples:
   python -m harness.verify --backend mybackend      any package with the modules and functions of reference/
   python -m harness.verify --json > verify.json     the same for a program
   python -m harness.verify --backend gpu --record golden/gpu-verified.json
+  python -m harness.verify --backend gpu --model --record golden/gpu-verified.json
 
 exit code: 0 all within tolerance, 1 a miss or a changed golden file, 2 bad usage"""
+
+EMBEDDED = "(embedded)"
 
 EXCEPTIONS: dict[str, type[Exception]] = {"ValueError": ValueError, "LinAlgError": np.linalg.LinAlgError}
 
@@ -106,18 +108,31 @@ def run_case(backend: Backend, case: Case) -> list[Finding]:
         return [
             Finding("", np.inf, f"what came back does not hold {wanted}: {type(error).__name__}: {error}")
         ]
-    return check(case, got)
+    return check(case, got, backend.precision)
+
+
+# Arguments that a backend takes in the precision of the weights.
+WEIGHTS = ("W", "W_hat", "W_R", "A")
 
 
 def _arguments(backend: Backend, case: Case) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for name, value in case.inputs.items():
         name, _, member = name.partition(".")
+        if name in WEIGHTS and backend.precision == "float32":
+            value = _narrowed(value)
         value = backend.to_device(value)
         arguments[name] = (*arguments.get(name, ()), value) if member else value
     if case.operation == "ternarize.ternarize":
         return {**arguments, "config": TernaryConfig(**case.parameters)}
     return {**arguments, **case.parameters}
+
+
+def _narrowed(weights: np.ndarray) -> np.ndarray:
+    """Weights in float32 if that holds them exactly: rounding them would be another case."""
+    with np.errstate(over="ignore"):
+        narrow = weights.astype(np.float32)
+    return narrow if np.array_equal(narrow, weights, equal_nan=True) else weights
 
 
 def _by_name(backend: Backend, case: Case, result: Any) -> dict[str, Any]:
@@ -150,20 +165,22 @@ def render(backend: Backend, outcomes: list[Outcome], seconds: float) -> str:
         lines.append(f"{outcome.operation}: {outcome.cases} cases, {state}{some}")
         for output, (error, _) in outcome.worst.items():
             row = TOLERANCES[outcome.operation][output]
-            lines.append(f"  {output:29}worst {error:8.2g}   allowed {row.float64:<6g} {row.unit}")
-            lines.append(f"      {row.reason}")
+            limit, reason = row.limits[backend.precision], row.reasons[backend.precision]
+            lines.append(f"  {output:29}worst {error:8.2g}   allowed {limit:<6g} {row.unit}")
+            lines.append(f"      {reason}")
         lines += [f"  MISS {miss}" for miss in outcome.misses]
     misses = sum(len(outcome.misses) for outcome in outcomes)
     count = sum(outcome.cases for outcome in outcomes)
     verdict = f"FAIL: {misses} misses" if misses else "PASS"
     lines.append(
-        f"{verdict}: backend {backend.name}, {count} cases of {len(outcomes)} operations, {seconds:.1f} s"
+        f"{verdict}: backend {backend.name} in {backend.precision}, {count} cases of {len(outcomes)} "
+        f"operations, {seconds:.1f} s"
     )
     return "\n".join(lines)
 
 
-def as_json(backend: Backend, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
-    """The report as programs read it."""
+def as_json(backend: Backend, outcomes: list[Outcome]) -> dict[str, Any]:
+    """The report of one precision as programs read it, by operation."""
     operations = {}
     for outcome in outcomes:
         rows = {output: TOLERANCES[outcome.operation][output] for output in outcome.worst}
@@ -172,25 +189,17 @@ def as_json(backend: Backend, outcomes: list[Outcome], seconds: float) -> dict[s
             "refused": outcome.refused,
             "outputs": {
                 output: {
-                    # JSON has no infinity.
-                    "worst_error": error if np.isfinite(error) else "infinite",
+                    "worst_error": error,
                     "worst_case": case,
-                    "tolerance": rows[output].float64,
+                    "tolerance": rows[output].limits[backend.precision],
                     "relative_to": rows[output].unit,
-                    "reason": rows[output].reason,
+                    "reason": rows[output].reasons[backend.precision],
                 }
                 for output, (error, case) in outcome.worst.items()
             },
             "misses": outcome.misses,
         }
-    passed = not any(outcome.misses for outcome in outcomes)
-    return {
-        "backend": backend.name,
-        "precision": "float64",
-        "passed": passed,
-        "seconds": seconds,
-        "operations": operations,
-    }
+    return operations
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -213,49 +222,84 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help="folder of the golden files (the package's own)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float64"),
+        help="type of the weights (all that the backend computes in)",
+    )
+    parser.add_argument(
+        "--model",
+        nargs="?",
+        const=EMBEDDED,
+        metavar="MODEL",
+        help="fit every matrix of a real model by the backend and by the reference, on the same inputs, "
+        "instead of the golden cases; without a name, the embedded model of harness.quantize",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
         "--record",
         type=Path,
         metavar="FILE",
-        help="if all cases pass on a device, write what was verified there (golden/gpu-verified.json)",
+        help="if all passes on a device, write what was verified there into this record "
+        "(golden/gpu-verified.json)",
     )
     options = parser.parse_args(arguments)
+    if options.record and (options.operation or options.kind or options.precision):
+        parser.error("--record is for all cases: leave out --operation, --kind and --precision")
 
-    backend = load_backend(options.backend)
-    if backend.note:
-        print(backend.note, file=sys.stderr)
-    started = time.perf_counter()
-    try:
-        cases = load_cases(options.golden)
-    except GoldenError as error:
-        print(f"error: {error}", file=sys.stderr)
+    first = load_backend(options.backend, options.precision)
+    if first.note:
+        print(first.note, file=sys.stderr)
+    backends = [first] if options.precision else [replace(first, precision=p) for p in first.precisions]
+    if options.model:
+        from harness.compare import compare_on_model  # torch and transformers take seconds to load
+
+        source = None if options.model == EMBEDDED else options.model
+        part = "real_model"
+        results = {backend.precision: compare_on_model(source, backend) for backend in backends}
+        passed = all(result["passed"] for result in results.values())
+        text = json_text(results)
+    else:
+        part = "golden"
+        try:
+            cases = _chosen(options, parser)
+        except GoldenError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_MISS
+        results, reports, passed = {}, [], True
+        for backend in backends:
+            started = time.perf_counter()
+            outcomes = verify(backend, cases)
+            seconds = time.perf_counter() - started
+            results[backend.precision] = as_json(backend, outcomes)
+            reports.append(render(backend, outcomes, seconds))
+            passed = passed and not any(outcome.misses for outcome in outcomes)
+        text = "\n".join(reports)
+    if options.json:
+        text = json_text({"backend": first.name, "passed": passed, part: results})
+    print(text)
+    if not passed:
         return EXIT_MISS
+    if options.record:
+        verification.add_to_record(options.record, first, part, results)
+        print(f"{options.record} written", file=sys.stderr)
+    return 0
+
+
+def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
+    """The golden cases asked for."""
     known = {name for operation in TOLERANCES for name in (operation, operation.partition(".")[0])}
     if options.operation and options.operation not in known:
         parser.error(f"no operation {options.operation!r}; known are {', '.join(TOLERANCES)}")
     cases = [
         case
-        for case in cases
+        for case in load_cases(options.golden)
         if options.kind in (None, case.kind)
         and (not options.operation or f"{case.operation}.".startswith(f"{options.operation}."))
     ]
     if not cases:
         parser.error(f"no case of {options.operation} is of kind {options.kind}")
-    outcomes = verify(backend, cases)
-    seconds = round(time.perf_counter() - started, 3)
-    if options.json:
-        print(json.dumps(as_json(backend, outcomes, seconds), ensure_ascii=False, indent=1))
-    else:
-        print(render(backend, outcomes, seconds))
-    if any(outcome.misses for outcome in outcomes):
-        return EXIT_MISS
-    if options.record:
-        if options.operation or options.kind:
-            parser.error("--record is for all cases: leave out --operation and --kind")
-        verification.write_record(options.record, backend, as_json(backend, outcomes, seconds)["operations"])
-        print(f"{options.record} written", file=sys.stderr)
-    return 0
+    return cases
 
 
 if __name__ == "__main__":

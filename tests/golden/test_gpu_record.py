@@ -45,16 +45,28 @@ def test_changed_new_and_lost_files_are_named(tmp_path, package):
     folder, backend = package
     file = tmp_path / "record.json"
     operations = {"a.b": {"outputs": {"x": {"worst_error": 1e-9}}}}
-    verification.write_record(file, backend, operations)
+    verification.add_to_record(file, backend, "golden", {"float64": operations})
+    verification.add_to_record(file, backend, "real_model", {"float64": {"passed": True}})
     record = json.loads(file.read_text())
     assert record["device"] == "a device"
-    assert record["worst_errors"] == {"a.b": {"x": 1e-9}}
+    assert record["passed"]["golden"]["float64"] == {"a.b": {"x": 1e-9}}
+    assert record["passed"]["real_model"]["float64"] == {"passed": True}
     assert record["files"]["kernel.cu"] == hashlib.sha256(b"one").hexdigest()
     assert verification.changed_since(file, folder) == []
     (folder / "kernel.cu").write_text("two")
     (folder / "more.py").write_text("")
     (folder / "__init__.py").unlink()
     assert verification.changed_since(file, folder) == ["__init__.py", "kernel.cu", "more.py"]
+
+
+def test_what_was_seen_of_other_files_is_dropped(tmp_path, package):
+    folder, backend = package
+    file = tmp_path / "record.json"
+    verification.add_to_record(file, backend, "real_model", {"float64": {}})
+    (folder / "kernel.cu").write_text("two")
+    verification.add_to_record(file, backend, "golden", {"float64": {}})
+    assert json.loads(file.read_text())["passed"].keys() == {"golden"}
+    assert verification.changed_since(file, folder) == []
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 2, "files": {}}', '{"files": 3}'])
@@ -73,5 +85,5 @@ def test_a_backend_without_a_device_records_nothing(tmp_path, package):
 
     backend.package.identity = no_device
     with pytest.raises(UserError, match="did not run on a device: NumPy stands in"):
-        verification.write_record(tmp_path / "record.json", backend, {})
+        verification.add_to_record(tmp_path / "record.json", backend, "golden", {})
     assert not (tmp_path / "record.json").exists()

@@ -8,9 +8,10 @@ from harness.tolerances import TOLERANCES
 from harness.verify import verify
 
 
+@pytest.mark.parametrize("precision", ["float64", "float32"])
 @pytest.mark.parametrize("operation", TOLERANCES)
-def test_golden_cases(operation):
-    backend = load_backend("gpu")
+def test_golden_cases(operation, precision):
+    backend = load_backend("gpu", precision)
     cases = [case for case in load_cases() if case.operation == operation]
     (outcome,) = verify(backend, cases)
     assert outcome.misses == []

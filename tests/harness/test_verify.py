@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from golden.cases import FOLDER
 from harness import verify
 from harness.backends import MissingOperation, load_backend
 from harness.cli import UserError
-from harness.tolerances import SCALES, TOLERANCES
+from harness.tolerances import _FLOAT32, SCALES, TOLERANCES
 
 MODULES = ("twn", "atq", "aga", "ssr", "gptq", "ternarize", "packing", "matmul")
 
@@ -116,7 +117,7 @@ def test_reference_passes_everything(capsys):
     assert "MISS" not in out
     for operation, rows in TOLERANCES.items():
         assert operation in out
-        assert all(row.reason in out for row in rows.values())
+        assert all(row.reasons["float64"] in out for row in rows.values())
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -186,9 +187,10 @@ def test_json_is_all_that_is_printed(backend, capsys, broken):
     assert report["passed"] is not broken
     assert code == broken
     assert report["backend"] == (name if broken else "reference")
-    variance = report["operations"]["ssr.block_variance"]
+    variance = report["golden"]["float64"]["ssr.block_variance"]
     assert (
-        variance["outputs"]["variance"]["tolerance"] == TOLERANCES["ssr.block_variance"]["variance"].float64
+        variance["outputs"]["variance"]["tolerance"]
+        == TOLERANCES["ssr.block_variance"]["variance"].limits["float64"]
     )
     assert bool(variance["misses"]) is broken
 
@@ -229,12 +231,29 @@ def test_backend_finds_functions_by_operation():
         load_backend("reference").function("nothing.nothing")
 
 
-@pytest.mark.parametrize("arguments", [["--operation", "nothing"], ["--kind", "nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--operation", "nothing"],
+        ["--kind", "nothing"],
+        ["--record", "nothing.json", "--precision", "float64"],
+    ],
+)
 def test_bad_usage_is_exit_code_2(capsys, arguments):
     with pytest.raises(SystemExit) as ended:
         verify.main(arguments)
     assert ended.value.code == 2
-    assert "nothing" in capsys.readouterr().err
+    assert re.search("nothing|record", capsys.readouterr().err)
+
+
+def test_a_precision_that_the_backend_lacks_is_refused():
+    with pytest.raises(UserError, match="backend reference computes in float64, not in float32"):
+        verify.main(["--backend", "reference", "--precision", "float32"])
+
+
+def test_rows_for_float32_are_rows_of_the_table():
+    known = {(operation, output) for operation, rows in TOLERANCES.items() for output in rows}
+    assert known >= {(operation, output) for operation, rows in _FLOAT32.items() for output in rows}
 
 
 def test_a_changed_golden_file_is_refused(tmp_path, capsys):
@@ -252,10 +271,11 @@ def test_a_changed_golden_file_is_refused(tmp_path, capsys):
 
 def test_every_row_of_the_table_is_used_and_has_a_reason(capsys):
     assert verify.main(["--json"]) == 0
-    operations = json.loads(capsys.readouterr().out)["operations"]
+    operations = json.loads(capsys.readouterr().out)["golden"]["float64"]
     assert operations.keys() == TOLERANCES.keys()
     for operation, rows in TOLERANCES.items():
         assert operations[operation]["outputs"].keys() == rows.keys()
         for row in rows.values():
-            assert len(row.reason) > 10
+            assert all(len(reason) > 10 for reason in row.reasons.values())
+            assert row.limits["float32"] >= row.limits["float64"]
             assert row.measure in ("equal", "trits", *SCALES)
