@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from gpu import checks
-from gpu.atq import optimal_grid, residual
-from gpu.device import Array, xp
-from reference.aga import SINGULAR
+from gpu.atq import residual
+from gpu.device import Array
+from gpu.kernels.alignment import align_rows
 
 
 def output_error(W: Array, W_hat: Array, C: Array) -> float:
@@ -102,30 +102,5 @@ def align_grid(W: Array, T: Array, C: Array) -> tuple[Array, Array]:
 
 
 def aligned_grid(W: Array, T: Array, C: Array) -> tuple[Array, Array]:
-    """`align_grid` of input that has been checked.
-
-    Notes
-    -----
-    With the system of a row [[a, b], [b, c]] and λ its larger eigenvalue, the smaller one is
-    (ac - b²)/λ. Where that is below `SINGULAR` λ the pseudoinverse is vvᵀ/λ, v being the larger
-    one's eigenvector, and vvᵀ/λ is the system itself divided by λ², up to `SINGULAR`.
-    """
-    alpha, mu = optimal_grid(W, T)
-    E = residual(W, alpha, mu, T)
-    T = T.astype(np.float64)
-    TC = T @ C
-    C1 = C.sum(axis=1, keepdims=True)
-    a = (TC * T).sum(axis=1, keepdims=True)
-    b = T @ C1
-    c = C1.sum()
-    right_alpha = (TC * E).sum(axis=1, keepdims=True)
-    right_mu = E @ C1
-
-    eigenvalue = (a + c) / 2 + xp.hypot((a - c) / 2, b)
-    determinant = a * c - b * b
-    singular = abs(determinant) <= SINGULAR * eigenvalue**2
-    divisor = xp.where(singular, eigenvalue**2, determinant)
-    divisor = xp.where(divisor == 0, 1.0, divisor)  # a system of zeros corrects nothing
-    alpha_correction = xp.where(singular, a * right_alpha + b * right_mu, c * right_alpha - b * right_mu)
-    mu_correction = xp.where(singular, b * right_alpha + c * right_mu, a * right_mu - b * right_alpha)
-    return alpha + alpha_correction / divisor, mu + mu_correction / divisor
+    """`align_grid` of input that has been checked."""
+    return align_rows(W, T, T.astype(np.float64) @ C, C.sum(axis=1))

@@ -98,11 +98,7 @@ def build_optimal_grid(W: Array, T: Array) -> tuple[Array, Array]:
         If shapes do not fit, a value is not finite, or T holds something that is not a trit.
     """
     W = checks.matrix(W, "W")
-    return optimal_grid(W, checks.trits(T, W.shape))
-
-
-def optimal_grid(W: Array, T: Array) -> tuple[Array, Array]:
-    """`build_optimal_grid` of input that has been checked."""
+    T = checks.trits(T, W.shape)
     m = W.shape[1]
     mean = W.mean(axis=1, keepdims=True, dtype=np.float64)
     T1 = T.sum(axis=1, keepdims=True, dtype=np.int64)

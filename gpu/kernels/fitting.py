@@ -1,41 +1,20 @@
-"""Ternary initialization and the whole ITF loop of a block, Eq. 4-10, one row for every CUDA block.
-
-The lanes of a block share a row: lane l takes the columns l, l + lanes, l + 2 lanes, ... Sums go
-through shared memory and every lane adds them up in the same order, so that all lanes hold the same
-bits, take the same branches and reach the same barriers, and a run can be repeated byte for byte.
-
-The body is plain Numba and is compiled twice from one source: for CUDA with LANES lanes and real
-barriers, and for the CPU with one lane and none, which stands in for it at full matrix sizes. The
-simulator runs the CUDA one.
-"""
+"""Ternary initialization and the whole ITF loop of a block, Eq. 4-10, one row for every CUDA block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import cuda, float64, njit
 
 from gpu.device import STANDIN, Array, stream, xp
+from gpu.kernels.lanes import CPU, CUDA, LANES, Target
 from reference.twn import THRESHOLD
 
-# A warp: barriers of a block of one warp cost next to nothing.
-LANES = 32
 
-
-def _build(jit: Callable[..., Any], barrier: Any) -> Any:
-    """The body for one row, compiled by `jit`."""
-
-    @jit
-    def total(partial, lane, lanes, value):
-        partial[lane] = value
-        barrier()
-        result = 0.0
-        for other in range(lanes):
-            result += partial[other]
-        barrier()
-        return result
+def _build(target: Target) -> Any:
+    """The body for one row."""
+    jit, total, build_optimal_grid = target.jit, target.total, target.optimal_grid
 
     @jit
     def record(W, T, row, alpha, mu, errors, step, partial, lane, lanes):
@@ -77,29 +56,6 @@ def _build(jit: Callable[..., Any], barrier: Any) -> Any:
         kept = total(partial, lane, lanes, kept)
         matched = total(partial, lane, lanes, matched)
         return matched / max(kept, 1.0), mu
-
-    @jit
-    def build_optimal_grid(W, T, row, partial, lane, lanes):
-        m = W.shape[1]
-        weights = 0.0
-        t1 = 0.0
-        tt1 = 0.0
-        for j in range(lane, m, lanes):
-            weights += np.float64(W[row, j])
-            t1 += T[row, j]
-            tt1 += abs(T[row, j])
-        mean = total(partial, lane, lanes, weights) / m
-        t1 = total(partial, lane, lanes, t1)
-        tt1 = total(partial, lane, lanes, tt1)
-        wt1 = 0.0
-        for j in range(lane, m, lanes):
-            wt1 += (np.float64(W[row, j]) - mean) * T[row, j]
-        wt1 = total(partial, lane, lanes, wt1)
-        denominator = m * tt1 - t1 * t1  # sums of small integers, exact
-        alpha = 0.0
-        if denominator != 0.0:
-            alpha = m * wt1 / denominator
-        return alpha, mean - alpha * t1 / m
 
     @jit
     def flexible_round(W, T, row, alpha, mu, partial, lane, lanes):
@@ -154,13 +110,8 @@ def _build(jit: Callable[..., Any], barrier: Any) -> Any:
     return fit_row
 
 
-if STANDIN:
-
-    @njit
-    def _no_barrier():
-        pass
-
-    _fit_row_cpu = _build(njit, _no_barrier)
+if CPU is not None:
+    _fit_row_cpu = _build(CPU)
 
     @njit
     def _fit_rows_cpu(W, start, symmetric, limit, grids, T0, T, errors, steps, partial):
@@ -168,11 +119,7 @@ if STANDIN:
             _fit_row_cpu(W, start, symmetric, limit, grids, T0, T, errors, steps, row, partial, 0, 1)
 
 
-def _barrier():
-    cuda.syncthreads()
-
-
-_fit_row = _build(cuda.jit(device=True), cuda.jit(device=True)(_barrier))
+_fit_row = _build(CUDA)
 
 
 @cuda.jit

@@ -15,7 +15,7 @@ os.environ["NUMBA_ENABLE_CUDASIM"] = "0"  # and the real compiler
 from numba import cuda, types
 from numba.cuda import dispatcher
 
-from gpu.kernels import fitting
+from gpu.kernels import alignment, fitting
 
 
 def signatures():
@@ -38,6 +38,17 @@ def signatures():
                 array(types.int8, 2),
                 array(types.float64, 2),
                 array(types.int32, 1),
+            ),
+        )
+        yield (
+            f"alignment.align_rows {dtype}",
+            alignment.align_rows_kernel,
+            types.void(
+                array(dtype, 2),
+                array(types.int8, 2),
+                array(types.float64, 2),
+                array(types.float64, 1),
+                array(types.float64, 2),
             ),
         )
 

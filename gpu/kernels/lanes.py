@@ -1,0 +1,81 @@
+"""What kernels share: one source for two compilers, sums over the lanes of a block, and Eq. 9 of a row.
+
+The body of a kernel is plain Numba and is compiled twice: for CUDA, with LANES lanes and real barriers,
+and for the CPU with one lane and none, which stands in for it at full matrix sizes. The simulator runs
+the CUDA one.
+
+Where lanes share a row, lane l takes the columns l, l + lanes, l + 2 lanes, ... Sums go through shared
+memory and every lane adds them up in the same order, so that all lanes hold the same bits, take the
+same branches and reach the same barriers, and a run can be repeated byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda, njit
+
+from gpu.device import STANDIN
+
+# A warp: barriers of a block of one warp cost next to nothing.
+LANES = 32
+
+
+class Target(NamedTuple):
+    """A compiler of bodies, and what they call."""
+
+    jit: Callable[..., Any]
+    barrier: Any
+    total: Any  # the sum over all lanes
+    optimal_grid: Any  # alpha and mu of a row by Eq. 9
+
+
+def _target(jit: Callable[..., Any], barrier: Any) -> Target:
+    @jit
+    def total(partial, lane, lanes, value):
+        partial[lane] = value
+        barrier()
+        result = 0.0
+        for other in range(lanes):
+            result += partial[other]
+        barrier()
+        return result
+
+    @jit
+    def optimal_grid(W, T, row, partial, lane, lanes):
+        m = W.shape[1]
+        weights = 0.0
+        t1 = 0.0
+        tt1 = 0.0
+        for j in range(lane, m, lanes):
+            weights += np.float64(W[row, j])
+            t1 += T[row, j]
+            tt1 += abs(T[row, j])
+        mean = total(partial, lane, lanes, weights) / m
+        t1 = total(partial, lane, lanes, t1)
+        tt1 = total(partial, lane, lanes, tt1)
+        wt1 = 0.0
+        for j in range(lane, m, lanes):
+            wt1 += (np.float64(W[row, j]) - mean) * T[row, j]
+        wt1 = total(partial, lane, lanes, wt1)
+        denominator = m * tt1 - t1 * t1  # sums of small integers, exact
+        alpha = 0.0
+        if denominator != 0.0:
+            alpha = m * wt1 / denominator
+        return alpha, mean - alpha * t1 / m
+
+    return Target(jit, barrier, total, optimal_grid)
+
+
+def _barrier():
+    cuda.syncthreads()
+
+
+def _no_barrier():
+    pass
+
+
+CUDA = _target(cuda.jit(device=True), cuda.jit(device=True)(_barrier))
+CPU = _target(njit, njit(_no_barrier)) if STANDIN else None
