@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpu.device import Array, xp
+from gpu.kernels.packing import pack_rows, unpack_rows
 
 # Digits in a byte, and their base: base 3 of the checkpoint, two bits of the kernels.
 _BASE3 = (5, 3)
@@ -99,14 +100,12 @@ def unpack_2bit(packed: Array, count: int) -> Array:
 
 def _pack(trits: Array, digits: int, base: int) -> Array:
     trits = xp.asarray(trits)
-    if not ((trits == -1) | (trits == 0) | (trits == 1)).all():
+    with np.errstate(invalid="ignore"):
+        narrow = trits.astype(np.int8, copy=False)
+    changed = narrow is not trits and bool((narrow != trits).any())
+    packed, damage = pack_rows(narrow, digits, base)
+    if changed or int(damage[0]) < packed.size:
         raise ValueError("trits must be -1, 0 or +1")
-    *rows, count = trits.shape
-    packed = xp.zeros((*rows, -(-count // digits)), np.uint8)
-    for place in range(digits):
-        found = trits[..., place::digits]
-        packed[..., : found.shape[-1]] += (found + 1).astype(np.uint8) * np.uint8(base**place)
-        packed[..., found.shape[-1] :] += np.uint8(base**place)  # filled up with t = 0
     return packed
 
 
@@ -116,15 +115,10 @@ def _unpack(packed: Array, count: int, digits: int, base: int) -> Array:
         raise ValueError(f"packed trits must be uint8, got {packed.dtype}")
     if count < 0 or packed.ndim == 0 or packed.shape[-1] != -(-count // digits):
         raise ValueError(f"{count} trits take {-(-count // digits)} bytes a row, got shape {packed.shape}")
-    trits = xp.empty((*packed.shape[:-1], packed.shape[-1] * digits), np.int8)
-    for place in range(digits):
-        digit = packed // np.uint8(base**place)
-        if place < digits - 1:  # the highest keeps what no code has, so that it shows as above 2
-            digit = digit % np.uint8(base)
-        trits[..., place::digits] = digit.astype(np.int16) - 1
-    if (trits > 1).any():
-        byte = int(packed.ravel()[xp.nonzero((trits.reshape(-1, digits) > 1).any(axis=1))[0][0]])
-        raise ValueError(f"byte {byte} is not the code of {digits} trits")
-    if trits[..., count:].any():
+    trits, damage = unpack_rows(packed, count, digits, base)
+    no_code, filling = damage.tolist()
+    if no_code < packed.size:
+        raise ValueError(f"byte {int(packed.ravel()[no_code])} is not the code of {digits} trits")
+    if filling < packed.size:
         raise ValueError(f"the last byte must be filled up with t = 0 beyond trit {count}")
-    return trits[..., :count]
+    return trits

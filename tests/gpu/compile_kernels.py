@@ -15,7 +15,7 @@ os.environ["NUMBA_ENABLE_CUDASIM"] = "0"  # and the real compiler
 from numba import cuda, types
 from numba.cuda import dispatcher
 
-from gpu.kernels import alignment, fitting
+from gpu.kernels import alignment, fitting, packing
 
 
 def signatures():
@@ -50,6 +50,15 @@ def signatures():
                 array(types.float64, 1),
                 array(types.float64, 2),
             ),
+        )
+    for name, kernel, source, made in (
+        ("pack_rows", packing.pack_rows_kernel, types.int8, types.uint8),
+        ("unpack_rows", packing.unpack_rows_kernel, types.uint8, types.int8),
+    ):
+        yield (
+            f"packing.{name}",
+            kernel,
+            types.void(array(source, 2), array(made, 2), types.int64, types.int64, array(types.int64, 1)),
         )
 
 
