@@ -6,6 +6,7 @@ import numpy as np
 
 from gpu import checks
 from gpu.device import Array, xp
+from gpu.kernels.similarity import choose_columns, compare_columns
 
 
 def permute(A: Array, permutation: Array) -> Array:
@@ -53,7 +54,7 @@ def cosine_similarity(W: Array) -> Array:
         If W is not a non-empty, finite matrix.
     """
     W = checks.matrix(W, "W").astype(np.float64, copy=False)
-    norms = _norms(W)
+    norms = xp.sqrt(xp.square(W).sum(axis=0))
     unit = W / xp.where(norms == 0, 1.0, norms)
     return unit.T @ unit
 
@@ -81,20 +82,12 @@ def select_block(W: Array, k: int) -> Array:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     W = checks.matrix(W, "W")
-    return most_similar(W, xp.ones(W.shape[1], bool), W.shape[1], min(k, W.shape[1]))
+    return most_similar(W, xp.ones(W.shape[1], bool), min(k, W.shape[1]))
 
 
-def most_similar(W: Array, remaining: Array, count: int, k: int) -> Array:
-    """`select_block` among the `count` columns of W that a mask names; the others of W must be zero."""
-    mean = W.sum(axis=1, keepdims=True, dtype=np.float64) / count
-    norms = _norms(W)
-    # A column of a matrix product may be rounded unlike its equal, and a tie would not be one.
-    similarity = (W / xp.where(norms == 0, 1.0, norms) * mean).sum(axis=0)
-    similarity = xp.where(W.any(axis=0), similarity, -np.inf)
-    # Descending, a tie by the lower index; columns that are done come after those of zeros.
-    order = xp.argsort(-similarity, kind="stable")
-    order = order[xp.argsort(~remaining[order], kind="stable")]
-    return xp.sort(order[:k])
+def most_similar(W: Array, remaining: Array, k: int) -> Array:
+    """`select_block` among at least k columns of W that a mask names; the others of W must be zero."""
+    return choose_columns(compare_columns(W, remaining), k)
 
 
 def block_variance(W: Array, block_size: int) -> float:
@@ -124,7 +117,3 @@ def block_variance(W: Array, block_size: int) -> float:
         block = W[:, first : first + block_size]
         total += block.var(axis=1, dtype=np.float64).mean() * block.shape[1]
     return float(total) / W.shape[1]
-
-
-def _norms(W: Array) -> Array:
-    return xp.sqrt(xp.square(W, dtype=np.float64).sum(axis=0))

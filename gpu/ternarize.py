@@ -72,7 +72,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     for b in range(blocks):
         block = slice(b * config.block_size, min((b + 1) * config.block_size, m))
         width = block.stop - block.start
-        B = most_similar(rest, remaining, m - block.start, width) if order is None else xp.sort(order[block])
+        B = most_similar(rest, remaining, width) if order is None else xp.sort(order[block])
         W_B = rest[:, B]
         C_BB = C[B[:, None], B]
         cost = C_BB

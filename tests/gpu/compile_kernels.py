@@ -15,7 +15,7 @@ os.environ["NUMBA_ENABLE_CUDASIM"] = "0"  # and the real compiler
 from numba import cuda, types
 from numba.cuda import dispatcher
 
-from gpu.kernels import alignment, fitting, packing
+from gpu.kernels import alignment, fitting, packing, similarity
 
 
 def signatures():
@@ -51,6 +51,28 @@ def signatures():
                 array(types.float64, 2),
             ),
         )
+        row_sums, sums = array(types.float64, 1), array(types.float64, 3)
+        yield (
+            f"similarity.add_rows {dtype}",
+            similarity.add_rows_kernel,
+            types.void(array(dtype, 2), row_sums),
+        )
+        yield (
+            f"similarity.add_squares {dtype}",
+            similarity.add_squares_kernel,
+            types.void(array(dtype, 2), sums),
+        )
+        yield (
+            f"similarity.add_products {dtype}",
+            similarity.add_products_kernel,
+            types.void(array(dtype, 2), row_sums, sums),
+        )
+    for name, kernel, signature in (
+        ("compare", similarity.compare_kernel, (sums, array(types.boolean, 1), row_sums)),
+        ("rank", similarity.rank_kernel, (row_sums, array(types.int32, 1))),
+        ("collect", similarity.collect_kernel, (array(types.int32, 1), array(types.int64, 1))),
+    ):
+        yield f"similarity.{name}", kernel, types.void(*signature)
     for name, kernel, source, made in (
         ("pack_rows", packing.pack_rows_kernel, types.int8, types.uint8),
         ("unpack_rows", packing.unpack_rows_kernel, types.uint8, types.int8),

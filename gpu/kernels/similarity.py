@@ -1,0 +1,245 @@
+"""Which columns are most like the mean column, Eq. 16, without a temporary of the matrix's size.
+
+The lanes of a block share a row for its sum. Down the columns, a thread takes one column of a slab of
+rows, and its neighbour the next, so that a warp reads what lies together. Slabs are added in their
+order. Every column goes through the same operations, so columns that are equal, or multiples by a power
+of two, get the same bits, and tie.
+
+The choice: columns are ranked by counting, for each, those that come before it. That is quadratic, but
+takes two launches where sorting and restoring the order of indices takes dozens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import cuda, float64, int64, njit
+
+from gpu.device import STANDIN, Array, stream, xp
+from gpu.kernels.lanes import CPU, CUDA, LANES, Target
+
+# Rows that one thread adds up.
+SLAB = 128
+
+
+def _build(target: Target) -> tuple[Any, ...]:
+    jit, barrier, total = target.jit, target.barrier, target.total
+
+    @jit
+    def add_row(W, row_sums, row, partial, lane, lanes):
+        weights = 0.0
+        for column in range(lane, W.shape[1], lanes):
+            weights += np.float64(W[row, column])
+        weights = total(partial, lane, lanes, weights)
+        if lane == 0:
+            row_sums[row] = weights
+
+    @jit
+    def add_squares(W, sums, slab, column):
+        first = slab * SLAB
+        squares = 0.0
+        nonzero = 0.0
+        for row in range(first, min(first + SLAB, W.shape[0])):
+            weight = np.float64(W[row, column])
+            squares += weight * weight
+            if weight != 0.0:
+                nonzero = 1.0
+        sums[0, slab, column] = squares
+        sums[1, slab, column] = nonzero
+
+    @jit
+    def add_products(W, row_sums, sums, slab, column):
+        squares = 0.0
+        for other in range(sums.shape[1]):
+            squares += sums[0, other, column]
+        norm = math.sqrt(squares)
+        if norm == 0.0:  # of zeros, or of weights whose squares are none
+            norm = 1.0
+        first = slab * SLAB
+        products = 0.0
+        for row in range(first, min(first + SLAB, W.shape[0])):
+            # Divided one by one, the columns of a single row are exactly 1 and -1, and tie.
+            products += np.float64(W[row, column]) / norm * row_sums[row]
+        sums[2, slab, column] = products
+
+    @jit
+    def compare(sums, remaining, similarity, column):
+        nonzero = 0.0
+        value = 0.0
+        for slab in range(sums.shape[1]):
+            nonzero += sums[1, slab, column]
+            value += sums[2, slab, column]
+        # NaN beats nothing and is beaten by nothing; what is to be ranked must not be NaN.
+        if not remaining[column]:
+            value = np.nan
+        elif nonzero == 0.0 or value != value:
+            value = -np.inf
+        similarity[column] = value
+
+    @jit
+    def rank(similarity, ranks, column):
+        value = similarity[column]
+        beaten = similarity.shape[0]
+        if value == value:
+            beaten = 0
+            for other in range(similarity.shape[0]):
+                rival = similarity[other]
+                if rival > value or (rival == value and other < column):
+                    beaten += 1
+        ranks[column] = beaten
+
+    @jit
+    def collect(ranks, indices, partial, lane, lanes):
+        # A lane takes columns that lie together, so that the indices ascend.
+        m = ranks.shape[0]
+        share = (m + lanes - 1) // lanes
+        first = lane * share
+        last = min(first + share, m)
+        found = 0
+        for column in range(first, last):
+            if ranks[column] < indices.shape[0]:
+                found += 1
+        partial[lane] = found
+        barrier()
+        place = 0
+        for other in range(lane):
+            place += partial[other]
+        for column in range(first, last):
+            if ranks[column] < indices.shape[0]:
+                indices[place] = column
+                place += 1
+
+    return add_row, add_squares, add_products, compare, rank, collect
+
+
+if CPU is not None:
+    _add_row_cpu, _add_squares_cpu, _add_products_cpu, _compare_cpu, _rank_cpu, _collect_cpu = _build(CPU)
+
+    @njit
+    def _compare_columns_cpu(W, remaining, row_sums, sums, similarity, partial):
+        for row in range(W.shape[0]):
+            _add_row_cpu(W, row_sums, row, partial, 0, 1)
+        for slab in range(sums.shape[1]):
+            for column in range(W.shape[1]):
+                _add_squares_cpu(W, sums, slab, column)
+        for slab in range(sums.shape[1]):
+            for column in range(W.shape[1]):
+                _add_products_cpu(W, row_sums, sums, slab, column)
+        for column in range(W.shape[1]):
+            _compare_cpu(sums, remaining, similarity, column)
+
+    @njit
+    def _choose_columns_cpu(similarity, ranks, indices, partial):
+        for column in range(similarity.shape[0]):
+            _rank_cpu(similarity, ranks, column)
+        _collect_cpu(ranks, indices, partial, 0, 1)
+
+
+_add_row, _add_squares, _add_products, _compare, _rank, _collect = _build(CUDA)
+
+
+@cuda.jit
+def add_rows_kernel(W, row_sums):
+    """W (n, m) to its row sums (n,); one row a CUDA block."""
+    partial = cuda.shared.array(LANES, float64)
+    _add_row(W, row_sums, cuda.blockIdx.x, partial, cuda.threadIdx.x, LANES)
+
+
+@cuda.jit
+def add_squares_kernel(W, sums):
+    """Squared norms of every slab and column to sums[0], and to sums[1] whether a weight is not 0."""
+    column = cuda.grid(1)
+    if column < W.shape[1]:
+        _add_squares(W, sums, cuda.blockIdx.y, column)
+
+
+@cuda.jit
+def add_products_kernel(W, row_sums, sums):
+    """Products of every slab and unit column with the row sums to sums[2], after `add_squares_kernel`."""
+    column = cuda.grid(1)
+    if column < W.shape[1]:
+        _add_products(W, row_sums, sums, cuda.blockIdx.y, column)
+
+
+@cuda.jit
+def compare_kernel(sums, remaining, similarity):
+    """The sums over slabs to similarities (m,); one column a thread."""
+    column = cuda.grid(1)
+    if column < similarity.shape[0]:
+        _compare(sums, remaining, similarity, column)
+
+
+@cuda.jit
+def rank_kernel(similarity, ranks):
+    """How many columns come before each (m,); m for those that are done. One column a thread."""
+    column = cuda.grid(1)
+    if column < similarity.shape[0]:
+        _rank(similarity, ranks, column)
+
+
+@cuda.jit
+def collect_kernel(ranks, indices):
+    """The columns that are ranked below the number of indices, ascending; one CUDA block."""
+    partial = cuda.shared.array(LANES, int64)
+    _collect(ranks, indices, partial, cuda.threadIdx.x, LANES)
+
+
+def compare_columns(W: Array, remaining: Array, simulate: bool = False) -> Array:
+    """Similarity of every remaining column to the mean of what remains (Eq. 16), up to a common factor.
+
+    Parameters
+    ----------
+    W : (n, m) float32 or float64
+        Weights, with zeros in the columns that are done.
+    remaining : (m,) bool
+        Columns that are not.
+    simulate : bool
+        In the stand-in, run the CUDA kernels in Numba's simulator instead of their bodies on the CPU.
+
+    Returns
+    -------
+    (m,) float64
+        The product of the column, divided by its norm, with the row sums of W. -infinity for a column
+        of zeros, NaN for one that is done.
+    """
+    n, m = W.shape
+    W = xp.ascontiguousarray(W)
+    row_sums, sums, similarity = xp.empty(n), xp.empty((3, -(-n // SLAB), m)), xp.empty(m)
+    if STANDIN and not simulate:
+        _compare_columns_cpu(W, remaining, row_sums, sums, similarity, xp.empty(1))
+    else:
+        groups = -(-m // LANES)
+        add_rows_kernel[n, LANES, stream()](W, row_sums)
+        add_squares_kernel[(groups, sums.shape[1]), LANES, stream()](W, sums)
+        add_products_kernel[(groups, sums.shape[1]), LANES, stream()](W, row_sums, sums)
+        compare_kernel[groups, LANES, stream()](sums, remaining, similarity)
+    return similarity
+
+
+def choose_columns(similarity: Array, k: int, simulate: bool = False) -> Array:
+    """The k columns of the highest similarity.
+
+    Parameters
+    ----------
+    similarity : (m,) float64
+        NaN for columns that are done; there must be k others.
+    k : int
+        Columns wanted.
+    simulate : bool
+        In the stand-in, run the CUDA kernels in Numba's simulator instead of their bodies on the CPU.
+
+    Returns
+    -------
+    indices : (k,) int64
+        Ascending. Ties go to the lower index.
+    """
+    m = similarity.shape[0]
+    ranks, indices = xp.empty(m, xp.int32), xp.empty(k, xp.int64)
+    if STANDIN and not simulate:
+        _choose_columns_cpu(similarity, ranks, indices, xp.empty(1, xp.int64))
+    else:
+        rank_kernel[-(-m // LANES), LANES, stream()](similarity, ranks)
+        collect_kernel[1, LANES, stream()](ranks, indices)
+    return indices
