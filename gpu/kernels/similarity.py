@@ -150,7 +150,7 @@ def add_rows_kernel(W, row_sums):
 @cuda.jit
 def add_squares_kernel(W, sums):
     """Squared norms of every slab and column to sums[0], and to sums[1] whether a weight is not 0."""
-    column = cuda.grid(1)
+    column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < W.shape[1]:
         _add_squares(W, sums, cuda.blockIdx.y, column)
 
@@ -158,7 +158,7 @@ def add_squares_kernel(W, sums):
 @cuda.jit
 def add_products_kernel(W, row_sums, sums):
     """Products of every slab and unit column with the row sums to sums[2], after `add_squares_kernel`."""
-    column = cuda.grid(1)
+    column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < W.shape[1]:
         _add_products(W, row_sums, sums, cuda.blockIdx.y, column)
 
@@ -166,7 +166,7 @@ def add_products_kernel(W, row_sums, sums):
 @cuda.jit
 def compare_kernel(sums, remaining, similarity):
     """The sums over slabs to similarities (m,); one column a thread."""
-    column = cuda.grid(1)
+    column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < similarity.shape[0]:
         _compare(sums, remaining, similarity, column)
 
@@ -174,7 +174,7 @@ def compare_kernel(sums, remaining, similarity):
 @cuda.jit
 def rank_kernel(similarity, ranks):
     """How many columns come before each (m,); m for those that are done. One column a thread."""
-    column = cuda.grid(1)
+    column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < similarity.shape[0]:
         _rank(similarity, ranks, column)
 
