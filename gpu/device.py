@@ -18,6 +18,8 @@ import numpy as np
 
 # Kernels run on CuPy's stream, so Numba need not wait for it at every launch.
 os.environ.setdefault("NUMBA_CUDA_ARRAY_INTERFACE_SYNC", "0")
+# Small matrices make small grids, and a warning at every launch.
+os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 
 STANDIN = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
@@ -176,3 +178,17 @@ def solve_lower(L: Array, B: Array) -> Array:
     else:
         from cupyx.scipy.linalg import solve_triangular
     return solve_triangular(L.T, B, trans="T", lower=False, overwrite_b=True, check_finite=False)
+
+
+def subtract_product(C: Array, A: Array, B: Array) -> None:
+    """``C -= A @ B`` in place for C-ordered matrices of one dtype; CuPy needs no temporary of C's size.
+
+    Of `cupy.cublas.gemm`: a C-ordered `out` is taken as the transpose of what cuBLAS counts by columns,
+    and where both factors are contiguous, in either order, nothing is copied.
+    """
+    if STANDIN:
+        C -= A @ B
+        return
+    from cupy import cublas
+
+    cublas.gemm("N", "N", A, B, out=C, alpha=-1.0, beta=1.0)

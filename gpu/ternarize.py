@@ -13,7 +13,7 @@ import numpy as np
 from gpu import checks
 from gpu.aga import aligned_grid, quadratic_form
 from gpu.atq import residual, squared_norm
-from gpu.device import Array, cholesky, is_factor, xp
+from gpu.device import Array, cholesky, is_factor, subtract_product, xp
 from gpu.gptq import halved, invert_damped
 from gpu.kernels.fitting import fit_rows
 from gpu.ssr import block_variance, most_similar
@@ -77,25 +77,27 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
         C_BB = C[B[:, None], B]
         cost = C_BB
         if Hinv is not None:
-            Hinv_BB = Hinv[B[:, None], B]
+            Hinv_B = Hinv[B]
+            Hinv_BB = Hinv_B[:, B]
             L = cholesky(Hinv_BB)
             factored &= is_factor(L, xp.diagonal(Hinv_BB))
-            whitening, half = halved(L, Hinv[B])
+            whitening, half = halved(L, Hinv_B)
             if config.aga == "conditional":
                 cost = whitening.T @ whitening
 
-        alpha, mu, T = _fit_block(W_B, C_BB, cost, config, figures, b)
-        grids[0, :, b : b + 1], grids[1, :, b : b + 1] = alpha, mu
-        stored_alpha, stored_mu = (_stored(grid).astype(np.float32) for grid in (alpha, mu))
+        grid, T = _fit_block(W_B, C_BB, cost, config, figures, b)
+        grids[:, :, b : b + 1] = grid
+        alpha, mu = _stored(grid).astype(np.float32)
         trits[:, block], permutation[block] = T, B
         with np.errstate(invalid="ignore"):  # an infinite scale is refused in the end
-            W_hat[:, B] = stored_alpha * T + stored_mu
+            W_hat_B = alpha * T + mu
+        W_hat[:, B] = W_hat_B
 
         if Hinv is not None and b + 1 < blocks:
             if config.compensation:
-                moved = (W_B - W_hat[:, B].astype(np.float64)) @ whitening.T
-                rest -= moved.astype(W.dtype) @ half.astype(W.dtype)
-            Hinv -= half.T @ half
+                moved = (W_B - W_hat_B.astype(np.float64)) @ whitening.T
+                subtract_product(rest, moved.astype(W.dtype, copy=False), half.astype(W.dtype, copy=False))
+            subtract_product(Hinv, half.T, half)
             Hinv[B] = 0
             Hinv[:, B] = 0
         rest[:, B] = 0
@@ -117,21 +119,26 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
 
 def _fit_block(
     W_B: Array, C_BB: Array, cost: Array, config: TernaryConfig, figures: _Figures, b: int
-) -> tuple[Array, Array, Array]:
-    """Algorithm 1 on one block; `cost` is the matrix that AGA minimizes with."""
+) -> tuple[Array, Array]:
+    """Algorithm 1 on one block: its grid, alpha above mu (2, n, 1), and its trits.
+
+    `cost` is the matrix that AGA minimizes with.
+    """
     limit = config.max_iterations if config.itf else 0
     fitted, T0, T, errors, steps = fit_rows(W_B, limit, symmetric=config.start == "twn")
     alpha, mu = fitted[:, 2:3], fitted[:, 3:4]
-    figures.output_errors[b, 0] = quadratic_form(residual(W_B, fitted[:, 0:1], fitted[:, 1:2], T0), C_BB)
-    figures.output_errors[b, 1] = quadratic_form(residual(W_B, alpha, mu, T), C_BB)
+    init = residual(W_B, fitted[:, 0:1], fitted[:, 1:2], T0)
+    aligned = itf = residual(W_B, alpha, mu, T)
     if config.aga != "none":
         alpha, mu = aligned_grid(W_B, T, cost)
-    aligned = residual(W_B, alpha, mu, T)
-    figures.output_errors[b, 2] = quadratic_form(aligned, C_BB)
+        aligned = residual(W_B, alpha, mu, T)
+    # One product for the three stages.
+    E = xp.concatenate([init, itf, aligned])
+    figures.output_errors[b] = ((E @ C_BB) * E).reshape(len(STAGES), -1).sum(axis=1)
     figures.aligned += squared_norm(aligned)
-    figures.curve += errors.sum(axis=1)
+    errors.sum(axis=1, out=figures.curve[b])
     figures.steps = xp.maximum(figures.steps, steps.max())
-    return alpha, mu, T
+    return xp.stack([alpha, mu]), T
 
 
 class _Figures:
@@ -140,7 +147,7 @@ class _Figures:
     def __init__(self, config: TernaryConfig, blocks: int) -> None:
         self.block_size = config.block_size
         limit = config.max_iterations if config.itf else 0
-        self.curve = xp.zeros(2 * limit + 2)
+        self.curve = xp.zeros((blocks, 2 * limit + 2))
         self.steps = xp.zeros((), np.int32)
         self.aligned = xp.zeros(())
         self.output_errors = xp.zeros((blocks, len(STAGES)))
@@ -160,7 +167,7 @@ class _Figures:
             weight_power=norm,
             output_power=power,
             iterations=(steps - 1) // 2,
-            weight_errors=tuple(share(error, norm) for error in self.curve[:steps].tolist()),
+            weight_errors=tuple(share(error, norm) for error in self.curve.sum(axis=0)[:steps].tolist()),
             aligned_weight_error=share(self.aligned, norm),
             output_errors={
                 stage: share(error, power)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import gpu
-from gpu.device import cholesky, is_factor, solve_lower
+from gpu.device import cholesky, is_factor, solve_lower, subtract_product
 from gpu.gptq import compensate, invert_damped
 from reference import gptq as reference
 
@@ -54,3 +54,32 @@ def test_an_indefinite_block_is_an_error():
     bad = gpu.to_device(np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
     with pytest.raises(np.linalg.LinAlgError, match="Hinv_BB is not positive definite"):
         compensate(W, W, bad, gpu.to_device(np.eye(3)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(1, 1, 1), (1, 3, 7), (7, 3, 1), (5, 1, 4), (40, 9, 70)]
+)
+def test_a_product_is_subtracted_in_place(rows, inner, columns, dtype):
+    rng = np.random.default_rng(rows)
+    # Integers: float32 is exact too.
+    C, A, B = (
+        rng.integers(-9, 10, size=shape).astype(dtype)
+        for shape in ((rows, columns), (rows, inner), (inner, columns))
+    )
+    for transposed in (False, True):
+        place = gpu.to_device(C.copy())
+        left = gpu.to_device(np.ascontiguousarray(A.T)).T if transposed else gpu.to_device(A)
+        subtract_product(place, left, gpu.to_device(B))
+        np.testing.assert_array_equal(gpu.to_host(place), C - A @ B)
+        assert place.dtype == dtype
+
+
+def test_what_stays_symmetric():
+    half = np.random.default_rng(0).normal(size=(5, 33))
+    place = gpu.to_device(np.eye(33))
+    on_device = gpu.to_device(half)
+    subtract_product(place, on_device.T, on_device)
+    result = gpu.to_host(place)
+    np.testing.assert_allclose(result, result.T, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(result, np.eye(33) - half.T @ half, rtol=0, atol=1e-14)
