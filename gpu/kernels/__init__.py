@@ -1,1 +1,1 @@
-"""CUDA kernels, one a file; each is launched by the module of `gpu` whose equations it computes."""
+"""CUDA kernels, launched by the modules of `gpu` whose equations they compute; they share `lanes`."""

@@ -81,14 +81,14 @@ def _build(target: Target) -> tuple[Any, ...]:
     @jit
     def rank(similarity, ranks, column):
         value = similarity[column]
-        beaten = similarity.shape[0]
+        ahead = similarity.shape[0]
         if value == value:
-            beaten = 0
+            ahead = 0
             for other in range(similarity.shape[0]):
                 rival = similarity[other]
                 if rival > value or (rival == value and other < column):
-                    beaten += 1
-        ranks[column] = beaten
+                    ahead += 1
+        ranks[column] = ahead
 
     @jit
     def collect(ranks, indices, partial, lane, lanes):
