@@ -44,10 +44,13 @@ class GramSum:
             self._rows += len(part)
 
     def finish(self) -> torch.Tensor:
-        """The symmetric (m, m) float64 sum; more rows may follow."""
+        """The symmetric (m, m) float64 sum; more rows may be added to it."""
         self._flush()
-        # The product of a matrix with itself is symmetric only to rounding.
-        return (self._total + self._total.T) / 2
+        # The product of a matrix with itself is symmetric only to rounding; one half is as good as the other.
+        below = self._total.tril(-1)
+        self._total.tril_()
+        self._total += below.T
+        return self._total
 
     def _flush(self) -> None:
         self._total += self._chunk
