@@ -1,0 +1,93 @@
+"""Verify and measure everything on this machine's CUDA device: python -m harness.hardware [PART ...]."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness.backends import load_backend
+from harness.cli import EXIT_MISS, HelpFormatter, UserError, run
+from harness.plan import duration
+
+RECORD = "golden/gpu-verified.json"
+FULL_SIZE = "tests/gpu/test_full_size.py"
+
+# What each part shows, and what it runs with `python -m`.
+PARTS = {
+    "tests": (
+        "every test of the GPU backend but those of full size",
+        f"pytest tests/gpu --ignore {FULL_SIZE}",
+    ),
+    "golden": ("the golden cases, for the record", f"harness.verify --backend gpu --record {RECORD}"),
+    "full-size": ("matrices of real models' sizes against the reference", f"pytest {FULL_SIZE}"),
+    "model": (
+        "every matrix of a real model against the reference, for the record",
+        f"harness.verify --backend gpu --model --record {RECORD}",
+    ),
+    "speed": (
+        "quantization at the shapes of large models",
+        "harness.benchmark quantize benchmarks/quantize.json --backend gpu --layers 4 "
+        "--shape llama-7b llama-13b llama3-8b qwen3-14b",
+    ),
+    "memory": (
+        "the shape of a 65B model in 40 GB of device memory",
+        "harness.benchmark quantize benchmarks/quantize-65b.json --backend gpu --layers 2 "
+        "--shape llama-65b --device-memory 40",
+    ),
+}
+
+DESCRIPTION = f"""\
+Run the GPU backend through everything that needs a CUDA device, in a clone of the repository and on
+whatever versions are installed there; tox is not needed. What passes is written to {RECORD},
+figures go to benchmarks/. A part that fails does not stop the others.
+
+parts:
+""" + "\n".join(f"  {name:10} {what}" for name, (what, _) in PARTS.items())
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.hardware", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="which parts; all if left out")
+    parts = parser.parse_args().parts or list(PARTS)
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    require_device()
+    return run_parts({part: PARTS[part][1].split() for part in parts})
+
+
+def require_device() -> None:
+    """Refuse to run without a device, or elsewhere than in a clone."""
+    try:
+        print(load_backend("gpu").package.identity())
+    except RuntimeError as error:
+        raise UserError(f"{error}; these checks are for a CUDA device") from None
+    if not Path(FULL_SIZE).is_file():
+        raise UserError(f"there is no {FULL_SIZE} here; run this in a clone of the repository")
+
+
+def run_parts(commands: dict[str, list[str]]) -> int:
+    """Run commands of ``python -m`` one after the other; the exit code says whether all passed."""
+    outcomes = []
+    for part, command in commands.items():
+        print(f"== {part}: python -m {' '.join(command)}", flush=True)
+        begin = time.perf_counter()
+        code = subprocess.run(
+            [sys.executable, "-m", *command], env={**os.environ, "PYTHONPATH": "."}
+        ).returncode
+        outcomes.append((part, code, time.perf_counter() - begin))
+    for part, code, seconds in outcomes:
+        print(
+            f"{part:10} {'passed' if code == 0 else f'FAILED with exit code {code}'} in {duration(seconds)}"
+        )
+    return EXIT_MISS if any(code for _, code, _ in outcomes) else 0
+
+
+if __name__ == "__main__":
+    run(main)

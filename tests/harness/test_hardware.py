@@ -1,0 +1,43 @@
+"""The command that runs everything on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness import benchmark, hardware, verify
+from harness.cli import EXIT_USAGE
+
+Run = Callable[..., int]
+
+
+def test_a_part_that_fails_does_not_stop_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    fine, broken = ["json.tool", "--help"], ["no_such_module"]
+    assert hardware.run_parts({"one": fine, "two": broken, "three": fine}) == 1
+    lines = capfd.readouterr().out.splitlines()[-3:]
+    assert [line.split()[:2] for line in lines] == [["one", "passed"], ["two", "FAILED"], ["three", "passed"]]
+    assert hardware.run_parts({"one": fine}) == 0
+
+
+def test_without_a_device_nothing_is_run(run_main: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(hardware.main, "tests") == EXIT_USAGE
+    assert "gpu" in capsys.readouterr().err
+    assert run_main(hardware.main, "nothing") == EXIT_USAGE
+    assert "no part 'nothing'; known are tests, golden" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", hardware.PARTS)
+def test_every_part_is_a_command_that_exists(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = hardware.PARTS[part][1].split()
+    if program == "pytest":
+        assert all(Path(argument).exists() for argument in arguments if not argument.startswith("-"))
+    elif program == "harness.benchmark":
+        assert benchmark.parser().parse_args(arguments).backend == "gpu"
+    else:
+        seen = []
+        monkeypatch.setattr(verify, "load_backend", lambda *names: seen.append(names) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            verify.main(arguments)
+        assert seen == [("gpu", None)]
