@@ -78,9 +78,7 @@ def run_parts(commands: dict[str, list[str]]) -> int:
     for part, command in commands.items():
         print(f"== {part}: python -m {' '.join(command)}", flush=True)
         begin = time.perf_counter()
-        code = subprocess.run(
-            [sys.executable, "-m", *command], env={**os.environ, "PYTHONPATH": "."}
-        ).returncode
+        code = subprocess.run([sys.executable, "-m", *command]).returncode
         outcomes.append((part, code, time.perf_counter() - begin))
     for part, code, seconds in outcomes:
         print(
