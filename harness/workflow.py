@@ -90,6 +90,8 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     backend = load_backend(options.backend, options.precision)
     if backend.note:
         say(backend.note)
+    if options.config.aga == "printed" and "aga.align_grid_printed" in backend.refused:
+        raise UserError(f"backend {backend.name} leaves out Eq. 13 as printed; use --backend reference")
     calibration_text, evaluation_text = _texts(options)
 
     compute = compute_for(backend)
@@ -280,7 +282,10 @@ def _run_layers(
     begin = time.perf_counter()
     layers: list[dict[str, Any]] = []
     count = len(ready.decoder.layers)
-    with tqdm(total=count, disable=None, leave=False, bar_format=_BAR) as bar:
+    with (
+        tqdm(total=count, disable=None, leave=False, bar_format=_BAR) as bar,
+        ready.compute.explaining_lack_of_memory(),
+    ):
 
         def progress(steps: int, stage: str) -> None:
             bar.set_postfix_str(stage, refresh=False)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +13,9 @@ import pytest
 import torch
 
 import harness
-from harness import checkpoint, models, quantize, workflow
-from harness.checkpoint import REPORT, STAGING
-from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from harness import models, quantize, workflow
+from harness.checkpoint import REPORT
+from harness.cli import EXIT_USAGE
 from harness.models import Original
 from reference.types import TernaryConfig
 from tests.harness import tiny
@@ -165,123 +159,12 @@ def test_damping_zero_with_a_singular_gram_matrix_names_the_matrix(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (("--out", "OUT"), "exists and is not empty; choose another --out, or --force"),
-        ((), "--out DIR is missing"),
-        (("--out", "NEW", "--seqlen", "400"), "has 400 tokens; windows of 400 need at least 401"),
-        (("--out", "NEW", "--damping", "-1"), "damping must be finite and not negative"),
-        (("--out", "NEW", "--calibration", "no.txt"), "no.txt is not a file"),
-        (("--out", "NEW", "--seed", "-1"), "seed must not be negative"),
-        (("--out", "NEW", "--eval", "TEXT", "--eval-seqlen", "401"), "less than one window of 401"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line(
-    extra: tuple[str, ...],
-    message: str,
-    llama: Path,
-    words_file: Path,
-    tmp_path: Path,
-    run_main: Run,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "OUT").mkdir()
-    (tmp_path / "OUT" / "mine.txt").write_text("mine")
-    (tmp_path / "TEXT").write_text(tiny.words(400))
-    arguments = [str(tmp_path / a) if a in ("OUT", "NEW", "TEXT") else a for a in extra]
-    code = run_main(quantize.main, llama, *SMALL, "--calibration", words_file, *arguments)
-    assert code == EXIT_USAGE
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert "\n" not in error
-    assert (tmp_path / "OUT" / "mine.txt").read_text() == "mine"
-    assert not (tmp_path / "NEW").exists()
-
-
 def test_few_tokens_are_warned_about(
     llama: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL, "--nsamples", "20")
     assert run_main(quantize.main, *arguments) == 0
     assert "warning: the text has 400 tokens for 480 asked for" in capsys.readouterr().out
-
-
-def test_force_replaces_an_earlier_checkpoint_and_leaves_other_files(
-    damaged: Path, llama: Path, words_file: Path, run_main: Run
-) -> None:
-    (damaged / "mine.txt").write_text("mine")
-    (damaged / "model-00009-of-00009.safetensors").write_bytes(b"stale")
-    arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == 0
-    assert (damaged / "mine.txt").read_text() == "mine"
-    assert not (damaged / "model-00009-of-00009.safetensors").exists()
-    assert json.loads((damaged / REPORT).read_text())["config"]["block_size"] == 128
-    harness.load(damaged)
-
-
-def test_an_interrupted_run_leaves_nothing_that_loads(
-    llama: Path,
-    words_file: Path,
-    tmp_path: Path,
-    run_main: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(workflow, "_outside_layers", interrupt)
-    arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
-    assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err.strip().endswith("interrupted")
-
-
-def test_a_run_interrupted_while_files_move_leaves_nothing_that_loads(
-    damaged: Path, llama: Path, words_file: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    move = os.replace
-
-    def interrupt(source: Path, target: Path) -> None:
-        if Path(target) == damaged / "model-00002-of-00004.safetensors":
-            raise KeyboardInterrupt
-        move(source, target)
-
-    monkeypatch.setattr(checkpoint.os, "replace", interrupt)
-    arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
-    with pytest.raises(UserError, match=r"no config\.json"):
-        harness.load(damaged)
-
-
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_process_leaves_nothing_that_loads(
-    kill: signal.Signals, llama: Path, words_file: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "harness.quantize", llama, "--out", out, "--calibration", words_file]
-    process = subprocess.Popen(
-        [*map(str, command), "--nsamples", "300", "--seqlen", "24", "--backend", "reference"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    incomplete = out / STAGING
-    deadline = time.monotonic() + 120
-    while not list(incomplete.glob("*.safetensors")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(kill)
-    error = process.communicate(timeout=60)[1]
-    if kill == signal.SIGINT:
-        assert process.returncode == EXIT_INTERRUPTED
-        assert "Traceback" not in error
-        assert not out.exists()
-    else:
-        for folder in (out, incomplete):
-            with pytest.raises(UserError, match=r"no config\.json"):
-                harness.load(folder)
 
 
 def test_a_float16_model_measured_before_is_still_what_is_read_back(words_file: Path, tmp_path: Path) -> None:
@@ -291,82 +174,6 @@ def test_a_float16_model_measured_before_is_still_what_is_read_back(words_file: 
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float16
         assert torch.equal(loaded[name], value), name
-
-
-def test_the_original_is_not_written_over(
-    llama: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = shutil.copytree(llama, tmp_path / "source")
-    arguments = (source, "--out", source / ".." / "source", "--force", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
-    assert "is where the original model lies" in capsys.readouterr().err
-    assert (source / "model.safetensors").is_file()
-
-
-def test_a_baseline_does_not_put_its_report_over_that_of_a_checkpoint(
-    damaged: Path, llama: Path, words_file: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = (damaged / REPORT).read_bytes()
-    arguments = (
-        llama,
-        "--method",
-        "rtn-2bit",
-        "--out",
-        damaged,
-        "--force",
-        "--calibration",
-        words_file,
-        *SMALL,
-    )
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
-    assert "holds a checkpoint, and a baseline gives none" in capsys.readouterr().err
-    assert (damaged / REPORT).read_bytes() == before
-
-
-def test_folders_of_the_tokenizer_are_replaced_too(
-    damaged: Path, llama: Path, words_file: Path, tmp_path: Path, run_main: Run
-) -> None:
-    """Two chat templates make transformers write a folder beside the tokenizer."""
-    source = shutil.copytree(llama, tmp_path / "source")
-    tokenizer = tiny.make_tokenizer()
-    tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
-    tokenizer.save_pretrained(source)
-    for _ in range(2):
-        arguments = (source, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
-        assert run_main(quantize.main, *arguments) == 0
-    assert (damaged / "additional_chat_templates").is_dir()
-
-
-def test_a_report_that_cannot_be_written_at_the_end_is_said_after_the_result(
-    llama: Path,
-    words_file: Path,
-    tmp_path: Path,
-    run_main: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write = checkpoint.write_json
-
-    def full(file: Path, value: object) -> None:
-        if file == tmp_path / "out" / REPORT:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, value)
-
-    monkeypatch.setattr(checkpoint, "write_json", full)
-    arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
-    printed = capsys.readouterr()
-    assert "mean relative output error" in printed.out
-    assert "No space left on device; the checkpoint is whole" in printed.err
-    harness.load(tmp_path / "out")
-
-
-def test_a_ternary_checkpoint_is_not_quantized_again(
-    quantized: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = (quantized, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
-    assert "already quantized (pt2_llm); start from the original" in capsys.readouterr().err
 
 
 def test_every_switch_of_the_method_is_on_the_command_line() -> None:
