@@ -3,8 +3,9 @@
 Arrays are CuPy's where there is a CUDA device. With ``NUMBA_ENABLE_CUDASIM=1`` in the environment they
 are NumPy's, so that everything but the hardware itself is checked on any machine (`gpu.device`).
 
-Weights may be float32 or float64, and results that have the shape of weights are in the same type.
-Sums over rows, the alignment of grids and factorizations are float64 in both.
+Weights may be float32 or float64, and single operations give results that have the shape of weights in the
+same type. Everything else is float64: factorizations need it, and so does the choice of columns, where a
+rounding to float32 lets another column in and changes all that follows.
 """
 
 from gpu.device import STANDIN, describe, identity, on_stream, to_device, to_host, use_allocator
@@ -12,7 +13,7 @@ from gpu.device import STANDIN, describe, identity, on_stream, to_device, to_hos
 # The printed Eq. 13 exists to show that it is wrong. The rest of what `reference` has comes later.
 REFUSED = frozenset({"aga.align_grid_printed", "matmul.matmul"})
 
-# Types of weights: float32 keeps the output error of a matrix to 0.2 %, float64 is for comparison.
+# Types of weights, the one that takes less memory first.
 PRECISIONS = ("float32", "float64")
 
 __all__ = [

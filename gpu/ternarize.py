@@ -28,7 +28,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     Parameters
     ----------
     W : (n, m) float32 or float64
-        Weights; compensation runs in their type.
+        Weights. Compensation is float64 for either.
     C : (m, m) array
         Gram matrix of the layer's calibration inputs.
     config : TernaryConfig
@@ -61,7 +61,9 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     if config.compensation or config.aga == "conditional":
         Hinv, damping = invert_damped(C, config.damping)
 
-    rest = W.copy()
+    # Of thousands of columns some are nearly as similar as the last of a block: float32 would let other
+    # ones in than the reference, and all that follows would differ.
+    rest = W.astype(np.float64)
     remaining = xp.ones(m, bool)
     trits = xp.empty((n, m), np.int8)
     grids = xp.empty((2, n, blocks))  # alpha and mu as computed
@@ -95,8 +97,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
 
         if Hinv is not None and b + 1 < blocks:
             if config.compensation:
-                moved = (W_B - W_hat_B.astype(np.float64)) @ whitening.T
-                subtract_product(rest, moved.astype(W.dtype, copy=False), half.astype(W.dtype, copy=False))
+                subtract_product(rest, (W_B - W_hat_B) @ whitening.T, half)
             subtract_product(Hinv, half.T, half)
             Hinv[B] = 0
             Hinv[:, B] = 0

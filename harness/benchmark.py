@@ -89,7 +89,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--nsamples", type=positive, default=scale.nsamples, help="windows")
     sub.add_argument("--seqlen", type=window_length, default=scale.seqlen, help="tokens in a window")
     sub.add_argument("--backend", default="auto", help="as for harness.quantize")
-    sub.add_argument("--precision", choices=("float32", "float64"), help="as for harness.quantize")
     sub.add_argument("--device-memory", type=positive, metavar="GB", help="most memory of the device to use")
     return parser
 
@@ -222,7 +221,7 @@ def main() -> int:
 def _quantize_shapes(
     arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]
 ) -> dict[str, dict[str, Any]]:
-    backend = load_backend(arguments.backend, arguments.precision)
+    backend = load_backend(arguments.backend)
     if backend.note:
         print(backend.note)
     limit = arguments.device_memory

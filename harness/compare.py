@@ -63,15 +63,14 @@ def compare_on_model(
         for matrix in _ternarized(source, method, compute, nsamples, seqlen, name, perplexity):
             if method is theirs:
                 rows.append(_compare(matrix, backend.to_host(ours(matrix.weight, matrix.gram))))
-    limit = OUTPUT_ERROR[backend.precision]
-    misses = [row for row in rows if not abs(row["difference"]) <= limit]
+    misses = [row for row in rows if not abs(row["difference"]) <= OUTPUT_ERROR]
     return {
         "passed": not misses,
         "model": source or "SmolLM2-135M-Instruct",
         "device": compute.describe(),
         "tokens": f"{nsamples} x {seqlen}",
         "matrices": len(rows),
-        "allowed": limit,
+        "allowed": OUTPUT_ERROR,
         "largest_difference": max(rows, key=lambda row: abs(row["difference"])),
         "fewest_equal_trits": min(rows, key=lambda row: row["equal_trits"]),
         "mean_share_of_equal_trits": float(np.mean([row["equal_trits"] for row in rows])),

@@ -43,12 +43,6 @@ def parser() -> argparse.ArgumentParser:
         default=defaults.backend,
         help="auto takes the GPU where there is a CUDA device with CuPy and numba-cuda, and says so",
     )
-    add(
-        "--precision",
-        choices=("float32", "float64"),
-        help="type in which weights are fitted. Default: float32 on the gpu backend, which keeps the "
-        "output error of a matrix to 0.2 %%; the reference has float64 alone",
-    )
     add("--gguf-dtype", choices=GGUF_DTYPES, default=defaults.gguf_dtype, help="what a GGUF is loaded in")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
@@ -158,7 +152,6 @@ def main() -> int:
             out=arguments.out,
             force=arguments.force,
             backend=arguments.backend,
-            precision=arguments.precision,
             gguf_dtype=arguments.gguf_dtype,
             trust_remote_code=arguments.trust_remote_code,
             calibration=arguments.calibration,

@@ -115,7 +115,6 @@ def quantize_shape(
         "shape": scale.shape,
         "tokens": f"{scale.nsamples} x {scale.seqlen}",
         "backend": backend.name,
-        "precision": backend.precision,
         "device": compute.describe(),
         "layers_measured": len(layers),
         "layers_of_the_model": depth,

@@ -45,7 +45,7 @@ def add_to_record(file: Path, backend: Backend, part: str, results: dict[str, An
     part : {"golden", "real_model"}
         What it passed.
     results : dict
-        By precision: for "golden" what `harness.verify` prints as JSON, of which the worst errors are kept.
+        What `harness.verify` prints of it as JSON; of golden cases the worst errors are kept.
 
     Raises
     ------

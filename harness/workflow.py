@@ -46,7 +46,6 @@ class Options:
     out: Path | None = None
     force: bool = False
     backend: str = "auto"
-    precision: str | None = None
     gguf_dtype: str = "bfloat16"
     trust_remote_code: bool = False
     calibration: str | None = None
@@ -87,7 +86,7 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     if options.out is not None:
         checkpoint.require_free(options.out, options.force)
         _require_other_folder(options, options.out)
-    backend = load_backend(options.backend, options.precision)
+    backend = load_backend(options.backend)
     if backend.note:
         say(backend.note)
     if options.config.aga == "printed" and "aga.align_grid_printed" in backend.refused:
@@ -206,7 +205,7 @@ def _announcement(options: Options, ready: _Ready, calibration_text: text.Text) 
     backend = ready.backend
     wanted = options.nsamples * options.seqlen
     lines = [
-        f"{ready.original.name}: {options.method} on the {backend.name} backend in {backend.precision}",
+        f"{ready.original.name}: {options.method} on the {backend.name} backend",
         f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
     ]
     if ready.tokens < wanted:
@@ -347,7 +346,6 @@ def _record(options: Options, ready: _Ready, calibration_text: text.Text) -> dic
         "dtype": _dtype_name(ready.original.model.dtype),
         "method": options.method,
         "backend": ready.backend.name,
-        "precision": ready.backend.precision,
         "config": asdict(options.config),
         "options": {name: value for name, value in asdict(options).items() if name != "config"},
         "calibration": {

@@ -12,6 +12,7 @@ from harness.compute import Compute, compute_for
 from harness.gram import GramSum
 from harness.layers import find_decoder_layers
 from harness.pipeline import quantize_layers, ternarizer
+from harness.tolerances import OUTPUT_ERROR
 from reference.packing import unpack_base3
 from reference.types import TernaryConfig
 from tests.harness import tiny
@@ -97,8 +98,10 @@ def test_layers_are_ternarized_as_by_the_reference(compute):
             dense = torch.from_numpy(backend.to_host(matrix.result).dequantize())
             assert torch.equal(weight, dense.bfloat16())
     expected = errors["float64", "reference"]
-    assert errors["float64", "gpu"] == pytest.approx(expected, rel=2e-3 if compute.memory else 1e-6)
-    assert errors["float32", "gpu"] == pytest.approx(expected, rel=2e-3)
+    # On a device the layers' own float32 products are summed in another order.
+    rel = 2e-3 if compute.memory else OUTPUT_ERROR
+    assert errors["float64", "gpu"] == pytest.approx(expected, rel=rel)
+    assert errors["float32", "gpu"] == pytest.approx(expected, rel=rel)
 
 
 def test_hidden_states_that_do_not_fit_wait_in_pinned_memory(compute):
