@@ -13,7 +13,7 @@ __all__ = ["load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from harness.checkpoint import load
+        from harness.hf import load
 
         return load
     raise AttributeError(f"module 'harness' has no attribute {name!r}")

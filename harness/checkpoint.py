@@ -9,9 +9,12 @@ writes it.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,16 +23,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from harness.backends import Backend
 from harness.cli import UserError, json_text
-from harness.models import Original, quiet_transformers, read_config, read_json, require_complete
-from reference.packing import FORMAT_VERSION, unpack_base3
+from harness.linear import TernaryLinear, permutation_dtype, require_base3, stored_parts
+from harness.models import Original, quiet_transformers, read_config, read_json
+from reference.packing import FORMAT_VERSION
 from reference.types import TernaryMatrix
 
 QUANT_METHOD = "pt2_llm"
 CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STAGING = ".incomplete"
 WEIGHT_FILES = "model*.safetensors"
 
@@ -50,16 +55,10 @@ def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[s
     return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
 
 
-def permutation_dtype(columns: int) -> np.dtype[Any]:
-    """The smallest unsigned type that holds the index of every column."""
-    return np.min_scalar_type(columns - 1)
-
-
 def packed_bytes(rows: int, columns: int, block_size: int, permuted: bool) -> int:
     """Bytes of one packed matrix, the bias left out."""
-    blocks = -(-columns // block_size)
-    permutation = columns * permutation_dtype(columns).itemsize if permuted else 0
-    return rows * (-(-columns // 5)) + 2 * 2 * rows * blocks + permutation
+    parts = stored_parts(rows, columns, block_size, permuted).values()
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
 
 
 class CheckpointWriter:
@@ -206,86 +205,72 @@ def is_ternary(folder: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def load(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Read a ternary checkpoint back as a transformers model with dequantized weights.
+@dataclass(frozen=True)
+class StoredLayers:
+    """What the ``quantization_config`` of a checkpoint says."""
 
-    Parameters
-    ----------
-    path : str or Path
-        Folder that `python -m harness.quantize` wrote.
-    trust_remote_code : bool
-        Whether code that comes with the model may run.
+    block_size: int
+    modules: list[str]
+    unpermuted: list[str]
 
-    Returns
-    -------
-    transformers.PreTrainedModel
-        In the dtype of the original model, in evaluation mode. Every weight is, bit for bit, what
-        calibration used.
+
+def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
+    """The ``quantization_config`` of a checkpoint, checked; `where` is what it was read from.
 
     Raises
     ------
     UserError
-        If the folder is no such checkpoint, its version is another, or a tensor is missing, left
-        over, of the wrong shape or type, or damaged; names the tensor.
+        If its version is another, or an entry is missing or of another kind.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
-    config_dict = read_config(folder)
-    if not is_ternary(folder):
-        raise UserError(
-            f"{folder} is not a ternary checkpoint: its config.json has no quant_method {QUANT_METHOD}"
-        )
-    quantization = config_dict["quantization_config"]
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{folder} has format version {version}; this program reads version {FORMAT_VERSION}")
+        raise UserError(f"{where} has format version {version}; this program reads version {FORMAT_VERSION}")
     modules, unpermuted = quantization.get("modules"), quantization.get("unpermuted")
     block_size = quantization.get("block_size")
-    names_fit = all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in (modules, unpermuted))
-    if not names_fit or not isinstance(block_size, int) or block_size < 1:
-        raise UserError(f"{folder / CONFIG}: quantization_config lacks modules, unpermuted or block_size")
+    for names in (modules, unpermuted):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
+    if not isinstance(block_size, int) or block_size < 1:
+        raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
+    return StoredLayers(block_size, modules or [], unpermuted or [])
 
-    transformers = quiet_transformers()
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # Weights are in the checkpoint's types already; transformers must not look for its own method.
-        del config.quantization_config
-        with torch.device("meta"):
-            empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged config fails in as many ways as there are models
-        raise UserError(f"{folder / CONFIG} does not describe a model: {error}") from None
+def verify(folder: Path, model: nn.Module) -> None:
+    """Refuse a checkpoint that is not, tensor by tensor, what a model with `TernaryLinear` layers needs.
 
-    state: dict[str, torch.Tensor] = {}
-    packed: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
-    for name, tensor in _tensors(folder):
+    Parameters
+    ----------
+    folder : Path
+        The checkpoint.
+    model : nn.Module
+        The model, on any device; only its shapes and types are looked at.
+
+    Raises
+    ------
+    UserError
+        If a tensor is missing, left over, of the wrong shape or type, or damaged; names the tensor.
+    """
+    ternary = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
+    expected = model.state_dict()
+    seen = set()
+    for name, tensor in tensors_of(folder):
         module, _, part = name.rpartition(".")
-        if module in packed and part in PACKED:
-            packed[module][part] = tensor
+        if module in ternary and part == "weight":
+            raise UserError(f"{name} is stored beside its packed form")
+        if module in ternary and part == "permutation" and name not in expected:
+            raise UserError(f"the tensor {name} is there, though the order is the original")
+        if name not in expected:
+            raise UserError(f"{folder} has tensors the model does not know: {name}")
+        if module in ternary and part in PACKED:
+            _require_sound(name, part, tensor, expected[name], ternary[module].in_features)
         else:
-            state[name] = tensor
-    for module, parts in packed.items():
-        linear = dict(empty.named_modules()).get(module)
-        if not isinstance(linear, torch.nn.Linear):
-            raise UserError(f"{folder / CONFIG}: {module} is not a linear layer of {type(empty).__name__}")
-        if f"{module}.weight" in state:
-            raise UserError(f"{module}.weight is stored beside its packed form")
-        if (module in unpermuted) == ("permutation" in parts):
-            fault = "is there, though the order is the original" if module in unpermuted else "is missing"
-            raise UserError(f"the tensor {module}.permutation {fault}")
-        matrix = _unpack(module, parts, linear.out_features, linear.in_features, block_size)
-        state[f"{module}.weight"] = torch.from_numpy(matrix.dequantize()).to(config.dtype)
-    for name, expected in empty.state_dict().items():
-        if name in state:
-            _require_fit(name, state[name], expected)
-    model, info = type(empty).from_pretrained(
-        None, config=config, state_dict=state, dtype=config.dtype, output_loading_info=True
-    )
-    require_complete(info, str(folder))
-    if (folder / GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_dict(read_json(folder / GENERATION))
-    return model.eval()
+            _require_fit(name, tensor, expected[name])
+        seen.add(name)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in expected:
+        if name not in seen and name not in tied:
+            packed = name.rpartition(".")[0] in ternary
+            raise UserError(f"the tensor {name} is missing" if packed else f"{folder} lacks {name}")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -298,23 +283,46 @@ def load_tokenizer(path: str | Path) -> Any:
         raise UserError(f"{path} has no tokenizer that can be read: {error}") from None
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that the index lists."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+def weight_map(folder: Path) -> dict[str, str]:
+    """The file that holds each tensor, after a look at whether all of them are there.
+
+    Raises
+    ------
+    UserError
+        If a file is missing, damaged, or holds other tensors than the index lists.
+    """
+    if (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        with _opened(folder / SINGLE) as shard:
+            return dict.fromkeys(shard.keys(), SINGLE)
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
-    for file in sorted(set(weight_map.values())):
-        listed = {name for name, where in weight_map.items() if where == file}
-        try:
-            with safe_open(folder / file, framework="pt") as shard:
-                stored = set(shard.keys())
-                for name in sorted(listed ^ stored):
-                    what = "lacks the tensor" if name in listed else "holds, unlisted in the index,"
-                    raise UserError(f"{folder / file} {what} {name}")
-                for name in sorted(listed):
-                    yield name, shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / file} is missing or damaged: {error}") from None
+    for file in sorted(set(files.values())):
+        listed = {name for name, where in files.items() if where == file}
+        with _opened(folder / file) as shard:
+            stored = set(shard.keys())
+        for name in sorted(listed ^ stored):
+            what = "lacks the tensor" if name in listed else "holds, unlisted in the index,"
+            raise UserError(f"{folder / file} {what} {name}")
+    return files
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint, by name."""
+    files = weight_map(folder)
+    for file in sorted(set(files.values())):
+        with _opened(folder / file) as shard:
+            for name in sorted(shard.keys()):
+                yield name, shard.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is missing or damaged: {error}") from None
 
 
 def _require_fit(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
@@ -327,42 +335,23 @@ def _require_fit(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> Non
         raise UserError(f"{name} holds a value that is not finite")
 
 
-def _unpack(
-    name: str, parts: dict[str, torch.Tensor], rows: int, columns: int, block_size: int
-) -> TernaryMatrix:
-    """The matrix of one layer, every tensor checked."""
-    blocks = -(-columns // block_size)
-    expected = {
-        "trits": (torch.uint8, (rows, -(-columns // 5))),
-        "scale": (torch.float16, (rows, blocks)),
-        "shift": (torch.float16, (rows, blocks)),
-        "permutation": (getattr(torch, str(permutation_dtype(columns))), (columns,)),
-    }
-    arrays = {}
-    for part, (dtype, shape) in expected.items():
-        if part == "permutation" and part not in parts:
-            arrays[part] = np.arange(columns)
-            continue
-        if part not in parts:
-            raise UserError(f"the tensor {name}.{part} is missing")
-        tensor = parts[part]
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise UserError(
-                f"{name}.{part} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
-                f"expected {str(dtype).removeprefix('torch.')} {shape}"
-            )
-        arrays[part] = tensor.numpy()
-    for part in ("scale", "shift"):
-        if not np.isfinite(arrays[part]).all():
-            raise UserError(f"{name}.{part} holds a value that is not finite")
-    permutation = arrays["permutation"].astype(np.intp)
-    if not np.array_equal(np.sort(permutation), np.arange(columns)):
-        raise UserError(f"{name}.permutation does not hold every column once")
-    try:
-        trits = unpack_base3(arrays["trits"], columns)
-    except ValueError as error:
-        raise UserError(f"{name}.trits is damaged: {error}") from None
-    return TernaryMatrix(trits, arrays["scale"], arrays["shift"], permutation, block_size)
+def _require_sound(name: str, part: str, tensor: torch.Tensor, expected: torch.Tensor, columns: int) -> None:
+    """Refuse a packed tensor of another type or shape, or with a value that it cannot have."""
+    if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
+        raise UserError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}, "
+            f"expected {expected.dtype} {tuple(expected.shape)}".replace("torch.", "")
+        )
+    if part == "trits":
+        try:
+            require_base3(tensor, columns)
+        except ValueError as error:
+            raise UserError(f"{name} is damaged: {error}") from None
+    elif part == "permutation":
+        if not torch.equal(tensor.long().sort().values, torch.arange(columns)):
+            raise UserError(f"{name} does not hold every column once")
+    elif not torch.isfinite(tensor).all():
+        raise UserError(f"{name} holds a value that is not finite")
 
 
 def _reason(error: Exception, folder: Path) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from harness import perplexity, text
-from harness.checkpoint import is_ternary, load, load_tokenizer
+from harness.checkpoint import is_ternary, load_tokenizer
 from harness.cli import HelpFormatter, json_text, positive, run, window_length
 from harness.compute import HOST, Compute, default_compute
-from harness.layers import find_decoder_layers
+from harness.hf import load
+from harness.layers import locate_layers
 from harness.models import GGUF_DTYPES, MODEL_HELP, Original, load_original, require_fits
 
 DESCRIPTION = """\
@@ -65,7 +66,7 @@ def measure_on(
     chosen = text.evaluation_windows(tokens, seqlen, limit)
     arguments = (chosen, len(tokens), stream.protocol)
     if original.read is not None or not compute.holds(model, seqlen):
-        decoder = find_decoder_layers(model, original.read)
+        decoder = locate_layers(model, original.read)
         with _bar(len(decoder.layers), "layer") as bar:
             return perplexity.measure_by_layers(model, decoder, *arguments, compute, bar.update)
     model.to(compute.device)
@@ -86,7 +87,9 @@ def main() -> int:
     stream = text.read_text(arguments.data, text.EVALUATION, arguments.text_column)
     path = Path(arguments.model) if arguments.model else None
     if path is not None and is_ternary(path):
-        original = Original(load(path, arguments.trust_remote_code), load_tokenizer(path), str(path))
+        original = Original(
+            load(path, trust_remote_code=arguments.trust_remote_code), load_tokenizer(path), str(path)
+        )
     else:
         original = load_original(arguments.model, arguments.gguf_dtype, arguments.trust_remote_code)
     compute = Compute() if arguments.cpu else default_compute()

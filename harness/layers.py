@@ -86,7 +86,7 @@ class DecoderLayers:
         }
 
 
-def find_decoder_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
+def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
     """The decoder layers: the outermost ModuleList that holds the most weights.
 
     Parameters
@@ -99,13 +99,8 @@ def find_decoder_layers(model: nn.Module, read: Reader | None = None) -> Decoder
     Raises
     ------
     UserError
-        If there is none, a layer has weights that are neither those of an nn.Linear nor of an
-        embedding, nothing is an nn.Linear, or a weight is not finite.
+        If there is none.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are ternarized"
-        )
     candidates: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(
@@ -114,32 +109,51 @@ def find_decoder_layers(model: nn.Module, read: Reader | None = None) -> Decoder
             candidates[name] = module
     if not candidates:
         raise UserError(f"{type(model).__name__} has no ModuleList of decoder layers; nothing to quantize")
-    prefix, layers = max(candidates.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    prefix, layers = max(candidates.items(), key=lambda item: _weights_in(item[1]))
+    linears = [
+        {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        for layer in layers
+    ]
+    return DecoderLayers(prefix, layers, linears, read)
 
+
+def find_decoder_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
+    """`locate_layers`, of a model that can be ternarized.
+
+    Raises
+    ------
+    UserError
+        If there are none, a layer has weights that are neither those of an nn.Linear nor of an
+        embedding, nothing is an nn.Linear, or a weight is not finite.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are ternarized"
+        )
+    found = locate_layers(model, read)
     not_understood = []
-    for name, module in layers.named_modules():
+    for name, module in found.layers.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:
                 shape = "x".join(map(str, parameter.shape))
-                not_understood.append(f"{prefix}.{name}.{key} ({type(module).__name__}, {shape})")
+                not_understood.append(f"{found.prefix}.{name}.{key} ({type(module).__name__}, {shape})")
     if not_understood:
         more = f" and {len(not_understood) - 5} more" if len(not_understood) > 5 else ""
         raise UserError(
             f"{type(model).__name__} has layers that are not understood, such as fused experts: "
             f"{', '.join(not_understood[:5])}{more}. Only nn.Linear is ternarized"
         )
-    linears = [
-        {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        for layer in layers
-    ]
-    found = DecoderLayers(prefix, layers, linears, read)
     if not found.named_linears():
-        raise UserError(f"{type(model).__name__} has nothing to quantize: no nn.Linear in {prefix}")
+        raise UserError(f"{type(model).__name__} has nothing to quantize: no nn.Linear in {found.prefix}")
     for name, parameter in model.named_parameters():
         require_finite(name, parameter)
     return found
+
+
+def _weights_in(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def require_finite(name: str, weight: torch.Tensor) -> None:

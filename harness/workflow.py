@@ -19,6 +19,7 @@ from harness.capture import LayerCall, capture_inputs
 from harness.cli import UserError
 from harness.compute import Compute, compute_for
 from harness.evaluate import measure_on
+from harness.hf import load
 from harness.layers import DecoderLayers, find_decoder_layers
 from harness.models import Original, load_original, require_fits
 from harness.pipeline import FittedMatrix, Method, quantize_layers, ternarizer
@@ -116,11 +117,9 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
         _ternarize(options, options.out, ready, record, say)
         tokenizer, streamed = ready.original.tokenizer, ready.original.read is not None
         del ready  # two models need not fit side by side
-        if not streamed:
-            loaded = checkpoint.load(options.out, options.trust_remote_code)
-            evaluate("after", Original(loaded, tokenizer, str(options.out)))
-        elif evaluation_text is not None:
-            say("perplexity after is not measured: dequantized, the model does not fit in memory")
+        # Dequantized, a model that was too large for the memory would be so again.
+        loaded = load(options.out, dense=not streamed, trust_remote_code=options.trust_remote_code)
+        evaluate("after", Original(loaded, tokenizer, str(options.out)))
     else:
         _run_layers(options, ready, _baseline(options), lambda index, matrices: None, record, say)
         evaluate("after", ready.original)

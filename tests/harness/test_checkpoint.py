@@ -18,6 +18,7 @@ import harness
 from harness import checkpoint
 from harness.backends import load_backend
 from harness.cli import UserError
+from harness.linear import TernaryLinear
 from reference.types import TernaryMatrix
 
 REFERENCE = load_backend("reference")
@@ -40,12 +41,12 @@ def test_bytes_on_disk_are_what_the_format_says(quantized: Path) -> None:
             assert weight[i, int(permutation[j])] == value.bfloat16()
 
 
-def test_loading_does_not_depend_on_transformers_seeing_a_quantized_model(quantized: Path) -> None:
+def test_a_loaded_model_is_ready_to_use(quantized: Path) -> None:
     model = harness.load(str(quantized))
     assert not model.training
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    assert isinstance(model.model.layers[0].mlp.up_proj, TernaryLinear)
 
 
 def test_the_size_on_disk_is_the_size_announced(quantized: Path) -> None:

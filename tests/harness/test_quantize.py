@@ -42,11 +42,10 @@ def test_what_is_read_back_is_bit_for_bit_what_calibration_used(words_file: Path
     model = tiny.make_model("qwen3", ternary=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     run_workflow(model, tmp_path / "out", words_file, TernaryConfig(block_size=tiny.BLOCK))
-    loaded = harness.load(tmp_path / "out").state_dict()
-    calibrated = model.state_dict()
-    assert loaded.keys() == calibrated.keys()
-    for name, value in calibrated.items():
-        assert torch.equal(loaded[name], value), name
+    loaded = harness.load(tmp_path / "out")
+    for name, value in model.state_dict().items():
+        module, _, part = name.rpartition(".")
+        assert torch.equal(getattr(loaded.get_submodule(module), part), value), name
         assert torch.equal(before[name], value) == ("_proj" not in name), name
 
 
@@ -62,13 +61,13 @@ def test_a_model_too_large_for_the_memory_gives_the_same_checkpoint(
     monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
     text = ("--calibration", words_file, "--eval", words_file, "--block-size", tiny.BLOCK)
     assert run_main(quantize.main, llama, "--out", tmp_path / "out", *text, *SMALL) == 0
-    assert "perplexity after is not measured" in capsys.readouterr().out
+    capsys.readouterr()
     files = sorted(file.name for file in quantized.glob("model*"))
     assert files == sorted(file.name for file in (tmp_path / "out").glob("model*"))
     for file in files:
         assert (tmp_path / "out" / file).read_bytes() == (quantized / file).read_bytes()
     reports = [json.loads((folder / REPORT).read_text()) for folder in (quantized, tmp_path / "out")]
-    assert reports[0]["perplexity"]["before"] == reports[1]["perplexity"]["before"]
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
     assert run_main(quantize.main, llama, "--method", "rtn-2bit", *text, *SMALL) == EXIT_USAGE
     assert "needs the whole model in memory" in capsys.readouterr().err
 

@@ -1,0 +1,194 @@
+"""Ternary checkpoints in transformers: after ``import harness.hf``, ``from_pretrained`` reads them.
+
+Linear layers become `TernaryLinear`. Loading refuses a checkpoint that is damaged or lacks a tensor;
+without this import transformers would only warn, and fill such layers at random.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from harness import checkpoint
+from harness.cli import UserError
+from harness.linear import TernaryLinear
+from harness.models import quiet_transformers, read_config, read_json, require_complete
+
+
+@register_quantization_config(checkpoint.QUANT_METHOD)
+class TernaryQuantization(QuantizationConfigMixin):
+    """The ``quantization_config`` of a ternary checkpoint.
+
+    Parameters
+    ----------
+    format_version, block_size, modules, unpermuted
+        As `harness.checkpoint` describes.
+    dense : bool
+        Whether dense weights are kept beside the packed ones; not stored.
+    """
+
+    def __init__(
+        self,
+        format_version: int = checkpoint.FORMAT_VERSION,
+        block_size: int = 128,
+        modules: list[str] | None = None,
+        unpermuted: list[str] | None = None,
+        dense: bool = True,
+        **rest: Any,
+    ) -> None:
+        self.quant_method = checkpoint.QUANT_METHOD  # type: ignore[assignment] # an enum of its own methods
+        self.format_version = format_version
+        self.block_size = block_size
+        self.modules = modules
+        self.unpermuted = unpermuted
+        self.dense = dense
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {name: value for name, value in super().to_dict().items() if name != "dense"}
+
+
+@register_quantizer(checkpoint.QUANT_METHOD)
+class TernaryQuantizer(HfQuantizer):
+    """Swaps `TernaryLinear` in before the weights are loaded."""
+
+    quantization_config: TernaryQuantization
+    requires_calibration = True  # transformers cannot ternarize; python -m harness.quantize does
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **rest: Any
+    ) -> None:
+        stored = checkpoint.stored_layers(self.quantization_config.to_dict(), "config.json")
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        # Weights are what calibration saw, also for a model that is loaded in another dtype.
+        dtype = _named_dtype(read_config(folder).get("dtype")) if folder else model.dtype
+        for name in stored.modules:
+            swap(model, name, stored, dtype)
+        if folder:
+            with torch.device("cpu"):  # transformers has made the meta device the default
+                checkpoint.verify(folder, model)
+
+    def _process_model_after_weight_loading(self, model: Any, **rest: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, TernaryLinear):
+                module.keep_dense(self.quantization_config.dense)
+        return model
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the same tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Trits have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """``torch.compile`` and static caches work."""
+        return True
+
+
+def _named_dtype(name: Any) -> torch.dtype:
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"config.json: dtype is {name!r}, which torch does not know")
+    return dtype
+
+
+def swap(model: nn.Module, name: str, stored: checkpoint.StoredLayers, dtype: torch.dtype) -> None:
+    """Put a `TernaryLinear` in the place of a linear layer.
+
+    Raises
+    ------
+    UserError
+        If the model has no linear layer of that name.
+    """
+    linear = dict(model.named_modules()).get(name)
+    if not isinstance(linear, nn.Linear):
+        raise UserError(f"config.json: {name} is not a linear layer of {type(model).__name__}")
+    parent, _, own = name.rpartition(".")
+    with torch.device(linear.weight.device):
+        layer = TernaryLinear(
+            linear.in_features,
+            linear.out_features,
+            stored.block_size,
+            name not in stored.unpermuted,
+            linear.bias is not None,
+            dtype,
+        )
+    setattr(model.get_submodule(parent), own, layer)
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dense: bool = True,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Read a ternary checkpoint as a transformers model.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder that `python -m harness.quantize` wrote.
+    device : str or torch.device
+        Where the model goes.
+    dense : bool
+        Keep dense weights in the dtype of the original beside the packed ones: as fast as the original
+        and 12 % larger in memory. Without them each layer is dequantized at every call: slow, but in
+        an eighth of the memory and the largest layer.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In the dtype of the original model, in evaluation mode. Every weight is, bit for bit, what
+        calibration used.
+
+    Raises
+    ------
+    UserError
+        If the folder is no such checkpoint, its version is another, or a tensor is missing, left
+        over, of the wrong shape or type, or damaged; names the tensor.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
+    quantization = read_config(folder).get("quantization_config")
+    if not checkpoint.is_ternary(folder) or not isinstance(quantization, dict):
+        raise UserError(
+            f"{folder} is not a ternary checkpoint: its config.json has no quant_method "
+            f"{checkpoint.QUANT_METHOD}"
+        )
+    # Before transformers looks at them: its messages do not say which file is wrong.
+    checkpoint.stored_layers(quantization, str(folder))
+    checkpoint.weight_map(folder)
+    if (folder / checkpoint.GENERATION).is_file():
+        read_json(folder / checkpoint.GENERATION)
+    quiet_transformers()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config.quantization_config = {**quantization, "dense": dense}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a damaged config fails in as many ways as there are models
+        raise UserError(f"{folder / checkpoint.CONFIG} does not describe a model: {error}") from None
+    model, info = loaded
+    require_complete(info, str(folder))
+    return model.to(device).eval()

@@ -1,0 +1,148 @@
+"""A linear layer whose weights stay packed trits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class TernaryLinear(nn.Module):
+    """``nn.Linear`` with the weights ``alpha * t + mu``, stored as `reference.packing` describes.
+
+    The tensors of the checkpoint are its buffers, so what is saved is what was loaded, bit for bit.
+    Changing the module's dtype never changes alpha and mu.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Columns m and rows n.
+    block_size : int
+        Columns that share alpha and mu.
+    permuted : bool
+        Whether there is a permutation.
+    bias : bool
+        Whether there is a bias.
+    dtype : torch.dtype
+        What weights are rounded to: the dtype that calibration saw them in.
+
+    Attributes
+    ----------
+    trits, scale, shift, permutation : tensors
+        As in the checkpoint; `permutation` is None where it is the identity.
+    weight : (n, m) tensor or None
+        Dense weights, if they are kept (`keep_dense`); otherwise they are made at every call.
+    """
+
+    trits: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    permutation: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: int,
+        permuted: bool,
+        bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size, self.weight_dtype = block_size, dtype
+        for name, (kind, shape) in stored_parts(out_features, in_features, block_size, permuted).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=kind))
+        if not permuted:
+            self.permutation = None
+        self.register_buffer("weight", None, persistent=False)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
+        )
+
+    def dequantize(self) -> torch.Tensor:
+        """The (n, m) weights, columns in their original order, in the dtype that calibration saw."""
+        block = torch.arange(self.in_features, device=self.trits.device) // self.block_size
+        alpha, mu = (grid.float()[:, block] for grid in (self.scale, self.shift))
+        ordered = (alpha * unpack_base3(self.trits, self.in_features) + mu).to(self.weight_dtype)
+        if self.permutation is None:
+            return ordered
+        weight = torch.empty_like(ordered)
+        weight[:, self.permutation.long()] = ordered
+        return weight
+
+    def keep_dense(self, keep: bool) -> None:
+        """Keep dense weights beside the packed ones, for speed; or drop them, for memory."""
+        self.weight = self.dequantize() if keep else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., m) to (..., n), in the dtype of x."""
+        weight = self.dequantize() if self.weight is None else self.weight
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """What is printed of the module."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"block_size={self.block_size}, bias={self.bias is not None}, "
+            f"permuted={self.permutation is not None}, dense={self.weight is not None}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # What converts floating-point tensors leaves integers alone, and what moves tensors moves both.
+        kept = ("scale", "shift")
+        for name in kept:
+            self._buffers[name] = self._buffers[name].view(torch.int16)  # type: ignore[union-attr]
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            for name in kept:
+                self._buffers[name] = self._buffers[name].view(torch.float16)  # type: ignore[union-attr]
+
+
+def stored_parts(
+    rows: int, columns: int, block_size: int, permuted: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Types and shapes of the tensors that hold one matrix."""
+    blocks = -(-columns // block_size)
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "trits": (torch.uint8, (rows, -(-columns // 5))),
+        "scale": (torch.float16, (rows, blocks)),
+        "shift": (torch.float16, (rows, blocks)),
+    }
+    if permuted:
+        parts["permutation"] = (getattr(torch, str(permutation_dtype(columns))), (columns,))
+    return parts
+
+
+def permutation_dtype(columns: int) -> np.dtype[Any]:
+    """The smallest unsigned type that holds the index of every column."""
+    return np.min_scalar_type(columns - 1)
+
+
+def unpack_base3(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Trits of bytes that are known to be sound, (..., ceil(count / 5)) uint8 to (..., count) int8."""
+    places = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
+    digits = (packed[..., None] // places % 3).flatten(-2)
+    return digits[..., :count].to(torch.int8) - 1
+
+
+def require_base3(packed: torch.Tensor, count: int) -> None:
+    """Refuse bytes that are not the code of trits.
+
+    Raises
+    ------
+    ValueError
+        If a byte is above 242, or the last of a row is filled up with something other than t = 0.
+    """
+    if (packed > 3**5 - 1).any():
+        byte = int(packed[packed > 3**5 - 1][0])
+        raise ValueError(f"byte {byte} is not the code of 5 trits")
+    filling = unpack_base3(packed[..., -1:], 5)[..., count - 5 * (packed.shape[-1] - 1) :]
+    if filling.any():
+        raise ValueError(f"the last byte must be filled up with t = 0 beyond trit {count}")

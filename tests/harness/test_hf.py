@@ -1,0 +1,178 @@
+"""Ternary layers inside transformers: loading, saving, moving, generating."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import harness
+import harness.hf
+from harness import checkpoint, perplexity
+from harness.cli import UserError
+from harness.compute import Compute
+from harness.layers import locate_layers
+from harness.linear import TernaryLinear, require_base3, unpack_base3
+from reference import packing
+from reference.types import TernaryConfig, TernaryMatrix
+from tests.harness import tiny
+from tests.harness.test_quantize import run_workflow
+
+PROMPT = torch.tensor([[3, 7, 11, 5], [4, 4, 90, 8]])
+
+
+@pytest.fixture(scope="module", params=sorted(tiny.CONFIGS))
+def ternarized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of every architecture, of weights that are on no grid."""
+    folder = tmp_path_factory.mktemp("hf")
+    words = folder / "words.txt"
+    words.write_text(tiny.words(400))
+    model = tiny.make_model(request.param, ternary=False)
+    run_workflow(model, folder / "out", words, TernaryConfig(block_size=tiny.BLOCK))
+    return folder / "out"
+
+
+def with_plain_layers(folder: Path) -> torch.nn.Module:
+    """The model with nn.Linear layers of the weights that the reference makes of the stored tensors."""
+    model = harness.load(folder)
+    tensors = dict(checkpoint.tensors_of(folder))
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, TernaryLinear):
+            continue
+        permutation = tensors.get(f"{name}.permutation", torch.arange(layer.in_features)).numpy()
+        matrix = TernaryMatrix(
+            packing.unpack_base3(tensors[f"{name}.trits"].numpy(), layer.in_features),
+            tensors[f"{name}.scale"].numpy(),
+            tensors[f"{name}.shift"].numpy(),
+            permutation.astype(np.intp),
+            tiny.BLOCK,
+        )
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        plain.weight.data = torch.from_numpy(matrix.dequantize()).to(model.dtype)
+        if layer.bias is not None:
+            plain.bias.data = layer.bias.data
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, plain)
+    return model
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_logits_are_those_of_the_dequantized_model(ternarized: Path, dense: bool) -> None:
+    expected = with_plain_layers(ternarized)(PROMPT).logits
+    assert torch.equal(harness.load(ternarized, dense=dense)(PROMPT).logits, expected)
+
+
+def test_from_pretrained_reads_it_like_load(ternarized: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(ternarized, dtype="auto")
+    expected = harness.load(ternarized)
+    assert torch.equal(model(PROMPT).logits, expected(PROMPT).logits)
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    tied = expected.config.tie_word_embeddings
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+def test_what_is_saved_is_what_was_stored(ternarized: Path, tmp_path: Path) -> None:
+    harness.load(ternarized).save_pretrained(tmp_path / "again")
+    stored, saved = (dict(checkpoint.tensors_of(folder)) for folder in (ternarized, tmp_path / "again"))
+    assert stored.keys() == saved.keys()
+    for name, tensor in stored.items():
+        assert tensor.dtype == saved[name].dtype
+        assert torch.equal(tensor, saved[name]), name
+    configs = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (ternarized, tmp_path / "again")
+    ]
+    assert configs[0] == configs[1]
+    again = harness.load(tmp_path / "again")
+    assert torch.equal(again(PROMPT).logits, harness.load(ternarized)(PROMPT).logits)
+
+
+def test_greedy_generation_is_that_of_the_dequantized_model(ternarized: Path) -> None:
+    model, plain = harness.load(ternarized), with_plain_layers(ternarized)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = plain.generate(PROMPT, **options)
+    assert torch.equal(model.generate(PROMPT, **options), expected)
+    assert torch.equal(model.generate(PROMPT, cache_implementation="static", **options), expected)
+    assert torch.equal(copy.deepcopy(model).generate(PROMPT, **options), expected)
+
+
+def test_changing_the_dtype_leaves_alpha_and_mu_alone(quantized: Path) -> None:
+    model = harness.load(quantized)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items() if "proj" in name}
+    model.to(torch.float32)
+    assert model.model.norm.weight.dtype == torch.float32
+    logits = model(PROMPT).logits
+    for change in (torch.float16, torch.bfloat16, torch.float64):
+        model.to(change)
+        for layer in model.model.layers:
+            layer.float()
+        for name, tensor in model.state_dict().items():
+            if name in stored:
+                assert tensor.dtype == stored[name].dtype
+                assert torch.equal(tensor, stored[name]), (change, name)
+    wide = with_plain_layers(quantized).to(torch.float32)
+    assert torch.equal(logits, wide(PROMPT).logits)
+
+
+def test_loaded_in_another_dtype_weights_are_those_that_calibration_saw(quantized: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32)
+    wide = with_plain_layers(quantized).to(torch.float32)
+    assert model.dtype == torch.float32
+    assert torch.equal(model(PROMPT).logits, wide(PROMPT).logits)
+
+
+def test_without_dense_weights_a_model_is_small(quantized: Path) -> None:
+    sizes = []
+    for dense in (True, False):
+        layers = [m for m in harness.load(quantized, dense=dense).modules() if isinstance(m, TernaryLinear)]
+        tensors = [tensor for layer in layers for tensor in layer.buffers()]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        assert all((layer.weight is not None) == dense for layer in layers)
+    # 16 bits a weight against 1.6, and 32 for every block of 64 or less.
+    assert sizes[1] < 0.2 * sizes[0]
+
+
+@pytest.mark.parametrize("lost", ["trits", "permutation"])
+def test_from_pretrained_refuses_a_checkpoint_that_lacks_a_tensor(damaged: Path, lost: str) -> None:
+    """transformers itself would warn, and fill the layer at random."""
+    index = json.loads((damaged / checkpoint.INDEX).read_text())
+    name = f"model.layers.1.mlp.up_proj.{lost}"
+    file = damaged / index["weight_map"].pop(name)
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    (damaged / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"the tensor {name} is missing"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5, 6, 23])
+def test_trits_are_unpacked_and_checked_as_in_the_reference(columns: int) -> None:
+    trits = np.random.default_rng(columns).integers(-1, 2, size=(7, columns)).astype(np.int8)
+    packed = torch.from_numpy(packing.pack_base3(trits))
+    np.testing.assert_array_equal(unpack_base3(packed, columns).numpy(), trits)
+    require_base3(packed, columns)
+    for byte in range(256):
+        changed = packed.clone()
+        changed[-1, -1] = byte
+        try:
+            packing.unpack_base3(changed.numpy(), columns)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=str(error)):
+                require_base3(changed, columns)
+        else:
+            require_base3(changed, columns)
+
+
+def test_a_ternary_model_is_measured_layer_by_layer_too(quantized: Path) -> None:
+    model = harness.load(quantized, dense=False)
+    windows = torch.randint(3, tiny.VOCABULARY, (2, 20))
+    arguments = (windows, 40, "words")
+    by_layers = perplexity.measure_by_layers(model, locate_layers(model), *arguments, Compute())
+    assert by_layers == perplexity.measure(model, *arguments)
