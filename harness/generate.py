@@ -1,0 +1,153 @@
+"""Let a ternary or an original model write: python -m harness.generate PATH --prompt TEXT."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from harness.checkpoint import is_ternary, load_tokenizer
+from harness.cli import HelpFormatter, UserError, positive, run
+from harness.compute import default_compute
+from harness.hf import load
+from harness.models import MODEL_HELP, Original, load_original, require_fits
+
+DESCRIPTION = """\
+Continue a prompt with a ternary checkpoint, or with an original model for comparison. The text is
+printed as it comes, and at the end tokens a second, of reading the prompt and of writing.
+
+  python -m harness.generate smollm2-ternary --prompt "The capital of France is"
+  python -m harness.generate smollm2-ternary --prompt "Tell me a joke." --chat --temperature 0.7
+"""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens, and seconds, of the prompt (and the first token) and of what was written after it."""
+
+    prompt: int
+    written: int
+    prompt_seconds: float
+    writing_seconds: float
+
+    def __str__(self) -> str:
+        after = self.written - 1
+        writing = f", {after / self.writing_seconds:.1f} tokens/s written" if after > 0 else ""
+        return (
+            f"{self.prompt} tokens of prompt in {self.prompt_seconds:.2f} s "
+            f"({self.prompt / self.prompt_seconds:.1f} tokens/s), {self.written} tokens written{writing}"
+        )
+
+
+class _Clock(TextStreamer):
+    """Prints text as it comes, and notes when the first new token did."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.first: float | None = None
+        self.calls = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with every token."""
+        self.calls += 1
+        if self.calls == 2:
+            self.first = time.perf_counter()
+        super().put(value)
+
+
+def generate(original: Original, prompt: str, tokens: int, temperature: float, seed: int) -> Speed:
+    """Print the continuation of a prompt.
+
+    Parameters
+    ----------
+    original : Original
+        Model and tokenizer.
+    prompt : str
+        Text to continue.
+    tokens : int
+        Most tokens to write; fewer if the model ends its text.
+    temperature : float
+        0 takes the likeliest token; above, tokens are drawn.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    Speed
+
+    Raises
+    ------
+    UserError
+        If the prompt is empty, or longer with what is to be written than the model has positions for.
+    """
+    model = original.model
+    inputs = original.tokenizer(prompt, return_tensors="pt")
+    ids = inputs["input_ids"]
+    if ids.numel() == 0:
+        raise UserError("the prompt is empty")
+    require_fits(model, ids, ids.shape[1] + tokens)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    streamer = _Clock(original.tokenizer)
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    with torch.no_grad():
+        output = model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=tokens,
+            streamer=streamer,
+            pad_token_id=original.tokenizer.pad_token_id or original.tokenizer.eos_token_id,
+            **sampling,
+        )
+    end = time.perf_counter()
+    first = streamer.first or end
+    return Speed(ids.shape[1], output.shape[1] - ids.shape[1], first - begin, end - first)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.generate", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    add = parser.add_argument
+    add("model", metavar="PATH", help=f"a ternary checkpoint; or {MODEL_HELP}")
+    add("--prompt", required=True, metavar="TEXT", help="text to continue")
+    add("--chat", action="store_true", help="give the prompt as a user's message, by the model's template")
+    add("--tokens", type=positive, default=64, metavar="N", help="most tokens to write")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token")
+    add("--seed", type=int, default=0, metavar="N", help="of the draw, if the temperature is above 0")
+    add("--packed", action="store_true", help="keep no dense weights: slow on a CPU, an eighth of the memory")
+    add("--cpu", action="store_true", help="do not use a CUDA device that torch has")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    arguments = parser.parse_args()
+    if not 0 <= arguments.temperature < float("inf"):
+        parser.error("--temperature must be a number that is not negative")
+
+    device = "cpu" if arguments.cpu else default_compute().device
+    path = Path(arguments.model)
+    if is_ternary(path):
+        model = load(path, device, not arguments.packed, arguments.trust_remote_code)
+        original = Original(model, load_tokenizer(path), str(path))
+    else:
+        original = load_original(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        original.model.to(device)
+    prompt = _in_template(original, arguments.prompt) if arguments.chat else arguments.prompt
+    speed = generate(original, prompt, arguments.tokens, arguments.temperature, arguments.seed)
+    print(f"{speed}, on {original.model.device}", file=sys.stderr)
+    return 0
+
+
+def _in_template(original: Original, message: str) -> str:
+    if not original.tokenizer.chat_template:
+        raise UserError(f"{original.name} has no chat template; leave out --chat")
+    chat = [{"role": "user", "content": message}]
+    return original.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+if __name__ == "__main__":
+    run(main)

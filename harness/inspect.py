@@ -1,0 +1,137 @@
+"""What is in a ternary checkpoint, byte by byte: python -m harness.inspect PATH."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import checkpoint
+from harness.cli import HelpFormatter, json_text, run
+from harness.hf import load
+from harness.linear import TernaryLinear, unpack_base3
+
+DESCRIPTION = """\
+Print what a ternary checkpoint holds: the bytes of every kind, bits a weight with everything counted,
+and for each layer its shape, size and how often -1, 0 and +1 occur.
+
+  python -m harness.inspect smollm2-ternary
+"""
+
+KINDS = {
+    "trits": "trits, five to a byte",
+    "scale": "alpha",
+    "shift": "mu",
+    "permutation": "permutations",
+    "rest": "embeddings, head, norms and biases",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A packed matrix; `counts` of its trits -1, 0 and +1."""
+
+    name: str
+    rows: int
+    columns: int
+    bytes: int
+    counts: tuple[int, int, int]
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, alpha, mu and permutation counted."""
+        return 8 * self.bytes / (self.rows * self.columns)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Sizes and layers of a checkpoint.
+
+    Parameters
+    ----------
+    folder : Path
+        A ternary checkpoint.
+
+    Returns
+    -------
+    dict
+        ``block_size``; ``bytes`` by kind (`KINDS`) of tensors, and ``bytes_on_disk`` of the weight files
+        with their headers; ``layers``, a list of `Layer`.
+
+    Raises
+    ------
+    UserError
+        If the folder is no such checkpoint, or a file or tensor of it is missing or damaged.
+    """
+    model = load(folder, dense=False)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
+    sizes = dict.fromkeys(KINDS, 0)
+    for name, tensor in checkpoint.tensors_of(folder):
+        module, _, part = name.rpartition(".")
+        kind = part if module in layers and part in checkpoint.PACKED else "rest"
+        sizes[kind] += tensor.numel() * tensor.element_size()
+    files = set(checkpoint.weight_map(folder).values())
+    return {
+        "block_size": model.config.quantization_config.block_size,
+        "bytes": sizes,
+        "bytes_on_disk": sum((folder / file).stat().st_size for file in files),
+        "layers": [_layer(name, layer) for name, layer in layers.items()],
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The description as people read it."""
+    layers: list[Layer] = found["layers"]
+    weights = sum(layer.rows * layer.columns for layer in layers)
+    ternary = sum(found["bytes"][kind] for kind in KINDS if kind != "rest")
+    width = max(len(layer.name) for layer in layers)
+    text = [f"{'layer':{width}}  {'shape':>13}  {'bytes':>12}  {'bits':>6}  {'-1':>6} {'0':>6} {'+1':>6}"]
+    for layer in layers:
+        total = sum(layer.counts)
+        shares = " ".join(f"{count / total:6.1%}" for count in layer.counts)
+        shape = f"{layer.rows} x {layer.columns}"
+        text.append(f"{layer.name:{width}}  {shape:>13}  {layer.bytes:12,}  {layer.bits:6.3f}  {shares}")
+    text.append("")
+    for kind, what in KINDS.items():
+        size = found["bytes"][kind]
+        share = f"{8 * size / weights:7.3f} bits a weight" if kind != "rest" else ""
+        text.append(f"{what:36} {size:16,} bytes  {share}".rstrip())
+    text.append(
+        f"{'ternary layers in all':36} {ternary:16,} bytes  {8 * ternary / weights:7.3f} bits a weight"
+    )
+    text.append(f"{'weight files on disk':36} {found['bytes_on_disk']:16,} bytes")
+    text.append(f"{len(layers)} ternary layers, {weights:,} weights, blocks of {found['block_size']} columns")
+    return text
+
+
+def _layer(name: str, layer: TernaryLinear) -> Layer:
+    parts = [getattr(layer, part) for part in checkpoint.PACKED]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in parts if tensor is not None)
+    # Counted by bytes, as a large layer's trits would take five times their room unpacked.
+    occurrences = torch.bincount(layer.trits.flatten().long(), minlength=3**5)
+    codes = unpack_base3(torch.arange(3**5, dtype=torch.uint8)[:, None], 5)
+    minus, zero, plus = (int(((codes == t).sum(1) * occurrences).sum()) for t in (-1, 0, 1))
+    zero -= layer.out_features * (5 * layer.trits.shape[1] - layer.in_features)  # the filling of the rows
+    return Layer(name, layer.out_features, layer.in_features, size, (minus, zero, plus))
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.inspect", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="folder of a ternary checkpoint")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    arguments = parser.parse_args()
+    found = describe(arguments.path)
+    if arguments.json:
+        print(json_text({**found, "layers": [vars(layer) for layer in found["layers"]]}))
+    else:
+        print("\n".join(lines(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

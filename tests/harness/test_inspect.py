@@ -1,0 +1,93 @@
+"""What harness.inspect and harness.generate say of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import harness
+from harness import checkpoint, generate, inspect
+from harness.cli import EXIT_USAGE
+from reference.packing import unpack_base3
+
+Run = Callable[..., int]
+
+
+def test_every_byte_is_counted(quantized: Path, run_main: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(inspect.main, quantized, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    files = list(quantized.glob("*.safetensors"))
+    assert found["bytes_on_disk"] == sum(file.stat().st_size for file in files)
+    # A safetensors file is eight bytes of length, a header, and the tensors.
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    assert sum(found["bytes"].values()) == found["bytes_on_disk"] - headers
+    tensors = dict(checkpoint.tensors_of(quantized))
+    for layer in found["layers"]:
+        trits = unpack_base3(tensors[f"{layer['name']}.trits"].numpy(), layer["columns"])
+        assert layer["counts"] == [int((trits == t).sum()) for t in (-1, 0, 1)]
+        packed = checkpoint.packed_bytes(layer["rows"], layer["columns"], found["block_size"], True)
+        assert layer["bytes"] == packed
+    assert sum(layer["bytes"] for layer in found["layers"]) == sum(
+        size for kind, size in found["bytes"].items() if kind != "rest"
+    )
+
+
+def test_the_table_has_a_line_for_every_layer(
+    quantized: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(inspect.main, quantized) == 0
+    out = capsys.readouterr().out
+    assert out.count("_proj ") == 21
+    assert "128 x 176" in out
+    assert "21 ternary layers" in out
+
+
+@pytest.mark.parametrize("program", [inspect, generate])
+def test_what_is_no_checkpoint_is_refused(
+    program: object, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ("--prompt", "w3") if program is generate else ()
+    assert run_main(program.main, tmp_path / "none", *extra) == EXIT_USAGE  # type: ignore[attr-defined]
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", [(), ("--packed",)])
+def test_a_prompt_is_continued_with_the_likeliest_tokens(
+    packed: tuple[str, ...], quantized: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--prompt", "w5 w6 w7", "--tokens", "6", "--cpu", *packed)
+    assert run_main(generate.main, quantized, *arguments) == 0
+    captured = capsys.readouterr()
+    model, ids = harness.load(quantized), [5, 6, 7]
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(np.argmax(model(torch.tensor([ids])).logits[0, -1].float().numpy())))
+    words = [f"w{i}" for i in ids[3:] if i > 2]
+    assert captured.out.split()[: len(words)] == words
+    assert "3 tokens of prompt" in captured.err
+    assert "tokens/s" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "w3", "--tokens", "4000"), "longer than the 2048 positions"),
+        (("--prompt", "w3", "--chat"), "has no chat template; leave out --chat"),
+        (("--prompt", "w3", "--temperature", "-1"), "must be a number that is not negative"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(
+    arguments: tuple[str, ...],
+    message: str,
+    quantized: Path,
+    run_main: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_main(generate.main, quantized, *arguments) == EXIT_USAGE
+    assert message in capsys.readouterr().err
