@@ -17,9 +17,10 @@ from typing import Any
 from harness import checkpoint, report, text
 from harness.backends import load_backend
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
-from harness.compute import compute_for
+from harness.compute import compute_for, default_compute
 from harness.pipeline import FitError
 from harness.scale import SHAPES, Scale, quantize_shape
+from harness.throughput import Lengths, generation_speed
 from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
 from reference.types import TernaryConfig
 
@@ -29,11 +30,13 @@ Measure on this machine and write the figures to a file, with command, machine a
   run      a whole quantization, stage by stage, against two plain forward passes of the same tokens
   methods  the paper's ablations and 2-bit baselines side by side, on one text
   quantize random layers of the shapes of large models through the whole pipeline
+  generate tokens a second of models of these shapes, dense and ternary
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
   python -m harness.benchmark quantize benchmarks/quantize.json --shape llama-7b llama-65b --layers 2
+  python -m harness.benchmark generate benchmarks/generate.json --shape llama-7b
 """
 
 NO_ORDER = TernaryConfig(reorder="none")
@@ -90,6 +93,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seqlen", type=window_length, default=scale.seqlen, help="tokens in a window")
     sub.add_argument("--backend", default="auto", help="as for harness.quantize")
     sub.add_argument("--device-memory", type=positive, metavar="GB", help="most memory of the device to use")
+
+    lengths = Lengths()
+    sub = kind("generate", "tokens a second of models of large shapes, dense and ternary")
+    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help="models to imitate")
+    sub.add_argument("--layers", type=positive, metavar="N", help="only N decoder layers")
+    sub.add_argument("--prefill", type=positive, default=lengths.prefill, help="tokens of the prompt")
+    sub.add_argument("--decode", type=positive, default=lengths.decode, help="tokens to write")
     return parser
 
 
@@ -202,6 +212,12 @@ def main() -> int:
         results = summarize(_report_of(arguments))
     elif arguments.kind == "quantize":
         results = _quantize_shapes(arguments, save)
+    elif arguments.kind == "generate":
+        results = {}
+        for shape in arguments.shape:
+            lengths = Lengths(arguments.prefill, arguments.decode)
+            results[shape] = generation_speed(shape, default_compute(), arguments.layers, lengths)
+            save(results)
     else:
         options = Options(
             model=arguments.model,

@@ -31,6 +31,7 @@ SHAPES = {
     "smollm2-135m": ("Llama", 576, 1536, 30, 9, 3, 49152),
     "llama-7b": ("Llama", 4096, 11008, 32, 32, 32, 32000),
     "llama-13b": ("Llama", 5120, 13824, 40, 40, 40, 32000),
+    "llama-30b": ("Llama", 6656, 17920, 60, 52, 52, 32000),
     "llama-65b": ("Llama", 8192, 22016, 80, 64, 64, 32000),
     "llama3-8b": ("Llama", 4096, 14336, 32, 32, 8, 128256),
     "qwen3-14b": ("Qwen3", 5120, 17408, 40, 40, 8, 151936),
@@ -132,10 +133,10 @@ def quantize_shape(
     }
 
 
-def random_model(scale: Scale, compute: Compute) -> tuple[Any, DecoderLayers, int]:
-    """A model of a shape whose layers are made when they are asked for, and the number it really has."""
-    family, hidden, intermediate, depth, heads, groups, vocabulary = SHAPES[scale.shape]
-    config = getattr(quiet_transformers(), f"{family}Config")(
+def make_config(shape: str, positions: int = 2048) -> Any:
+    """The transformers configuration of a shape, with one layer."""
+    family, hidden, intermediate, _, heads, groups, vocabulary = SHAPES[shape]
+    return getattr(quiet_transformers(), f"{family}Config")(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=1,
@@ -143,9 +144,15 @@ def random_model(scale: Scale, compute: Compute) -> tuple[Any, DecoderLayers, in
         num_key_value_heads=groups,
         head_dim=128 if family == "Qwen3" else hidden // heads,
         vocab_size=vocabulary,
-        max_position_embeddings=max(2048, scale.seqlen),
-        tie_word_embeddings=True,  # the head takes no part
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,  # a head of its own would only take memory
     )
+
+
+def random_model(scale: Scale, compute: Compute) -> tuple[Any, DecoderLayers, int]:
+    """A model of a shape whose layers are made when they are asked for, and the number it really has."""
+    depth = SHAPES[scale.shape][3]
+    config = make_config(scale.shape, max(2048, scale.seqlen))
     model = quiet_transformers().AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     empty = attach_empty_layers(model, min(scale.layers or depth, depth))
     shapes = {f"{empty.prefix}.{name}": t.shape for name, t in empty.layers.state_dict().items()}

@@ -13,7 +13,9 @@ import torch
 from harness import benchmark
 from harness.cli import EXIT_USAGE
 from harness.compute import Compute
+from harness.linear import TernaryLinear, require_base3
 from harness.scale import Scale, column_gptq, random_model
+from harness.throughput import random_network
 from reference import baselines
 
 Run = Callable[..., int]
@@ -135,3 +137,26 @@ def test_the_plain_gptq_that_is_timed_is_the_one_of_the_reference() -> None:
     W[3] = 0
     ours = column_gptq(torch.from_numpy(W), torch.from_numpy(C))
     np.testing.assert_allclose(ours.numpy(), baselines.gptq(W, C), atol=1e-12)
+
+
+def test_tokens_a_second_of_a_dense_and_a_ternary_model(tmp_path: Path, run_main: Run) -> None:
+    file = tmp_path / "generate.json"
+    size = ("--layers", "2", "--prefill", "6", "--decode", "4")
+    assert run_main(benchmark.main, "generate", file, "--shape", "tiny", *size) == 0
+    result = json.loads(file.read_text())["results"]["tiny"]
+    assert (result["layers"], result["layers_of_the_model"]) == (2, 3)
+    for kind in ("dense", "ternary"):
+        assert all(result[kind][figure] > 0 for figure in ("prefill", "decode", "both"))
+    assert result["ternary_over_dense"]["decode"] == pytest.approx(
+        result["ternary"]["decode"] / result["dense"]["decode"], rel=1e-3
+    )
+
+
+def test_random_ternary_layers_are_sound(tmp_path: Path) -> None:
+    model = random_network("tiny", 1, ternary=True, compute=Compute())
+    layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
+    assert len(layers) == 7
+    for layer in layers:
+        require_base3(layer.trits, layer.in_features)
+        assert torch.equal(layer.permutation.long().sort().values, torch.arange(layer.in_features))
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()

@@ -1,0 +1,142 @@
+"""Tokens a second of models of real shapes, dense and ternary, side by side in one run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.checkpoint import StoredLayers
+from harness.compute import Compute
+from harness.hf import swap
+from harness.linear import TernaryLinear
+from harness.models import attach_empty_layers, quiet_transformers
+from harness.scale import SHAPES, make_config
+
+DTYPE = torch.bfloat16
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens that are read and written, as in the paper's Fig. 4."""
+
+    prefill: int = 128
+    decode: int = 256
+
+
+def generation_speed(
+    shape: str, compute: Compute, layers: int | None = None, lengths: Lengths = Lengths()
+) -> dict[str, Any]:
+    """Tokens a second of reading a prompt, of writing after it, and of both, at batch 1.
+
+    Both models are random, run through ``generate`` with a static cache, and are compiled by it with CUDA
+    graphs where there is a device.
+
+    Parameters
+    ----------
+    shape : str
+        One of `harness.scale.SHAPES`.
+    compute : Compute
+        Where they run.
+    layers : int, optional
+        Decoder layers; all if left out.
+    lengths : Lengths
+        Tokens of the prompt, and tokens written.
+
+    Returns
+    -------
+    dict
+        For the ``dense`` and the ``ternary`` model: tokens a second of ``prefill``, ``decode`` and ``both``,
+        and bytes of the model; and the ratios of these.
+    """
+    figures = {
+        kind: _speed(random_network(shape, layers, kind == "ternary", compute), compute, lengths)
+        for kind in ("dense", "ternary")
+    }
+    dense, ternary = figures["dense"], figures["ternary"]
+    return {
+        "shape": shape,
+        "layers": min(layers or SHAPES[shape][3], SHAPES[shape][3]),
+        "layers_of_the_model": SHAPES[shape][3],
+        "tokens": f"{lengths.prefill} read, {lengths.decode} written",
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "device": compute.describe(),
+        **figures,
+        "ternary_over_dense": {figure: round(ternary[figure] / dense[figure], 4) for figure in dense},
+    }
+
+
+def random_network(shape: str, layers: int | None, ternary: bool, compute: Compute) -> Any:
+    """A model of a shape with random weights, made on the device it runs on."""
+    depth = min(layers or SHAPES[shape][3], SHAPES[shape][3])
+    model: Any = quiet_transformers().AutoModelForCausalLM.from_config(make_config(shape), dtype=DTYPE).eval()
+    decoder = attach_empty_layers(model, depth)
+    if ternary:
+        names = list(decoder.named_linears())
+        stored = StoredLayers(block_size=128, modules=names, unpermuted=[])
+        for name in names:
+            swap(model, name, stored, DTYPE)
+    for layer in decoder.layers:
+        layer.to_empty(device=compute.device)
+        for module in layer.modules():
+            _fill(module)
+    with torch.no_grad():
+        return model.to(compute.device)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module) -> None:
+    """Random weights of a size that keeps activations finite."""
+    if isinstance(module, TernaryLinear):
+        m = module.in_features
+        module.trits.random_(0, 3**5)
+        # The filling of the last byte is t = 0: the digit 1 in every place beyond the row.
+        used = m - 5 * (module.trits.shape[1] - 1)
+        module.trits[:, -1] = module.trits[:, -1] % 3**used + (3**5 - 3**used) // 2
+        module.scale.fill_(m**-0.5)
+        module.shift.normal_(std=0.1 * m**-0.5)
+        if module.permutation is not None:
+            module.permutation.copy_(torch.randperm(m, device=module.trits.device))
+        module.keep_dense(module.trits.device.type == "cpu")
+    elif isinstance(module, nn.Linear):
+        module.weight.normal_(std=module.in_features**-0.5)
+    else:  # norms
+        for parameter in module.parameters(recurse=False):
+            parameter.fill_(1)
+
+
+def _speed(model: Any, compute: Compute, lengths: Lengths) -> dict[str, float]:
+    prompt = torch.randint(0, model.config.vocab_size, (1, lengths.prefill), device=compute.device)
+
+    def seconds(tokens: int) -> float:
+        spent = []
+        for _ in range(REPEATS + 1):  # the first compiles
+            compute.wait()
+            begin = time.perf_counter()
+            with torch.no_grad():
+                model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    min_new_tokens=tokens,
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    cache_implementation="static",
+                    pad_token_id=0,
+                )
+            compute.wait()
+            spent.append(time.perf_counter() - begin)
+        return median(spent[1:])
+
+    first, both = seconds(1), seconds(lengths.decode + 1)
+    tensors = (*model.parameters(), *model.buffers())
+    return {
+        "prefill": round(lengths.prefill / first, 2),
+        "decode": round(lengths.decode / (both - first), 2),
+        "both": round((lengths.prefill + lengths.decode) / both, 2),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    }
