@@ -7,12 +7,14 @@ import torch
 from gpu.device import STANDIN, to_device, xp
 from harness.backends import load_backend
 from harness.capture import capture_inputs
-from harness.checkpoint import packed_tensors
+from harness.checkpoint import packed_tensors, tensors_of
 from harness.compute import Compute, compute_for
 from harness.gram import GramSum
 from harness.layers import find_decoder_layers
 from harness.pipeline import quantize_layers, ternarizer
+from harness.scale import Scale, quantize_shape
 from harness.tolerances import OUTPUT_ERROR
+from harness.workflow import Options, quantize
 from reference.packing import unpack_base3
 from reference.types import TernaryConfig
 from tests.harness import tiny
@@ -111,3 +113,37 @@ def test_hidden_states_that_do_not_fit_wait_in_pinned_memory(compute):
     small = Compute(compute.device, None, memory=128)
     assert small.place(states, reserved=0)[0].is_cuda
     assert small.place(states, reserved=1)[0].is_pinned()
+
+
+def test_a_shape_goes_through_the_whole_pipeline(compute):
+    result = quantize_shape(Scale("tiny", 2, 3, 64), load_backend("gpu"), compute, say=lambda line: None)
+    assert result["layers_measured"] == 2
+    assert (result["peak_device_memory_gb"] > 0) == (compute.memory is not None)
+    assert all(seconds > 0 for seconds in result["seconds_a_layer"].values())
+
+
+def test_a_checkpoint_written_from_the_device_is_the_one_of_the_reference(compute, tmp_path):
+    """The whole command, on a model that lies on a grid: both find it, whatever the layers run in."""
+    folder = tiny.save(tiny.make_model("llama"), tmp_path / "llama")
+    words = tmp_path / "words.txt"
+    words.write_text(tiny.words(400))
+    for backend in ("gpu", "reference"):
+        options = Options(
+            model=str(folder),
+            out=tmp_path / backend,
+            backend=backend,
+            calibration=str(words),
+            nsamples=8,
+            seqlen=24,
+            evaluation=str(words),
+            evaluation_seqlen=24,
+            config=TernaryConfig(block_size=tiny.BLOCK, reorder="none"),
+        )
+        report = quantize(options, say=lambda line: None)
+        assert report["perplexity"]["after"]["value"] == pytest.approx(
+            report["perplexity"]["before"]["value"], rel=1e-3
+        )
+    tensors = [dict(tensors_of(tmp_path / backend)) for backend in ("gpu", "reference")]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[1].items():
+        assert torch.equal(tensors[0][name], tensor), name
