@@ -43,7 +43,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         dense: bool = True,
         **rest: Any,
     ) -> None:
-        self.quant_method = checkpoint.QUANT_METHOD  # type: ignore[assignment] # an enum of its own methods
+        self.quant_method: Any = checkpoint.QUANT_METHOD  # transformers has an enum of its own methods
         self.format_version = format_version
         self.block_size = block_size
         self.modules = modules

@@ -95,14 +95,11 @@ class TernaryLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # What converts floating-point tensors leaves integers alone, and what moves tensors moves both.
-        kept = ("scale", "shift")
-        for name in kept:
-            self._buffers[name] = self._buffers[name].view(torch.int16)  # type: ignore[union-attr]
+        self.scale, self.shift = self.scale.view(torch.int16), self.shift.view(torch.int16)
         try:
             return super()._apply(fn, recurse)
         finally:
-            for name in kept:
-                self._buffers[name] = self._buffers[name].view(torch.float16)  # type: ignore[union-attr]
+            self.scale, self.shift = self.scale.view(torch.float16), self.shift.view(torch.float16)
 
 
 def stored_parts(
