@@ -1,0 +1,338 @@
+"""Plants faults in `reference/` and `gpu/`, one at a time, and shows which of them the tests notice.
+
+Existing mutation testers (mutmut, cosmic-ray) know neither barriers nor ties nor axes, and start a process
+with NumPy, SciPy and Numba for every fault, where this forks one that has them loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults import outcome
+from tests.faults.outcome import Journal, OutcomeError, Verdict
+from tests.faults.plant import Fault, find_faults
+
+DESCRIPTION = """\
+Plant faults in reference/ and gpu/ and show which of them the tests notice.
+
+A fault is one small change of the source: another operator, comparison, sign,
+constant, index, axis or type, a dropped term, factor, statement or barrier, a
+condition that is always true or false, a tie that goes the other way. Each is
+planted alone, in a copy of the project; nothing here is touched. The tests of
+the package run until one fails: the fault is caught. A fault that all of them
+pass is a survivor. It needs a test, or a reason in tests/faults/survivors.toml
+why no test can notice it.
+
+The outcome is written to tests/faults/outcome.json, file by file as they are
+completed. Every verdict is kept in tests/faults/journal.jsonl as it comes, so
+nothing is lost when the run is killed: --resume goes on from there."""
+
+EPILOG = """\
+examples:
+  python -m tests.faults                            all faults; about an hour on one core
+  python -m tests.faults --resume                   only what has changed, or was not reached
+  python -m tests.faults --package reference
+  python -m tests.faults --file gpu/ssr.py          after a change of this file
+  python -m tests.faults --file gpu/ssr.py --list   what would be planted
+
+exit code: 0 every survivor has a reason, 1 some have none (they are printed as they
+are entered into survivors.toml), 2 the tests fail without a fault, or bad usage"""
+
+ROOT = Path(__file__).parents[2]
+# What a copy of the project needs.
+COPIED = ("reference", "gpu", "harness", "golden", "tests", "pyproject.toml")
+# A fault in the reference must be noticed by its own tests, not by those of what is compared with it.
+TESTS = {
+    "reference": ("tests/reference", "tests/golden/test_reference.py"),
+    "gpu": ("tests/gpu",),
+}
+
+
+class TestsFail(Exception):
+    """The tests do not pass as they are; the message names those that fail."""
+
+
+@dataclass
+class Project:
+    """Where the sources and their tests lie.
+
+    Attributes
+    ----------
+    root : Path
+        Folder of the project.
+    tests : dict of str to tuple of str
+        Paths of the tests that judge each package.
+    copied : tuple of str
+        What of the folder the tests need.
+    """
+
+    root: Path = ROOT
+    tests: dict[str, tuple[str, ...]] = None  # type: ignore[assignment]
+    copied: tuple[str, ...] = COPIED
+
+    def __post_init__(self) -> None:
+        self.tests = self.tests or TESTS
+
+    def sources(self) -> list[str]:
+        """Every file of the packages, by its path."""
+        return [
+            path.relative_to(self.root).as_posix()
+            for package in self.tests
+            for path in sorted((self.root / package).rglob("*.py"))
+        ]
+
+    def faults(self, file: str) -> list[Fault]:
+        """The faults of a file."""
+        return find_faults((self.root / file).read_text(encoding="utf-8"), file)
+
+    def test_files(self, package: str) -> list[Path]:
+        """The files of the tests that judge a package."""
+        paths = [self.root / name for name in self.tests[package]]
+        return sorted(file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path]))
+
+
+class Bench:
+    """A copy of the project in which the tests of a package judge one fault after another."""
+
+    def __init__(self, project: Project, package: str, folder: Path) -> None:
+        self.folder = folder
+        for name in project.copied:
+            source = project.root / name
+            if source.is_dir():
+                shutil.copytree(
+                    source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.jsonl")
+                )
+            else:
+                shutil.copy(source, folder / name)
+        reading, writing = os.pipe()
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                str(Path(__file__).with_name("judge.py")),
+                str(writing),
+                *project.tests[package],
+            ],
+            cwd=folder,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(folder),
+                "PYTHONHASHSEED": "0",
+                "NUMBA_ENABLE_CUDASIM": "1",
+                # One process, one core: small matrices gain nothing from a second.
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[writing],
+            text=True,
+        )
+        os.close(writing)
+        self.answers = os.fdopen(reading, encoding="utf-8")
+        ready = self._answer()
+        if ready["code"] != 0:
+            raise TestsFail(f"the tests of {package} fail without a fault: {', '.join(ready['failed'])}")
+
+    def judge(self, fault: Fault) -> tuple[Verdict, float]:
+        """Plant a fault, run the tests, and take it out again."""
+        file = self.folder / fault.file
+        sound = file.read_text(encoding="utf-8")
+        compiled = list((file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"))
+        try:
+            # Python takes compiled code for that of a file of the same length and second.
+            for old in compiled:
+                old.unlink()
+            file.write_text(fault.planted(sound), encoding="utf-8")
+            assert self.process.stdin is not None
+            print(
+                json.dumps({"file": fault.file, "function": fault.function}),
+                file=self.process.stdin,
+                flush=True,
+            )
+            answer = self._answer()
+        finally:
+            file.write_text(sound, encoding="utf-8")
+        return Verdict(fault, answer["by"]), answer["seconds"]
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.answers.readline()
+        if not line:
+            raise TestsFail(f"the process that runs the tests ended with {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process of the tests."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.answers.close()
+
+
+@contextmanager
+def bench(project: Project, package: str) -> Iterator[Bench]:
+    """A bench that is cleared away afterwards."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        made = Bench(project, package, Path(folder).resolve())
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def judge_files(project: Project, files: list[str], journal: Journal) -> Iterator[tuple[str, list[Verdict]]]:
+    """Judge every fault of some files; a file and its verdicts as each is done.
+
+    Raises
+    ------
+    TestsFail
+        If the tests fail without a fault.
+    """
+    for package in project.tests:
+        own = [file for file in files if Path(file).parts[0] == package]
+        tests = project.test_files(package)
+        known = {
+            fault: found
+            for file in own
+            for fault in project.faults(file)
+            if (found := journal.find(fault, tests))
+        }
+        open_ = sum(len(project.faults(file)) for file in own) - len(known)
+        if not open_:
+            yield from ((file, [known[fault] for fault in project.faults(file)]) for file in own)
+            continue
+        print(f"{package}: running the tests without a fault", file=sys.stderr)
+        with bench(project, package) as at, _Progress(package, open_) as progress:
+            for file in own:
+                verdicts = []
+                for fault in project.faults(file):
+                    verdict = known.get(fault)
+                    if verdict is None:
+                        verdict, seconds = at.judge(fault)
+                        journal.add(verdict, tests, seconds)
+                        progress.show(verdict)
+                    verdicts.append(verdict)
+                yield file, verdicts
+
+
+class _Progress:
+    """A bar of tqdm where it is installed and someone watches, else a line for every hundred faults."""
+
+    def __init__(self, package: str, total: int) -> None:
+        self.total, self.done, self.survived = total, 0, 0
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                pass
+            else:
+                self.bar = tqdm(total=total, desc=package, unit="fault", smoothing=0.02)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, verdict: Verdict) -> None:
+        """Count a verdict; a survivor is shown as it is found."""
+        self.done += 1
+        self.survived += verdict.by is None
+        write = self.bar.write if self.bar is not None else lambda text: print(text, flush=True)
+        if verdict.by is None:
+            write(f"survived: {describe(verdict.fault)}")
+        if self.bar is not None:
+            self.bar.set_postfix(survived=self.survived, file=verdict.fault.file, refresh=False)
+            self.bar.update()
+        elif self.done % 100 == 0 or self.done == self.total:
+            print(f"{self.done} of {self.total}, {self.survived} survived", file=sys.stderr, flush=True)
+
+
+def describe(fault: Fault) -> str:
+    """A fault as people read it."""
+    return f"{fault.file}:{fault.line} {fault.function}: {fault.change}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    project = Project()
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--package", choices=list(project.tests), help="only this package (both)")
+    parser.add_argument(
+        "--file",
+        action="append",
+        metavar="PATH",
+        help="only this file, such as gpu/ssr.py; may be given more than once (all)",
+    )
+    parser.add_argument("--list", action="store_true", help="print the faults and plant none")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the verdicts of earlier runs where neither the file nor the tests have changed since",
+    )
+    options = parser.parse_args(arguments)
+    sources = project.sources()
+    if unknown := set(options.file or ()) - set(sources):
+        parser.error(f"no such source: {', '.join(sorted(unknown))}; known are {', '.join(sources)}")
+    files = [
+        file
+        for file in sources
+        if file in (options.file or sources) and options.package in (None, Path(file).parts[0])
+    ]
+    if options.list:
+        for file in files:
+            for fault in project.faults(file):
+                print(describe(fault))
+        return 0
+    try:
+        return _run(project, files, options.resume)
+    except (TestsFail, OutcomeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(project: Project, files: list[str], resume: bool) -> int:
+    reasons = outcome.load_reasons()
+    journal = Journal(outcome.JOURNAL, project.root)
+    if resume:
+        journal.load()
+    unexplained: list[Verdict] = []
+    idle: list[outcome.Key] = []
+    for file, verdicts in judge_files(project, files, journal):
+        outcome.write_outcome(outcome.OUTCOME, project.root, verdicts, reasons)
+        survivors = [verdict for verdict in verdicts if verdict.by is None]
+        explained = {verdict.fault.key for verdict in survivors} & reasons.keys()
+        print(f"{file}: {len(verdicts)} faults, {len(survivors)} survive, {len(explained)} of them explained")
+        unexplained += [verdict for verdict in survivors if verdict.fault.key not in explained]
+        idle += [key for key in reasons if key[0] == file and key not in explained]
+    for key in idle:
+        print(f"survivors.toml explains what does not survive or is not planted: {' '.join(key)}")
+    if unexplained:
+        print(f"{len(unexplained)} survivors without a reason; for {outcome.REASONS.name}:\n")
+        print(outcome.as_reasons(unexplained))
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

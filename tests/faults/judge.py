@@ -1,0 +1,278 @@
+"""Runs the tests on one fault after another, each in a fork of a process that has everything loaded.
+
+A program of its own, started in a copy of the project. It passes the tests once as they are, noting which
+code every test file runs; this compiles the kernels and loads what is slow to load. Then it reads one
+request a line, and for each of them forks a child, which forgets the faulty module and whatever imports
+it, and runs the tests again until one fails. Answers go to the file descriptor it was given.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gc
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import hypothesis
+import pytest
+
+# A test that takes this much longer than without the fault hangs, seconds and times.
+GRACE = 15.0
+SLOWER = 10.0
+# A fault may ask for memory without end.
+MEMORY = 12 * 2**30
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=no", "--no-header", "--no-summary"]
+
+
+class Recorder:
+    """Pytest plugin: how long every test takes, and which functions of the project its file runs."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.failed: list[str] = []
+        self.codes: dict[str, set[CodeType]] = {}  # by test and by test file
+        self.watched: set[CodeType] = set()
+
+    @contextlib.contextmanager
+    def watching(self, *names: str) -> Iterator[None]:
+        """Count what runs meanwhile for these names."""
+        self.watched = set()
+        sys.settrace(self.trace)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+            for name in names:
+                self.codes.setdefault(name, set()).update(self.watched)
+
+    def trace(self, frame: Any, event: str, argument: Any) -> None:
+        self.watched.add(frame.f_code)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> Any:
+        # What a file runs as it is imported, such as the making of its cases, counts for the file.
+        with self.watching(collector.nodeid):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        with self.watching(item.nodeid, _file(item.nodeid)):
+            return (yield)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+class FirstFailure:
+    """Pytest plugin of a child: those tests first that are likely to fail; the first failure ends it."""
+
+    def __init__(
+        self, answer: int, order: dict[str, tuple[int, int, float]], seconds: dict[str, float]
+    ) -> None:
+        self.answer = answer
+        self.order = order
+        self.seconds = seconds
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self) -> None:
+        # Before the tests are imported, which take their settings then. Which example of a failure is
+        # the smallest does not matter.
+        phases = [p for p in hypothesis.settings().phases if p.name in ("explicit", "generate")]
+        hypothesis.settings.register_profile("faults", hypothesis.settings(), phases=phases)
+        hypothesis.settings.load_profile("faults")
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self.order.get(item.nodeid, (0, 0, 0.0)))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        signal.setitimer(signal.ITIMER_REAL, GRACE + SLOWER * self.seconds.get(item.nodeid, 0.0))
+        return (yield)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed:
+            self.end(report.nodeid)
+
+    pytest_collectreport = pytest_runtest_logreport
+
+    def end(self, verdict: str) -> None:
+        os.write(self.answer, verdict.encode())
+        os._exit(0)
+
+
+class Imports:
+    """Which modules of a project import which, functions' own imports included."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths = {path: _module(path.relative_to(root)) for path in root.rglob("*.py")}
+        self.wanted: dict[str, set[str]] = {}
+        self.compiles: set[str] = set()
+        known = set(self.paths.values())
+        for path, module in self.paths.items():
+            names = {module.rpartition(".")[0]}
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            if any(name.partition(".")[0] == "numba" for name in names):
+                self.compiles.add(module)
+            # A package is imported before any module in it.
+            names |= {name.rpartition(".")[0] for name in names}
+            self.wanted[module] = names & known
+
+    def dependents(self, module: str) -> set[str]:
+        """A module and all that import it, however indirectly."""
+        found = {module}
+        while more := {name for name, wanted in self.wanted.items() if wanted & found} - found:
+            found |= more
+        return found
+
+
+class Judge:
+    """The tests of a package, passed once without a fault."""
+
+    def __init__(self, tests: list[str]) -> None:
+        self.root = Path.cwd()
+        self.imports = Imports(self.root)
+        self.recorder = Recorder()
+        started = time.perf_counter()
+        code = pytest.main([*OPTIONS, *tests], plugins=[self.recorder])
+        self.seconds = time.perf_counter() - started
+        self.ready = {"code": int(code), "failed": self.recorder.failed, "seconds": self.seconds}
+        self.ran = {
+            name: {
+                (os.path.relpath(code.co_filename, self.root), code.co_qualname.split(".")[0])
+                for code in codes
+                if code.co_filename.startswith(f"{self.root}{os.sep}")
+            }
+            for name, codes in self.recorder.codes.items()
+        }
+        self.files = sorted({_file(nodeid) for nodeid in self.recorder.seconds})
+        # Objects that are here to stay are not to be copied into every child by the collector's marks.
+        gc.collect()
+        gc.freeze()
+
+    def relevant(self, file: str, function: str) -> set[tuple[str, str]]:
+        """The functions of which a test must run one to notice a fault in `function`."""
+        unit = function.split(".")[0]
+        module = _module(Path(file))
+        if module in self.imports.compiles:
+            # Compiled code leaves no trace: what matters is who calls it.
+            callers = self.imports.dependents(module)
+            return {one for one in self.called(Path(file).parts[0]) if _module(Path(one[0])) in callers}
+        return {(file, unit)}
+
+    def called(self, package: str, name: str | None = None) -> set[tuple[str, str]]:
+        """The functions of a package that a test or test file runs, or any of them."""
+        ran = self.ran.values() if name is None else [self.ran[name]]
+        return {one for ones in ran for one in ones if Path(one[0]).parts[0] == package and one[1][0] != "<"}
+
+    def selection(self, file: str, function: str) -> tuple[list[str], dict[str, tuple[int, int, float]]]:
+        """The test files that can notice a fault, and the order of their tests.
+
+        A file whose tests never run the package here judges every fault: it works in another process, or
+        on the source. So does every file where the fault is in what runs as a module is imported.
+        """
+        relevant = self.relevant(file, function)
+        package = Path(file).parts[0]
+        chosen = [
+            name
+            for name in self.files
+            if function.startswith("<") or self.ran[name] & relevant or not self.called(package, name)
+        ]
+        if not any(self.ran[name] & relevant for name in chosen):
+            chosen = self.files
+        stem = f"test_{Path(file).stem}."
+        order = {
+            nodeid: (
+                0 if self.ran[nodeid] & relevant else 1,
+                0 if stem in _file(nodeid) else 1,
+                seconds,
+            )
+            for nodeid, seconds in self.recorder.seconds.items()
+        }
+        return chosen, order
+
+    def judge(self, file: str, function: str) -> dict[str, Any]:
+        """Who notices the fault that lies in a file now: a test, a "crash", a "hang", or None."""
+        started = time.perf_counter()
+        files, order = self.selection(file, function)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            self._in_child(_module(Path(file)), files, FirstFailure(writing, order, self.recorder.seconds))
+        os.close(writing)
+        with os.fdopen(reading, "rb") as answer:
+            said = answer.read().decode()
+        _, status = os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # programs that a test had started
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            said = "hang" if number == signal.SIGALRM else f"crash, {signal.Signals(number).name}"
+        return {"by": said or None, "seconds": round(time.perf_counter() - started, 2)}
+
+    def _in_child(self, module: str, files: list[str], plugin: FirstFailure) -> None:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.setitimer(signal.ITIMER_REAL, GRACE + SLOWER * self.seconds)
+        verdict = "the tests could not be run"
+        try:
+            stale = self.imports.dependents(module)
+            for name in list(sys.modules):
+                if name in stale or name.partition(".")[0] == "tests":
+                    parent, _, child = name.rpartition(".")
+                    if parent in sys.modules and hasattr(sys.modules[parent], child):
+                        delattr(sys.modules[parent], child)
+                    del sys.modules[name]
+            code = pytest.main([*OPTIONS, "-x", *files], plugins=[plugin])
+            verdict = "" if code == pytest.ExitCode.OK else f"pytest ended with {code!r}"
+        finally:
+            plugin.end(verdict)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def _module(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def main(answers: int, tests: list[str]) -> None:
+    """Pass the tests, say so, and judge what is asked for until there is no more."""
+    # What tests print is of no interest here.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    with os.fdopen(answers, "w", encoding="utf-8") as out:
+
+        def say(answer: dict[str, Any]) -> None:
+            print(json.dumps(answer), file=out, flush=True)
+
+        judge = Judge(tests)
+        say(judge.ready)
+        for line in sys.stdin:
+            say(judge.judge(**json.loads(line)))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

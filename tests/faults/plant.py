@@ -1,0 +1,516 @@
+"""Faults that can be planted in a Python file: one change of its text each, made from its syntax tree.
+
+Left alone are docstrings, annotations, imports, decorators, `__all__`, raised errors with their texts,
+and keyword arguments that ask for speed or memory only. A guard (``if ...: raise``) is never made to
+refuse everything, which no test could miss.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+MODULE_LEVEL = "<module>"
+# Characters of an expression shown on either side of what changes in it.
+CONTEXT = 30
+
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.BitXor: ast.BitOr,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+}
+# The other way at the boundary, and the other direction.
+COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
+    ast.Lt: (ast.LtE, ast.Gt),
+    ast.LtE: (ast.Lt, ast.GtE),
+    ast.Gt: (ast.GtE, ast.Lt),
+    ast.GtE: (ast.Gt, ast.LtE),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+FUNCTIONS = {
+    "any": "all",
+    "all": "any",
+    "min": "max",
+    "max": "min",
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "argmin": "argmax",
+    "argmax": "argmin",
+    "mean": "sum",
+    "sum": "mean",
+    "zeros": "ones",
+    "ones": "zeros",
+    "zeros_like": "ones_like",
+}
+# Functions and methods whose result has the shape of their argument, which can stand in for it.
+TRANSPARENT = {
+    "abs",
+    "ascontiguousarray",
+    "astype",
+    "clip",
+    "copy",
+    "round",
+    "sign",
+    "sort",
+    "sqrt",
+    "square",
+}
+TYPES = {
+    "float64": "float32",
+    "float32": "float64",
+    "float16": "float32",
+    "int64": "int8",
+    "int32": "int8",
+    "int16": "int8",
+    "int8": "uint8",
+    "uint8": "int8",
+    "intp": "int8",
+}
+# Letters that LAPACK and array libraries know. Single capitals that name an argument in a message are not
+# among them: "C" is the Gram matrix.
+LETTERS = {"L": "U", "U": "L", "F": "C"}
+HARMLESS = {"copy", "check_finite", "overwrite_a", "overwrite_b", "cache", "fastmath"}
+# Constants beyond this are tolerances and limits: what a factor of ten changes, a hundredth need not.
+ORDINARY = (1e-3, 1e3)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of one file.
+
+    Attributes
+    ----------
+    file : str
+        Path from the root of the project.
+    line : int
+        Where the change begins.
+    function : str
+        Qualified name of the function or class it lies in, `MODULE_LEVEL` outside of any.
+    kind : str
+        What sort of change it is.
+    change : str
+        ``before → after``, the same for the same change wherever the function moves; a later one of
+        the same text in the same function ends with its number.
+    start, end : int
+        The bytes of the file that are replaced.
+    text : str
+        What replaces them.
+    """
+
+    file: str
+    line: int
+    function: str
+    kind: str
+    change: str
+    start: int
+    end: int
+    text: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a reason for its survival is filed under; it holds no line number."""
+        return self.file, self.function, self.change
+
+    def planted(self, source: str) -> str:
+        """The source with this fault."""
+        data = source.encode()
+        return (data[: self.start] + self.text.encode() + data[self.end :]).decode()
+
+
+def find_faults(source: str, file: str) -> list[Fault]:
+    """Every fault of a file, in the order of its lines.
+
+    Parameters
+    ----------
+    source : str
+        Text of the file.
+    file : str
+        Its path, as the faults name it.
+
+    Returns
+    -------
+    list of Fault
+        Each gives a file that parses and whose syntax tree is another.
+    """
+    tree = ast.parse(source)
+    planter = _Planter(source, file)
+    planter.body(tree.body)
+    original = ast.dump(tree)
+    seen: set[tuple[int, int, str]] = set()
+    numbers: dict[tuple[str, str, str], int] = {}
+    faults = []
+    for fault in sorted(planter.faults, key=lambda fault: (fault.start, fault.end)):
+        place = fault.start, fault.end, fault.text
+        if place in seen or ast.dump(ast.parse(fault.planted(source))) == original:
+            continue
+        seen.add(place)
+        number = numbers[fault.key] = numbers.get(fault.key, 0) + 1
+        if number > 1:
+            fault = Fault(**{**vars(fault), "change": f"{fault.change} #{number}"})
+        faults.append(fault)
+    return faults
+
+
+def _shown(before: str, after: str) -> str:
+    """The two texts on one line each, without what they share far from the change."""
+    before, after = (" ".join(re.sub("  #.*", "", text).split()) for text in (before, after))
+    shorter = min(len(before), len(after))
+    first = next((i for i in range(shorter) if before[i] != after[i]), shorter)
+    same = next((i for i in range(shorter - first) if before[-1 - i] != after[-1 - i]), shorter - first)
+    cut, rest = max(0, first - CONTEXT), max(0, same - CONTEXT)
+
+    def part(text: str) -> str:
+        return ("…" if cut else "") + text[cut : len(text) - rest] + ("…" if rest else "")
+
+    return f"{part(before)} → {part(after)}"
+
+
+class _Planter:
+    """Walks a syntax tree and collects faults."""
+
+    def __init__(self, source: str, file: str) -> None:
+        self.file = file
+        self.faults: list[Fault] = []
+        self.scope: list[str] = []
+        self.assigned: set[str] = set()
+        self.data = source.encode()
+        self.lines = [0]
+        for line in self.data.splitlines(keepends=True):
+            self.lines.append(self.lines[-1] + len(line))
+        # The statement in hand, without the statements in it.
+        self.shown = (0, 0)
+
+    def plant(self, node: ast.expr | ast.stmt, kind: str, after: ast.AST | str) -> None:
+        """A fault that puts `after` in the place of a node."""
+        text = after if isinstance(after, str) else ast.unparse(after)
+        if isinstance(node, ast.expr) and not _stands_alone(text, node):
+            text = f"({text})"
+        start, end = self.span(node)
+        first, last = self.shown
+        self.faults.append(
+            Fault(
+                self.file,
+                node.lineno,
+                ".".join(self.scope) or MODULE_LEVEL,
+                kind,
+                _shown(
+                    self.data[first:last].decode(),
+                    (self.data[first:start] + text.encode() + self.data[end:last]).decode(),
+                ),
+                start,
+                end,
+                text,
+            )
+        )
+
+    def span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
+        """The bytes that a node takes."""
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return (
+            self.lines[node.lineno - 1] + node.col_offset,
+            self.lines[node.end_lineno - 1] + node.end_col_offset,
+        )
+
+    def vary(self, node: ast.expr | ast.stmt, kind: str, change: Callable[[ast.AST], None]) -> None:
+        """A fault that puts a changed copy in the place of a node."""
+        changed = copy.deepcopy(node)
+        change(changed)
+        self.plant(node, kind, changed)
+
+    # Statements
+
+    def body(self, statements: list[ast.stmt]) -> None:
+        """The faults of a block of statements."""
+        for statement in statements:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                continue  # a docstring
+            start, end = self.span(statement)
+            within = getattr(statement, "body", None)
+            self.shown = start, self.span(within[0])[0] if within else end
+            getattr(self, f"statement_{type(statement).__name__}", self.statement)(statement)
+
+    def statement(self, node: ast.stmt) -> None:
+        """A statement of no special kind: its expressions, and the statements in it."""
+        for name, value in ast.iter_fields(node):
+            if name in ("body", "orelse", "finalbody"):
+                self.body(value)
+            elif name == "handlers":
+                for handler in value:
+                    self.body(handler.body)
+            elif name != "annotation":
+                for part in value if isinstance(value, list) else [value]:
+                    self.inside(part)
+
+    def statement_Import(self, node: ast.stmt) -> None:
+        """Left alone, as are errors: a name that is missing is noticed, and texts are no behaviour."""
+
+    statement_ImportFrom = statement_Raise = statement_Delete = statement_Assert = statement_Import
+
+    def statement_FunctionDef(self, node: ast.FunctionDef) -> None:
+        arguments = node.args
+        self.scope.append(node.name)
+        for default in (*arguments.defaults, *arguments.kw_defaults):
+            self.inside(default)
+        outer, self.assigned = self.assigned, {a.arg for a in (*arguments.args, *arguments.kwonlyargs)}
+        self.body(node.body)
+        self.assigned = outer
+        self.scope.pop()
+
+    def statement_ClassDef(self, node: ast.ClassDef) -> None:
+        self.scope.append(node.name)
+        self.body(node.body)
+        self.scope.pop()
+
+    def statement_Expr(self, node: ast.Expr) -> None:
+        self.plant(node, "statement", "pass")
+        self.inside(node.value)
+
+    statement_Break = statement_Continue = lambda self, node: self.plant(node, "statement", "pass")
+
+    def statement_Assign(self, node: ast.Assign) -> None:
+        names = {
+            part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)
+        }
+        stored = any(isinstance(p, ast.Subscript | ast.Attribute) for t in node.targets for p in ast.walk(t))
+        if "__all__" in names or _is_type_alias(node.value):
+            return
+        # Without its first assignment a name is missing, which is noticed.
+        if stored or (names <= self.assigned and self.scope):
+            self.plant(node, "statement", "pass")
+        self.assigned |= names
+        self.negated(node.value)
+        for part in (*node.targets, node.value):
+            self.inside(part)
+
+    def statement_AugAssign(self, node: ast.AugAssign) -> None:
+        self.plant(node, "statement", "pass")
+        self.plant(node, "operator", ast.Assign([node.target], node.value, lineno=node.lineno))
+        if type(node.op) in OPERATORS:
+            self.vary(node, "operator", lambda new: _set(new, op=OPERATORS[type(node.op)]()))
+        self.inside(node.target)
+        self.inside(node.value)
+
+    def statement_Return(self, node: ast.Return) -> None:
+        if node.value is not None:
+            self.negated(node.value)
+            self.inside(node.value)
+
+    def statement_If(self, node: ast.If) -> None:
+        guard = isinstance(node.body[-1], ast.Raise) and not node.orelse
+        self.forced(node.test, (False,) if guard else (True, False))
+        self.statement(node)
+
+    def statement_While(self, node: ast.While) -> None:
+        if not isinstance(node.test, ast.Constant):
+            self.forced(node.test, (True, False))
+            self.statement(node)
+        else:
+            self.body(node.body)
+
+    # Expressions
+
+    def inside(self, node: object) -> None:
+        """The faults of an expression and of all in it."""
+        if not isinstance(node, ast.AST) or isinstance(node, ast.JoinedStr):
+            return
+        if isinstance(node, ast.keyword):
+            if node.arg in HARMLESS:
+                return
+            if node.arg == "axis":
+                self.axis(node.value)
+                return
+        for change in getattr(self, f"expression_{type(node).__name__}", lambda _: ())(node):
+            self.plant(node, *change)  # type: ignore[arg-type]
+        for part in ast.iter_child_nodes(node):
+            self.inside(part)
+
+    def forced(self, test: ast.expr, values: tuple[bool, ...]) -> None:
+        for value in values:
+            self.plant(test, "condition", repr(value))
+
+    def negated(self, value: ast.expr) -> None:
+        if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult | ast.Div | ast.MatMult):
+            self.plant(value, "sign", ast.UnaryOp(ast.USub(), value))
+
+    def expression_BinOp(self, node: ast.BinOp) -> Iterator[tuple[str, ast.AST | str]]:
+        if type(node.op) in OPERATORS:
+            yield "operator", ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
+        if isinstance(node.op, ast.MatMult):
+            yield "operator", ast.BinOp(node.right, node.op, node.left)
+        yield "term", node.left
+        if isinstance(node.op, ast.Sub):
+            yield "term", ast.UnaryOp(ast.USub(), node.right)
+        elif not isinstance(node.op, ast.Div | ast.FloorDiv | ast.Mod | ast.Pow):
+            yield "term", node.right
+
+    def expression_UnaryOp(self, node: ast.UnaryOp) -> Iterator[tuple[str, ast.AST | str]]:
+        yield ("sign" if isinstance(node.op, ast.USub) else "not"), node.operand
+
+    def expression_BoolOp(self, node: ast.BoolOp) -> Iterator[tuple[str, ast.AST | str]]:
+        yield "boolean", ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+        for dropped in range(len(node.values)):
+            rest = [value for place, value in enumerate(node.values) if place != dropped]
+            yield "term", rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
+
+    def expression_Compare(self, node: ast.Compare) -> Iterator[tuple[str, ast.AST | str]]:
+        for place, operator in enumerate(node.ops):
+            for other in COMPARISONS[type(operator)]:
+                ops = [other() if i == place else op for i, op in enumerate(node.ops)]
+                yield "comparison", ast.Compare(node.left, ops, node.comparators)
+        last = node.comparators[-1]
+        if isinstance(node.ops[-1], ast.In | ast.NotIn):
+            for fewer in _fewer(last):
+                yield "term", ast.Compare(node.left, node.ops, [*node.comparators[:-1], fewer])
+
+    def expression_IfExp(self, node: ast.IfExp) -> Iterator[tuple[str, ast.AST | str]]:
+        yield "condition", node.body
+        yield "condition", node.orelse
+
+    def expression_comprehension(self, node: ast.comprehension) -> Iterator[tuple[str, ast.AST | str]]:
+        for test in node.ifs:
+            self.forced(test, (True, False))
+        yield from ()
+
+    def expression_Constant(self, node: ast.Constant) -> Iterator[tuple[str, ast.AST | str]]:
+        for value in _other_values(node.value):
+            yield "constant", repr(value)
+
+    def expression_Attribute(self, node: ast.Attribute) -> Iterator[tuple[str, ast.AST | str]]:
+        if node.attr == "T":
+            yield "transpose", node.value
+        elif node.attr in TYPES and isinstance(node.value, ast.Name):
+            yield "type", ast.Attribute(node.value, TYPES[node.attr], node.ctx)
+
+    def expression_Subscript(self, node: ast.Subscript) -> Iterator[tuple[str, ast.AST | str]]:
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        for part in parts:
+            if isinstance(part, ast.Slice):
+                self.bounds(part)
+            elif isinstance(part, ast.Name | ast.BinOp):
+                self.moved(part, (1,))
+        if len(parts) == 2 and not any(isinstance(part, ast.Slice) for part in parts):
+            yield "index", ast.Subscript(node.value, ast.Tuple(parts[::-1], ast.Load()), node.ctx)
+
+    def bounds(self, node: ast.Slice) -> None:
+        for bound, steps in ((node.lower, (1,)), (node.upper, (1, -1)), (node.step, (1,))):
+            if bound is not None:
+                self.moved(bound, steps)
+        if node.lower is not None:
+            self.plant(node.lower, "index", "None")
+        if node.upper is not None:
+            self.plant(node.upper, "index", "None")
+
+    def moved(self, bound: ast.expr, steps: tuple[int, ...]) -> None:
+        if not isinstance(bound, ast.Constant):  # its value changes as any constant's does
+            for step in steps:
+                operator = ast.Add() if step > 0 else ast.Sub()
+                self.plant(bound, "index", ast.BinOp(bound, operator, ast.Constant(1)))
+
+    def expression_Call(self, node: ast.Call) -> Iterator[tuple[str, ast.AST | str]]:
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        on_module = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") in (
+            "np",
+            "xp",
+        )
+        if name in FUNCTIONS and (method or name in ("any", "all", "min", "max")):
+            func = (
+                ast.Attribute(node.func.value, FUNCTIONS[name], ast.Load())
+                if isinstance(node.func, ast.Attribute)
+                else ast.Name(FUNCTIONS[name])
+            )
+            yield "function", ast.Call(func, node.args, node.keywords)
+        if name in TRANSPARENT:
+            if isinstance(node.func, ast.Attribute) and not on_module:
+                yield "function", node.func.value
+            else:
+                yield "function", node.args[0]
+        if name in ("minimum", "maximum", "min", "max") and len(node.args) == 2:
+            yield "term", node.args[0]
+            yield "term", node.args[1]
+        if name == "where" and len(node.args) == 3:
+            yield "condition", ast.Call(node.func, [node.args[0], node.args[2], node.args[1]], node.keywords)
+            yield "condition", node.args[1]
+            yield "condition", node.args[2]
+        if name == "ix_":
+            yield "index", ast.Call(node.func, node.args[::-1], [])
+        if name == "range":
+            for place, argument in enumerate(node.args):
+                self.moved(argument, (1, -1) if place == min(1, len(node.args) - 1) else (1,))
+        if name == "argsort" and isinstance(keywords.get("kind"), ast.Constant):
+            yield "tie", _last_of_equals(node)
+        if "dtype" in keywords:
+            rest = [keyword for keyword in node.keywords if keyword.arg != "dtype"]
+            yield "type", ast.Call(node.func, node.args, rest)
+
+    def axis(self, value: ast.expr) -> None:
+        first = isinstance(value, ast.Constant) and value.value == 0
+        self.plant(value, "axis", "1" if first else "0")
+
+
+def _stands_alone(text: str, replaced: ast.expr) -> bool:
+    """Whether an expression needs no parentheses in the place of another."""
+    whole = (ast.Name, ast.Call, ast.Attribute, ast.Subscript)
+    node = ast.parse(text, mode="eval").body
+    return isinstance(node, whole) or (isinstance(node, ast.Constant) and isinstance(replaced, ast.Constant))
+
+
+def _set(node: ast.AST, **values: object) -> None:
+    for name, value in values.items():
+        setattr(node, name, value)
+
+
+def _other_values(value: object) -> tuple[object, ...]:
+    """What a constant is changed to; None, dots and texts but `LETTERS` are left alone."""
+    if isinstance(value, str):
+        return (LETTERS[value],) if value in LETTERS else ()
+    if isinstance(value, bool):
+        return (not value,)
+    if isinstance(value, int):
+        return (1,) if value == 0 else (value + 1, value - 1)
+    if isinstance(value, float):
+        if value == 0:
+            return (1.0,)
+        return (value * 1.01,) if ORDINARY[0] <= abs(value) <= ORDINARY[1] else (value * 10, value / 10)
+    return ()
+
+
+def _fewer(collection: ast.expr) -> Iterator[ast.expr]:
+    """A literal collection with one member less."""
+    if isinstance(collection, ast.Constant) and isinstance(collection.value, str):
+        for i in range(len(collection.value)):
+            yield ast.Constant(collection.value[:i] + collection.value[i + 1 :])
+    elif isinstance(collection, ast.Tuple):
+        for i in range(len(collection.elts)):
+            yield ast.Tuple(collection.elts[:i] + collection.elts[i + 1 :], ast.Load())
+
+
+def _last_of_equals(argsort: ast.Call) -> ast.expr:
+    """A stable sort in which of equal values the last comes first."""
+    values = ast.unparse(argsort.args[0])
+    backwards = ast.parse(f"({values})[::-1]", mode="eval").body
+    order = ast.unparse(ast.Call(argsort.func, [backwards], argsort.keywords))
+    return ast.parse(f"len({values}) - 1 - {order}", mode="eval").body
+
+
+def _is_type_alias(value: ast.expr) -> bool:
+    return isinstance(value, ast.Subscript) and getattr(value.value, "id", "") == "NDArray"
