@@ -7,6 +7,7 @@ with NumPy, SciPy and Numba for every fault, where this forks one that has them 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -14,13 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.faults import outcome
-from tests.faults.outcome import Journal, OutcomeError, Verdict
+from tests.faults.outcome import Journal, OutcomeError, Verdict, digest
 from tests.faults.plant import Fault, find_faults
 
 DESCRIPTION = """\
@@ -96,10 +96,11 @@ class Project:
         """The faults of a file."""
         return find_faults((self.root / file).read_text(encoding="utf-8"), file)
 
-    def test_files(self, package: str) -> list[Path]:
-        """The files of the tests that judge a package."""
-        paths = [self.root / name for name in self.tests[package]]
-        return sorted(file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path]))
+    def hashes(self, package: str) -> dict[str, str]:
+        """SHA-256 of the files of a package and of its tests, by path."""
+        paths = [self.root / name for name in (package, *self.tests[package])]
+        files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+        return {file.relative_to(self.root).as_posix(): digest(file) for file in sorted(files)}
 
 
 class Bench:
@@ -180,7 +181,7 @@ class Bench:
         self.answers.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def bench(project: Project, package: str) -> Iterator[Bench]:
     """A bench that is cleared away afterwards."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -191,8 +192,17 @@ def bench(project: Project, package: str) -> Iterator[Bench]:
             made.close()
 
 
-def judge_files(project: Project, files: list[str], journal: Journal) -> Iterator[tuple[str, list[Verdict]]]:
-    """Judge every fault of some files; a file and its verdicts as each is done.
+@dataclass
+class Judged:
+    """What came of all faults of one file, which had this hash when they were planted."""
+
+    file: str
+    sha256: str
+    verdicts: list[Verdict]
+
+
+def judge_files(project: Project, files: list[str], journal: Journal, resume: bool) -> Iterator[Judged]:
+    """Judge every fault of some files, each file as it is done; none again that the journal knows.
 
     Raises
     ------
@@ -200,30 +210,25 @@ def judge_files(project: Project, files: list[str], journal: Journal) -> Iterato
         If the tests fail without a fault.
     """
     for package in project.tests:
-        own = [file for file in files if Path(file).parts[0] == package]
-        tests = project.test_files(package)
-        known = {
-            fault: found
-            for file in own
-            for fault in project.faults(file)
-            if (found := journal.find(fault, tests))
-        }
-        open_ = sum(len(project.faults(file)) for file in own) - len(known)
-        if not open_:
-            yield from ((file, [known[fault] for fault in project.faults(file)]) for file in own)
-            continue
-        print(f"{package}: running the tests without a fault", file=sys.stderr)
-        with bench(project, package) as at, _Progress(package, open_) as progress:
-            for file in own:
+        hashes = project.hashes(package)
+        faults = {file: project.faults(file) for file in files if Path(file).parts[0] == package}
+        every = [fault for own in faults.values() for fault in own]
+        known = {fault: found for fault in every if resume and (found := journal.find(fault, hashes))}
+        with contextlib.ExitStack() as stack:
+            if len(known) < len(every):
+                print(f"{package}: running the tests without a fault", file=sys.stderr)
+                at = stack.enter_context(bench(project, package))
+                progress = stack.enter_context(_Progress(package, len(every) - len(known)))
+            for file, own in faults.items():
                 verdicts = []
-                for fault in project.faults(file):
+                for fault in own:
                     verdict = known.get(fault)
                     if verdict is None:
                         verdict, seconds = at.judge(fault)
-                        journal.add(verdict, tests, seconds)
+                        journal.add(verdict, hashes, seconds)
                         progress.show(verdict)
                     verdicts.append(verdict)
-                yield file, verdicts
+                yield Judged(file, hashes[file], verdicts)
 
 
 class _Progress:
@@ -314,13 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(project: Project, files: list[str], resume: bool) -> int:
     reasons = outcome.load_reasons()
-    journal = Journal(outcome.JOURNAL, project.root)
-    if resume:
-        journal.load()
     unexplained: list[Verdict] = []
     idle: list[outcome.Key] = []
-    for file, verdicts in judge_files(project, files, journal):
-        outcome.write_outcome(outcome.OUTCOME, project.root, verdicts, reasons)
+    for judged in judge_files(project, files, Journal(outcome.JOURNAL), resume):
+        file, verdicts = judged.file, judged.verdicts
+        outcome.write_outcome(outcome.OUTCOME, file, judged.sha256, verdicts, reasons, project.sources())
         survivors = [verdict for verdict in verdicts if verdict.by is None]
         explained = {verdict.fault.key for verdict in survivors} & reasons.keys()
         print(f"{file}: {len(verdicts)} faults, {len(survivors)} survive, {len(explained)} of them explained")

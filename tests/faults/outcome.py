@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tomllib
@@ -25,12 +26,9 @@ class OutcomeError(Exception):
     """A file of reasons or outcomes that is not what this program writes or reads."""
 
 
-def digest(*files: Path) -> str:
-    """SHA-256 of the contents of files."""
-    total = hashlib.sha256()
-    for file in files:
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest() if len(files) != 1 else hashlib.sha256(files[0].read_bytes()).hexdigest()
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -54,47 +52,57 @@ class Journal:
 
     A verdict holds as long as the faulty file is the same, and the file of the test that failed, or all
     test files where none did.
+
+    Parameters
+    ----------
+    file : Path
+        Where it lies. A line that was cut off does not count; of two on one fault the later does.
     """
 
-    def __init__(self, file: Path, root: Path) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
-        self.root = root
         self.known: dict[Key, dict[str, Any]] = {}
-
-    def load(self) -> None:
-        """Take up what an earlier run has written; a line that was cut off does not count."""
-        if not self.file.exists():
-            return
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-            except ValueError:
-                continue
-            self.known[tuple(entry["fault"])] = entry
+                self.known[tuple(entry["fault"])] = entry
+        if len(lines) > len(self.known):
+            kept = "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in self.known.values())
+            _replace(file, kept)
 
-    def find(self, fault: Fault, tests: list[Path]) -> Verdict | None:
-        """The verdict of an earlier run, if it still holds."""
+    def find(self, fault: Fault, hashes: dict[str, str]) -> Verdict | None:
+        """The verdict of an earlier run, if it holds for sources and tests of these hashes."""
         entry = self.known.get(fault.key)
-        if entry is None or entry["sha256"] != digest(self.root / fault.file):
+        if entry is None or entry["sha256"] != hashes[fault.file]:
             return None
-        holds = entry["tests"] == self._judges(entry["by"], tests)
-        return Verdict(fault, entry["by"]) if holds else None
+        return Verdict(fault, entry["by"]) if entry["tests"] == _judges(entry["by"], hashes) else None
 
-    def add(self, verdict: Verdict, tests: list[Path], seconds: float) -> None:
-        """Write a verdict."""
+    def add(self, verdict: Verdict, hashes: dict[str, str], seconds: float) -> None:
+        """Write a verdict on sources and tests of these hashes."""
         entry = {
             "fault": verdict.fault.key,
-            "sha256": digest(self.root / verdict.fault.file),
+            "sha256": hashes[verdict.fault.file],
             "by": verdict.by,
-            "tests": self._judges(verdict.by, tests),
+            "tests": _judges(verdict.by, hashes),
             "seconds": seconds,
         }
         with self.file.open("a", encoding="utf-8") as out:
             print(json.dumps(entry, ensure_ascii=False), file=out)
 
-    def _judges(self, by: str | None, tests: list[Path]) -> str:
-        named = self.root / (by or "").partition("::")[0]
-        return digest(named) if named.is_file() else digest(*tests)
+
+def _judges(by: str | None, hashes: dict[str, str]) -> str:
+    """The hash of the test file that failed, or of all where no single one did."""
+    named = hashes.get((by or "").partition("::")[0])
+    tests = sorted(item for item in hashes.items() if item[0].startswith("tests/"))
+    return named or hashlib.sha256(repr(tests).encode()).hexdigest()
+
+
+def _replace(file: Path, text: str) -> None:
+    # A run may be killed at any moment: the file is the old one or the new.
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
 
 
 def load_reasons(file: Path = REASONS) -> dict[Key, str]:
@@ -166,34 +174,30 @@ def load_outcome(file: Path = OUTCOME) -> dict[str, dict[str, Any]]:
     return files
 
 
-def write_outcome(file: Path, root: Path, verdicts: list[Verdict], reasons: dict[Key, str]) -> None:
-    """Record files of which every fault was judged; what is known of others stays."""
-    files = {name: entry for name, entry in load_outcome(file).items() if (root / name).exists()}
-    for name in {verdict.fault.file for verdict in verdicts}:
-        own = [verdict for verdict in verdicts if verdict.fault.file == name]
-        files[name] = {
-            "sha256": digest(root / name),
-            "faults": dict(sorted(Counter(verdict.fault.kind for verdict in own).items())),
-            "caught": sum(verdict.by is not None for verdict in own),
-            "hung": sum(verdict.by == "hang" for verdict in own),
-            "survivors": [
-                {
-                    "line": verdict.fault.line,
-                    "function": verdict.fault.function,
-                    "kind": verdict.fault.kind,
-                    "fault": verdict.fault.change,
-                    "reason": reasons.get(verdict.fault.key, ""),
-                }
-                for verdict in own
-                if verdict.by is None
-            ],
-        }
+def write_outcome(
+    file: Path, source: str, sha256: str, verdicts: list[Verdict], reasons: dict[Key, str], sources: list[str]
+) -> None:
+    """Record what came of all faults of one source; what is known of the other `sources` stays."""
+    files = {name: entry for name, entry in load_outcome(file).items() if name in sources}
+    files[source] = {
+        "sha256": sha256,
+        "faults": dict(sorted(Counter(verdict.fault.kind for verdict in verdicts).items())),
+        "caught": sum(verdict.by is not None for verdict in verdicts),
+        "hung": sum(verdict.by == "hang" for verdict in verdicts),
+        "survivors": [
+            {
+                "line": verdict.fault.line,
+                "function": verdict.fault.function,
+                "kind": verdict.fault.kind,
+                "fault": verdict.fault.change,
+                "reason": reasons.get(verdict.fault.key, ""),
+            }
+            for verdict in verdicts
+            if verdict.by is None
+        ],
+    }
     record = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    # A run may be killed at any moment; the record is the old one or the new.
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    _replace(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def changed_since(file: Path, root: Path, sources: list[str]) -> list[str]:

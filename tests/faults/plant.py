@@ -469,6 +469,8 @@ class _Planter:
 
 def _stands_alone(text: str, replaced: ast.expr) -> bool:
     """Whether an expression needs no parentheses in the place of another."""
+    if text in ("True", "False", "None"):
+        return True
     whole = (ast.Name, ast.Call, ast.Attribute, ast.Subscript)
     node = ast.parse(text, mode="eval").body
     return isinstance(node, whole) or (isinstance(node, ast.Constant) and isinstance(replaced, ast.Constant))
@@ -490,7 +492,8 @@ def _other_values(value: object) -> tuple[object, ...]:
     if isinstance(value, float):
         if value == 0:
             return (1.0,)
-        return (value * 1.01,) if ORDINARY[0] <= abs(value) <= ORDINARY[1] else (value * 10, value / 10)
+        factors = (1.01,) if ORDINARY[0] <= abs(value) <= ORDINARY[1] else (10, 0.1)
+        return tuple(float(f"{value * factor:.9g}") for factor in factors)
     return ()
 
 

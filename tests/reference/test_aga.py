@@ -151,6 +151,17 @@ def test_equal_trits_share_the_correction(trit):
     assert mu.item() == pytest.approx(2.5, abs=1e-15)
 
 
+@pytest.mark.parametrize(("ratio", "grid"), [(5e-12, (1.5, 1.5)), (5e-13, (1.75, 1.25))])
+def test_eigenvalues_below_1e_12_of_the_larger_one_count_as_zero(ratio, grid):
+    # The eigenvalues of Eq. 12 are 2 for alpha + mu and 2·ratio for mu - alpha; weight 6 is not seen. Eq. 9
+    # gives (1.5, 1). Where the second one counts, both weights that are seen are met: alpha + mu = 3 and
+    # mu - alpha = 0. Where it does not, alpha and mu move alike until alpha + mu = 3.
+    C = np.diag([1.0, ratio, 0.0])
+    alpha, mu = align_grid([[3.0, 0.0, 0.0]], [[1, -1, 0]], C)
+    # Roundings of 1e-16, over a ratio of 5e-12.
+    assert (alpha.item(), mu.item()) == pytest.approx(grid, abs=1e-3)
+
+
 @given(layers(max_rows=3), st.integers(-10, 10), st.integers(-10, 10))
 def test_rows_are_independent_and_powers_of_two_scale_exactly(layer, exponent, gram_exponent):
     W, T, C = layer

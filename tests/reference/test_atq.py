@@ -1,5 +1,6 @@
 """Eq. 4-10: asymmetric start, optimal grid, rounding, and the fitting that alternates the two."""
 
+import inspect
 from fractions import Fraction
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from reference.atq import (
     weight_error,
     weight_error_gradient,
 )
+from reference.types import TernaryConfig
 from tests.reference.strategies import (
     EPS,
     assignments,
@@ -118,6 +120,13 @@ def test_equal_trits_give_the_mean(trit):
     alpha, mu = build_optimal_grid(W, np.full((2, 3), trit))
     assert alpha.tolist() == [[0.0], [0.0]]
     assert mu.tolist() == [[3.0], [0.0]]
+
+
+def test_rows_without_a_scale_raise_no_warning():
+    with np.errstate(all="raise"):
+        alpha, mu = build_optimal_grid([[1.0, 2.0, 6.0]], [[1, 1, 1]])
+        T = flexible_round([[1.0, 2.0, 6.0]], alpha, mu)
+    assert (alpha.item(), mu.item(), T.tolist()) == (0.0, 3.0, [[0, 0, 0]])
 
 
 @given(dyadic_matrices(max_rows=2, max_columns=6, limit=64), st.integers(-64, 64), st.integers(-64, 64))
@@ -232,6 +241,24 @@ def test_fitting_from_a_given_start_leaves_the_start_alone():
     assert (alpha.item(), mu.item(), T.tolist()) == (2.5, 3.0, [[-1, -1, 1, 1]])
     assert errors == [2.0, 1.0, 1.0]
     assert [part.tolist() for part in start] == [[[3.0]], [[3.0]], [[-1, -1, 1, 1]]]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float64])
+def test_a_start_that_changes_is_left_alone_and_gives_int8(dtype):
+    W = np.array([[0.0, 1.0, 5.0, 9.0]])
+    trits = [[-1, 1, 1, 1]]
+    start = np.array([[5.0]]), np.array([[4.0]]), np.array(trits, dtype=dtype)
+    alpha, mu, T, _ = iterative_ternary_fitting(W, start=start)
+    # By hand: the grids 0, 2.5, 5 and 0.5, 3.75, 7 move one trit each; the next moves none.
+    assert T.tolist() == [[-1, -1, 0, 1]]
+    assert T.dtype == np.int8
+    assert (alpha.item(), mu.item()) == pytest.approx((47 / 11, 53 / 11), rel=1e-15)
+    assert [part.tolist() for part in start] == [[[5.0]], [[4.0]], trits]
+
+
+def test_most_rounds_are_those_of_the_settings():
+    default = inspect.signature(iterative_ternary_fitting).parameters["max_iterations"].default
+    assert default == TernaryConfig().max_iterations
 
 
 @pytest.mark.parametrize("limit", [0, -3])

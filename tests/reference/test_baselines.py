@@ -115,6 +115,29 @@ def test_defaults_are_those_of_the_paper_of_gptq():
     assert all(len(np.unique(row[128:].round(12))) <= 4 for row in W_hat)
 
 
+def test_groups_are_of_128_columns_unless_said():
+    W = np.random.default_rng(9).normal(size=(2, 140))
+    assert np.array_equal(round_to_nearest(W), round_to_nearest(W, 2, 128))
+    assert not np.array_equal(round_to_nearest(W), round_to_nearest(W, 2, 127))
+    assert not np.array_equal(round_to_nearest(W), round_to_nearest(W, 2, 129))
+
+
+def test_of_inputs_of_equal_power_the_lower_index_is_quantized_first():
+    rng = np.random.default_rng(8)
+    # Tokens of ±1 give every column the same power, exactly.
+    X = rng.choice([-1.0, 1.0], size=(40, 9))
+    W, C = rng.normal(size=(3, 9)), X.T @ X
+    expected = surgeon(W, C, 2, 4, 0.05, True, False)
+    # The condition of H is below 1e3.
+    np.testing.assert_allclose(gptq(W, C, 2, 4, 0.05, activation_order=True), expected, rtol=0, atol=1e-12)
+
+
+def test_of_ranges_with_the_same_error_the_widest_is_kept():
+    # Errors to the power of 2.4 are below what float64 holds for every range; the widest has none.
+    W = 1e-200 * np.array([[3.0, 1.0, 2.0, 0.0]])
+    np.testing.assert_allclose(gptq(W, np.eye(4), clip=True), W, rtol=1e-15)
+
+
 def test_gptq_with_diagonal_inputs_is_round_to_nearest():
     rng = np.random.default_rng(6)
     W = rng.normal(size=(3, 9))

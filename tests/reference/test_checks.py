@@ -106,7 +106,12 @@ def test_weights_and_gram_matrix_must_fit():
 
 
 def test_blocks_of_the_inverse_must_fit():
-    for arguments in ({"Hinv_BR": np.ones((2, 4))}, {"Hinv_BR": np.ones((3, 3))}, {"Hinv_BB": np.eye(3)}):
+    for arguments in (
+        {"Hinv_BR": np.ones((2, 4))},
+        {"Hinv_BR": np.ones((3, 3))},
+        {"Hinv_BB": np.eye(3)},
+        {"W_R": np.ones((1, 3))},
+    ):
         with pytest.raises(ValueError, match="has shape"):
             gptq.compensate(**{**FUNCTIONS["compensate"][1], **arguments})
 
@@ -116,3 +121,20 @@ def test_rounding_in_a_gram_matrix_is_not_asymmetry():
     # A sum of float32 products differs from its transpose by about 1e-7 of its size.
     tilted[0, 1] *= 1 + 1e-7
     assert aga.output_error(W, W, tilted) == 0.0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e-6])
+def test_asymmetry_is_judged_at_the_size_of_the_matrix(scale):
+    tilted = C * scale
+    # The largest entry is 2, and the share that is allowed 1e-6.
+    tilted[0, 1] += 1.8e-6 * scale
+    assert aga.output_error(W, W, tilted) == 0.0
+    tilted[0, 1] += 0.4e-6 * scale
+    with pytest.raises(ValueError, match="C is not symmetric"):
+        aga.output_error(W, W, tilted)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_real_numbers_of_any_type_are_taken(dtype):
+    alpha, T = twn.symmetric_ternarize(np.array([[0, 4, 0, 0]], dtype=dtype))
+    assert (alpha.tolist(), T.tolist()) == ([[4.0]], [[0, 1, 0, 0]])

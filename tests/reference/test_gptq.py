@@ -102,12 +102,38 @@ def test_a_numerically_singular_matrix_is_damped_although_it_has_a_factor():
 
 
 @pytest.mark.parametrize(
+    ("C", "used"),
+    [
+        # Opposite signs leave the norm what it is: 3 in every column, and 1 without the magnitudes.
+        (np.outer([1, -1, 1], [1, -1, 1]), 6e-15),
+        # So does an input that is a thousandth of the others; the norm is that of the largest column.
+        (np.diag([0, 0, 0, 1e-3]) + np.outer([1, 1, 1, 0], [1, 1, 1, 0]), 6e-15),
+    ],
+)
+def test_what_is_singular_to_rounding_is_told_by_the_norm_of_the_largest_column(C, used):
+    # As above 6e-16 is below the limit, of the reciprocal condition 1.5e-16, and 6e-15 is not.
+    C = C * (len(C) / np.trace(C))
+    _, damping = invert_damped(C, 6e-18)
+    assert damping == pytest.approx(used, rel=1e-14)
+
+
+def test_a_singular_matrix_whose_factor_does_not_show_it_is_refused():
+    # L with ones on the diagonal and -1 below is its exact factor; the inverse of L holds 2^38.
+    L = np.tril(-np.ones((40, 40)), -1) + np.eye(40)
+    assert np.array_equal(np.linalg.cholesky(L @ L.T), L)
+    with pytest.raises(np.linalg.LinAlgError, match="40 inputs, 0 dead"):
+        invert_damped(L @ L.T, 0.0)
+
+
+@pytest.mark.parametrize(
     ("C", "damping", "tried"),
     [
         (np.ones((3, 3)), 0.0, r"3 inputs, 0 dead\).*with damping 0;"),
         (np.diag([1.0, 0.0, 1.0]) + np.fliplr(np.diag([1.0, 0.0, 1.0])), 0.0, "3 inputs, 1 dead"),
         (np.array([[1.0, 1.5], [1.5, 1.0]]), 0.02, "with damping 0.02, 0.2;"),
         (np.array([[1.0, 3.0], [3.0, 1.0]]), 0.01, "with damping 0.01, 0.1, 1;"),
+        # One more step would be 1.005.
+        (np.array([[1.0, 1.5], [1.5, 1.0]]), 0.1005, "with damping 0.1005;"),
     ],
 )
 def test_no_inverse_is_an_error_that_lists_what_was_tried(C, damping, tried):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reference import packing
 from reference.packing import pack_2bit, pack_base3, unpack_2bit, unpack_base3
 
 CODECS = {
@@ -67,6 +68,17 @@ def test_layout_by_hand():
     assert unpack_2bit(np.array([70, 86], dtype=np.uint8), 5).tolist() == [1, 0, -1, 0, 1]
 
 
+def test_the_version_is_that_of_the_description():
+    assert f"format version {packing.FORMAT_VERSION}:" in packing.__doc__
+
+
+@codecs
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.float32])
+def test_trits_of_any_type_are_packed(pack, unpack, places, dtype):
+    trits = np.array([[1, 0, -1, -1, 1, 1, 0]])
+    assert np.array_equal(pack(trits.astype(dtype)), pack(trits))
+
+
 @codecs
 def test_rows_are_packed_one_by_one(pack, unpack, places):
     trits = np.random.default_rng(1).integers(-1, 2, size=(2, 3, 7))
@@ -94,6 +106,14 @@ def test_what_is_no_trit_is_not_packed(pack, unpack, places, value):
 def test_only_uint8_is_unpacked(pack, unpack, places, dtype):
     with pytest.raises(ValueError, match="uint8"):
         unpack(np.array([121], dtype=dtype), 3)
+
+
+@codecs
+def test_a_length_below_zero_and_a_byte_without_a_row_are_refused(pack, unpack, places):
+    with pytest.raises(ValueError, match="-1 trits take"):
+        unpack(np.zeros((2, 0), dtype=np.uint8), -1)
+    with pytest.raises(ValueError, match=r"got shape \(\)"):
+        unpack(np.array(13, dtype=np.uint8), 1)
 
 
 @codecs

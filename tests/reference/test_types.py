@@ -19,6 +19,7 @@ from tests.reference.strategies import quadratic_error, random_gram
         ({"aga": "on"}, "aga must be one of none, exact, printed, conditional, got 'on'"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
         ({"damping": -0.1}, "damping must be finite and not negative, got -0.1"),
         ({"damping": float("nan")}, "damping must be finite"),
         ({"damping": float("inf")}, "damping must be finite"),
@@ -27,6 +28,10 @@ from tests.reference.strategies import quadratic_error, random_gram
 def test_settings_that_mean_nothing_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TernaryConfig(**changes)
+
+
+def test_defaults_are_those_of_the_paper():
+    assert TernaryConfig() == TernaryConfig(128, "asymmetric", "ssr", True, "exact", True, 0.01, 100, 0)
 
 
 def test_settings_cannot_change_after_the_fact():
@@ -121,6 +126,17 @@ def test_dead_weights_do_not_count_in_any_figure():
     W, C = rng.normal(size=(3, 8)), random_gram(rng, 8, "dead")
     moved = W + 100 * (np.diag(C) == 0)
     assert ternarize(W, C, TernaryConfig(4)).report == ternarize(moved, C, TernaryConfig(4)).report
+
+
+def test_shares_do_not_depend_on_the_size_of_the_weights():
+    rng = np.random.default_rng(3)
+    W, C = rng.normal(size=(3, 8)), random_gram(rng, 8)
+    # Powers of two that leave float16 scales normal; the powers of W fall below 1.
+    small, large = (ternarize(W * size, C, TernaryConfig(4)).report for size in (2.0**-6, 1.0))
+    assert small.output_power < large.output_power
+    assert small.weight_power < 1
+    assert small.weight_errors == large.weight_errors
+    assert small.output_errors == large.output_errors
 
 
 def test_names_of_the_settings_are_those_of_the_checkpoint():
