@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.cli import UserError, run
 from tests.faults import outcome
-from tests.faults.outcome import Journal, OutcomeError, Verdict, digest
+from tests.faults.judge import PASSED
+from tests.faults.outcome import Journal, Verdict, digest
 from tests.faults.plant import Fault, find_faults
 
 DESCRIPTION = """\
@@ -59,7 +61,7 @@ TESTS = {
 }
 
 
-class TestsFail(Exception):
+class FailingTests(UserError):
     """The tests do not pass as they are; the message names those that fail."""
 
 
@@ -75,14 +77,14 @@ class Project:
         Paths of the tests that judge each package.
     copied : tuple of str
         What of the folder the tests need.
+    patience : float
+        Seconds that a test may take beyond ten times what it takes without a fault.
     """
 
     root: Path = ROOT
-    tests: dict[str, tuple[str, ...]] = None  # type: ignore[assignment]
+    tests: dict[str, tuple[str, ...]] = field(default_factory=lambda: TESTS)
     copied: tuple[str, ...] = COPIED
-
-    def __post_init__(self) -> None:
-        self.tests = self.tests or TESTS
+    patience: float = 15.0
 
     def sources(self) -> list[str]:
         """Every file of the packages, by its path."""
@@ -119,11 +121,8 @@ class Bench:
         reading, writing = os.pipe()
         self.process = subprocess.Popen(
             [
-                sys.executable,
-                "-P",
-                str(Path(__file__).with_name("judge.py")),
-                str(writing),
-                *project.tests[package],
+                *(sys.executable, "-P", str(Path(__file__).with_name("judge.py"))),
+                *(str(writing), str(project.patience), *project.tests[package]),
             ],
             cwd=folder,
             env={
@@ -144,7 +143,7 @@ class Bench:
         self.answers = os.fdopen(reading, encoding="utf-8")
         ready = self._answer()
         if ready["code"] != 0:
-            raise TestsFail(f"the tests of {package} fail without a fault: {', '.join(ready['failed'])}")
+            raise FailingTests(f"the tests of {package} fail without a fault: {', '.join(ready['failed'])}")
 
     def judge(self, fault: Fault) -> tuple[Verdict, float]:
         """Plant a fault, run the tests, and take it out again."""
@@ -165,12 +164,14 @@ class Bench:
             answer = self._answer()
         finally:
             file.write_text(sound, encoding="utf-8")
-        return Verdict(fault, answer["by"]), answer["seconds"]
+        if not answer["by"]:
+            raise FailingTests(f"the tests could not be run on {describe(fault)}")
+        return Verdict(fault, None if answer["by"] == PASSED else answer["by"]), answer["seconds"]
 
     def _answer(self) -> dict[str, Any]:
         line = self.answers.readline()
         if not line:
-            raise TestsFail(f"the process that runs the tests ended with {self.process.wait()}")
+            raise FailingTests(f"the process that runs the tests ended with {self.process.wait()}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -206,7 +207,7 @@ def judge_files(project: Project, files: list[str], journal: Journal, resume: bo
 
     Raises
     ------
-    TestsFail
+    FailingTests
         If the tests fail without a fault.
     """
     for package in project.tests:
@@ -307,14 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
             for fault in project.faults(file):
                 print(describe(fault))
         return 0
-    try:
-        return _run(project, files, options.resume)
-    except (TestsFail, OutcomeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from here", file=sys.stderr)
-        return 130
+    return _run(project, files, options.resume)
 
 
 def _run(project: Project, files: list[str], resume: bool) -> int:
@@ -338,4 +332,4 @@ def _run(project: Project, files: list[str], resume: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

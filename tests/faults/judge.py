@@ -25,12 +25,18 @@ from typing import Any
 import hypothesis
 import pytest
 
-# A test that takes this much longer than without the fault hangs, seconds and times.
-GRACE = 15.0
+# A test that takes so many times as long as without the fault, and the patience asked for, hangs.
 SLOWER = 10.0
 # A fault may ask for memory without end.
 MEMORY = 12 * 2**30
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=no", "--no-header", "--no-summary"]
+
+
+# What is answered where every test passes.
+PASSED = "passed"
+# Whether a test runs the faulty function, whether it is named after the module, and its seconds.
+Rank = tuple[bool, bool, float]
+FIRST: Rank = (False, False, 0.0)
 
 
 class Recorder:
@@ -82,11 +88,12 @@ class FirstFailure:
     """Pytest plugin of a child: those tests first that are likely to fail; the first failure ends it."""
 
     def __init__(
-        self, answer: int, order: dict[str, tuple[int, int, float]], seconds: dict[str, float]
+        self, answer: int, order: dict[str, Rank], seconds: dict[str, float], patience: float
     ) -> None:
         self.answer = answer
         self.order = order
         self.seconds = seconds
+        self.patience = patience
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self) -> None:
@@ -97,11 +104,11 @@ class FirstFailure:
         hypothesis.settings.load_profile("faults")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: self.order.get(item.nodeid, (0, 0, 0.0)))
+        items.sort(key=lambda item: self.order.get(item.nodeid, FIRST))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
-        signal.setitimer(signal.ITIMER_REAL, GRACE + SLOWER * self.seconds.get(item.nodeid, 0.0))
+        signal.setitimer(signal.ITIMER_REAL, self.patience + SLOWER * self.seconds.get(item.nodeid, 0.0))
         return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
@@ -122,6 +129,7 @@ class Imports:
         self.paths = {path: _module(path.relative_to(root)) for path in root.rglob("*.py")}
         self.wanted: dict[str, set[str]] = {}
         self.compiles: set[str] = set()
+        self.starts: set[str] = set()
         known = set(self.paths.values())
         for path, module in self.paths.items():
             names = {module.rpartition(".")[0]}
@@ -132,6 +140,8 @@ class Imports:
                     names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
             if any(name.partition(".")[0] == "numba" for name in names):
                 self.compiles.add(module)
+            if "subprocess" in names:
+                self.starts.add(module)
             # A package is imported before any module in it.
             names |= {name.rpartition(".")[0] for name in names}
             self.wanted[module] = names & known
@@ -147,7 +157,8 @@ class Imports:
 class Judge:
     """The tests of a package, passed once without a fault."""
 
-    def __init__(self, tests: list[str]) -> None:
+    def __init__(self, patience: float, tests: list[str]) -> None:
+        self.patience = patience
         self.root = Path.cwd()
         self.imports = Imports(self.root)
         self.recorder = Recorder()
@@ -183,41 +194,54 @@ class Judge:
         ran = self.ran.values() if name is None else [self.ran[name]]
         return {one for ones in ran for one in ones if Path(one[0]).parts[0] == package and one[1][0] != "<"}
 
-    def selection(self, file: str, function: str) -> tuple[list[str], dict[str, tuple[int, int, float]]]:
+    def selection(self, file: str, function: str) -> tuple[list[str], dict[str, Rank]]:
         """The test files that can notice a fault, and the order of their tests.
 
-        A file whose tests never run the package here judges every fault: it works in another process, or
-        on the source. So does every file where the fault is in what runs as a module is imported.
+        A file whose tests never run the package here works on its source, or starts programs of its folder
+        that do. Every file is chosen where the fault is in what runs as a module is imported.
         """
         relevant = self.relevant(file, function)
         package = Path(file).parts[0]
+        dependents = self.imports.dependents(_module(Path(file)))
         chosen = [
             name
             for name in self.files
-            if function.startswith("<") or self.ran[name] & relevant or not self.called(package, name)
+            if function.startswith("<")
+            or self.ran[name] & relevant
+            or (not self.called(package, name) and self._reaches(name, dependents))
         ]
         if not any(self.ran[name] & relevant for name in chosen):
             chosen = self.files
         stem = f"test_{Path(file).stem}."
         order = {
             nodeid: (
-                0 if self.ran[nodeid] & relevant else 1,
-                0 if stem in _file(nodeid) else 1,
+                not self.ran[nodeid] & relevant,
+                stem not in _file(nodeid),
                 seconds,
             )
             for nodeid, seconds in self.recorder.seconds.items()
         }
         return chosen, order
 
+    def _reaches(self, name: str, dependents: set[str]) -> bool:
+        folder = Path(name).parent
+        if _module(Path(name)) not in self.imports.starts:
+            return True
+        programs = (path for path in self.imports.paths if path.parent == self.root / folder)
+        return any(not p.name.startswith("test_") and self.imports.paths[p] in dependents for p in programs)
+
     def judge(self, file: str, function: str) -> dict[str, Any]:
-        """Who notices the fault that lies in a file now: a test, a "crash", a "hang", or None."""
+        """Who notices the fault that lies in a file now: a test, a "crash", a "hang", or `PASSED`.
+
+        The answer is empty where the tests could not be run at all, whatever the fault.
+        """
         started = time.perf_counter()
         files, order = self.selection(file, function)
         reading, writing = os.pipe()
+        plugin = FirstFailure(writing, order, self.recorder.seconds, self.patience)
         child = os.fork()
         if child == 0:
-            os.close(reading)
-            self._in_child(_module(Path(file)), files, FirstFailure(writing, order, self.recorder.seconds))
+            self._in_child(_module(Path(file)), files, plugin)
         os.close(writing)
         with os.fdopen(reading, "rb") as answer:
             said = answer.read().decode()
@@ -227,14 +251,14 @@ class Judge:
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             said = "hang" if number == signal.SIGALRM else f"crash, {signal.Signals(number).name}"
-        return {"by": said or None, "seconds": round(time.perf_counter() - started, 2)}
+        return {"by": said, "seconds": round(time.perf_counter() - started, 2)}
 
     def _in_child(self, module: str, files: list[str], plugin: FirstFailure) -> None:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.setitimer(signal.ITIMER_REAL, GRACE + SLOWER * self.seconds)
-        verdict = "the tests could not be run"
+        signal.setitimer(signal.ITIMER_REAL, self.patience + SLOWER * self.seconds)
+        verdict = ""
         try:
             stale = self.imports.dependents(module)
             for name in list(sys.modules):
@@ -244,7 +268,10 @@ class Judge:
                         delattr(sys.modules[parent], child)
                     del sys.modules[name]
             code = pytest.main([*OPTIONS, "-x", *files], plugins=[plugin])
-            verdict = "" if code == pytest.ExitCode.OK else f"pytest ended with {code!r}"
+            if code == pytest.ExitCode.OK:
+                verdict = PASSED
+            elif code != pytest.ExitCode.NO_TESTS_COLLECTED:
+                verdict = f"pytest ended with {code!r}"
         finally:
             plugin.end(verdict)
 
@@ -258,7 +285,7 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def main(answers: int, tests: list[str]) -> None:
+def main(answers: int, patience: float, tests: list[str]) -> None:
     """Pass the tests, say so, and judge what is asked for until there is no more."""
     # What tests print is of no interest here.
     null = os.open(os.devnull, os.O_WRONLY)
@@ -268,11 +295,11 @@ def main(answers: int, tests: list[str]) -> None:
         def say(answer: dict[str, Any]) -> None:
             print(json.dumps(answer), file=out, flush=True)
 
-        judge = Judge(tests)
+        judge = Judge(patience, tests)
         say(judge.ready)
         for line in sys.stdin:
             say(judge.judge(**json.loads(line)))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.cli import UserError
 from tests.faults.plant import Fault
 
 FORMAT_VERSION = 1
@@ -22,7 +23,7 @@ JOURNAL = FOLDER / "journal.jsonl"
 Key = tuple[str, str, str]
 
 
-class OutcomeError(Exception):
+class OutcomeError(UserError):
     """A file of reasons or outcomes that is not what this program writes or reads."""
 
 
