@@ -347,7 +347,7 @@ class _Planter:
         for bound, steps in ((node.lower, (1,)), (node.upper, (1, -1)), (node.step, (1,))):
             if bound is not None:
                 self.moved(bound, steps)
-        if node.lower is not None:
+        if node.lower is not None and getattr(node.lower, "value", None) != 0:
             self.plant(node.lower, "index", "None")
         if node.upper is not None:
             self.plant(node.upper, "index", "None")

@@ -158,14 +158,3 @@ def test_a_start_that_does_not_fit_is_refused(part):
     start[part] = start[part][:1]
     with pytest.raises(ValueError, match=f"{('alpha', 'mu', 'T')[part]} has shape"):
         atq.iterative_ternary_fitting(gpu.to_device(W), start=tuple(start))
-
-
-def test_sums_of_float32_are_float64():
-    # 2^24 + 1 is no float32.
-    row = gpu.to_device(np.array([[2.0**24, 1.0]], dtype=np.float32))
-    assert atq.squared_norm(gpu.to_device(np.array([[2.0**12, 1.0]], dtype=np.float32))) == 2**24 + 1
-    alpha, mu = atq.build_optimal_grid(row, gpu.to_device(np.zeros((1, 2), np.int8)))
-    assert (alpha.item(), mu.item()) == (0.0, 2.0**23 + 0.5)
-    assert ssr.block_variance(row, 2) == (2.0**23 - 0.5) ** 2
-    assert gptq.gram(row).tolist() == [[2.0**48, 2.0**24], [2.0**24, 1.0]]
-    assert gptq.gram(gpu.to_device(np.array([[2.0**12], [1.0]], dtype=np.float32))).item() == 2**24 + 1

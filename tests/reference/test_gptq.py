@@ -98,23 +98,23 @@ def test_a_numerically_singular_matrix_is_damped_although_it_has_a_factor():
     # H = 1 + d I of size 3 has the reciprocal condition d/4 in the 1-norm; below 2.2e-16 it has no
     # inverse to rounding. 3e-16 is below, 3e-15 is not.
     _, damping = invert_damped(np.ones((3, 3)), 3e-18)
-    assert damping == pytest.approx(3e-15, rel=1e-14)
+    assert damping == pytest.approx(3e-15, rel=1e-14, abs=0)
 
 
 @pytest.mark.parametrize(
-    ("C", "used"),
+    ("C", "damping"),
     [
         # Opposite signs leave the norm what it is: 3 in every column, and 1 without the magnitudes.
-        (np.outer([1, -1, 1], [1, -1, 1]), 6e-15),
-        # So does an input that is a thousandth of the others; the norm is that of the largest column.
-        (np.diag([0, 0, 0, 1e-3]) + np.outer([1, 1, 1, 0], [1, 1, 1, 0]), 6e-15),
+        (np.outer([1, -1, 1], [1, -1, 1]), 6e-18),
+        # So does a weak input, which lowers the mean of the diagonal to 3/4: the largest column counts.
+        (np.outer([1, 1, 1, 0], [1, 1, 1, 0]) + np.diag([0, 0, 0, 2.0**-10]), 4e-18),
     ],
 )
-def test_what_is_singular_to_rounding_is_told_by_the_norm_of_the_largest_column(C, used):
-    # As above 6e-16 is below the limit, of the reciprocal condition 1.5e-16, and 6e-15 is not.
-    C = C * (len(C) / np.trace(C))
-    _, damping = invert_damped(C, 6e-18)
-    assert damping == pytest.approx(used, rel=1e-14)
+def test_the_norm_of_the_largest_column_tells_what_is_singular_to_rounding(C, damping):
+    # As above: with 3e-16 or 6e-16 on the diagonal the reciprocal condition is below 2.2e-16, and with ten
+    # times that above.
+    _, used = invert_damped(C, damping)
+    assert used == pytest.approx(1000 * damping, rel=1e-14, abs=0)
 
 
 def test_a_singular_matrix_whose_factor_does_not_show_it_is_refused():
