@@ -23,7 +23,7 @@ from harness.cli import UserError, run
 from tests.faults import outcome
 from tests.faults.judge import PASSED
 from tests.faults.outcome import Journal, Verdict, digest
-from tests.faults.plant import Fault, find_faults
+from tests.faults.plant import MODULE_LEVEL, Fault, find_faults
 
 DESCRIPTION = """\
 Plant faults in reference/ and gpu/ and show which of them the tests notice.
@@ -38,11 +38,14 @@ why no test can notice it.
 
 The outcome is written to tests/faults/outcome.json, file by file as they are
 completed. Every verdict is kept in tests/faults/journal.jsonl as it comes, so
-nothing is lost when the run is killed: --resume goes on from there."""
+nothing is lost when the run is killed: --resume goes on from there.
+
+It needs no GPU, and what the tests need: numpy, scipy, safetensors, torch,
+numba-cuda, pytest and hypothesis."""
 
 EPILOG = """\
 examples:
-  python -m tests.faults                            all faults; about an hour on one core
+  python -m tests.faults                            all faults; an hour or two on one core
   python -m tests.faults --resume                   only what has changed, or was not reached
   python -m tests.faults --package reference
   python -m tests.faults --file gpu/ssr.py          after a change of this file
@@ -149,24 +152,38 @@ class Bench:
         """Plant a fault, run the tests, and take it out again."""
         file = self.folder / fault.file
         sound = file.read_text(encoding="utf-8")
-        compiled = list((file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"))
         try:
-            # Python takes compiled code for that of a file of the same length and second.
-            for old in compiled:
-                old.unlink()
-            file.write_text(fault.planted(sound), encoding="utf-8")
-            assert self.process.stdin is not None
-            print(
-                json.dumps({"file": fault.file, "function": fault.function}),
-                file=self.process.stdin,
-                flush=True,
-            )
-            answer = self._answer()
+            self._write(file, fault.planted(sound))
+            by, seconds = self._ask(fault.file, fault.function)
         finally:
-            file.write_text(sound, encoding="utf-8")
+            self._write(file, sound)
+        return Verdict(fault, by), seconds
+
+    def check(self, file: str) -> None:
+        """Judge a file as it is: tests that fail because it is loaded again would catch any fault of it.
+
+        Raises
+        ------
+        FailingTests
+            If a test fails.
+        """
+        by, _ = self._ask(file, MODULE_LEVEL)
+        if by is not None:
+            raise FailingTests(f"{file} is sound and does not pass {by}: its verdicts mean nothing")
+
+    def _write(self, file: Path, text: str) -> None:
+        # Python takes compiled code for that of any file of the same length and second.
+        for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+            compiled.unlink()
+        file.write_text(text, encoding="utf-8")
+
+    def _ask(self, file: str, function: str) -> tuple[str | None, float]:
+        assert self.process.stdin is not None
+        print(json.dumps({"file": file, "function": function}), file=self.process.stdin, flush=True)
+        answer = self._answer()
         if not answer["by"]:
-            raise FailingTests(f"the tests could not be run on {describe(fault)}")
-        return Verdict(fault, None if answer["by"] == PASSED else answer["by"]), answer["seconds"]
+            raise FailingTests(f"the tests could not be run on a fault of {file}, {function}")
+        return None if answer["by"] == PASSED else answer["by"], answer["seconds"]
 
     def _answer(self) -> dict[str, Any]:
         line = self.answers.readline()
@@ -229,6 +246,8 @@ def judge_files(project: Project, files: list[str], journal: Journal, resume: bo
                         journal.add(verdict, hashes, seconds)
                         progress.show(verdict)
                     verdicts.append(verdict)
+                if verdicts and len(known) < len(every) and all(verdict.by for verdict in verdicts):
+                    at.check(file)
                 yield Judged(file, hashes[file], verdicts)
 
 

@@ -27,6 +27,8 @@ from tests.faults.changes import (
 )
 
 MODULE_LEVEL = "<module>"
+# Kinds of faults, and what they put in the place of an expression.
+Changes = Iterator[tuple[str, ast.AST | str]]
 # Characters of an expression shown on either side of what changes in it.
 CONTEXT = 30
 
@@ -169,8 +171,6 @@ class _Planter:
             self.lines[node.end_lineno - 1] + node.end_col_offset,
         )
 
-    # Statements
-
     def body(self, statements: list[ast.stmt]) -> None:
         """The faults of a block."""
         for statement in statements:
@@ -259,8 +259,6 @@ class _Planter:
         else:
             self.body(node.body)
 
-    # Expressions
-
     def inside(self, node: object) -> None:
         """The faults of an expression and of all in it."""
         if not isinstance(node, ast.AST) or isinstance(node, ast.JoinedStr):
@@ -284,7 +282,7 @@ class _Planter:
         if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult | ast.Div | ast.MatMult):
             self.plant(value, "sign", ast.UnaryOp(ast.USub(), value))
 
-    def expression_BinOp(self, node: ast.BinOp) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_BinOp(self, node: ast.BinOp) -> Changes:
         if type(node.op) in OPERATORS:
             yield "operator", ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
         if isinstance(node.op, ast.MatMult):
@@ -295,16 +293,16 @@ class _Planter:
         elif not isinstance(node.op, ast.Div | ast.FloorDiv | ast.Mod | ast.Pow):
             yield "term", node.right
 
-    def expression_UnaryOp(self, node: ast.UnaryOp) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_UnaryOp(self, node: ast.UnaryOp) -> Changes:
         yield ("sign" if isinstance(node.op, ast.USub) else "not"), node.operand
 
-    def expression_BoolOp(self, node: ast.BoolOp) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_BoolOp(self, node: ast.BoolOp) -> Changes:
         yield "boolean", ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
         for dropped in range(len(node.values)):
             rest = [value for place, value in enumerate(node.values) if place != dropped]
             yield "term", rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
 
-    def expression_Compare(self, node: ast.Compare) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_Compare(self, node: ast.Compare) -> Changes:
         for place, operator in enumerate(node.ops):
             for other in COMPARISONS[type(operator)]:
                 ops = [other() if i == place else op for i, op in enumerate(node.ops)]
@@ -314,26 +312,26 @@ class _Planter:
             for shorter in fewer(last):
                 yield "term", ast.Compare(node.left, node.ops, [*node.comparators[:-1], shorter])
 
-    def expression_IfExp(self, node: ast.IfExp) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_IfExp(self, node: ast.IfExp) -> Changes:
         yield "condition", node.body
         yield "condition", node.orelse
 
-    def expression_comprehension(self, node: ast.comprehension) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_comprehension(self, node: ast.comprehension) -> Changes:
         for test in node.ifs:
             self.forced(test, (True, False))
         yield from ()
 
-    def expression_Constant(self, node: ast.Constant) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_Constant(self, node: ast.Constant) -> Changes:
         for value in other_values(node.value):
             yield "constant", repr(value)
 
-    def expression_Attribute(self, node: ast.Attribute) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_Attribute(self, node: ast.Attribute) -> Changes:
         if node.attr == "T":
             yield "transpose", node.value
         elif node.attr in TYPES and isinstance(node.value, ast.Name):
             yield "type", ast.Attribute(node.value, TYPES[node.attr], node.ctx)
 
-    def expression_Subscript(self, node: ast.Subscript) -> Iterator[tuple[str, ast.AST | str]]:
+    def expression_Subscript(self, node: ast.Subscript) -> Changes:
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         for part in parts:
             if isinstance(part, ast.Slice):
@@ -358,25 +356,19 @@ class _Planter:
                 operator = ast.Add() if step > 0 else ast.Sub()
                 self.plant(bound, "index", ast.BinOp(bound, operator, ast.Constant(1)))
 
-    def expression_Call(self, node: ast.Call) -> Iterator[tuple[str, ast.AST | str]]:
-        method = isinstance(node.func, ast.Attribute)
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    def expression_Call(self, node: ast.Call) -> Changes:
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-        on_module = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") in (
-            "np",
-            "xp",
-        )
-        if name in FUNCTIONS and (method or name in ("any", "all", "min", "max")):
-            func = (
-                ast.Attribute(node.func.value, FUNCTIONS[name], ast.Load())
-                if isinstance(node.func, ast.Attribute)
-                else ast.Name(FUNCTIONS[name])
-            )
-            yield "function", ast.Call(func, node.args, node.keywords)
-        if name in TRANSPARENT:
-            if isinstance(node.func, ast.Attribute) and not on_module:
-                yield "function", node.func.value
-            else:
+        if isinstance(node.func, ast.Attribute):
+            name, owner = node.func.attr, node.func.value
+            if name in FUNCTIONS:
+                yield "function", ast.Call(ast.Attribute(owner, FUNCTIONS[name]), node.args, node.keywords)
+            if name in TRANSPARENT:
+                yield "function", node.args[0] if getattr(owner, "id", "") in ("np", "xp") else owner
+        else:
+            name = getattr(node.func, "id", "")
+            if name in ("any", "all", "min", "max"):
+                yield "function", ast.Call(ast.Name(FUNCTIONS[name]), node.args, node.keywords)
+            if name in TRANSPARENT:
                 yield "function", node.args[0]
         if name in ("minimum", "maximum", "min", "max") and len(node.args) == 2:
             yield "term", node.args[0]
