@@ -148,13 +148,13 @@ class Bench:
         if ready["code"] != 0:
             raise FailingTests(f"the tests of {package} fail without a fault: {', '.join(ready['failed'])}")
 
-    def judge(self, fault: Fault) -> tuple[Verdict, float]:
-        """Plant a fault, run the tests, and take it out again."""
+    def judge(self, fault: Fault, only: list[str] | None) -> tuple[Verdict, float]:
+        """Plant a fault, run the tests, or `only` some files of them, and take it out again."""
         file = self.folder / fault.file
         sound = file.read_text(encoding="utf-8")
         try:
             self._write(file, fault.planted(sound))
-            by, seconds = self._ask(fault.file, fault.function)
+            by, seconds = self._ask(fault.file, fault.function, only)
         finally:
             self._write(file, sound)
         return Verdict(fault, by), seconds
@@ -167,7 +167,7 @@ class Bench:
         FailingTests
             If a test fails.
         """
-        by, _ = self._ask(file, MODULE_LEVEL)
+        by, _ = self._ask(file, MODULE_LEVEL, None)
         if by is not None:
             raise FailingTests(f"{file} is sound and does not pass {by}: its verdicts mean nothing")
 
@@ -177,9 +177,10 @@ class Bench:
             compiled.unlink()
         file.write_text(text, encoding="utf-8")
 
-    def _ask(self, file: str, function: str) -> tuple[str | None, float]:
+    def _ask(self, file: str, function: str, only: list[str] | None) -> tuple[str | None, float]:
         assert self.process.stdin is not None
-        print(json.dumps({"file": file, "function": function}), file=self.process.stdin, flush=True)
+        request = {"file": file, "function": function, "only": only}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self._answer()
         if not answer["by"]:
             raise FailingTests(f"the tests could not be run on a fault of {file}, {function}")
@@ -230,23 +231,27 @@ def judge_files(project: Project, files: list[str], journal: Journal, resume: bo
     for package in project.tests:
         hashes = project.hashes(package)
         faults = {file: project.faults(file) for file in files if Path(file).parts[0] == package}
-        every = [fault for own in faults.values() for fault in own]
-        known = {fault: found for fault in every if resume and (found := journal.find(fault, hashes))}
+        found = {
+            fault: journal.find(fault, hashes) if resume else (None, None)
+            for own in faults.values()
+            for fault in own
+        }
+        left = sum(verdict is None for verdict, _ in found.values())
         with contextlib.ExitStack() as stack:
-            if len(known) < len(every):
+            if left:
                 print(f"{package}: running the tests without a fault", file=sys.stderr)
                 at = stack.enter_context(bench(project, package))
-                progress = stack.enter_context(_Progress(package, len(every) - len(known)))
+                progress = stack.enter_context(_Progress(package, left))
             for file, own in faults.items():
                 verdicts = []
                 for fault in own:
-                    verdict = known.get(fault)
+                    verdict, unseen = found[fault]
                     if verdict is None:
-                        verdict, seconds = at.judge(fault)
+                        verdict, seconds = at.judge(fault, unseen)
                         journal.add(verdict, hashes, seconds)
                         progress.show(verdict)
                     verdicts.append(verdict)
-                if verdicts and len(known) < len(every) and all(verdict.by for verdict in verdicts):
+                if left and own and all(verdict.by for verdict in verdicts):
                     at.check(file)
                 yield Judged(file, hashes[file], verdicts)
 

@@ -72,31 +72,46 @@ class Journal:
             kept = "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in self.known.values())
             _replace(file, kept)
 
-    def find(self, fault: Fault, hashes: dict[str, str]) -> Verdict | None:
-        """The verdict of an earlier run, if it holds for sources and tests of these hashes."""
+    def find(self, fault: Fault, hashes: dict[str, str]) -> tuple[Verdict | None, list[str] | None]:
+        """What an earlier run says of a fault, for sources and tests of these hashes.
+
+        Returns
+        -------
+        verdict : Verdict or None
+            Its verdict, if it still holds.
+        unseen : list of str or None
+            Without a verdict: the test files that are left to judge the fault, which has survived the
+            others as they are; None for all of them.
+        """
         entry = self.known.get(fault.key)
         if entry is None or entry["sha256"] != hashes[fault.file]:
-            return None
-        return Verdict(fault, entry["by"]) if entry["tests"] == _judges(entry["by"], hashes) else None
+            return None, None
+        seen, tests = entry["tests"].items(), _tests(hashes)
+        if entry["by"] is not None:
+            return (Verdict(fault, entry["by"]) if seen <= tests.items() else None), None
+        unseen = [name for name, sha256 in tests.items() if (name, sha256) not in seen]
+        if not unseen:
+            return Verdict(fault, None), None
+        # What tests share may have changed any of them.
+        return None, unseen if all(Path(name).name.startswith("test_") for name in unseen) else None
 
     def add(self, verdict: Verdict, hashes: dict[str, str], seconds: float) -> None:
         """Write a verdict on sources and tests of these hashes."""
+        tests = _tests(hashes)
+        named = (verdict.by or "").partition("::")[0]
         entry = {
             "fault": verdict.fault.key,
             "sha256": hashes[verdict.fault.file],
             "by": verdict.by,
-            "tests": _judges(verdict.by, hashes),
+            "tests": {named: tests[named]} if named in tests else tests,
             "seconds": seconds,
         }
         with self.file.open("a", encoding="utf-8") as out:
             print(json.dumps(entry, ensure_ascii=False), file=out)
 
 
-def _judges(by: str | None, hashes: dict[str, str]) -> str:
-    """The hash of the test file that failed, or of all where no single one did."""
-    named = hashes.get((by or "").partition("::")[0])
-    tests = sorted(item for item in hashes.items() if item[0].startswith("tests/"))
-    return named or hashlib.sha256(repr(tests).encode()).hexdigest()
+def _tests(hashes: dict[str, str]) -> dict[str, str]:
+    return {name: sha256[:16] for name, sha256 in hashes.items() if name.startswith("tests/")}
 
 
 def _replace(file: Path, text: str) -> None:

@@ -139,7 +139,7 @@ def project(tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    return Project(tmp_path, {"toy": ("tests/toy",)}, ("toy", "tests", "pyproject.toml"), patience=0.5)
+    return Project(tmp_path, {"toy": ("tests/toy",)}, ("toy", "tests", "pyproject.toml"), patience=0.2)
 
 
 def test_what_no_test_notices_survives_and_nothing_is_judged_twice(project, tmp_path):
@@ -162,13 +162,27 @@ def test_what_no_test_notices_survives_and_nothing_is_judged_twice(project, tmp_
         Project(tmp_path, project.tests, ()), project.sources(), Journal(journal), resume=True
     )
     assert list(again)[1] == judged
-    # Other tests may notice what survived, but not what they did not judge.
-    hashes = {**project.hashes("toy"), "tests/toy/test_more.py": "new"}
+    # Another test may notice what survived the others.
     known = Journal(journal)
-    assert {v.fault.change for v in judged.verdicts if known.find(v.fault, hashes) is None} == survivors | {
-        change for change, by in verdicts.items() if by == "hang"
-    }
-    assert known.find(judged.verdicts[0].fault, {**hashes, "toy/sums.py": "changed"}) is None
+    more = {**project.hashes("toy"), "tests/toy/test_more.py": "new"}
+    shared = {**project.hashes("toy"), "tests/toy/conftest.py": "new"}
+    for verdict in judged.verdicts:
+        if verdict.by is None:
+            assert known.find(verdict.fault, more) == (None, ["tests/toy/test_more.py"])
+            assert known.find(verdict.fault, shared) == (None, None)
+        elif verdict.by != "hang":
+            assert known.find(verdict.fault, more) == (verdict, None)
+        assert known.find(verdict.fault, {**more, "toy/sums.py": "changed"}) == (None, None)
+    (tmp_path / "tests/toy/test_more.py").write_text(
+        "from toy.sums import hidden\n\n\ndef test_more():\n    assert hidden(7) == 5\n"
+    )
+    _, third = judge_files(project, project.sources(), known, resume=True)
+    caught = {verdict.fault.change: verdict.by for verdict in third.verdicts}
+    assert caught["x -= 1 → pass"] == "hang"
+    assert caught["while x > 5: → while (x >= 5):"] == "tests/toy/test_more.py::test_more"
+    assert [caught[change] for change in verdicts if verdicts[change]] == [
+        by for by in verdicts.values() if by
+    ]
 
 
 def test_tests_that_fail_without_a_fault_judge_nothing(project, tmp_path):

@@ -111,3 +111,9 @@ def test_trits_of_any_type_are_packed(dtype):
 def test_an_unsigned_byte_is_no_negative_trit():
     with pytest.raises(ValueError, match="trits must be"):
         packing.pack_base3(gpu.to_device(np.array([255], np.uint8)))
+
+
+def test_lists_are_taken_as_by_the_reference():
+    assert gpu.to_host(packing.pack_base3([1, 0, -1, 0, 0, 1])).tolist() == [113, 122]
+    with pytest.raises(ValueError, match="must be uint8, got int64"):
+        packing.unpack_base3([113, 122], 6)
