@@ -47,3 +47,43 @@ def test_rows_of_equal_trits_are_aligned_as_in_the_reference(aga):
     assert (theirs.trits == 1).all()
     for part in ("trits", "scale", "shift", "permutation"):
         np.testing.assert_array_equal(getattr(ours, part), getattr(theirs, part), err_msg=part)
+
+
+def test_shares_do_not_depend_on_the_size_of_the_weights():
+    rng = np.random.default_rng(3)
+    W, C = rng.normal(size=(3, 8)), random_gram(rng, 8)
+    # A power of two that leaves float16 scales normal; the power of W falls below 1.
+    small, large = (on_gpu(W * size, C, TernaryConfig(4)).report for size in (2.0**-6, 1.0))
+    assert small.weight_power < 1
+    assert small.weight_errors == pytest.approx(large.weight_errors, rel=1e-12)
+    assert small.aligned_weight_error == pytest.approx(large.aligned_weight_error, rel=1e-12)
+    assert small.output_errors == pytest.approx(large.output_errors, rel=1e-12)
+
+
+def test_errors_of_float32_weights_are_float64():
+    rng = np.random.default_rng(4)
+    W, C = rng.normal(size=(40, 96)).astype(np.float32), random_gram(rng, 96)
+    result = load_backend("gpu").ternarize(W, C, TernaryConfig(32))
+    E = W.astype(np.float64) - result.dequantize()
+    exact = W.astype(np.float64)
+    power = ((exact @ C) * exact).sum()
+    assert result.report.output_power == pytest.approx(power, rel=1e-13)
+    # In float32 each difference would round by 6e-8 of itself.
+    assert result.report.relative_output_error == pytest.approx(((E @ C) * E).sum() / power, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("row", "block", "weights", "name", "shown"),
+    [
+        # Mean 0 and trits at ±7e4: a scale beyond 65504.
+        (2, 1, [7e4, -7e4, 7e4, -7e4], "scale", "70000"),
+        (0, 2, [7e4, 7e4, 7e4, 7e4], "shift", "70000"),
+        (1, 0, [-7e4, -7e4, -7e4, -7e4], "shift", "-70000"),
+    ],
+)
+def test_grid_beyond_float16_is_an_error_that_names_row_and_block(row, block, weights, name, shown):
+    W = np.random.default_rng(9).normal(size=(3, 12))
+    W[row, 4 * block : 4 * block + 4] = weights
+    config = TernaryConfig(4, reorder="none", aga="none", compensation=False)
+    with pytest.raises(ValueError, match=f"the {name} of row {row}, block {block} is {shown}, beyond"):
+        on_gpu(W, np.eye(12), config)
