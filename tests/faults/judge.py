@@ -29,7 +29,18 @@ import pytest
 SLOWER = 10.0
 # A fault may ask for memory without end.
 MEMORY = 12 * 2**30
-OPTIONS = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=no", "--no-header", "--no-summary"]
+OPTIONS = [
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:faulthandler",
+    "-W",
+    "ignore",
+    "--tb=no",
+    "--no-header",
+    "--no-summary",
+]
 
 
 # What is answered where every test passes.
