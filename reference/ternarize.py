@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,9 +14,10 @@ from reference.aga import align_grid, align_grid_printed, output_error
 from reference.atq import iterative_ternary_fitting, ternary_init, weight_error
 from reference.checks import Floats, Trits
 from reference.gptq import compensate, eliminate, invert_damped
+from reference.grids import encode, row_factor
 from reference.ssr import Indices, block_variance, permute, select_block
 from reference.twn import symmetric_ternarize
-from reference.types import FitReport, TernaryConfig, TernaryMatrix
+from reference.types import CodedGrid, FitReport, TernaryConfig, TernaryMatrix
 
 
 def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig()) -> TernaryMatrix:
@@ -46,7 +48,7 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
     Notes
     -----
     Until no column remains: choose a block B of the remaining columns (Eq. 16), fit it (Eq. 4-5,
-    9-10), align its grid (Eq. 12), round alpha and mu to float16, move the error of the rounded
+    9-10), align its grid (Eq. 12), round alpha and mu to what is stored, move the error of the rounded
     block into the remaining columns, and eliminate B from the inverse of H. The order of the
     columns inside a block changes none of this; they ascend. Weights of dead inputs (zero diagonal
     of C) meet only zeros and are set to 0 first.
@@ -63,7 +65,8 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
         Hinv, damping = invert_damped(C, config.damping)
 
     fits: list[_BlockFit] = []
-    scales, shifts = [], []
+    row = row_factor(W) if config.grid == "int8" else None
+    scale, shift = _Stored("scale", row), _Stored("shift", row)
     blocks: list[Indices] = []
     rest = np.arange(columns)  # the original index of every remaining column
     W_rest = W
@@ -80,12 +83,9 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
             cost = linalg.cho_solve(linalg.cho_factor(Hinv[np.ix_(B, B)]), np.eye(B.size))
 
         fit = _fit_block(W_B, C_BB, cost, config)
-        alpha, mu = _stored(fit.alpha, "scale", len(blocks)), _stored(fit.mu, "shift", len(blocks))
-        W_hat = alpha.astype(np.float32) * fit.T + mu.astype(np.float32)
+        W_hat = scale.add(fit.alpha) * fit.T + shift.add(fit.mu)
 
         fits.append(fit)
-        scales.append(alpha)
-        shifts.append(mu)
         blocks.append(rest[B])
         W_rest = W_rest[:, R]
         if R.size and Hinv is not None:
@@ -96,8 +96,8 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
 
     result = TernaryMatrix(
         trits=np.hstack([fit.T for fit in fits]),
-        scale=np.hstack(scales),
-        shift=np.hstack(shifts),
+        scale=scale.grid(),
+        shift=shift.grid(),
         permutation=np.concatenate(blocks),
         block_size=config.block_size,
     )
@@ -151,16 +151,41 @@ def _fixed_order(C: Floats, config: TernaryConfig) -> Indices | None:
     return np.arange(columns)
 
 
-def _stored(value: Floats, name: str, block: int) -> np.ndarray:
-    """`value` in the type a checkpoint holds."""
-    with np.errstate(over="ignore"):
-        stored = value.astype(np.float16)
-    if not np.isfinite(stored).all():
-        row = int(np.argmin(np.isfinite(stored[:, 0])))
-        raise ValueError(
-            f"the {name} of row {row}, block {block} is {value[row, 0]:.6g}, beyond what float16 holds"
-        )
-    return stored
+class _Stored:
+    """alpha or mu of the blocks so far, as a checkpoint holds it: float16, or coded with factors of rows."""
+
+    def __init__(self, name: str, row: np.ndarray | None) -> None:
+        self.name = name
+        self.row = row
+        self.columns: list[np.ndarray] = []
+        self.factors: list[np.ndarray] = []
+
+    def add(self, value: Floats) -> np.ndarray:
+        """Take in a block (n, 1), and give its values as they are read back, in float32."""
+        if self.row is None:
+            stored = self._float16(value)
+            self.columns.append(stored)
+            return stored.astype(np.float32)
+        coded = encode(value, self.row)
+        self.columns.append(coded.codes)
+        self.factors.append(coded.block)
+        return coded.decode()
+
+    def grid(self) -> Any:
+        """All blocks."""
+        columns = np.hstack(self.columns)
+        return columns if self.row is None else CodedGrid(columns, self.row, np.hstack(self.factors))
+
+    def _float16(self, value: Floats) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = value.astype(np.float16)
+        if not np.isfinite(stored).all():
+            row = int(np.argmin(np.isfinite(stored[:, 0])))
+            raise ValueError(
+                f"the {self.name} of row {row}, block {len(self.columns)} is {value[row, 0]:.6g}, "
+                "beyond what float16 holds"
+            )
+        return stored
 
 
 def _report(W: Floats, C: Floats, result: TernaryMatrix, fits: list[_BlockFit], damping: float) -> FitReport:

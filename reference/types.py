@@ -11,6 +11,10 @@ import numpy as np
 STARTS = ("asymmetric", "twn")
 REORDERINGS = ("none", "random", "hessian", "ssr")
 ALIGNMENTS = ("none", "exact", "printed", "conditional")
+GRIDS = ("float16", "int8")
+
+# Codes of a `CodedGrid` are symmetric about 0.
+CODE_LIMIT = 127
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class TernaryConfig:
         Most rounds of ITF.
     seed : int
         Seed of the random order.
+    grid : {"float16", "int8"}
+        What alpha and mu are stored in: float16, or 8-bit codes with factors of rows and blocks
+        (`CodedGrid`). The paper does not say.
     """
 
     block_size: int = 128
@@ -49,9 +56,11 @@ class TernaryConfig:
     damping: float = 0.01
     max_iterations: int = 100
     seed: int = 0
+    grid: str = "float16"
 
     def __post_init__(self) -> None:
-        for name, known in (("start", STARTS), ("reorder", REORDERINGS), ("aga", ALIGNMENTS)):
+        choices = (("start", STARTS), ("reorder", REORDERINGS), ("aga", ALIGNMENTS), ("grid", GRIDS))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("block_size", "max_iterations"):
@@ -104,6 +113,29 @@ class FitReport:
 
 
 @dataclass(frozen=True)
+class CodedGrid:
+    """alpha or mu of every block of every row in 8 bits: ``float32(row) * float32(block) * code``.
+
+    Attributes
+    ----------
+    codes : (n, blocks) int8
+        At most `CODE_LIMIT` in magnitude.
+    row : (n, 1) float16
+        Factor of a row, shared by alpha and mu.
+    block : (1, blocks) float16
+        Factor of a block.
+    """
+
+    codes: Any
+    row: Any
+    block: Any
+
+    def decode(self) -> Any:
+        """The values, (n, blocks) float32: products in the order above, each rounded."""
+        return self.row.astype(np.float32) * self.block.astype(np.float32) * self.codes
+
+
+@dataclass(frozen=True)
 class TernaryMatrix:
     """A weight matrix as a checkpoint holds it.
 
@@ -111,7 +143,7 @@ class TernaryMatrix:
     ----------
     trits : (n, m) int8
         -1, 0 and +1; columns in quantization order.
-    scale, shift : (n, blocks) float16
+    scale, shift : (n, blocks) float16, or CodedGrid
         alpha and mu of every block of `block_size` columns; the last block may have fewer.
     permutation : (m,) intp
         ``trits[:, j]`` belongs to column ``permutation[j]`` of the original matrix.
@@ -133,7 +165,11 @@ class TernaryMatrix:
         m = self.trits.shape[1]
         # These NumPy functions hand device arrays on to their own library.
         alpha, mu = (
-            np.repeat(grid.astype(np.float32), self.block_size, axis=1)[:, :m]
+            np.repeat(
+                grid.decode() if isinstance(grid, CodedGrid) else grid.astype(np.float32),
+                self.block_size,
+                axis=1,
+            )[:, :m]
             for grid in (self.scale, self.shift)
         )
         ordered = alpha * self.trits + mu

@@ -70,6 +70,7 @@ def ternarize_densely(W, C, config, random_order=None):
     W[:, np.diag(C) == 0] = 0
     H = damped(C, config.damping)
     W_hat = np.zeros_like(W)
+    sizes = [np.float16(math.sqrt(row @ row / row.size)) for row in W]
     rest, done, blocks = list(range(W.shape[1])), [], []
     while rest:
         current = remaining(W, W_hat, H, done, rest) if config.compensation else W[:, rest]
@@ -84,11 +85,25 @@ def ternarize_densely(W, C, config, random_order=None):
         _fit(block, config)
         blocks.append(block)
         # A stored value, times a trit, plus a stored value: each exact or rounded once to float32.
-        alpha, mu = (part.astype(np.float16).astype(np.float32) for part in (block.alpha, block.mu))
+        alpha, mu = (as_stored(part, sizes, config.grid) for part in (block.alpha, block.mu))
         for place, j in enumerate(chosen):
             W_hat[:, j] = alpha * block.T[:, place].astype(np.float32) + mu
         rest, done = later, done + chosen
     return blocks, W_hat
+
+
+def as_stored(values, sizes, grid):
+    """What is read back of alpha or mu of a block, (n,) float32."""
+    if grid == "float16":
+        return values.astype(np.float16).astype(np.float32)
+    shares = [abs(value) / float(size) for value, size in zip(values, sizes, strict=True) if size]
+    factor = np.float16(max(shares, default=0) / 127)
+    read_back = []
+    for value, size in zip(values, sizes, strict=True):
+        # The nearest of all that can be stored.
+        codes = sorted(range(-127, 128), key=lambda code: abs(float(size) * float(factor) * code - value))
+        read_back.append(np.float32(size) * np.float32(factor) * np.float32(codes[0]))
+    return np.array(read_back, dtype=np.float32)
 
 
 def _choose(current, rest, C, config, random_order):

@@ -1,0 +1,74 @@
+"""What a checkpoint stores of alpha and mu in 8 bits; the paper leaves it open.
+
+Both vary between rows by the rows' size and between blocks by what compensation has done, so a value is
+the product of a factor of the row, one of the block, and a code. The row's factor is known before the
+first block, and the block's when the block is fitted, so that the error which is passed on is that of
+what is stored.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from reference import checks
+from reference.types import CODE_LIMIT, CodedGrid
+
+
+def row_factor(W: ArrayLike) -> np.ndarray:
+    """The factor of every row: the root mean square of its weights.
+
+    Parameters
+    ----------
+    W : (n, m) array_like
+        Weights.
+
+    Returns
+    -------
+    (n, 1) float16
+
+    Raises
+    ------
+    ValueError
+        If W is not a finite matrix, or a factor is beyond what float16 holds.
+    """
+    W = checks.matrix(W, "W")
+    size = np.sqrt(np.square(W).mean(axis=1, keepdims=True))
+    with np.errstate(over="ignore"):
+        factor = size.astype(np.float16)
+    if not np.isfinite(factor).all():
+        row = int(np.argmax(size))
+        raise ValueError(f"the weights of row {row} are {size[row, 0]:.6g} on average, beyond float16")
+    return factor
+
+
+def encode(value: ArrayLike, row: np.ndarray) -> CodedGrid:
+    """alpha or mu of one block in 8 bits.
+
+    Parameters
+    ----------
+    value : (n, 1) array_like
+        Values of the block.
+    row : (n, 1) float16
+        Factors of the rows; where one is 0 the value is taken to be 0.
+
+    Returns
+    -------
+    CodedGrid
+        Of one block: every value to the nearest of 255 that its row has there, the largest of which
+        the row that needs it most reaches.
+
+    Raises
+    ------
+    ValueError
+        If a value is not finite, or the factor of the block is beyond what float16 holds.
+    """
+    row = np.asarray(row)
+    value = checks.column(value, len(row), "value")
+    share = np.divide(value, row, out=np.zeros_like(value), where=row != 0)
+    with np.errstate(over="ignore"):
+        block = (np.abs(share).max(keepdims=True) / CODE_LIMIT).astype(np.float16)
+    if not np.isfinite(block).all():
+        raise ValueError(f"a value is {np.abs(share).max():.6g} times its row's weights, beyond float16")
+    codes = np.rint(np.divide(share, block, out=np.zeros_like(share), where=block != 0))
+    return CodedGrid(np.clip(codes, -CODE_LIMIT, CODE_LIMIT).astype(np.int8), row, block)
