@@ -8,6 +8,8 @@ shapes, and the host queues the whole loop without waiting for the device. What 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from gpu import checks
@@ -15,6 +17,7 @@ from gpu.aga import aligned_grid, quadratic_form
 from gpu.atq import residual, squared_norm
 from gpu.device import Array, cholesky, is_factor, subtract_product, xp
 from gpu.gptq import halved, invert_damped
+from gpu.grids import coded, require_coded, row_factor
 from gpu.kernels.fitting import fit_rows
 from gpu.ssr import block_variance, most_similar
 from reference.types import FitReport, TernaryConfig, TernaryMatrix
@@ -70,6 +73,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     W_hat = xp.empty((n, m), np.float32)
     permutation = xp.empty(m, np.intp)
     factored = xp.ones((), bool)
+    row = row_factor(W) if config.grid == "int8" else None
     figures = _Figures(config, blocks)
     for b in range(blocks):
         block = slice(b * config.block_size, min((b + 1) * config.block_size, m))
@@ -89,7 +93,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
 
         grid, T = _fit_block(W_B, C_BB, cost, config, figures, b)
         grids[:, :, b : b + 1] = grid
-        alpha, mu = _stored(grid).astype(np.float32)
+        alpha, mu = _read_back(grid, row)
         trits[:, block], permutation[block] = T, B
         with np.errstate(invalid="ignore"):  # an infinite scale is refused in the end
             W_hat_B = alpha * T + mu
@@ -106,8 +110,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
 
     if not factored:
         raise np.linalg.LinAlgError(f"the inverse of H lost its factor on the way, with damping {damping:g}")
-    scale, shift = _stored(grids[0]), _stored(grids[1])
-    _require_stored(grids, xp.stack([scale, shift]))
+    scale, shift = _stored(grids, row)
     return TernaryMatrix(
         trits=trits,
         scale=scale,
@@ -191,13 +194,33 @@ def _fixed_order(C: Array, config: TernaryConfig) -> Array | None:
     return xp.arange(C.shape[0])
 
 
-def _stored(value: Array) -> Array:
-    """`value` in the type a checkpoint holds; infinite where that cannot hold it."""
+def _read_back(grid: Array, row: Array | None) -> tuple[Array, Array]:
+    """alpha and mu of a block, (2, n, 1), as they are read back from what is stored, in float32."""
+    if row is None:
+        alpha, mu = _float16(grid).astype(np.float32)
+        return alpha, mu
+    return coded(grid[0], row).decode(), coded(grid[1], row).decode()
+
+
+def _stored(grids: Array, row: Array | None) -> tuple[Any, Any]:
+    """alpha and mu of all blocks, (2, n, blocks), as a checkpoint holds them."""
+    if row is None:
+        stored = _float16(grids)
+        _require_float16(grids, stored)
+        return stored[0], stored[1]
+    scale, shift = coded(grids[0], row), coded(grids[1], row)
+    require_coded(scale, grids[0], row)
+    require_coded(shift, grids[1], row)
+    return scale, shift
+
+
+def _float16(value: Array) -> Array:
+    """`value` in float16; infinite where that cannot hold it."""
     with np.errstate(over="ignore", invalid="ignore"):
         return value.astype(np.float16)
 
 
-def _require_stored(grids: Array, stored: Array) -> None:
+def _require_float16(grids: Array, stored: Array) -> None:
     """Refuse scales and shifts that are not finite as stored, naming the first in order of blocks."""
     finite = xp.isfinite(stored)
     if finite.all():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from harness.cli import UserError
-from reference.types import TernaryConfig, TernaryMatrix
+from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
 
 class MissingOperation(LookupError):
@@ -97,6 +97,8 @@ class Backend:
         if isinstance(array, TernaryMatrix):
             moved = ("trits", "scale", "shift", "permutation")
             return replace(array, **{name: self.to_host(getattr(array, name)) for name in moved})
+        if isinstance(array, CodedGrid):
+            return CodedGrid(*map(self.to_host, (array.codes, array.row, array.block)))
         return getattr(self.package, "to_host", _unchanged)(array)
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import gpu
+from gpu.grids import encode, row_factor
 from harness.backends import load_backend
 from reference.ternarize import ternarize
 from reference.types import TernaryConfig
@@ -56,6 +58,32 @@ def test_float64_gives_the_matrix_of_the_reference(backend, name):
         assert getattr(ours, part).dtype == getattr(theirs, part).dtype
     for figure in vars(theirs.report):
         assert getattr(ours.report, figure) == pytest.approx(getattr(theirs.report, figure), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["white", "correlated", "dead", "outlier"])
+def test_grids_in_8_bits_are_those_of_the_reference(backend, kind):
+    W, C = layer(60, 151, kind)
+    W[7], W[8] = 0, W[8] * 1e-3
+    config = TernaryConfig(block_size=50, grid="int8")
+    ours, theirs = backend.ternarize(W, C, config), ternarize(W, C, config)
+    np.testing.assert_array_equal(ours.trits, theirs.trits)
+    for name in ("scale", "shift"):
+        mine, expected = getattr(ours, name), getattr(theirs, name)
+        for part in ("codes", "row", "block"):
+            np.testing.assert_array_equal(getattr(mine, part), getattr(expected, part))
+            assert getattr(mine, part).dtype == getattr(expected, part).dtype
+    np.testing.assert_array_equal(ours.dequantize(), theirs.dequantize())
+
+
+def test_grids_beyond_8_bits_are_refused(backend):
+    # Compensation makes the later columns far larger than the weights of their row were.
+    row = gpu.to_device(np.ones((2, 1), np.float16))
+    with pytest.raises(ValueError, match="1e\\+09 times its row's weights, beyond float16"):
+        encode(gpu.to_device(np.array([[1.0], [1e9]])), row)
+    with pytest.raises(ValueError, match="the weights of row 1 are 1e\\+06 on average"):
+        row_factor(gpu.to_device(np.array([[1.0, 1.0], [1e6, -1e6]])))
+    zero = encode(gpu.to_device(np.zeros((2, 1))), row)
+    assert not gpu.to_host(zero.decode()).any()
 
 
 @pytest.mark.parametrize("kind", ["white", "correlated", "dead", "outlier"])
