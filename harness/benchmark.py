@@ -42,6 +42,7 @@ Measure on this machine and write the figures to a file, with command, machine a
 NO_ORDER = TernaryConfig(reorder="none")
 METHODS: dict[str, tuple[str, TernaryConfig]] = {
     "SSR + ITF + AGA (PT²-LLM)": (PT2_LLM, TernaryConfig()),
+    "SSR + ITF + AGA, alpha and mu in 8 bits": (PT2_LLM, TernaryConfig(grid="int8")),
     "SSR + ITF + conditional AGA": (PT2_LLM, TernaryConfig(aga="conditional")),
     "Hessian order + ITF + AGA": (PT2_LLM, TernaryConfig(reorder="hessian")),
     "random order + ITF + AGA": (PT2_LLM, TernaryConfig(reorder="random")),

@@ -1,10 +1,10 @@
 """A ternary model on disk: a Hugging Face folder whose linear layers are packed trits.
 
-What is stored for a linear layer is written down in `reference.packing`. Beside that, config.json
-has a ``quantization_config`` with ``quant_method`` "pt2_llm", ``format_version``, ``block_size``,
-``modules``, the names of the packed layers, and ``unpermuted``, those of them that have no permutation
-because it is the identity (so that one that got lost is missed); everything else is as transformers
-writes it.
+What is stored for a linear layer is written down in `reference.packing`. Beside that, config.json has
+a ``quantization_config`` with ``quant_method`` "pt2_llm", ``format_version``, ``block_size``, ``grid``
+(what alpha and mu are stored in), ``modules``, the names of the packed layers, and ``unpermuted``, those
+of them that have no permutation because it is the identity (so that one that got lost is missed);
+everything else is as transformers writes it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from torch import nn
 
 from harness.backends import Backend
 from harness.cli import UserError, json_text
-from harness.linear import TernaryLinear, permutation_dtype, require_base3, stored_parts
+from harness.linear import PACKED, TernaryLinear, permutation_dtype, require_base3, stored_parts
 from harness.models import Original, quiet_transformers, read_config, read_json
 from reference.packing import FORMAT_VERSION
-from reference.types import TernaryMatrix
+from reference.types import CODE_LIMIT, GRIDS, CodedGrid, TernaryConfig, TernaryMatrix
 
 QUANT_METHOD = "pt2_llm"
 CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
@@ -38,26 +38,27 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STAGING = ".incomplete"
 WEIGHT_FILES = "model*.safetensors"
 
-PACKED = ("trits", "scale", "shift", "permutation")
-
 
 def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[str, torch.Tensor]:
     """The tensors that hold one matrix of a backend's arrays, by their names in the checkpoint."""
     columns = matrix.trits.shape[1]
     packed = backend.function("packing.pack_base3")(matrix.trits)
-    parts = {
-        part: backend.to_host(value)
-        for part, value in (("trits", packed), ("scale", matrix.scale), ("shift", matrix.shift))
-    }
+    parts = {"trits": backend.to_host(packed)}
+    for part in ("scale", "shift"):
+        grid = backend.to_host(getattr(matrix, part))
+        if isinstance(grid, CodedGrid):
+            parts |= {part: grid.codes, f"{part}_factor": grid.block[0], "row_factor": grid.row[:, 0]}
+        else:
+            parts[part] = grid
     permutation = backend.to_host(matrix.permutation)
     if not np.array_equal(permutation, np.arange(columns)):
         parts["permutation"] = permutation.astype(permutation_dtype(columns))
     return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
 
 
-def packed_bytes(rows: int, columns: int, block_size: int, permuted: bool) -> int:
+def packed_bytes(rows: int, columns: int, block_size: int, grid: str, permuted: bool) -> int:
     """Bytes of one packed matrix, the bias left out."""
-    parts = stored_parts(rows, columns, block_size, permuted).values()
+    parts = stored_parts(rows, columns, block_size, grid, permuted).values()
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
 
 
@@ -130,14 +131,17 @@ class CheckpointWriter:
         self._files.update(dict.fromkeys(tensors, file))
         self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
 
-    def finish(self, original: Original, block_size: int, modules: list[str], report: dict[str, Any]) -> None:
+    def finish(
+        self, original: Original, matrices: TernaryConfig, modules: list[str], report: dict[str, Any]
+    ) -> None:
         """Write index, tokenizer, report and config, and move everything into place, config last."""
         config = original.model.config.to_dict()
         config["architectures"] = [type(original.model).__name__]
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "block_size": block_size,
+            "block_size": matrices.block_size,
+            "grid": matrices.grid,
             "modules": modules,
             "unpermuted": self._unpermuted,
         }
@@ -210,6 +214,7 @@ class StoredLayers:
     """What the ``quantization_config`` of a checkpoint says."""
 
     block_size: int
+    grid: str
     modules: list[str]
     unpermuted: list[str]
 
@@ -232,7 +237,10 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
             raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
     if not isinstance(block_size, int) or block_size < 1:
         raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
-    return StoredLayers(block_size, modules or [], unpermuted or [])
+    grid = quantization.get("grid")
+    if grid not in GRIDS:
+        raise UserError(f"{where}: the grid {grid!r} of quantization_config is none of {', '.join(GRIDS)}")
+    return StoredLayers(block_size, grid, modules or [], unpermuted or [])
 
 
 def verify(folder: Path, model: nn.Module) -> None:
@@ -352,6 +360,8 @@ def _require_sound(name: str, part: str, tensor: torch.Tensor, expected: torch.T
             raise UserError(f"{name} does not hold every column once")
     elif not torch.isfinite(tensor).all():
         raise UserError(f"{name} holds a value that is not finite")
+    elif not tensor.is_floating_point() and int(tensor.int().abs().max()) > CODE_LIMIT:
+        raise UserError(f"{name} holds a code beyond {CODE_LIMIT}")
 
 
 def _reason(error: Exception, folder: Path) -> str:

@@ -28,7 +28,7 @@ class TernaryQuantization(QuantizationConfigMixin):
 
     Parameters
     ----------
-    format_version, block_size, modules, unpermuted
+    format_version, block_size, grid, modules, unpermuted
         As `harness.checkpoint` describes.
     dense : bool
         Whether dense weights are kept beside the packed ones; not stored.
@@ -38,6 +38,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         self,
         format_version: int = checkpoint.FORMAT_VERSION,
         block_size: int = 128,
+        grid: str = "float16",
         modules: list[str] | None = None,
         unpermuted: list[str] | None = None,
         dense: bool = True,
@@ -46,6 +47,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         self.quant_method: Any = checkpoint.QUANT_METHOD  # transformers has an enum of its own methods
         self.format_version = format_version
         self.block_size = block_size
+        self.grid = grid
         self.modules = modules
         self.unpermuted = unpermuted
         self.dense = dense
@@ -120,6 +122,7 @@ def swap(model: nn.Module, name: str, stored: checkpoint.StoredLayers, dtype: to
             linear.in_features,
             linear.out_features,
             stored.block_size,
+            stored.grid,
             name not in stored.unpermuted,
             linear.bias is not None,
             dtype,

@@ -12,7 +12,7 @@ import torch
 from harness import checkpoint
 from harness.cli import HelpFormatter, json_text, run
 from harness.hf import load
-from harness.linear import TernaryLinear, unpack_base3
+from harness.linear import PACKED, TernaryLinear, unpack_base3
 
 DESCRIPTION = """\
 Print what a ternary checkpoint holds: the bytes of every kind, bits a weight with everything counted,
@@ -26,6 +26,7 @@ KINDS = {
     "scale": "alpha",
     "shift": "mu",
     "permutation": "permutations",
+    "factor": "factors of rows and blocks",
     "rest": "embeddings, head, norms and biases",
 }
 
@@ -70,7 +71,7 @@ def describe(folder: Path) -> dict[str, Any]:
     sizes = dict.fromkeys(KINDS, 0)
     for name, tensor in checkpoint.tensors_of(folder):
         module, _, part = name.rpartition(".")
-        kind = part if module in layers and part in checkpoint.PACKED else "rest"
+        kind = part.rpartition("_")[2] if module in layers and part in PACKED else "rest"
         sizes[kind] += tensor.numel() * tensor.element_size()
     files = set(checkpoint.weight_map(folder).values())
     return {
@@ -107,7 +108,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _layer(name: str, layer: TernaryLinear) -> Layer:
-    parts = [getattr(layer, part) for part in checkpoint.PACKED]
+    parts = [getattr(layer, part) for part in PACKED]
     size = sum(tensor.numel() * tensor.element_size() for tensor in parts if tensor is not None)
     # Counted by bytes, as a large layer's trits would take five times their room unpacked.
     occurrences = torch.bincount(layer.trits.flatten().long(), minlength=3**5)

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+# Everything that may be stored of one matrix.
+PACKED = ("trits", "scale", "shift", "permutation", "row_factor", "scale_factor", "shift_factor")
+
 
 class TernaryLinear(nn.Module):
     """``nn.Linear`` with the weights ``alpha * t + mu``, stored as `reference.packing` describes.
@@ -22,6 +25,8 @@ class TernaryLinear(nn.Module):
         Columns m and rows n.
     block_size : int
         Columns that share alpha and mu.
+    grid : {"float16", "int8"}
+        What alpha and mu are stored in.
     permuted : bool
         Whether there is a permutation.
     bias : bool
@@ -31,8 +36,8 @@ class TernaryLinear(nn.Module):
 
     Attributes
     ----------
-    trits, scale, shift, permutation : tensors
-        As in the checkpoint; `permutation` is None where it is the identity.
+    trits, scale, shift, permutation, row_factor, scale_factor, shift_factor : tensors
+        As in the checkpoint; `permutation` is None where it is the identity, factors in float16 grids.
     weight : (n, m) tensor or None
         Dense weights, if they are kept (`keep_dense`); otherwise they are made at every call.
     """
@@ -43,12 +48,16 @@ class TernaryLinear(nn.Module):
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     permutation: torch.Tensor | None
+    row_factor: torch.Tensor | None
+    scale_factor: torch.Tensor | None
+    shift_factor: torch.Tensor | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         block_size: int,
+        grid: str,
         permuted: bool,
         bias: bool,
         dtype: torch.dtype,
@@ -56,10 +65,10 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.weight_dtype = block_size, dtype
-        for name, (kind, shape) in stored_parts(out_features, in_features, block_size, permuted).items():
-            self.register_buffer(name, torch.zeros(shape, dtype=kind))
-        if not permuted:
-            self.permutation = None
+        stored = stored_parts(out_features, in_features, block_size, grid, permuted)
+        for name in PACKED:
+            kind, shape = stored.get(name, (None, None))
+            self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=kind))
         self.register_buffer("weight", None, persistent=False)
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
@@ -68,13 +77,22 @@ class TernaryLinear(nn.Module):
     def dequantize(self) -> torch.Tensor:
         """The (n, m) weights, columns in their original order, in the dtype that calibration saw."""
         block = torch.arange(self.in_features, device=self.trits.device) // self.block_size
-        alpha, mu = (grid.float()[:, block] for grid in (self.scale, self.shift))
+        alpha, mu = (
+            self._values(self.scale, self.scale_factor)[:, block],
+            self._values(self.shift, self.shift_factor)[:, block],
+        )
         ordered = (alpha * unpack_base3(self.trits, self.in_features) + mu).to(self.weight_dtype)
         if self.permutation is None:
             return ordered
         weight = torch.empty_like(ordered)
         weight[:, self.permutation.long()] = ordered
         return weight
+
+    def _values(self, grid: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+        """alpha or mu of every block, (n, blocks) float32."""
+        if factor is None or self.row_factor is None:
+            return grid.float()
+        return self.row_factor.float()[:, None] * factor.float() * grid
 
     def keep_dense(self, keep: bool) -> None:
         """Keep dense weights beside the packed ones, for speed; or drop them, for memory."""
@@ -95,23 +113,32 @@ class TernaryLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # What converts floating-point tensors leaves integers alone, and what moves tensors moves both.
-        self.scale, self.shift = self.scale.view(torch.int16), self.shift.view(torch.int16)
+        halves = [
+            n for n in PACKED if getattr(self, n) is not None and getattr(self, n).dtype == torch.float16
+        ]
+        for name in halves:
+            setattr(self, name, getattr(self, name).view(torch.int16))
         try:
             return super()._apply(fn, recurse)
         finally:
-            self.scale, self.shift = self.scale.view(torch.float16), self.shift.view(torch.float16)
+            for name in halves:
+                setattr(self, name, getattr(self, name).view(torch.float16))
 
 
 def stored_parts(
-    rows: int, columns: int, block_size: int, permuted: bool
+    rows: int, columns: int, block_size: int, grid: str, permuted: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Types and shapes of the tensors that hold one matrix."""
     blocks = -(-columns // block_size)
+    kind = getattr(torch, grid)
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "trits": (torch.uint8, (rows, -(-columns // 5))),
-        "scale": (torch.float16, (rows, blocks)),
-        "shift": (torch.float16, (rows, blocks)),
+        "scale": (kind, (rows, blocks)),
+        "shift": (kind, (rows, blocks)),
     }
+    if grid == "int8":
+        parts["row_factor"] = (torch.float16, (rows,))
+        parts["scale_factor"] = parts["shift_factor"] = (torch.float16, (blocks,))
     if permuted:
         parts["permutation"] = (getattr(torch, str(permutation_dtype(columns))), (columns,))
     return parts

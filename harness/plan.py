@@ -89,7 +89,9 @@ def make_plan(
     widest = max(columns for _, columns in shapes)
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers)
     permuted = config.reorder != "none"
-    packed = sum(packed_bytes(rows, columns, config.block_size, permuted) for rows, columns in shapes)
+    packed = sum(
+        packed_bytes(rows, columns, config.block_size, config.grid, permuted) for rows, columns in shapes
+    )
     seqlen = hidden[0].shape[1]
     states = sum(states.numel() * states.element_size() for states in hidden)
 

@@ -10,7 +10,7 @@ from harness import text
 from harness.cli import HelpFormatter, UserError, positive, run, window_length
 from harness.models import GGUF_DTYPES, MODEL_HELP
 from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
-from reference.types import ALIGNMENTS, REORDERINGS, STARTS, TernaryConfig
+from reference.types import ALIGNMENTS, GRIDS, REORDERINGS, STARTS, TernaryConfig
 
 DESCRIPTION = """\
 Ternarize the linear layers of a language model with PT²-LLM and write a packed checkpoint.
@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="K",
         default=config.block_size,
         help="columns that share alpha and mu",
+    )
+    add(
+        "--grid",
+        choices=GRIDS,
+        default=config.grid,
+        help="what alpha and mu are stored in; int8 takes an eighth of a bit a weight less",
     )
     add("--start", choices=STARTS, default=config.start, help="first grid: Eq. 4-5, or Eq. 1-3 with mu = 0")
     add("--reorder", choices=REORDERINGS, default=config.reorder, help="order of the columns")

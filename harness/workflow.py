@@ -230,7 +230,7 @@ def _ternarize(
         _run_layers(options, ready, method, write, record, say)
         writer.add(_outside_layers(ready.original, ready.decoder))
         modules = list(ready.decoder.named_linears())
-        writer.finish(ready.original, options.config.block_size, modules, record)
+        writer.finish(ready.original, options.config, modules, record)
 
 
 def _texts(options: Options) -> tuple[text.Text, text.Text | None]:

@@ -8,6 +8,10 @@ A linear layer NAME with weights (n, m) in blocks of k columns is stored as thes
                       with t = 0 (digit 1). Bytes above 242 and other fillings are refused.
 ``NAME.scale``        float16, (n, ceil(m / k)): alpha of every block.
 ``NAME.shift``        float16, (n, ceil(m / k)): mu of every block.
+                      If the model's ``grid`` is int8, both are int8 codes in -127..127, and there are
+                      ``NAME.row_factor`` (n,) and ``NAME.scale_factor``, ``NAME.shift_factor``
+                      (ceil(m / k),) in float16: alpha of row i in block b is
+                      ``float32(row_factor[i]) * float32(scale_factor[b]) * scale[i, b]``.
 ``NAME.permutation``  (m,), the smallest of uint8, uint16, uint32 that holds m - 1: trit j of a row
                       belongs to column ``permutation[j]``. Left out where it is the identity, and
                       NAME is then listed as ``unpermuted`` in the model's configuration.

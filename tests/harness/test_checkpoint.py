@@ -54,7 +54,9 @@ def test_the_size_on_disk_is_the_size_announced(quantized: Path) -> None:
     for name in (Q_PROJ, "model.layers.0.mlp.down_proj"):
         stored = [t for key, t in tensors.items() if key.startswith(f"{name}.")]
         n, m = (128, 128) if name == Q_PROJ else (128, 176)
-        assert sum(t.numel() * t.element_size() for t in stored) == checkpoint.packed_bytes(n, m, 64, True)
+        assert sum(t.numel() * t.element_size() for t in stored) == checkpoint.packed_bytes(
+            n, m, 64, "float16", True
+        )
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,10 @@ DAMAGE = {
     "permutation gone": (
         edit_tensor(f"{Q_PROJ}.permutation", lambda t: None, unlist=True),
         rf"the tensor {Q_PROJ}\.permutation is missing",
+    ),
+    "grid": (
+        edit_config(lambda c: c["quantization_config"].update(grid="int4")),
+        "the grid 'int4' of quantization_config is none of float16, int8",
     ),
     "modules of another kind": (
         edit_config(lambda c: c["quantization_config"].update(modules=[["a"]])),

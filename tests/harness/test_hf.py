@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,22 @@ from harness.compute import Compute
 from harness.layers import locate_layers
 from harness.linear import TernaryLinear, require_base3, unpack_base3
 from reference import packing
-from reference.types import TernaryConfig, TernaryMatrix
+from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 from tests.harness import tiny
 from tests.harness.test_quantize import run_workflow
 
 PROMPT = torch.tensor([[3, 7, 11, 5], [4, 4, 90, 8]])
 
 
-@pytest.fixture(scope="module", params=sorted(tiny.CONFIGS))
+@pytest.fixture(scope="module", params=[*sorted(tiny.CONFIGS), "llama int8"])
 def ternarized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of every architecture, of weights that are on no grid."""
     folder = tmp_path_factory.mktemp("hf")
     words = folder / "words.txt"
     words.write_text(tiny.words(400))
-    model = tiny.make_model(request.param, ternary=False)
-    run_workflow(model, folder / "out", words, TernaryConfig(block_size=tiny.BLOCK))
+    kind, _, grid = request.param.partition(" ")
+    config = TernaryConfig(block_size=tiny.BLOCK, grid=grid or "float16")
+    run_workflow(tiny.make_model(kind, ternary=False), folder / "out", words, config)
     return folder / "out"
 
 
@@ -46,10 +48,15 @@ def with_plain_layers(folder: Path) -> torch.nn.Module:
         if not isinstance(layer, TernaryLinear):
             continue
         permutation = tensors.get(f"{name}.permutation", torch.arange(layer.in_features)).numpy()
+        scale, shift = (tensors[f"{name}.{part}"].numpy() for part in ("scale", "shift"))
+        if f"{name}.row_factor" in tensors:
+            row = tensors[f"{name}.row_factor"].numpy()[:, None]
+            scale = CodedGrid(scale, row, tensors[f"{name}.scale_factor"].numpy()[None])
+            shift = CodedGrid(shift, row, tensors[f"{name}.shift_factor"].numpy()[None])
         matrix = TernaryMatrix(
             packing.unpack_base3(tensors[f"{name}.trits"].numpy(), layer.in_features),
-            tensors[f"{name}.scale"].numpy(),
-            tensors[f"{name}.shift"].numpy(),
+            scale,
+            shift,
             permutation.astype(np.intp),
             tiny.BLOCK,
         )
@@ -66,6 +73,19 @@ def with_plain_layers(folder: Path) -> torch.nn.Module:
 def test_logits_are_those_of_the_dequantized_model(ternarized: Path, dense: bool) -> None:
     expected = with_plain_layers(ternarized)(PROMPT).logits
     assert torch.equal(harness.load(ternarized, dense=dense)(PROMPT).logits, expected)
+
+
+def test_codes_that_are_none_are_refused(ternarized: Path, tmp_path: Path) -> None:
+    if "int8" not in (ternarized / "config.json").read_text():
+        pytest.skip("alpha and mu are no codes")
+    folder = shutil.copytree(ternarized, tmp_path / "copy")
+    name = "model.layers.0.mlp.up_proj.shift"
+    file = folder / checkpoint.weight_map(folder)[name]
+    tensors = load_file(file)
+    tensors[name][3, 1] = -128
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} holds a code beyond 127"):
+        harness.load(folder)
 
 
 def test_from_pretrained_reads_it_like_load(ternarized: Path) -> None:

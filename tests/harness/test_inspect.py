@@ -30,7 +30,9 @@ def test_every_byte_is_counted(quantized: Path, run_main: Run, capsys: pytest.Ca
     for layer in found["layers"]:
         trits = unpack_base3(tensors[f"{layer['name']}.trits"].numpy(), layer["columns"])
         assert layer["counts"] == [int((trits == t).sum()) for t in (-1, 0, 1)]
-        packed = checkpoint.packed_bytes(layer["rows"], layer["columns"], found["block_size"], True)
+        packed = checkpoint.packed_bytes(
+            layer["rows"], layer["columns"], found["block_size"], "float16", True
+        )
         assert layer["bytes"] == packed
     assert sum(layer["bytes"] for layer in found["layers"]) == sum(
         size for kind, size in found["bytes"].items() if kind != "rest"
