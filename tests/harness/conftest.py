@@ -12,7 +12,7 @@ import torch
 
 from harness import cli
 from harness import quantize as quantize_command
-from tests.harness import tiny
+from tests.harness import exports, tiny
 
 # Matrices this small are done before a second thread has woken up.
 torch.set_num_threads(1)
@@ -54,6 +54,12 @@ def quantized(llama: Path, words_file: Path, tmp_path_factory: pytest.TempPathFa
         patch.setattr(sys, "argv", ["quantize", *map(str, arguments), *SMALL])
         assert quantize_command.main() == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tied LLaMA of random trits that were not reordered, in float32. Not to be changed."""
+    return exports.write(tmp_path_factory.mktemp("plain") / "checkpoint", exports.config_of("tied"))
 
 
 @pytest.fixture

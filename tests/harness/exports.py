@@ -1,0 +1,193 @@
+"""Checkpoints to export: random ternary models, tokenizers, and a reading of the checkpoint's bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+from harness import export
+from harness.backends import load_backend
+from harness.checkpoint import CheckpointWriter
+from harness.models import Original
+from reference.types import TernaryConfig, TernaryMatrix
+from tests.harness import tiny
+
+Run = Callable[..., int]
+
+# Rows of 160 weights end in half a block of 64, which is one group of Q4_1.
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+ROPE = {"rope_type": "default", "rope_theta": 5e4}
+
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+TEXT = "They're here in 1984, naïve  foxes\n\n  jump: 🙂 <s> it's 3.14!</s>"
+
+SPECIAL = ["<pad>", "<s>", "</s>"]
+
+
+def config_of(kind: str) -> Any:
+    """The models that can be exported, all with several heads to a key."""
+    shared = {**SIZES, "rope_parameters": ROPE}
+    return {
+        "tied": lambda: transformers.LlamaConfig(**shared, tie_word_embeddings=True),
+        "untied": lambda: transformers.LlamaConfig(**shared),
+        "wide heads": lambda: transformers.LlamaConfig(**shared, head_dim=64),
+        "mistral": lambda: transformers.MistralConfig(**shared, sliding_window=None),
+        "qwen2": lambda: transformers.Qwen2Config(**shared),
+        "qwen3": lambda: transformers.Qwen3Config(**shared, head_dim=128, tie_word_embeddings=True),
+    }[kind]()
+
+
+KINDS = ("tied", "untied", "wide heads", "mistral", "qwen2", "qwen3")
+
+
+def byte_level(*before: Any, own_split: bool = True) -> Any:
+    """Byte-level BPE trained on the texts here, after steps that split words."""
+    tokenizer = Tokenizer(models.BPE())
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_split)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=390, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    tokenizer.train_from_iterator([__doc__ or "", TEXT, tiny.words(300)], trainer)
+    return wrapped(tokenizer)
+
+
+def sentencepiece() -> Any:
+    """BPE over characters with bytes to fall back on."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<pad>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=[*SPECIAL, *(f"<0x{i:02X}>" for i in range(256))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["They're here in 1984, it's 3.14! here he is, in there"], trainer)
+    rules = json.loads(tokenizer.to_str())
+    # Bytes are no special tokens, only the trainer has them as such.
+    rules["added_tokens"] = rules["added_tokens"][: len(SPECIAL)]
+    return wrapped(Tokenizer.from_str(json.dumps(rules)))
+
+
+def wrapped(tokenizer: Tokenizer) -> Any:
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ messages[0].content }}",
+    )
+
+
+def write(
+    folder: Path,
+    config: Any,
+    tokenizer: Any = None,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 64,
+    change: Callable[[np.ndarray, np.ndarray], None] = lambda scale, shift: None,
+) -> Path:
+    """A checkpoint of random trits, with negative alphas, constant rows and mu beyond alpha."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    random = np.random.default_rng(0)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "layers." in name
+    }
+    matrices = {}
+    for name, module in linears.items():
+        n, m = module.weight.shape
+        blocks = -(-m // block_size)
+        scale = (random.normal(size=(n, blocks)) * 0.05).astype(np.float16)
+        shift = (random.normal(size=(n, blocks)) * 0.02).astype(np.float16)
+        scale[::9] = 0
+        change(scale, shift)
+        trits = random.integers(-1, 2, (n, m), dtype=np.int8)
+        matrices[name] = TernaryMatrix(trits, scale, shift, np.arange(m), block_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(1 + 0.1 * torch.randn(parameter.shape))
+    tied = getattr(model, "all_tied_weights_keys", {})
+    kept = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.removesuffix(".weight") not in linears and name not in tied
+    }
+    settings = TernaryConfig(block_size=block_size, reorder="none")
+    with CheckpointWriter(folder, 1, load_backend("reference")) as writer:
+        writer.add(kept, matrices)
+        writer.finish(Original(model, tokenizer or byte_level(), "random"), settings, list(linears), {})
+    return folder
+
+
+def to_gguf(run_main: Run, folder: Path, out: Path, *arguments: object) -> Path:
+    assert run_main(export.main, folder, "--format", "gguf", "--out", out, *arguments) == 0
+    return out
+
+
+def read_gguf(file: Path, dtype: torch.dtype = torch.float32) -> Any:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True
+    )
+    assert not any(info.values())
+    return model.eval()
+
+
+def raw(folder: Path) -> tuple[dict[str, torch.Tensor], list[str], int]:
+    """A checkpoint's tensors, its packed layers and their block size."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("model*.safetensors"):
+        tensors |= load_file(file)
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return tensors, quantization["modules"], quantization["block_size"]
+
+
+def raw_grid(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """t, and alpha and mu in float64, all (n, m), decoded here from the bytes."""
+    tensors, _, block_size = raw(folder)
+    trits = tensors[f"{name}.trits"].long()
+    digits = torch.stack([trits // 3**i % 3 for i in range(5)], dim=-1).flatten(1)
+    config = json.loads((folder / "config.json").read_text())
+    if name.endswith("down_proj"):
+        m = config["intermediate_size"]
+    elif name.endswith("o_proj"):
+        m = config["num_attention_heads"] * (config.get("head_dim") or 32)
+    else:
+        m = config["hidden_size"]
+    alpha, mu = (
+        tensors[f"{name}.{part}"].double().repeat_interleave(block_size, dim=1)[:, :m]
+        for part in ("scale", "shift")
+    )
+    return digits[:, :m] - 1, alpha, mu

@@ -1,0 +1,213 @@
+"""GGUF files against the checkpoint's bytes, read by transformers and by gguf."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+
+import harness
+from harness import export
+from harness.cli import EXIT_USAGE
+from harness.perplexity import measure
+from tests.harness import tiny
+from tests.harness.exports import (
+    KINDS,
+    LLAMA3_SPLIT,
+    QWEN2_SPLIT,
+    SIZES,
+    TEXT,
+    Run,
+    byte_level,
+    config_of,
+    raw,
+    raw_grid,
+    read_gguf,
+    sentencepiece,
+    to_gguf,
+    write,
+)
+
+
+def read_tokenizer(file: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_loads_with_transformers_as_the_formula_says(kind: str, run_main: Run, tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint", config_of(kind))
+    model = read_gguf(to_gguf(run_main, folder, tmp_path / "a.gguf"))
+    tensors, modules, _ = raw(folder)
+    assert len(modules) == 14
+    for name in modules:
+        t, alpha, mu = raw_grid(folder, name)
+        m = (mu - alpha).half().float()
+        # The one rounding of a product and a sum is float32's, in transformers as here.
+        assert torch.equal(model.get_submodule(name).weight, alpha.float() * (t + 1) + m)
+    stored = model.state_dict()
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] not in ("trits", "scale", "shift"):
+            assert torch.equal(stored[name], tensor)
+    tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert tied == ("lm_head.weight" not in tensors)
+
+    # Weights move by 2^-11 of mu - alpha at most, each block's as one: the logits by not much more.
+    original = harness.load(folder)
+    tokens = torch.randint(3, 390, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, got = original(tokens).logits, model(tokens).logits
+    assert (expected - got).abs().max() < 4e-3 * expected.abs().max()
+
+
+def test_rows_of_q_and_k_are_in_the_order_of_llama_cpp(plain: Path, run_main: Run, tmp_path: Path) -> None:
+    """Row 2i of a head is its row i, row 2i + 1 its row i + 16; v keeps its order."""
+    reader = gguf.GGUFReader(to_gguf(run_main, plain, tmp_path / "a.gguf"))
+    held = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    weights = harness.load(plain).model.layers[1].self_attn
+    for part, heads in (("q", 4), ("k", 2)):
+        rows = getattr(weights, f"{part}_proj").weight.detach().numpy()
+        for head in range(heads):
+            for i in range(16):
+                for half in (0, 1):
+                    written = held[f"blk.1.attn_{part}.weight"][32 * head + 2 * i + half]
+                    np.testing.assert_allclose(written, rows[32 * head + 16 * half + i], atol=2e-4)
+    np.testing.assert_allclose(held["blk.1.attn_v.weight"], weights.v_proj.weight.detach(), atol=2e-4)
+
+
+def test_a_bfloat16_model_stays_one(run_main: Run, tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint", config_of("untied"), dtype=torch.bfloat16)
+    file = to_gguf(run_main, folder, tmp_path / "a.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == "BF16"
+    assert kinds["blk.0.ffn_down.weight"] == "Q4_1"
+    assert kinds["output_norm.weight"] == "F32"
+    model, tensors = read_gguf(file, torch.bfloat16), raw(folder)[0]
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(model.state_dict()[name], tensors[name])
+
+
+def test_a_block_that_holds_a_whole_row_may_have_any_size(run_main: Run, tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint", config_of("tied"), block_size=1000)
+    model = read_gguf(to_gguf(run_main, folder, tmp_path / "a.gguf"))
+    t, alpha, mu = raw_grid(folder, "model.layers.0.mlp.down_proj")
+    weight = model.model.layers[0].mlp.down_proj.weight
+    assert torch.equal(weight, alpha.float() * (t + 1) + (mu - alpha).half().float())
+
+
+SPLITS = {
+    "gpt-2": lambda: byte_level(),
+    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
+    "qwen2": lambda: byte_level(pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), own_split=False),
+    "llama-bpe": lambda: byte_level(pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), own_split=False),
+    "default": sentencepiece,
+}
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_the_tokenizer_comes_back(pre: str, run_main: Run, tmp_path: Path) -> None:
+    tokenizer = SPLITS[pre]()
+    folder = write(tmp_path / "checkpoint", config_of("tied"), tokenizer)
+    file = to_gguf(run_main, folder, tmp_path / "a.gguf")
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.ggml.pre"].contents() == pre
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 400
+    assert tokens[-1] == "[PAD399]"
+    assert [fields["tokenizer.ggml.token_type"].contents()[i] for i in (0, 1, 399)] == [
+        gguf.TokenType.UNKNOWN if pre == "default" else gguf.TokenType.CONTROL,
+        gguf.TokenType.CONTROL,
+        gguf.TokenType.UNUSED,
+    ]
+    back = read_tokenizer(file)
+    assert (back.bos_token_id, back.eos_token_id, back.pad_token_id) == (1, 2, 0)
+    assert back.chat_template == tokenizer.chat_template
+    # transformers does not know this one by its name and leaves digits together.
+    text = TEXT.replace("1984", "").replace("3.14", "") if pre == "smollm" else TEXT
+    assert back(text).input_ids == tokenizer(text).input_ids
+    if pre == "default":
+        scores = fields["tokenizer.ggml.scores"].contents()
+        merged = [token for token, _ in sorted(zip(tokens, scores, strict=True), key=lambda t: -t[1])]
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        in_order = list(dict.fromkeys("".join(merge) for merge in merges))
+        assert [token for token in merged if token in set(in_order)] == in_order
+
+
+def test_tokens_around_a_text_are_stated(run_main: Run, tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    folder = write(tmp_path / "checkpoint", config_of("tied"), tokenizer)
+    fields = gguf.GGUFReader(to_gguf(run_main, folder, tmp_path / "a.gguf")).fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    assert fields["tokenizer.ggml.add_eos_token"].contents() is False
+
+
+def overflow(scale: np.ndarray, shift: np.ndarray) -> None:
+    scale[2], shift[2] = -6e4, 6e4
+
+
+def scaled_rope() -> Any:
+    return transformers.LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (tiny.CONFIGS["opt"], {}, "is of type opt, which the GGUF export does not know; it knows llama, mis"),
+        (tiny.CONFIGS["llama"], {}, "mlp.down_proj has rows of 176 weights; Q4_1 needs a multiple of 32"),
+        (lambda: config_of("tied"), {"block_size": 48}, "a --block-size that is a multiple of 32"),
+        (lambda: config_of("tied"), {"tokenizer": tiny.make_tokenizer()}, "tokenizer is WordLevel, for wh"),
+        (lambda: config_of("tied"), {"change": overflow}, "mu - alpha of a block is beyond float16"),
+        (scaled_rope, {}, "its rope scaling (linear) would be lost"),
+        (lambda: transformers.LlamaConfig(**SIZES, attention_bias=True), {}, "_proj.bias would be lost on"),
+        (lambda: transformers.LlamaConfig(**SIZES, hidden_act="gelu"), {}, "its activation gelu would be"),
+        (
+            lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
+            {},
+            "its attention in windows of 8 tokens would be lost",
+        ),
+        (
+            lambda: config_of("tied"),
+            {"tokenizer": byte_level(pre_tokenizers.Whitespace())},
+            "splits words by Whitespace and ByteLevel, for which GGUF has no name",
+        ),
+        (
+            lambda: transformers.LlamaConfig(**{**SIZES, "vocab_size": 300}),
+            {},
+            "the tokenizer has token 389, the model has 300",
+        ),
+    ],
+)
+def test_what_gguf_cannot_hold_is_refused(
+    config: Callable[[], Any],
+    options: dict[str, Any],
+    message: str,
+    run_main: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, out = write(tmp_path / "checkpoint", config(), **options), tmp_path / "a.gguf"
+    assert run_main(export.main, folder, "--format", "gguf", "--out", out) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_perplexity_of_an_export_is_the_checkpoint_s(plain: Path, run_main: Run, tmp_path: Path) -> None:
+    model = read_gguf(to_gguf(run_main, plain, tmp_path / "a.gguf"))
+    windows = torch.randint(3, 390, (3, 30), generator=torch.Generator().manual_seed(2))
+    got, expected = (measure(m, windows, 90, "random").value for m in (model, harness.load(plain)))
+    assert got == pytest.approx(expected, rel=2e-3)

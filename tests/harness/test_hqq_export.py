@@ -1,0 +1,89 @@
+"""Exports in HQQ's layout against the checkpoint's bytes, by HQQ's formula."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import harness
+from harness import export
+from harness.cli import EXIT_USAGE
+from tests.harness import tiny
+from tests.harness.exports import Run, config_of, raw, raw_grid, write
+
+
+def hqq_weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """HQQ's formula in float64: digits of four quarters of the groups, the first in the highest bits."""
+    packed = tensors[f"{name}.W_q"].int()
+    digits = torch.cat([packed >> 6 & 3, packed >> 4 & 3, packed >> 2 & 3, packed & 3])
+    grid = (digits - tensors[f"{name}.zero"].double()) * tensors[f"{name}.scale"].double()
+    return grid.reshape(*tensors[f"{name}.shape"].tolist())
+
+
+def test_hqq_holds_the_grid_but_for_the_rounded_zero(plain: Path, run_main: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run_main(export.main, plain, "--format", "hqq", "--out", out) == 0
+    held = load_file(out / "qmodel.safetensors")
+    tensors, modules, _ = raw(plain)
+    for name in modules:
+        t, alpha, mu = raw_grid(plain, name)
+        weight = hqq_weight(held, name)
+        constant = alpha == 0
+        assert constant.any()
+        assert torch.equal(weight[constant], mu[constant])
+        zero = (1 - mu / alpha).half().double()
+        assert torch.equal(weight[~constant], ((t + 1 - zero) * alpha)[~constant])
+        assert held[f"{name}.group_size"] == (32 if name.endswith("down_proj") else 64)
+        assert bytes(held[f"{name}.packing"].tolist()) == b"2bit_u8"
+    for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(held[name], tensors[name])
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "hqq"
+    assert settings["skip_modules"] == ["lm_head"]
+    assert settings["quant_config"]["mlp.down_proj"]["weight_quant_params"]["group_size"] == 32
+    assert {entry.name for entry in out.iterdir()} >= {"config.json", "tokenizer.json", "qmodel.safetensors"}
+
+
+def test_transformers_does_not_fill_an_hqq_export_with_random_weights(plain: Path, tmp_path: Path) -> None:
+    export.export_hqq(plain, tmp_path / "out")
+    with pytest.raises((ImportError, OSError)):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_zero_beyond_float16_makes_a_block_constant(tmp_path: Path) -> None:
+    def change(scale: np.ndarray, shift: np.ndarray) -> None:
+        scale[1], shift[1] = 2.0**-24, 0.5
+
+    folder = write(tmp_path / "checkpoint", config_of("tied"), change=change)
+    exported = export.export_hqq(folder, tmp_path / "out")
+    held = load_file(tmp_path / "out" / "qmodel.safetensors")
+    assert (hqq_weight(held, "model.layers.0.mlp.up_proj")[1] == 0.5).all()
+    assert exported.rounding.largest == 1
+    assert exported.rounding.used <= 1
+
+
+def test_hqq_takes_models_that_gguf_does_not(run_main: Run, tmp_path: Path) -> None:
+    folder = write(tmp_path / "checkpoint", tiny.CONFIGS["opt"](), tiny.make_tokenizer())
+    assert run_main(export.main, folder, "--format", "hqq", "--out", tmp_path / "out") == 0
+    held = load_file(tmp_path / "out" / "qmodel.safetensors")
+    name = "model.decoder.layers.1.fc2"
+    assert held[f"{name}.group_size"] == 16  # of blocks of 64 in rows of 176
+    np.testing.assert_allclose(
+        hqq_weight(held, name), harness.load(folder).get_submodule(name).weight.detach(), atol=3e-4
+    )
+    assert torch.equal(held[f"{name}.bias"], harness.load(folder).get_submodule(name).bias)
+
+
+def test_groups_that_hqq_does_not_have_are_refused(
+    run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "checkpoint", config_of("tied"), block_size=36)
+    assert run_main(export.main, folder, "--format", "hqq", "--out", tmp_path / "out") == EXIT_USAGE
+    assert "fall into groups of 4; HQQ's are multiples of 8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
