@@ -9,6 +9,7 @@ kept that rounding could turn.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from fractions import Fraction
 from typing import Any
 
@@ -33,7 +34,7 @@ def rational(values: Any) -> Array:
     return result
 
 
-class Arithmetic:
+class Arithmetic(ABC):
     """What both have in common: the record of how close decisions came."""
 
     def __init__(self) -> None:
@@ -61,11 +62,13 @@ class Arithmetic:
         self.note(gap / np.maximum(np.abs(exact), 2.0**-24))
         return rounded
 
+    @abstractmethod
     def row_means(self, W: Array) -> Array:
-        raise NotImplementedError
+        """The mean of every row, (n, 1)."""
 
+    @abstractmethod
     def symmetric(self, W: Array) -> tuple[Array, Array]:
-        raise NotImplementedError
+        """Eq. 1-3: alpha and T."""
 
 
 class Exact(Arithmetic):

@@ -45,12 +45,15 @@ def test_work_is_queued_on_the_stream_of_torch(compute):
     rng = np.random.default_rng(0)
     W = torch.from_numpy(rng.normal(size=(64, 300)))
     expected = backend.to_host(backend.ternarize(W.numpy(), np.eye(300), TernaryConfig()))
+    source = W.to(compute.device)
+    on_side = torch.zeros_like(source)
+    torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         # A long product ahead of the weights: work on any other stream would see zeros.
         big = torch.randn(8192, 8192, device=compute.device)
-        ready = (big @ big @ big).sum() * 0
-        on_side = W.to(compute.device) + torch.nan_to_num(ready)
+        big @ big @ big
+        on_side.copy_(source)
         gram = torch.eye(300, dtype=torch.float64, device=compute.device)
         result = ternarizer(backend, compute, TernaryConfig())(on_side, gram)
     np.testing.assert_array_equal(backend.to_host(result).trits, expected.trits)
