@@ -209,6 +209,16 @@ def test_layers_read_from_the_files_are_those_of_the_model_loaded_whole(
             assert copy.state_dict()[name].dtype == tensor.dtype
 
 
+@pytest.mark.parametrize(("times", "streamed"), [(1.5, True), (1.8, False)])
+def test_layers_stay_on_disk_if_the_weights_take_more_than_three_fifths_of_the_memory(
+    times: float, streamed: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = int(times * (llama / "model.safetensors").stat().st_size)
+    pages = {"SC_PHYS_PAGES": memory // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(models.os, "sysconf", pages.__getitem__)
+    assert (models.load_original(str(llama)).read is not None) == streamed
+
+
 def test_a_sharded_model_is_read_by_its_index(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from harness.capture import capture_inputs, logits_after
+from harness.capture import advance, capture_inputs, logits_after
 from harness.cli import UserError
+from harness.compute import Compute
 from harness.gram import CHUNK_TOKENS, GramSum
 from harness.layers import find_decoder_layers
 from harness.pipeline import quantize_layers
@@ -126,6 +127,20 @@ def test_the_model_stays_in_its_dtype_and_one_layer_at_a_time_is_float32() -> No
     for _ in quantize_layers(decoder, hidden, calls, look):
         assert {states.dtype for states in hidden} == {torch.bfloat16}
     assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+
+
+def test_the_next_layer_sees_what_the_checkpoint_will_hold() -> None:
+    """Weights in the model's dtype, not the finer ones that the method gave."""
+    model = tiny.make_model("llama", torch.bfloat16, ternary=False)
+    decoder = find_decoder_layers(model)
+    hidden, calls = capture_inputs(model, decoder, windows())
+    expected = [states.clone() for states in hidden]
+    steps = quantize_layers(decoder, hidden, calls, lambda W, C: W * 1.2345)
+    for index, _ in enumerate(steps):
+        # The model now holds what was fitted, in its own dtype.
+        advance(decoder.working_copy(index, Compute()), calls[index].to(Compute()), expected, Compute())
+        for states, wanted in zip(hidden, expected, strict=True):
+            assert torch.equal(states, wanted)
 
 
 def test_gram_sum_keeps_digits_over_many_rows() -> None:
