@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from harness.backends import Backend
 from harness.cli import UserError
@@ -65,13 +65,12 @@ class Compute:
         with backend.on_stream(pointer):
             yield
 
-    def holds(self, model: nn.Module, seqlen: int) -> bool:
+    def holds(self, model: Any, seqlen: int) -> bool:
         """Whether a whole model fits, with the logits of a window in float32 and room for a layer to run."""
         if self.memory is None:
             return True
         weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        vocabulary = max(parameter.shape[0] for parameter in model.parameters())
-        return 1.1 * weights + 8 * seqlen * vocabulary <= self.memory
+        return 1.1 * weights + 8 * seqlen * model.config.get_text_config().vocab_size <= self.memory
 
     def place(self, hidden: list[torch.Tensor], reserved: float) -> list[torch.Tensor]:
         """Hidden states on the device if they fit beside `reserved` bytes, else in pinned host memory."""

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import evaluate, perplexity
+from harness import evaluate, perplexity, text
 from harness.cli import EXIT_USAGE, json_text
-from harness.compute import Compute
+from harness.compute import HOST, Compute
 from harness.layers import find_decoder_layers
+from harness.models import Original
 from tests.harness import tiny
 
 Run = Callable[..., int]
@@ -57,6 +58,19 @@ def test_layer_by_layer_the_perplexity_is_the_same(kind: str) -> None:
     )
     assert result == perplexity.measure(model, windows, 60, "words")
     assert len(layers) == 3
+
+
+def test_a_model_that_does_not_fit_on_the_device_is_measured_layer_by_layer() -> None:
+    model = tiny.make_model("qwen3", torch.bfloat16, ternary=False)
+    original = Original(model, tiny.make_tokenizer(), "tiny")
+    stream = text.Text(tiny.words(100), "words", None)
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    logits = 8 * 20 * tiny.VOCABULARY
+    large, small = (Compute(HOST, None, memory=memory) for memory in (int(1.11 * weights) + logits, weights))
+    assert large.holds(model, 20)
+    assert not small.holds(model, 20)
+    whole, by_layers = (evaluate.measure_on(original, stream, 20, 3, compute) for compute in (large, small))
+    assert whole == by_layers
 
 
 def test_measuring_leaves_a_float16_model_as_it_was() -> None:
