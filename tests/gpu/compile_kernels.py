@@ -15,7 +15,7 @@ os.environ["NUMBA_ENABLE_CUDASIM"] = "0"  # and the real compiler
 from numba import cuda, types
 from numba.cuda import dispatcher
 
-from gpu.kernels import alignment, fitting, packing, similarity
+from gpu.kernels import alignment, fitting, packing, product, similarity
 
 
 def signatures():
@@ -67,6 +67,19 @@ def signatures():
             similarity.add_products_kernel,
             types.void(array(dtype, 2), row_sums, sums),
         )
+        for grid in (types.float32, types.float64):
+            yield (
+                f"product.multiply {dtype} {grid}",
+                product.multiply_kernel,
+                types.void(
+                    array(dtype, 2),
+                    array(types.uint32, 2),
+                    array(grid, 3),
+                    array(types.uint32, 1),
+                    types.int64,
+                    array(types.float64, 2),
+                ),
+            )
     for name, kernel, signature in (
         ("compare", similarity.compare_kernel, (sums, array(types.boolean, 1), row_sums)),
         ("rank", similarity.rank_kernel, (row_sums, array(types.int32, 1))),

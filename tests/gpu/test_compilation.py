@@ -1,11 +1,15 @@
-"""Every kernel compiles for the GPUs people have, which shows errors of type without one."""
+"""Every kernel compiles for the GPUs people have, which shows errors of type without one, and spills."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gpu.kernels import tensor_cores
+from tests.gpu.emulation import SOURCES, kernel_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +24,33 @@ def test_kernels_compile_to_ptx(capability):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    # lanes.py is what the kernels of the other files are made of.
-    kernels = {path.stem for path in (ROOT / "gpu" / "kernels").glob("*.py")} - {"__init__", "lanes"}
+    # lanes.py is what the kernels of the other files are made of, tensor_cores.py launches CUDA C++.
+    kernels = {path.stem for path in (ROOT / "gpu" / "kernels").glob("*.py")}
+    kernels -= {"__init__", "lanes", "tensor_cores"}
     assert kernels == {line.split(".")[0] for line in done.stdout.splitlines()}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources_compile_to_machine_code_without_spills(source, capability):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    _, program = nvrtc.nvrtcCreateProgram(tensor_cores.source(source).encode(), source.encode(), 0, [], [])
+    options = [f"-arch=sm_{capability}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(program)
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", log.decode())
+    assert kernels
+    assert sorted(kernels) == sorted((name, str(capability)) for name in kernel_names(source))
+    # Registers of a launch must fit the 65536 of a processor, or it fails.
+    threads = {"deco": tensor_cores.DECODE_THREADS, "arra": tensor_cores.ARRANGE_THREADS}
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log.decode())]
+    for (name, _), count in zip(kernels, registers, strict=True):
+        print(f"sm_{capability} {name}: {count} registers")
+        assert count * threads.get(name[:4], tensor_cores.PREFILL_THREADS) <= 65536
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", log.decode()) == [("0", "0")] * len(
+        kernels
+    )

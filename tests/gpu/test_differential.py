@@ -66,6 +66,14 @@ def inputs(operation, shape, dtype, kind="correlated"):
         "packing.unpack_base3": {"packed": _packed("pack_base3", T), "count": m},
         "packing.pack_2bit": {"trits": T},
         "packing.unpack_2bit": {"packed": _packed("pack_2bit", T), "count": m},
+        "matmul.matmul": {
+            "x": rng.normal(size=(5, m)).astype(np.float32).astype(dtype),
+            "packed": _packed("pack_base3", T),
+            "scale": rng.normal(size=(n, -(-m // 50))).astype(np.float16),
+            "shift": rng.normal(size=(n, -(-m // 50))).astype(np.float16),
+            "permutation": rng.permutation(m),
+            "block_size": 50,
+        },
     }[operation]
 
 

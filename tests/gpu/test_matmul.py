@@ -1,0 +1,192 @@
+"""The product with a ternary matrix by whatever kernel `multiply` picks here, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+import gpu
+from gpu import matmul
+from gpu.device import STANDIN, xp
+from gpu.kernels import product
+from reference.matmul import matmul as expected_product
+from reference.packing import pack_base3
+from tests.gpu.ternary_cases import DTYPES, Case, assert_close, hostile_cases, random_case, to_bits, values
+
+SHAPES = [(1, 1), (2, 127), (127, 2), (128, 129), (129, 577)]
+
+
+def multiply(case, x):
+    return gpu.to_host(matmul.multiply(gpu.to_device(x), lay_out(case)))
+
+
+def lay_out(case):
+    arrays = (pack_base3(case.trits), case.scale, case.shift, case.permutation)
+    return matmul.lay_out(*(gpu.to_device(array) for array in arrays), case.block_size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 65])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_product_is_that_of_the_reference(shape, tokens, dtype):
+    for block_size in (128, 50):  # the second has no fast kernel
+        case = random_case(*shape, block_size)
+        x = case.activations(tokens, dtype)
+        y = multiply(case, x)
+        assert y.dtype == x.dtype
+        assert_close(case, x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", hostile_cases())
+def test_hostile_numbers(name, dtype):
+    case, x = hostile_cases()[name]
+    x = to_bits(x, dtype)
+    assert_close(case, x, multiply(case, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [5, 20])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_row(bad, tokens, dtype):
+    case = random_case(7, 300, 128)
+    case.scale[2] = case.shift[2] = 0
+    case.trits[3] = 0
+    x = case.activations(tokens, np.float32)
+    clean = multiply(case, to_bits(x, dtype))
+    for column in (0, 299):
+        dirty = x.copy()
+        dirty[1, case.permutation[column]] = bad
+        y = multiply(case, to_bits(dirty, dtype))
+        assert not np.isfinite(values(y[1])).any()
+        np.testing.assert_array_equal(np.delete(y, 1, axis=0), np.delete(clean, 1, axis=0))
+
+
+@pytest.mark.skipif(not STANDIN, reason="this is the simulator's")
+@pytest.mark.parametrize(("shape", "block_size"), [((2, 129), 64), ((1, 1), 128), ((3, 70), 9)])
+def test_the_plain_kernel_in_the_simulator(shape, block_size):
+    case = random_case(*shape, block_size)
+    x = case.activations(2, np.float64)
+    layout = lay_out(case)
+    arguments = (x, layout.words, layout.grid.astype(np.float32), layout.permutation, block_size)
+    simulated = product.multiply(*arguments, simulate=True)
+    assert_close(case, x, simulated)
+    np.testing.assert_allclose(simulated, product.multiply(*arguments), rtol=0, atol=1e-12)
+
+
+def test_words_are_where_the_layout_says():
+    trits = np.random.default_rng(0).integers(-1, 2, size=(3, 600)).astype(np.int8)
+    case = Case(trits, np.ones((3, 5), np.float16), np.ones((3, 5), np.float16), np.arange(600), 128)
+    words = gpu.to_host(lay_out(case).words)
+    assert words.shape == (3, 48)
+    for j in range(768):
+        r, t = divmod(j % 256 // 16, 4)
+        digits = words[:, j // 256 * 16 + 4 * t + r] >> (2 * (j % 16)) & 3
+        np.testing.assert_array_equal(digits, trits[:, j] + 1 if j < 600 else 1)
+
+
+def test_other_grids_are_kept():
+    case = random_case(4, 130, 64)
+    rng = np.random.default_rng(1)
+    case = Case(case.trits, *rng.normal(size=(2, 4, 3)), case.permutation, 64)
+    for dtype in DTYPES:
+        x = case.activations(3, dtype)
+        assert_close(case, x, multiply(case, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_torch_tensors_come_through_dlpack(dtype):
+    case = random_case(9, 200, 128)
+    x = torch.from_numpy(case.activations(4, np.float32)).to(dtype)
+    x = x if STANDIN else x.cuda()
+    taken = gpu.to_device(x.view(torch.int16) if dtype == torch.bfloat16 else x)
+    y = torch.from_dlpack(matmul.multiply(taken, lay_out(case))).view(dtype).cpu()
+    host = x.cpu().to(torch.float64).numpy()
+    exact = expected_product(host, pack_base3(case.trits), *case.grid, case.permutation, 128)
+    assert (
+        torch.equal(y, torch.from_numpy(exact).to(dtype))
+        or (y - exact).abs().max() < 2**-6 * abs(exact).max()
+    )
+
+
+def test_no_tokens_give_no_rows():
+    case = random_case(9, 200, 128)
+    assert multiply(case, case.activations(0, np.float16)).shape == (0, 9)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (xp.zeros((2, 199), np.float16), ValueError, r"x has shape \(2, 199\), expected \(2, 200\)"),
+        (xp.zeros((2, 200), np.int32), TypeError, "x must be float16 or .* got int32"),
+        (xp.zeros(200, np.float16), ValueError, "x must have 2 dimensions"),
+        (xp.zeros((2, 400), np.float16)[:, ::2], ValueError, "x must be contiguous"),
+        (xp.zeros((200, 2), np.float16).T, ValueError, "x must be contiguous"),
+        (torch.zeros(2, 200), TypeError, "x must be an array of .* got Tensor"),
+        ([[0.0] * 200], TypeError, "x must be an array of .* got list"),
+    ],
+)
+def test_activations_that_do_not_fit_are_refused(x, error, message):
+    with pytest.raises(error, match=message):
+        matmul.multiply(x, lay_out(random_case(9, 200, 128)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"words": lambda a: a.words[:, :15]}, ValueError, "words must be contiguous"),
+        ({"words": lambda a: a.words[:, :15].copy()}, ValueError, "words has shape"),
+        ({"words": lambda a: a.words.astype(np.int32)}, TypeError, "words must be uint32"),
+        ({"grid": lambda a: a.grid[:, :1].copy()}, ValueError, "grid has shape"),
+        ({"grid": lambda a: a.grid[:-1].copy()}, ValueError, "grid has shape"),
+        ({"permutation": lambda a: a.permutation.astype(np.int64)}, TypeError, "permutation must be uint32"),
+        ({"permutation": lambda a: list(a.permutation)}, TypeError, "permutation must be an array"),
+        ({"block_size": lambda a: 0}, ValueError, "block_size must be at least 1"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(change, error, message):
+    layout = lay_out(random_case(9, 200, 128))
+    parts = {name: getattr(layout, name) for name in ("words", "grid", "permutation", "block_size")}
+    parts |= {name: changed(layout) for name, changed in change.items()}
+    with pytest.raises(error, match=message):
+        matmul.Packed(**parts)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"), [(np.full((2, 7), np.inf), "x"), (np.zeros((2, 12)), "permutation")]
+)
+def test_activations_of_the_reference_that_do_not_fit_are_refused(x, message):
+    case = random_case(3, 7, 3)
+    arrays = (x, pack_base3(case.trits), case.scale, case.shift, case.permutation)
+    with pytest.raises(ValueError, match=message):
+        matmul.matmul(*(gpu.to_device(array) for array in arrays), 3)
+
+
+@pytest.mark.parametrize("function", ["matmul", "lay_out"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": np.zeros((3, 2))}, "scale"),
+        ({"shift": np.zeros((2, 3))}, "shift"),
+        ({"shift": np.full((3, 3), np.nan)}, "shift"),
+        ({"packed": np.full((3, 2), 243, dtype=np.uint8)}, "byte 243"),
+        ({"permutation": np.arange(13)}, "permutation|bytes a row"),
+        ({"permutation": np.zeros(7, dtype=int)}, "permutation"),
+        ({"permutation": np.arange(7) - 1}, "permutation"),
+        ({"block_size": 0}, "block_size"),
+    ],
+)
+def test_a_matrix_that_does_not_fit_is_refused(changes, message, function):
+    case = random_case(3, 7, 3)
+    given = {
+        "x": case.activations(2, np.float64),
+        "packed": pack_base3(case.trits),
+        "scale": case.scale,
+        "shift": case.shift,
+        "permutation": case.permutation,
+        "block_size": 3,
+    } | changes
+    if function == "lay_out":
+        del given["x"]
+    arguments = {k: gpu.to_device(v) if isinstance(v, np.ndarray) else v for k, v in given.items()}
+    with pytest.raises(ValueError, match=message):
+        getattr(matmul, function)(**arguments)
