@@ -19,6 +19,7 @@ from harness.backends import load_backend
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
 from harness.compute import compute_for, default_compute
 from harness.pipeline import FitError
+from harness.products import product_speed
 from harness.scale import SHAPES, Scale, quantize_shape
 from harness.throughput import Lengths, generation_speed
 from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
@@ -30,12 +31,14 @@ Measure on this machine and write the figures to a file, with command, machine a
   run      a whole quantization, stage by stage, against two plain forward passes of the same tokens
   methods  the paper's ablations and 2-bit baselines side by side, on one text
   quantize random layers of the shapes of large models through the whole pipeline
+  matmul   microseconds of products with the matrices of these shapes, packed and dense
   generate tokens a second of models of these shapes, dense and ternary
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
   python -m harness.benchmark quantize benchmarks/quantize.json --shape llama-7b llama-65b --layers 2
+  python -m harness.benchmark matmul benchmarks/matmul.json --shape llama-7b llama-65b
   python -m harness.benchmark generate benchmarks/generate.json --shape llama-7b
 """
 
@@ -94,6 +97,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seqlen", type=window_length, default=scale.seqlen, help="tokens in a window")
     sub.add_argument("--backend", default="auto", help="as for harness.quantize")
     sub.add_argument("--device-memory", type=positive, metavar="GB", help="most memory of the device to use")
+
+    sub = kind("matmul", "microseconds of products with the matrices of large shapes, packed and dense")
+    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help="models to imitate")
+    sub.add_argument(
+        "--batch",
+        nargs="+",
+        type=positive,
+        default=[1, 4, 16, 128, 2048],
+        metavar="N",
+        help="rows of activations",
+    )
 
     lengths = Lengths()
     sub = kind("generate", "tokens a second of models of large shapes, dense and ternary")
@@ -213,6 +227,11 @@ def main() -> int:
         results = summarize(_report_of(arguments))
     elif arguments.kind == "quantize":
         results = _quantize_shapes(arguments, save)
+    elif arguments.kind == "matmul":
+        results = {}
+        for shape in arguments.shape:
+            results[shape] = product_speed(shape, default_compute(), arguments.batch)
+            save(results)
     elif arguments.kind == "generate":
         results = {}
         for shape in arguments.shape:

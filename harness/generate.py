@@ -121,7 +121,11 @@ def main() -> int:
     add("--tokens", type=positive, default=64, metavar="N", help="most tokens to write")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token")
     add("--seed", type=int, default=0, metavar="N", help="of the draw, if the temperature is above 0")
-    add("--packed", action="store_true", help="keep no dense weights: slow on a CPU, an eighth of the memory")
+    add(
+        "--packed",
+        action="store_true",
+        help="keep no dense weights on a CPU either: slow, and small",
+    )
     add("--cpu", action="store_true", help="do not use a CUDA device that torch has")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     arguments = parser.parse_args()
@@ -131,7 +135,8 @@ def main() -> int:
     device = "cpu" if arguments.cpu else default_compute().device
     path = Path(arguments.model)
     if is_ternary(path):
-        model = load(path, device, not arguments.packed, arguments.trust_remote_code)
+        dense = False if arguments.packed else None
+        model = load(path, device, dense, arguments.trust_remote_code)
         original = Original(model, load_tokenizer(path), str(path))
     else:
         original = load_original(arguments.model, trust_remote_code=arguments.trust_remote_code)

@@ -32,6 +32,14 @@ PARTS = {
         "harness.benchmark quantize benchmarks/quantize.json --backend gpu --layers 4 "
         "--shape llama-7b llama-13b llama3-8b qwen3-14b",
     ),
+    "products": (
+        "packed products against dense ones",
+        "harness.benchmark matmul benchmarks/matmul.json --shape llama-7b llama-13b llama-30b llama-65b",
+    ),
+    "generation": (
+        "tokens a second of ternary models against dense ones",
+        "harness.benchmark generate benchmarks/generate.json --shape llama-7b llama-65b",
+    ),
     "memory": (
         "the shape of a 65B model in 40 GB of device memory",
         "harness.benchmark quantize benchmarks/quantize-65b.json --backend gpu --layers 2 "

@@ -1,6 +1,7 @@
 """Ternary checkpoints in transformers: after ``import harness.hf``, ``from_pretrained`` reads them.
 
-Linear layers become `TernaryLinear`. Loading refuses a checkpoint that is damaged or lacks a tensor;
+Linear layers become `TernaryLinear` with dense weights beside the packed ones; `use_kernels` lets a device
+multiply by the packed ones, which `load` does by itself. Loading refuses a checkpoint that is damaged or lacks a tensor;
 without this import transformers would only warn, and fill such layers at random.
 """
 
@@ -17,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from harness import checkpoint
+from harness.backends import Backend, load_backend
 from harness.cli import UserError
 from harness.linear import TernaryLinear
 from harness.models import quiet_transformers, read_config, read_json, require_complete
@@ -133,7 +135,7 @@ def swap(model: nn.Module, name: str, stored: checkpoint.StoredLayers, dtype: to
 def load(
     path: str | Path,
     device: str | torch.device = "cpu",
-    dense: bool = True,
+    dense: bool | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """Read a ternary checkpoint as a transformers model.
@@ -144,10 +146,12 @@ def load(
         Folder that `python -m harness.quantize` wrote.
     device : str or torch.device
         Where the model goes.
-    dense : bool
+    dense : bool, optional
         Keep dense weights in the dtype of the original beside the packed ones: as fast as the original
-        and 12 % larger in memory. Without them each layer is dequantized at every call: slow, but in
-        an eighth of the memory and the largest layer.
+        and 12 % larger in memory. Without them a CUDA device multiplies by the packed trits, in a
+        quarter of the memory (the trits as stored, and as the kernels read them); a CPU dequantizes each
+        layer at every call, which is slow, in an eighth of the memory and the largest layer. Left out:
+        on a CPU, but not on a device.
     trust_remote_code : bool
         Whether code that comes with the model may run.
 
@@ -180,7 +184,8 @@ def load(
     quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config.quantization_config = {**quantization, "dense": dense}
+        on_cpu = torch.device(device).type == "cpu"
+        config.quantization_config = {**quantization, "dense": on_cpu if dense is None else dense}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -194,4 +199,24 @@ def load(
         raise UserError(f"{folder / checkpoint.CONFIG} does not describe a model: {error}") from None
     model, info = loaded
     require_complete(info, str(folder))
-    return model.to(device).eval()
+    model.to(device)
+    if not on_cpu and not dense:
+        try:
+            use_kernels(model)
+        except UserError as error:
+            raise UserError(f"{error}; with dense=True a model needs no kernels") from None
+    return model.eval()
+
+
+def use_kernels(model: nn.Module, backend: Backend | None = None) -> None:
+    """Let every `TernaryLinear` of a model multiply by packed trits; `backend` is gpu if left out.
+
+    Raises
+    ------
+    UserError
+        If the GPU backend cannot run.
+    """
+    backend = backend or load_backend("gpu")
+    for module in model.modules():
+        if isinstance(module, TernaryLinear):
+            module.use_kernels(backend)

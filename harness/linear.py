@@ -9,8 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from harness.backends import Backend
+from harness.ops import ternary_linear
+
 # Everything that may be stored of one matrix.
 PACKED = ("trits", "scale", "shift", "permutation", "row_factor", "scale_factor", "shift_factor")
+# What is made of it for the kernels.
+LAYOUT = ("words", "grid", "order")
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class TernaryLinear(nn.Module):
@@ -39,13 +46,19 @@ class TernaryLinear(nn.Module):
     trits, scale, shift, permutation, row_factor, scale_factor, shift_factor : tensors
         As in the checkpoint; `permutation` is None where it is the identity, factors in float16 grids.
     weight : (n, m) tensor or None
-        Dense weights, if they are kept (`keep_dense`); otherwise they are made at every call.
+        Dense weights, if they are kept (`keep_dense`).
+    words, grid, order : tensors or None
+        The layout of the packed kernels, if they are used (`use_kernels`). With neither of these, dense
+        weights are made at every call.
     """
 
     trits: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor
     weight: torch.Tensor | None
+    words: torch.Tensor | None
+    grid: torch.Tensor | None
+    order: torch.Tensor | None
     bias: torch.Tensor | None
     permutation: torch.Tensor | None
     row_factor: torch.Tensor | None
@@ -69,7 +82,8 @@ class TernaryLinear(nn.Module):
         for name in PACKED:
             kind, shape = stored.get(name, (None, None))
             self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=kind))
-        self.register_buffer("weight", None, persistent=False)
+        for name in ("weight", *LAYOUT):
+            self.register_buffer(name, None, persistent=False)
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
         )
@@ -94,12 +108,37 @@ class TernaryLinear(nn.Module):
             return grid.float()
         return self.row_factor.float()[:, None] * factor.float() * grid
 
+    def _grids(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and mu of every block as the kernels take them: float16 if they are stored so."""
+        if self.row_factor is None:
+            return self.scale, self.shift
+        return self._values(self.scale, self.scale_factor), self._values(self.shift, self.shift_factor)
+
     def keep_dense(self, keep: bool) -> None:
         """Keep dense weights beside the packed ones, for speed; or drop them, for memory."""
         self.weight = self.dequantize() if keep else None
+        self.words = self.grid = self.order = None
+
+    def use_kernels(self, backend: Backend) -> None:
+        """Multiply by the packed trits themselves, laid out by the GPU backend; drops dense weights."""
+        order = torch.arange(self.in_features) if self.permutation is None else self.permutation.long()
+        layout = backend.function("matmul.lay_out")(
+            *map(backend.to_device, (self.trits, *self._grids(), order.to(self.trits.device))),
+            self.block_size,
+        )
+        self.words, self.order = (
+            torch.from_dlpack(array.view("int32")) for array in (layout.words, layout.permutation)
+        )
+        self.grid = torch.from_dlpack(layout.grid)
+        self.weight = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., m) to (..., n), in the dtype of x."""
+        if self.words is not None:
+            rows = x.reshape(-1, self.in_features)
+            y = ternary_linear(rows, self.words, self.grid, self.order, self.block_size)
+            y = y.view(*x.shape[:-1], self.out_features)
+            return y if self.bias is None else y + self.bias
         weight = self.dequantize() if self.weight is None else self.weight
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
@@ -108,21 +147,21 @@ class TernaryLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"block_size={self.block_size}, bias={self.bias is not None}, "
-            f"permuted={self.permutation is not None}, dense={self.weight is not None}"
+            f"permuted={self.permutation is not None}, dense={self.weight is not None}, "
+            f"kernels={self.words is not None}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # What converts floating-point tensors leaves integers alone, and what moves tensors moves both.
-        halves = [
-            n for n in PACKED if getattr(self, n) is not None and getattr(self, n).dtype == torch.float16
-        ]
-        for name in halves:
-            setattr(self, name, getattr(self, name).view(torch.int16))
+        kept = {name: getattr(self, name) for name in (*PACKED, *LAYOUT)}
+        kept = {name: tensor for name, tensor in kept.items() if tensor is not None}
+        for name, tensor in kept.items():
+            setattr(self, name, tensor.view(_BITS[tensor.element_size()]))
         try:
             return super()._apply(fn, recurse)
         finally:
-            for name in halves:
-                setattr(self, name, getattr(self, name).view(torch.float16))
+            for name, tensor in kept.items():
+                setattr(self, name, getattr(self, name).view(tensor.dtype))
 
 
 def stored_parts(

@@ -12,7 +12,7 @@ from torch import nn
 
 from harness.checkpoint import StoredLayers
 from harness.compute import Compute
-from harness.hf import swap
+from harness.hf import swap, use_kernels
 from harness.linear import TernaryLinear
 from harness.models import attach_empty_layers, quiet_transformers
 from harness.scale import SHAPES, make_config
@@ -84,13 +84,15 @@ def random_network(shape: str, layers: int | None, ternary: bool, compute: Compu
     for layer in decoder.layers:
         layer.to_empty(device=compute.device)
         for module in layer.modules():
-            _fill(module)
-    with torch.no_grad():
-        return model.to(compute.device)
+            fill(module)
+    model.to(compute.device)
+    if ternary and compute.device.type == "cuda":
+        use_kernels(model)
+    return model
 
 
 @torch.no_grad()
-def _fill(module: nn.Module) -> None:
+def fill(module: nn.Module) -> None:
     """Random weights of a size that keeps activations finite."""
     if isinstance(module, TernaryLinear):
         m = module.in_features

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from harness import benchmark
+from harness.checkpoint import packed_bytes
 from harness.cli import EXIT_USAGE
 from harness.compute import Compute
 from harness.linear import TernaryLinear, require_base3
-from harness.scale import Scale, column_gptq, random_model
+from harness.scale import SHAPES, Scale, column_gptq, random_model
 from harness.throughput import random_network
 from reference import baselines
 
@@ -152,6 +153,21 @@ def test_tokens_a_second_of_a_dense_and_a_ternary_model(tmp_path: Path, run_main
     )
 
 
+def test_products_are_timed_for_every_matrix_and_batch(tmp_path: Path, run_main: Run) -> None:
+    file = tmp_path / "matmul.json"
+    assert run_main(benchmark.main, "matmul", file, "--shape", "tiny", "--batch", "1", "3") == 0
+    result = json.loads(file.read_text())["results"]["tiny"]
+    assert [(row["rows"], row["columns"], row["batch"]) for row in result["products"][::2]] == [
+        (96, 96, 1),
+        (48, 96, 1),
+        (256, 96, 1),
+        (96, 256, 1),
+    ]
+    for row in result["products"]:
+        assert row["times_faster_than_dense"] == pytest.approx(row["dense_us"] / row["packed_us"], rel=0.01)
+    assert result["copy_gb_s"] > 0
+
+
 def test_random_ternary_layers_are_sound(tmp_path: Path) -> None:
     model = random_network("tiny", 1, ternary=True, compute=Compute())
     layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
@@ -160,3 +176,13 @@ def test_random_ternary_layers_are_sound(tmp_path: Path) -> None:
         require_base3(layer.trits, layer.in_features)
         assert torch.equal(layer.permutation.long().sort().values, torch.arange(layer.in_features))
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.parametrize(("grid", "most"), [("float16", 2.03e9), ("int8", 1.94e9)])
+def test_llama_7b_takes_as_little_as_is_said(grid: str, most: float) -> None:
+    """Embedding, head and norms in 16 bits, and room for the headers of the files."""
+    _, hidden, intermediate, depth, _, _, vocabulary = SHAPES["llama-7b"]
+    shapes = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    ternary = depth * sum(packed_bytes(n, m, 128, grid, True) for n, m in shapes)
+    rest = 2 * (2 * vocabulary * hidden + (2 * depth + 1) * hidden)
+    assert 0.98 * most < ternary + rest + 1e6 < most
