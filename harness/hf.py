@@ -1,8 +1,8 @@
 """Ternary checkpoints in transformers: after ``import harness.hf``, ``from_pretrained`` reads them.
 
 Linear layers become `TernaryLinear` with dense weights beside the packed ones; `use_kernels` lets a device
-multiply by the packed ones, which `load` does by itself. Loading refuses a checkpoint that is damaged or lacks a tensor;
-without this import transformers would only warn, and fill such layers at random.
+multiply by the packed ones, which `load` does by itself. Loading refuses a checkpoint that is damaged or
+lacks a tensor; without this import transformers would only warn, and fill such layers at random.
 """
 
 from __future__ import annotations
