@@ -237,7 +237,7 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
             raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
     if not isinstance(block_size, int) or block_size < 1:
         raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
-    grid = quantization.get("grid")
+    grid = quantization.get("grid", "float16")  # the only one there was at first
     if grid not in GRIDS:
         raise UserError(f"{where}: the grid {grid!r} of quantization_config is none of {', '.join(GRIDS)}")
     return StoredLayers(block_size, grid, modules or [], unpermuted or [])

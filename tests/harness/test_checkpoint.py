@@ -240,6 +240,11 @@ def test_damage_is_refused_by_name(damaged: Path, kind: str) -> None:
         harness.load(damaged)
 
 
+def test_without_a_grid_it_is_float16(damaged: Path) -> None:
+    edit_config(lambda c: c["quantization_config"].pop("grid"))(damaged)
+    harness.load(damaged)
+
+
 def test_a_rewritten_shard_without_damage_loads(damaged: Path) -> None:
     """Guards the test above: rewriting a shard is not what is refused."""
     DAMAGE["left over"][0](damaged)
