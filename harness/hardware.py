@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -15,34 +16,43 @@ from harness.plan import duration
 RECORD = "golden/gpu-verified.json"
 FULL_SIZE = "tests/gpu/test_full_size.py"
 
-# What each part shows, and what it runs with `python -m`.
+# What each part shows, and what it runs.
 PARTS = {
     "tests": (
         "every test of the GPU backend but those of full size",
-        f"pytest tests/gpu --ignore {FULL_SIZE}",
+        f"python -m pytest tests/gpu --ignore {FULL_SIZE}",
     ),
-    "golden": ("the golden cases, for the record", f"harness.verify --backend gpu --record {RECORD}"),
-    "full-size": ("matrices of real models' sizes against the reference", f"pytest {FULL_SIZE}"),
+    "golden": (
+        "the golden cases, for the record",
+        f"python -m harness.verify --backend gpu --record {RECORD}",
+    ),
+    "full-size": ("matrices of real models' sizes against the reference", f"python -m pytest {FULL_SIZE}"),
     "model": (
         "every matrix of a real model against the reference, for the record",
-        f"harness.verify --backend gpu --model --record {RECORD}",
+        f"python -m harness.verify --backend gpu --model --record {RECORD}",
     ),
     "speed": (
         "quantization at the shapes of large models",
-        "harness.benchmark quantize benchmarks/quantize.json --backend gpu --layers 4 "
+        "python -m harness.benchmark quantize benchmarks/quantize.json --backend gpu --layers 4 "
         "--shape llama-7b llama-13b llama3-8b qwen3-14b",
     ),
     "products": (
         "packed products against dense ones",
-        "harness.benchmark matmul benchmarks/matmul.json --shape llama-7b llama-13b llama-30b llama-65b",
+        "python -m harness.benchmark matmul benchmarks/matmul.json "
+        "--shape llama-7b llama-13b llama-30b llama-65b",
     ),
     "generation": (
         "tokens a second of ternary models against dense ones",
-        "harness.benchmark generate benchmarks/generate.json --shape llama-7b llama-65b",
+        "python -m harness.benchmark generate benchmarks/generate.json --shape llama-7b llama-65b",
+    ),
+    "sanitizer": (
+        "the packed kernels under compute-sanitizer, if that is installed",
+        "compute-sanitizer --error-exitcode 1 "
+        "python -m pytest -x tests/gpu/test_matmul.py tests/gpu/test_fitting.py",
     ),
     "memory": (
         "the shape of a 65B model in 40 GB of device memory",
-        "harness.benchmark quantize benchmarks/quantize-65b.json --backend gpu --layers 2 "
+        "python -m harness.benchmark quantize benchmarks/quantize-65b.json --backend gpu --layers 2 "
         "--shape llama-65b --device-memory 40",
     ),
 }
@@ -81,17 +91,20 @@ def require_device() -> None:
 
 
 def run_parts(commands: dict[str, list[str]]) -> int:
-    """Run commands of ``python -m`` one after the other; the exit code says whether all passed."""
+    """Run commands one after the other; the exit code says whether all that could be run passed."""
     outcomes = []
     for part, command in commands.items():
-        print(f"== {part}: python -m {' '.join(command)}", flush=True)
+        print(f"== {part}: {' '.join(command)}", flush=True)
+        if command[0] != "python" and shutil.which(command[0]) is None:
+            outcomes.append((part, 0, f"not run: {command[0]} is not installed"))
+            continue
         begin = time.perf_counter()
-        code = subprocess.run([sys.executable, "-m", *command]).returncode
-        outcomes.append((part, code, time.perf_counter() - begin))
-    for part, code, seconds in outcomes:
-        print(
-            f"{part:10} {'passed' if code == 0 else f'FAILED with exit code {code}'} in {duration(seconds)}"
-        )
+        here = [sys.executable if word == "python" else word for word in command]
+        code = subprocess.run(here).returncode
+        outcome = "passed" if code == 0 else f"FAILED with exit code {code}"
+        outcomes.append((part, code, f"{outcome} in {duration(time.perf_counter() - begin)}"))
+    for part, _, outcome in outcomes:
+        print(f"{part:10} {outcome}")
     return EXIT_MISS if any(code for _, code, _ in outcomes) else 0
 
 

@@ -14,11 +14,17 @@ Run = Callable[..., int]
 
 
 def test_a_part_that_fails_does_not_stop_the_others(capfd: pytest.CaptureFixture[str]) -> None:
-    fine, broken = ["json.tool", "--help"], ["no_such_module"]
-    assert hardware.run_parts({"one": fine, "two": broken, "three": fine}) == 1
-    lines = capfd.readouterr().out.splitlines()[-3:]
-    assert [line.split()[:2] for line in lines] == [["one", "passed"], ["two", "FAILED"], ["three", "passed"]]
-    assert hardware.run_parts({"one": fine}) == 0
+    fine, broken = (f"python -m {module} --help".split() for module in ("json.tool", "no_such_module"))
+    parts = {"one": fine, "two": broken, "three": fine, "four": ["no-such-program"]}
+    assert hardware.run_parts(parts) == 1
+    lines = capfd.readouterr().out.splitlines()[-4:]
+    assert [line.split()[:2] for line in lines] == [
+        ["one", "passed"],
+        ["two", "FAILED"],
+        ["three", "passed"],
+        ["four", "not"],
+    ]
+    assert hardware.run_parts({"one": fine, "four": ["no-such-program"]}) == 0
 
 
 def test_without_a_device_nothing_is_run(run_main: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,7 +36,8 @@ def test_without_a_device_nothing_is_run(run_main: Run, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("part", hardware.PARTS)
 def test_every_part_is_a_command_that_exists(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program, *arguments = hardware.PARTS[part][1].split()
+    command = hardware.PARTS[part][1].split()
+    program, *arguments = command[command.index("-m") + 1 :]
     if program == "pytest":
         assert all(Path(argument).exists() for argument in arguments if not argument.startswith("-"))
     elif program == "harness.benchmark":
