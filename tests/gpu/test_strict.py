@@ -11,7 +11,7 @@ from gpu.device import STANDIN
 pytestmark = pytest.mark.skipif(not STANDIN, reason="CuPy itself keeps host and device apart")
 
 
-@pytest.mark.parametrize("operation", ["atq", "aga", "ssr", "gptq", "ternarize", "packing"])
+@pytest.mark.parametrize("operation", ["atq", "aga", "ssr", "gptq", "ternarize", "packing", "matmul"])
 def test_golden_cases_pass_where_arrays_are_kept_apart(operation):
     command = [sys.executable, "-m", "tests.gpu.strict", "--operation", operation, "--precision", "float32"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
