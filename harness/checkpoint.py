@@ -3,8 +3,9 @@
 What is stored for a linear layer is written down in `reference.packing`. Beside that, config.json has
 a ``quantization_config`` with ``quant_method`` "pt2_llm", ``format_version``, ``block_size``, ``grid``
 (what alpha and mu are stored in), ``modules``, the names of the packed layers, and ``unpermuted``, those
-of them that have no permutation because it is the identity (so that one that got lost is missed);
-everything else is as transformers writes it.
+of them that have no permutation because it is the identity (so that one that got lost is missed), and
+``coded``, embedding and head if they are stored as `harness.embedding` describes; everything else is as
+transformers writes it.
 """
 
 from __future__ import annotations
@@ -132,7 +133,12 @@ class CheckpointWriter:
         self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
 
     def finish(
-        self, original: Original, matrices: TernaryConfig, modules: list[str], report: dict[str, Any]
+        self,
+        original: Original,
+        matrices: TernaryConfig,
+        modules: list[str],
+        coded: list[str],
+        report: dict[str, Any],
     ) -> None:
         """Write index, tokenizer, report and config, and move everything into place, config last."""
         config = original.model.config.to_dict()
@@ -144,6 +150,7 @@ class CheckpointWriter:
             "grid": matrices.grid,
             "modules": modules,
             "unpermuted": self._unpermuted,
+            "coded": coded,
         }
         try:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
@@ -217,6 +224,7 @@ class StoredLayers:
     grid: str
     modules: list[str]
     unpermuted: list[str]
+    coded: list[str]
 
 
 def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
@@ -232,7 +240,8 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         raise UserError(f"{where} has format version {version}; this program reads version {FORMAT_VERSION}")
     modules, unpermuted = quantization.get("modules"), quantization.get("unpermuted")
     block_size = quantization.get("block_size")
-    for names in (modules, unpermuted):
+    coded = quantization.get("coded", [])  # there were none at first
+    for names in (modules, unpermuted, coded):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
     if not isinstance(block_size, int) or block_size < 1:
@@ -240,7 +249,7 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
     grid = quantization.get("grid", "float16")  # the only one there was at first
     if grid not in GRIDS:
         raise UserError(f"{where}: the grid {grid!r} of quantization_config is none of {', '.join(GRIDS)}")
-    return StoredLayers(block_size, grid, modules or [], unpermuted or [])
+    return StoredLayers(block_size, grid, modules or [], unpermuted or [], coded)
 
 
 def verify(folder: Path, model: nn.Module) -> None:
@@ -271,6 +280,9 @@ def verify(folder: Path, model: nn.Module) -> None:
             raise UserError(f"{folder} has tensors the model does not know: {name}")
         if module in ternary and part in PACKED:
             _require_sound(name, part, tensor, expected[name], ternary[module].in_features)
+        elif part == "weight" and f"{module}.row_factor" in expected:
+            codes = torch.empty_like(expected[name], dtype=torch.int8)
+            _require_sound(name, part, tensor, codes, columns=codes.shape[1])
         else:
             _require_fit(name, tensor, expected[name])
         seen.add(name)

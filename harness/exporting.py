@@ -165,6 +165,8 @@ def read_unpermuted(folder: Path) -> Stored:
             f"reordered ({reordered[0]} is one). A reordered block has columns from all over the row, and "
             "this format's groups are neighbouring columns; quantize with --reorder none"
         )
+    if model.config.quantization_config.coded:
+        raise UserError(f"{folder} cannot be exported: its embedding is in 8 bits with factors of rows")
     if any(layer.row_factor is not None for layer in layers.values()):
         raise UserError(
             f"{folder} cannot be exported: its alpha and mu are in 8 bits with factors, and this format "

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from harness import checkpoint
 from harness.backends import Backend, load_backend
 from harness.cli import UserError
+from harness.embedding import expect_codes, take_codes
 from harness.linear import TernaryLinear
 from harness.models import quiet_transformers, read_config, read_json, require_complete
 
@@ -30,7 +31,7 @@ class TernaryQuantization(QuantizationConfigMixin):
 
     Parameters
     ----------
-    format_version, block_size, grid, modules, unpermuted
+    format_version, block_size, grid, modules, unpermuted, coded
         As `harness.checkpoint` describes.
     dense : bool
         Whether dense weights are kept beside the packed ones; not stored.
@@ -43,6 +44,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         grid: str = "float16",
         modules: list[str] | None = None,
         unpermuted: list[str] | None = None,
+        coded: list[str] | None = None,
         dense: bool = True,
         **rest: Any,
     ) -> None:
@@ -52,6 +54,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         self.grid = grid
         self.modules = modules
         self.unpermuted = unpermuted
+        self.coded = coded or []
         self.dense = dense
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,17 +76,32 @@ class TernaryQuantizer(HfQuantizer):
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         # Weights are what calibration saw, also for a model that is loaded in another dtype.
         dtype = _named_dtype(read_config(folder).get("dtype")) if folder else model.dtype
+        self.stored_dtype = dtype
         for name in stored.modules:
             swap(model, name, stored, dtype)
+        for name in stored.coded:
+            expect_codes(model.get_submodule(name))
         if folder:
             with torch.device("cpu"):  # transformers has made the meta device the default
                 checkpoint.verify(folder, model)
 
     def _process_model_after_weight_loading(self, model: Any, **rest: Any) -> Any:
+        for name in self.quantization_config.coded:
+            take_codes(model.get_submodule(name), self.stored_dtype, model.dtype)
+        model.tie_weights()
         for module in model.modules():
             if isinstance(module, TernaryLinear):
                 module.keep_dense(self.quantization_config.dense)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """What is saved: codes in the place of the weights that were made of them."""
+        coded = {name: model.get_submodule(name).codes for name in self.quantization_config.coded}
+        if not coded:
+            return None, {}
+        tied = getattr(model, "all_tied_weights_keys", {})
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        return {**state, **{f"{name}.weight": codes for name, codes in coded.items()}}, {}
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the same tensors."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness import text
 from harness.cli import HelpFormatter, UserError, positive, run, window_length
 from harness.models import GGUF_DTYPES, MODEL_HELP
-from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
+from harness.workflow import AS_IT_IS, BASELINES, INT8, NO_EVALUATION, PT2_LLM, Options, quantize
 from reference.types import ALIGNMENTS, GRIDS, REORDERINGS, STARTS, TernaryConfig
 
 DESCRIPTION = """\
@@ -91,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
         default=config.grid,
         help="what alpha and mu are stored in; int8 takes an eighth of a bit a weight less",
     )
+    add(
+        "--embedding",
+        choices=(AS_IT_IS, INT8),
+        default=defaults.embedding,
+        help="what embedding and head are stored in",
+    )
     add("--start", choices=STARTS, default=config.start, help="first grid: Eq. 4-5, or Eq. 1-3 with mu = 0")
     add("--reorder", choices=REORDERINGS, default=config.reorder, help="order of the columns")
     add(
@@ -158,6 +164,7 @@ def main() -> int:
             out=arguments.out,
             force=arguments.force,
             backend=arguments.backend,
+            embedding=arguments.embedding,
             gguf_dtype=arguments.gguf_dtype,
             trust_remote_code=arguments.trust_remote_code,
             calibration=arguments.calibration,

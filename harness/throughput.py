@@ -78,7 +78,7 @@ def random_network(shape: str, layers: int | None, ternary: bool, compute: Compu
     decoder = attach_empty_layers(model, depth)
     if ternary:
         names = list(decoder.named_linears())
-        stored = StoredLayers(block_size=128, grid="float16", modules=names, unpermuted=[])
+        stored = StoredLayers(128, "float16", names, unpermuted=[], coded=[])
         for name in names:
             swap(model, name, stored, DTYPE)
     for layer in decoder.layers:

@@ -18,6 +18,7 @@ from harness.backends import Backend, load_backend
 from harness.capture import LayerCall, capture_inputs
 from harness.cli import UserError
 from harness.compute import Compute, compute_for
+from harness.embedding import CodedMatrix, round_embeddings, unrounded
 from harness.evaluate import measure_on
 from harness.hf import load
 from harness.layers import DecoderLayers, find_decoder_layers
@@ -34,6 +35,7 @@ BASELINES = {
     "gptq-2bit-best": "GPTQ at its best: activation order, MSE-clipped grid",
 }
 NO_EVALUATION = "none"
+AS_IT_IS, INT8 = "as-it-is", "int8"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Options:
     out: Path | None = None
     force: bool = False
     backend: str = "auto"
+    embedding: str = AS_IT_IS
     gguf_dtype: str = "bfloat16"
     trust_remote_code: bool = False
     calibration: str | None = None
@@ -112,7 +115,8 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
             record["seconds"][f"perplexity {when}"] = time.perf_counter() - begin
 
     if options.measure_original:
-        evaluate("before", ready.original)
+        with unrounded(ready.coded):
+            evaluate("before", ready.original)
     if options.method == PT2_LLM and options.out is not None:
         _ternarize(options, options.out, ready, record, say)
         tokenizer, streamed = ready.original.tokenizer, ready.original.read is not None
@@ -152,6 +156,7 @@ class _Ready:
     hidden: list[torch.Tensor]
     calls: list[LayerCall]
     plan: Plan
+    coded: dict[str, CodedMatrix]
 
 
 def _require_other_folder(options: Options, out: Path) -> None:
@@ -182,6 +187,7 @@ def _prepare(
         evaluated = text.tokenize(evaluation_text, original.tokenizer)
         text.evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
         require_fits(original.model, evaluated, options.evaluation_seqlen)
+    coded = round_embeddings(original.model) if options.embedding == INT8 else {}
     hidden, calls = capture_inputs(original.model, decoder, windows, compute)
     plan = make_plan(
         original,
@@ -197,7 +203,7 @@ def _prepare(
     if options.method == PT2_LLM and options.out is not None:
         checkpoint.require_space(options.out, plan.packed_bytes + plan.other_bytes)
     hidden = compute.place(hidden, reserved=plan.device_bytes)
-    return _Ready(original, decoder, backend, compute, len(tokens), hidden, calls, plan)
+    return _Ready(original, decoder, backend, compute, len(tokens), hidden, calls, plan, coded)
 
 
 def _announcement(options: Options, ready: _Ready, calibration_text: text.Text) -> list[str]:
@@ -228,9 +234,9 @@ def _ternarize(
             writer.add(_unpacked_tensors(ready.decoder, index), results)
 
         _run_layers(options, ready, method, write, record, say)
-        writer.add(_outside_layers(ready.original, ready.decoder))
+        writer.add(_outside_layers(ready))
         modules = list(ready.decoder.named_linears())
-        writer.finish(ready.original, options.config, modules, record)
+        writer.finish(ready.original, options.config, modules, list(ready.coded), record)
 
 
 def _texts(options: Options) -> tuple[text.Text, text.Text | None]:
@@ -326,14 +332,18 @@ def _unpacked_tensors(decoder: DecoderLayers, index: int) -> dict[str, torch.Ten
     return {decoder.full_name(index, name): tensor for name, tensor in decoder.tensors(index, names).items()}
 
 
-def _outside_layers(original: Original, decoder: DecoderLayers) -> dict[str, torch.Tensor]:
+def _outside_layers(ready: _Ready) -> dict[str, torch.Tensor]:
     """What is outside the decoder layers, without the tensors that are tied to another."""
-    tied = getattr(original.model, "all_tied_weights_keys", {})
-    return {
+    model = ready.original.model
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tensors = {
         name: value
-        for name, value in original.model.state_dict().items()
-        if not name.startswith(f"{decoder.prefix}.") and name not in tied
+        for name, value in model.state_dict().items()
+        if not name.startswith(f"{ready.decoder.prefix}.") and name not in tied
     }
+    for module, matrix in ready.coded.items():
+        tensors |= {f"{module}.{part}": tensor for part, tensor in matrix.parts.items()}
+    return tensors
 
 
 def _record(options: Options, ready: _Ready, calibration_text: text.Text) -> dict[str, Any]:

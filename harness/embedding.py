@@ -1,0 +1,98 @@
+"""Embedding and head in 8 bits: codes with a factor for every row, on disk; dense in memory.
+
+A row of the matrix is ``row_factor * codes``, computed in float32 and rounded to the model's dtype. A
+quantization run rounds them before it calibrates, so that calibration sees what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from reference.types import CODE_LIMIT
+
+
+def encode(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is stored: ``weight`` (rows, columns) int8, the codes, and ``row_factor`` (rows,) float32.
+
+    The largest weight of every row has the largest code.
+    """
+    rows = weight.float()
+    factor = rows.abs().amax(1) / CODE_LIMIT
+    codes = torch.round(rows / torch.where(factor == 0, 1, factor)[:, None])
+    return {"weight": codes.to(torch.int8), "row_factor": factor}
+
+
+def decode(weight: torch.Tensor, row_factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The dense weight (rows, columns) of what `encode` gave."""
+    return (row_factor[:, None] * weight).to(dtype)
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """An embedding or a head in 8 bits; `original` is its weight before."""
+
+    module: Any
+    parts: dict[str, torch.Tensor]
+    original: torch.Tensor
+
+
+def round_embeddings(model: Any) -> dict[str, CodedMatrix]:
+    """Round a model's embedding, and its head if that is another matrix, to 8 bits.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Its weights are replaced by those that will be read back.
+
+    Returns
+    -------
+    dict of str to CodedMatrix
+        By the names of the modules.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found = [embedding]
+    if head is not None and head.weight is not embedding.weight:
+        found.append(head)
+    names = {id(module): name for name, module in model.named_modules()}
+    coded = {}
+    for module in found:
+        matrix = CodedMatrix(module, encode(module.weight.data), module.weight.data)
+        module.weight.data = decode(**matrix.parts, dtype=module.weight.dtype)
+        coded[names[id(module)]] = matrix
+    return coded
+
+
+@contextmanager
+def unrounded(coded: dict[str, CodedMatrix]) -> Iterator[None]:
+    """Put the original weights back for a while."""
+    rounded = {name: matrix.module.weight.data for name, matrix in coded.items()}
+    for matrix in coded.values():
+        matrix.module.weight.data = matrix.original
+    try:
+        yield
+    finally:
+        for name, matrix in coded.items():
+            matrix.module.weight.data = rounded[name]
+
+
+def expect_codes(module: Any) -> None:
+    """Let a module be loaded that has codes in the place of its weight."""
+    with torch.device(module.weight.device):
+        module.register_buffer("row_factor", torch.zeros(len(module.weight), dtype=torch.float32))
+
+
+def take_codes(module: Any, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Put the weight that the loaded codes stand for in their place; the codes are kept to be saved.
+
+    `stored` is what calibration saw it in, `dtype` what the model is loaded in.
+    """
+    codes = module.weight.data
+    module.register_buffer("codes", codes, persistent=False)
+    weight = decode(codes, module.row_factor, stored).to(dtype)
+    module.weight = nn.Parameter(weight, requires_grad=False)

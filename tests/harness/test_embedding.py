@@ -1,0 +1,117 @@
+"""Embedding and head in 8 bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import harness
+import harness.hf
+from harness import checkpoint, workflow
+from harness.cli import UserError
+from harness.embedding import decode, encode, round_embeddings, unrounded
+from tests.harness import tiny
+
+PROMPT = torch.tensor([[3, 7, 11, 5]])
+
+
+def test_every_weight_goes_to_the_nearest_code_of_its_row() -> None:
+    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
+    weight[2], weight[3] = 0, weight[3] * 1e-6
+    parts = encode(weight)
+    assert parts["weight"].dtype == torch.int8
+    assert parts["weight"].abs().amax(1).tolist() == [127, 127, 0, 127, 127, 127, 127]
+    error = (decode(**parts, dtype=torch.float32) - weight).abs()
+    # Half a step, and the rounding of the product to float32.
+    assert (error <= parts["row_factor"][:, None] * (0.5 + 127 * 2**-23)).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "opt"])
+def test_tied_matrices_are_coded_once(kind: str) -> None:
+    model = tiny.make_model(kind, torch.bfloat16, ternary=False)
+    before = model.get_input_embeddings().weight.data.clone()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    coded = round_embeddings(model)
+    assert len(coded) == (1 if tied else 2)
+    after = model.get_input_embeddings().weight.data
+    assert not torch.equal(after, before)
+    with unrounded(coded):
+        assert torch.equal(model.get_input_embeddings().weight.data, before)
+    assert torch.equal(model.get_input_embeddings().weight.data, after)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_model(kind, torch.bfloat16, ternary=False), tmp_path / "original")
+    words = tmp_path / "words.txt"
+    words.write_text(tiny.words(400))
+    options = workflow.Options(
+        model=str(folder),
+        out=tmp_path / "out",
+        backend="reference",
+        embedding="int8",
+        calibration=str(words),
+        nsamples=8,
+        seqlen=24,
+        evaluation=str(words),
+        evaluation_seqlen=24,
+    )
+    report = workflow.quantize(options, say=lambda line: None)
+    whole = workflow.quantize(
+        workflow.Options(**{**vars(options), "embedding": "as-it-is", "out": tmp_path / "whole"}),
+        say=lambda line: None,
+    )
+    assert report["perplexity"]["before"] == whole["perplexity"]["before"]
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    round_embeddings(original)
+    loaded = harness.load(tmp_path / "out")
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(loaded, name)().weight, getattr(original, name)().weight)
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied == original.config.tie_word_embeddings
+    tensors = dict(checkpoint.tensors_of(tmp_path / "out"))
+    coded = [name for name, tensor in tensors.items() if "proj" not in name and tensor.dtype == torch.int8]
+    assert len(coded) == (1 if tied else 2)
+
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(wide.get_input_embeddings().weight, loaded.get_input_embeddings().weight.float())
+
+    loaded.save_pretrained(tmp_path / "again")
+    saved = dict(checkpoint.tensors_of(tmp_path / "again"))
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
+    assert torch.equal(again(PROMPT).logits, loaded(PROMPT).logits)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["coded"]
+
+
+def test_codes_are_checked(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_model("llama"), tmp_path / "original")
+    words = tmp_path / "words.txt"
+    words.write_text(tiny.words(400))
+    options = workflow.Options(
+        model=str(folder),
+        out=tmp_path / "out",
+        backend="reference",
+        embedding="int8",
+        calibration=str(words),
+        nsamples=8,
+        seqlen=24,
+    )
+    workflow.quantize(options, say=lambda line: None)
+    name = "model.embed_tokens.weight"
+    file = tmp_path / "out" / checkpoint.weight_map(tmp_path / "out")[name]
+    tensors = load_file(file)
+    tensors[name][5, 6] = -128
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} holds a code beyond 127"):
+        harness.load(tmp_path / "out")
+    tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} is bfloat16 .*, expected int8"):
+        harness.load(tmp_path / "out")
