@@ -53,8 +53,42 @@ def test_every_value_goes_to_the_nearest_code(values, sizes):
 
 def test_rows_of_zeros_and_blocks_of_zeros_are_zero():
     row = np.array([[0.0], [1.0]], dtype=np.float16)
-    assert encode([[3.0], [0.5]], row).decode()[0, 0] == 0
-    assert (encode([[0.0], [0.0]], row).decode() == 0).all()
+    mixed, zero = encode([[3.0], [0.5]], row), encode([[0.0], [0.0]], row)
+    assert mixed.decode()[0, 0] == 0
+    assert (zero.decode() == 0).all()
+    # What a row of zeros is asked for counts neither in its codes nor in the factor of the block.
+    assert mixed.codes.tolist() == [[0], [127]]
+    assert mixed.block == np.float16(0.5 / 127)
+    assert zero.codes.tolist() == [[0], [0]]
+
+
+def test_codes_end_where_the_factor_is_rounded_down():
+    # The factor of the block is 1.4 of float16's least step and rounded to one.
+    least = 2.0**-24
+    grid = encode([[1.4 * 127 * least], [-1.4 * 127 * least], [least]], np.ones((3, 1), np.float16))
+    assert grid.block == least
+    assert grid.codes.tolist() == [[127], [-127], [1]]
+
+
+def test_lists_are_taken():
+    grid = encode([[3.0], [0.5], [-0.25]], [[0.0], [1.0], [2.0]])
+    assert grid.codes.tolist() == [[0], [127], [-32]]  # -0.125 of 0.5, in 127 steps, is -31.75
+    step = float(np.float16(0.5 / 127))
+    assert grid.decode().tolist() == [[0.0], [127 * step], [-32 * 2 * step]]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_or_fits_no_row_is_refused(bad):
+    row = np.ones((2, 1), np.float16)
+    with pytest.raises(ValueError, match=r"W\[1, 0\] is (nan|inf)"):
+        row_factor([[1.0, 2.0], [bad, 3.0]])
+    with pytest.raises(ValueError, match="W must be a non-empty matrix"):
+        row_factor([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"value\[1, 0\] is (nan|inf)"):
+        encode([[1.0], [bad]], row)
+    for value in ([[1.0]], [[1.0, 2.0], [3.0, 4.0]]):
+        with pytest.raises(ValueError, match=r"value has shape .* expected \(2, 1\)"):
+            encode(value, row)
 
 
 def test_an_unknown_grid_is_refused():
