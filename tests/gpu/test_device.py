@@ -1,0 +1,68 @@
+"""What the array modules do not share."""
+
+import numpy as np
+import pytest
+
+import gpu
+from gpu.device import STANDIN, DeviceError, is_factor, stream, xp
+
+standin = pytest.mark.skipif(not STANDIN, reason="of the stand-in")
+
+
+class Foreign:
+    """An array of another library: it can be handed over, and is no sequence of numbers."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_arrays_are_taken_as_they_lie():
+    array = xp.arange(3.0)
+    assert gpu.to_device(array) is array
+    taken = gpu.to_device(Foreign(array))
+    assert isinstance(taken, xp.ndarray)
+    assert taken.dtype == np.float64
+    array[1] = 7
+    assert gpu.to_host(taken).tolist() == [0.0, 7.0, 2.0]
+
+
+@pytest.mark.parametrize("value", [[1, 2], np.arange(1, 3), 1.5, np.float32(0.5)])
+def test_what_is_no_array_of_another_library_is_copied(value):
+    taken = gpu.to_device(value)
+    assert isinstance(taken, xp.ndarray)
+    assert gpu.to_host(taken).tolist() == np.asarray(value).tolist()
+
+
+@pytest.mark.parametrize("value", [None, 3, [1, 2], np.arange(2)])
+def test_what_is_on_the_host_stays_as_it_is(value):
+    assert gpu.to_host(value) is value
+
+
+@standin
+def test_the_stand_in_is_no_device():
+    assert gpu.describe() == "NumPy standing in for a CUDA device"
+    with pytest.raises(DeviceError, match="NumPy stands in for the device"):
+        gpu.identity()
+    assert stream() == 0
+    gpu.use_allocator(lambda size, device: 0, lambda address, device: None)
+    with gpu.on_stream(5):
+        assert stream() == 0
+
+
+@pytest.mark.parametrize("exponent", [-60, 0, 60])
+def test_a_factor_is_told_by_its_shape_and_not_by_its_size(exponent):
+    X = np.random.default_rng(0).normal(size=(20, 40)) * 2.0**exponent
+    A = X @ X.T
+    L, diagonal = np.linalg.cholesky(A), gpu.to_device(np.diag(A).copy())
+    assert is_factor(gpu.to_device(L), diagonal)
+    for row in (0, 7, 19):
+        for error in (1e-3, -1e-3):
+            wrong = L.copy()
+            wrong[row] *= np.sqrt(1 + error)
+            assert not is_factor(gpu.to_device(wrong), diagonal)
