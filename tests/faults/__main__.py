@@ -133,6 +133,8 @@ class Bench:
                 "PYTHONPATH": str(folder),
                 "PYTHONHASHSEED": "0",
                 "NUMBA_ENABLE_CUDASIM": "1",
+                # What is compiled for the CPU checks no index unless told to.
+                "NUMBA_BOUNDSCHECK": "1",
                 # One process, one core: small matrices gain nothing from a second.
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",
