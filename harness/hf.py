@@ -88,7 +88,8 @@ class TernaryQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **rest: Any) -> Any:
         for name in self.quantization_config.coded:
             take_codes(model.get_submodule(name), self.stored_dtype, model.dtype)
-        model.tie_weights()
+        if self.quantization_config.coded:
+            model.tie_weights()
         for module in model.modules():
             if isinstance(module, TernaryLinear):
                 module.keep_dense(self.quantization_config.dense)
