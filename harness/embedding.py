@@ -41,6 +41,11 @@ class CodedMatrix:
     parts: dict[str, torch.Tensor]
     original: torch.Tensor
 
+    @property
+    def saved_bytes(self) -> int:
+        """How much less is stored."""
+        return self.original.nbytes - sum(tensor.nbytes for tensor in self.parts.values())
+
 
 def round_embeddings(model: Any) -> dict[str, CodedMatrix]:
     """Round a model's embedding, and its head if that is another matrix, to 8 bits.

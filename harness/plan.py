@@ -78,8 +78,12 @@ def make_plan(
     config: TernaryConfig,
     true_sequential: bool,
     evaluation_seqlen: int,
+    saved_bytes: int,
 ) -> Plan:
-    """Estimate a run from the shapes and from one timed pass of the first layer."""
+    """Estimate a run from the shapes and from one timed pass of the first layer.
+
+    `saved_bytes` is what is stored less of embedding and head than they take in memory.
+    """
     model = original.model
     linears = list(decoder.named_linears().values())
     shapes = [linear.weight.shape for linear in linears]
@@ -113,7 +117,7 @@ def make_plan(
         matrices=len(linears),
         weights=weights,
         packed_bytes=packed,
-        other_bytes=item * (total - weights),
+        other_bytes=item * (total - weights) - saved_bytes,
         memory_bytes=IMPORTS_BYTES
         + in_memory
         + states

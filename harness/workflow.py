@@ -199,6 +199,7 @@ def _prepare(
         options.config,
         true_sequential=options.true_sequential,
         evaluation_seqlen=options.evaluation_seqlen if evaluation_text is not None else 0,
+        saved_bytes=sum(matrix.saved_bytes for matrix in coded.values()),
     )
     if options.method == PT2_LLM and options.out is not None:
         checkpoint.require_space(options.out, plan.packed_bytes + plan.other_bytes)

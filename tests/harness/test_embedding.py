@@ -15,6 +15,7 @@ import harness.hf
 from harness import checkpoint, workflow
 from harness.cli import UserError
 from harness.embedding import decode, encode, round_embeddings, unrounded
+from reference.types import TernaryConfig
 from tests.harness import tiny
 
 PROMPT = torch.tensor([[3, 7, 11, 5]])
@@ -48,19 +49,7 @@ def test_tied_matrices_are_coded_once(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(kind, torch.bfloat16, ternary=False), tmp_path / "original")
-    words = tmp_path / "words.txt"
-    words.write_text(tiny.words(400))
-    options = workflow.Options(
-        model=str(folder),
-        out=tmp_path / "out",
-        backend="reference",
-        embedding="int8",
-        calibration=str(words),
-        nsamples=8,
-        seqlen=24,
-        evaluation=str(words),
-        evaluation_seqlen=24,
-    )
+    options = options_for(folder, tmp_path, evaluation=str(tmp_path / "words.txt"), evaluation_seqlen=24)
     report = workflow.quantize(options, say=lambda line: None)
     whole = workflow.quantize(
         workflow.Options(**{**vars(options), "embedding": "as-it-is", "out": tmp_path / "whole"}),
@@ -77,6 +66,8 @@ def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -
     tensors = dict(checkpoint.tensors_of(tmp_path / "out"))
     coded = [name for name, tensor in tensors.items() if "proj" not in name and tensor.dtype == torch.int8]
     assert len(coded) == (1 if tied else 2)
+    announced = report["plan"]["packed_bytes"] + report["plan"]["other_bytes"]
+    assert announced == sum(tensor.nbytes for tensor in tensors.values())
 
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(wide.get_input_embeddings().weight, loaded.get_input_embeddings().weight.float())
@@ -91,18 +82,7 @@ def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -
 
 
 def test_codes_are_checked(tmp_path: Path) -> None:
-    folder = tiny.save(tiny.make_model("llama"), tmp_path / "original")
-    words = tmp_path / "words.txt"
-    words.write_text(tiny.words(400))
-    options = workflow.Options(
-        model=str(folder),
-        out=tmp_path / "out",
-        backend="reference",
-        embedding="int8",
-        calibration=str(words),
-        nsamples=8,
-        seqlen=24,
-    )
+    options = options_for(tiny.save(tiny.make_model("llama"), tmp_path / "original"), tmp_path)
     workflow.quantize(options, say=lambda line: None)
     name = "model.embed_tokens.weight"
     file = tmp_path / "out" / checkpoint.weight_map(tmp_path / "out")[name]
@@ -115,3 +95,19 @@ def test_codes_are_checked(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"{name} is bfloat16 .*, expected int8"):
         harness.load(tmp_path / "out")
+
+
+def options_for(folder: Path, tmp_path: Path, **more: object) -> workflow.Options:
+    words = tmp_path / "words.txt"
+    words.write_text(tiny.words(400))
+    return workflow.Options(
+        model=str(folder),
+        out=tmp_path / "out",
+        backend="reference",
+        embedding="int8",
+        calibration=str(words),
+        nsamples=8,
+        seqlen=24,
+        config=TernaryConfig(block_size=tiny.BLOCK),
+        **more,
+    )
