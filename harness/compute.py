@@ -110,8 +110,14 @@ def compute_for(backend: Backend, limit: int | None = None) -> Compute:
             f"backend {backend.name} has a CUDA device, but this torch is built without CUDA: "
             "install a CUDA build of torch, or use --backend reference"
         )
-    backend.package.use_allocator(torch.cuda.caching_allocator_alloc, _release)
+    share_memory(backend)
     return compute
+
+
+def share_memory(backend: Backend) -> None:
+    """Let a backend take the memory of its device from torch, whose CUDA graphs know what is theirs."""
+    if backend.on_device:
+        backend.package.use_allocator(torch.cuda.caching_allocator_alloc, _release)
 
 
 def _release(pointer: int, device: int) -> None:

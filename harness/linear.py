@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from harness.backends import Backend
-from harness.ops import ternary_linear
+from harness.layout import Matrix
+from harness.packed import PackedWeights
+from reference.types import CodedGrid
 
 # Everything that may be stored of one matrix.
 PACKED = ("trits", "scale", "shift", "permutation", "row_factor", "scale_factor", "shift_factor")
-# What is made of it for the kernels.
-LAYOUT = ("words", "grid", "order")
+
+# Of the five trits in a byte.
+PLACES = [1, 3, 9, 27, 81]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,7 +26,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class TernaryLinear(nn.Module):
     """``nn.Linear`` with the weights ``alpha * t + mu``, stored as `reference.packing` describes.
 
-    The tensors of the checkpoint are its buffers, so what is saved is what was loaded, bit for bit.
+    The tensors of the checkpoint are its buffers; or, after `use_kernels`, the same numbers in the layout of
+    the packed kernels, in as few bytes. What is saved is what was loaded, bit for bit, in either case.
     Changing the module's dtype never changes alpha and mu.
 
     Parameters
@@ -43,22 +47,20 @@ class TernaryLinear(nn.Module):
 
     Attributes
     ----------
-    trits, scale, shift, permutation, row_factor, scale_factor, shift_factor : tensors
-        As in the checkpoint; `permutation` is None where it is the identity, factors in float16 grids.
+    trits, scale, shift, permutation, row_factor, scale_factor, shift_factor : tensors or None
+        As in the checkpoint; `permutation` is None where it is the identity, factors in float16 grids, and
+        all of them while kernels are used.
     weight : (n, m) tensor or None
-        Dense weights, if they are kept (`keep_dense`).
-    words, grid, order : tensors or None
-        The layout of the packed kernels, if they are used (`use_kernels`). With neither of these, dense
-        weights are made at every call.
+        Dense weights, if they are kept (`keep_dense`). Without these and without kernels, they are made at
+        every call.
+    packed : PackedWeights or None
+        What the kernels read, shared with layers that are given the same input.
     """
 
     trits: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor
     weight: torch.Tensor | None
-    words: torch.Tensor | None
-    grid: torch.Tensor | None
-    order: torch.Tensor | None
     bias: torch.Tensor | None
     permutation: torch.Tensor | None
     row_factor: torch.Tensor | None
@@ -78,82 +80,88 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.weight_dtype = block_size, dtype
+        self.permuted = permuted
+        self.packed: PackedWeights | None = None
+        self.part = 0
         stored = stored_parts(out_features, in_features, block_size, grid, permuted)
         for name in PACKED:
             kind, shape = stored.get(name, (None, None))
             self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=kind))
-        for name in ("weight", *LAYOUT):
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("weight", None, persistent=False)
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
         )
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of this layer, by the names in `PACKED`."""
+        if self.packed is None:
+            tensors = {name: getattr(self, name) for name in PACKED}
+        else:
+            tensors = self.packed.tensors().part(self.part)._asdict()
+            tensors["trits"] = pack_base3(tensors["trits"])
+            kind = getattr(torch, str(permutation_dtype(self.in_features)))
+            tensors["permutation"] = tensors["permutation"].to(kind) if self.permuted else None
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def matrix(self) -> Matrix:
+        """The same with trits, and with a permutation in any case."""
+        if self.packed is not None:
+            return self.packed.tensors().part(self.part)
+        tensors = self.stored()
+        tensors["trits"] = unpack_base3(tensors["trits"], self.in_features)
+        if "permutation" not in tensors:
+            tensors["permutation"] = torch.arange(self.in_features, device=tensors["trits"].device)
+        return Matrix(**tensors)
+
     def dequantize(self) -> torch.Tensor:
         """The (n, m) weights, columns in their original order, in the dtype that calibration saw."""
-        block = torch.arange(self.in_features, device=self.trits.device) // self.block_size
-        alpha, mu = (
-            self._values(self.scale, self.scale_factor)[:, block],
-            self._values(self.shift, self.shift_factor)[:, block],
-        )
-        ordered = (alpha * unpack_base3(self.trits, self.in_features) + mu).to(self.weight_dtype)
-        if self.permutation is None:
-            return ordered
-        weight = torch.empty_like(ordered)
-        weight[:, self.permutation.long()] = ordered
-        return weight
-
-    def _values(self, grid: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-        """alpha or mu of every block, (n, blocks) float32."""
-        if factor is None or self.row_factor is None:
-            return grid.float()
-        return self.row_factor.float()[:, None] * factor.float() * grid
-
-    def _grids(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha and mu of every block as the kernels take them: float16 if they are stored so."""
-        if self.row_factor is None:
-            return self.scale, self.shift
-        return self._values(self.scale, self.scale_factor), self._values(self.shift, self.shift_factor)
+        return self.matrix().dequantize(self.block_size, self.weight_dtype)
 
     def keep_dense(self, keep: bool) -> None:
-        """Keep dense weights beside the packed ones, for speed; or drop them, for memory."""
+        """Keep dense weights beside the stored tensors, for speed; or drop them, for memory."""
+        for name, tensor in self.stored().items():
+            setattr(self, name, tensor)
+        self.packed = None
         self.weight = self.dequantize() if keep else None
-        self.words = self.grid = self.order = None
 
-    def use_kernels(self, backend: Backend) -> None:
-        """Multiply by the packed trits themselves, laid out by the GPU backend; drops dense weights."""
-        order = torch.arange(self.in_features) if self.permutation is None else self.permutation.long()
-        layout = backend.function("matmul.lay_out")(
-            *map(backend.to_device, (self.trits, *self._grids(), order.to(self.trits.device))),
-            self.block_size,
-        )
-        self.words, self.order = (
-            torch.from_dlpack(array.view("int32")) for array in (layout.words, layout.permutation)
-        )
-        self.grid = torch.from_dlpack(layout.grid)
-        self.weight = None
+    def use_kernels(self, packed: PackedWeights, part: int) -> None:
+        """Multiply by the packed trits themselves; drops the stored tensors, and dense weights.
+
+        Parameters
+        ----------
+        packed : PackedWeights
+            The weights of this layer in the kernels' layout, and perhaps those of others.
+        part : int
+            Which of them are this layer's.
+        """
+        self.packed, self.part = packed, part
+        for name in (*PACKED, "weight"):
+            setattr(self, name, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., m) to (..., n), in the dtype of x."""
-        if self.words is not None:
-            rows = x.reshape(-1, self.in_features)
-            y = ternary_linear(rows, self.words, self.grid, self.order, self.block_size)
-            y = y.view(*x.shape[:-1], self.out_features)
+        if self.packed is not None:
+            y = self.packed(x, self.part)
             return y if self.bias is None else y + self.bias
         weight = self.dequantize() if self.weight is None else self.weight
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
 
     def extra_repr(self) -> str:
         """What is printed of the module."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"block_size={self.block_size}, bias={self.bias is not None}, "
-            f"permuted={self.permutation is not None}, dense={self.weight is not None}, "
-            f"kernels={self.words is not None}"
+            f"permuted={self.permuted}, dense={self.weight is not None}, kernels={self.packed is not None}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # What converts floating-point tensors leaves integers alone, and what moves tensors moves both.
-        kept = {name: getattr(self, name) for name in (*PACKED, *LAYOUT)}
+        kept = {name: getattr(self, name) for name in PACKED}
         kept = {name: tensor for name, tensor in kept.items() if tensor is not None}
         for name, tensor in kept.items():
             setattr(self, name, tensor.view(_BITS[tensor.element_size()]))
@@ -162,6 +170,35 @@ class TernaryLinear(nn.Module):
         finally:
             for name, tensor in kept.items():
                 setattr(self, name, getattr(self, name).view(tensor.dtype))
+
+
+def use_kernels(layers: list[TernaryLinear], backend: Backend) -> None:
+    """Let layers that are given the same input multiply by packed trits, in one launch.
+
+    Layers whose blocks no fast kernel takes are left as they are.
+
+    Parameters
+    ----------
+    layers : list of TernaryLinear
+        At most three, of the same columns, block size and kind of grid.
+    backend : Backend
+        Lays them out.
+    """
+    if not backend.function("kernels.layout.can_be_tiled")(layers[0].block_size):
+        return
+    layouts = []
+    for layer in layers:
+        matrix = layer.matrix()
+        scale, shift = map(backend.to_device, (matrix.scale, matrix.shift))
+        if matrix.row_factor is not None:
+            row = backend.to_device(matrix.row_factor)[:, None]
+            scale = CodedGrid(scale, row, backend.to_device(matrix.scale_factor)[None])
+            shift = CodedGrid(shift, row, backend.to_device(matrix.shift_factor)[None])
+        trits, order = map(backend.to_device, (layer.stored()["trits"], matrix.permutation.long()))
+        layouts.append(backend.function("matmul.lay_out")(trits, scale, shift, order, layer.block_size))
+    packed = PackedWeights(backend.function("matmul.join")(layouts))
+    for part, layer in enumerate(layers):
+        layer.use_kernels(packed, part)
 
 
 def stored_parts(
@@ -190,9 +227,16 @@ def permutation_dtype(columns: int) -> np.dtype[Any]:
 
 def unpack_base3(packed: torch.Tensor, count: int) -> torch.Tensor:
     """Trits of bytes that are known to be sound, (..., ceil(count / 5)) uint8 to (..., count) int8."""
-    places = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
+    places = torch.tensor(PLACES, dtype=torch.uint8, device=packed.device)
     digits = (packed[..., None] // places % 3).flatten(-2)
     return digits[..., :count].to(torch.int8) - 1
+
+
+def pack_base3(trits: torch.Tensor) -> torch.Tensor:
+    """Bytes of trits that are known to be sound, the inverse of `unpack_base3`."""
+    filled = nn.functional.pad(trits + 1, (0, -trits.shape[-1] % 5), value=1)
+    places = torch.tensor(PLACES, dtype=torch.uint8, device=trits.device)
+    return (filled.unflatten(-1, (-1, 5)).to(torch.uint8) * places).sum(-1, dtype=torch.uint8)
 
 
 def require_base3(packed: torch.Tensor, count: int) -> None:

@@ -1,76 +1,118 @@
 """The packed product as an operation of torch, for ``torch.compile`` and CUDA graphs.
 
-``torch.ops.pt2_llm.ternary_linear`` takes what `gpu.matmul.lay_out` makes. On a CUDA device it runs the
-kernels of `gpu`; elsewhere plain torch unpacks the same layout, which is slow and the kernels' reference
-in tests.
+``torch.ops.pt2_llm.ternary_linear`` takes what `harness.layout.PackedTensors` describes. On a CUDA device it
+runs the kernels of `gpu`; elsewhere plain torch unpacks the same tensors, which is slow, and the kernels'
+reference in tests.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-# Digits in a word of the layout.
-WORD = 16
+from harness.layout import PAIRS, PackedTensors
+
+# From so many tokens on, weights are unpacked into a workspace, a matrix at a time, for the library's
+# product. Reasoned, not measured: on an H100 writing and reading the weights takes the library the time of
+# about 150 tokens, and the packed kernel's instructions reach some 60 % of its rate.
+UNPACKED_TOKENS = 512
 
 
 @torch.library.custom_op("pt2_llm::ternary_linear", mutates_args=())
 def ternary_linear(
-    x: torch.Tensor, words: torch.Tensor, grid: torch.Tensor, permutation: torch.Tensor, block_size: int
+    x: torch.Tensor,
+    words: torch.Tensor,
+    grid: torch.Tensor,
+    permutation: torch.Tensor,
+    row_factors: torch.Tensor | None,
+    block_factors: torch.Tensor | None,
+    ends: list[int],
+    block_size: int,
 ) -> torch.Tensor:
-    """``x @ W_hat.T`` with the packed weights (n, m).
+    """``x @ W_hat.T``, of one matrix or of several side by side.
 
     Parameters
     ----------
     x : (tokens, m) tensor
         Activations.
-    words : (n, 16 ceil(m / 256)) int32
-        Trits, as `gpu.matmul.Packed` describes; int32 because torch has few operations on uint32.
-    grid : (n, blocks, 2) float16 or float64
-        alpha and mu.
-    permutation : (m,) int32
-        Original column of every trit.
-    block_size : int
-        Columns in a block.
+    words, grid, permutation, row_factors, block_factors, ends, block_size
+        As in `harness.layout.PackedTensors`.
 
     Returns
     -------
     (tokens, n) tensor of the type of x
     """
-    n, m = words.shape[0], x.shape[1]
-    # Four lanes of a warp share a chunk, and their words are interleaved.
-    ordered = words.view(n, -1, 4, 4).transpose(2, 3).reshape(n, -1, 1)
-    digits = ordered >> torch.arange(0, 2 * WORD, 2, device=words.device) & 3
-    trits = digits.view(n, -1)[:, :m] - 1
-    block = torch.arange(m, device=words.device) // block_size
-    alpha, mu = grid[:, block].float().unbind(-1)
-    weight = torch.empty(n, m, device=words.device)
-    weight[:, permutation.long()] = alpha * trits + mu
-    return (x.float() @ weight.T).to(x.dtype)
+    packed = PackedTensors(words, grid, permutation, row_factors, block_factors, ends, x.shape[1], block_size)
+    weights = [packed.part(index).dequantize(block_size) for index in range(len(ends))]
+    return (x.float() @ torch.cat(weights).T).to(x.dtype)
 
 
 @ternary_linear.register_fake
 def _(
-    x: torch.Tensor, words: torch.Tensor, grid: torch.Tensor, permutation: torch.Tensor, block_size: int
+    x: torch.Tensor,
+    words: torch.Tensor,
+    grid: torch.Tensor,
+    permutation: torch.Tensor,
+    row_factors: torch.Tensor | None,
+    block_factors: torch.Tensor | None,
+    ends: list[int],
+    block_size: int,
 ) -> torch.Tensor:
-    return x.new_empty(x.shape[0], words.shape[0])
+    return x.new_empty(x.shape[0], ends[-1])
 
 
 @ternary_linear.register_kernel("cuda")
-def _(
-    x: torch.Tensor, words: torch.Tensor, grid: torch.Tensor, permutation: torch.Tensor, block_size: int
-) -> torch.Tensor:
-    import gpu.matmul as packed  # needs CuPy and a device
-    from gpu import on_stream, to_device
+def _(x: torch.Tensor, *weights: Any) -> torch.Tensor:
+    return multiply_by_kernels(x, *weights, stream=torch.cuda.current_stream(x.device).cuda_stream)
 
-    bits = x.contiguous()
-    if x.dtype == torch.bfloat16:
-        bits = bits.view(torch.int16)
-    with on_stream(torch.cuda.current_stream(x.device).cuda_stream):
-        layout = packed.Packed(
+
+def multiply_by_kernels(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    grid: torch.Tensor,
+    permutation: torch.Tensor,
+    row_factors: torch.Tensor | None,
+    block_factors: torch.Tensor | None,
+    ends: list[int],
+    block_size: int,
+    *,
+    stream: int,
+) -> torch.Tensor:
+    """`ternary_linear` by the GPU backend, on a CUDA stream.
+
+    The result is torch's memory, as a CUDA graph of torch must know what lives on after it.
+    """
+    from gpu import matmul, on_stream, to_device  # needs CuPy and a device
+
+    y = x.new_empty(x.shape[0], ends[-1])
+    with on_stream(stream):
+        layout = matmul.Layout(
             to_device(words).view("uint32"),
-            to_device(grid),
+            _numbers(to_device(grid)),
             to_device(permutation).view("uint32"),
+            tuple(ends),
+            x.shape[1],
             block_size,
+            None if row_factors is None else to_device(row_factors).view("float16"),
+            None if block_factors is None else _numbers(to_device(block_factors)),
         )
-        y = torch.from_dlpack(packed.multiply(to_device(bits), layout))
-    return y.view(x.dtype)
+        bits = to_device(_bits(x.contiguous()))
+        if x.shape[0] < UNPACKED_TOKENS or not matmul.is_fast(bits, layout):
+            matmul.multiply(bits, layout, to_device(_bits(y)))
+            return y
+        begin = 0
+        for end, (arranged, unpacked) in zip(ends, matmul.unpacked(bits, layout), strict=True):
+            left, right = (torch.from_dlpack(array).view(x.dtype) for array in (arranged, unpacked))
+            torch.mm(left, right.T, out=y[:, begin:end])
+            begin = end
+    return y
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _numbers(bits: Any) -> Any:
+    """Pairs of numbers (..., 2) of the backend's array of integers that hold them."""
+    return bits.view(PAIRS[bits.dtype.name]).reshape(*bits.shape, 2)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -12,8 +16,8 @@ import torch
 from torch import nn
 
 from harness.backends import load_backend
-from harness.compute import Compute
-from harness.linear import LAYOUT, TernaryLinear
+from harness.compute import Compute, share_memory
+from harness.linear import TernaryLinear, use_kernels
 from harness.scale import SHAPES
 from harness.throughput import DTYPE, fill
 
@@ -21,28 +25,40 @@ from harness.throughput import DTYPE, fill
 ROTATED_BYTES = 128e6
 COPIED_BYTES = 1e9
 REPEATS = 20
+BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A linear layer's shape, and what it is in the model."""
+class Matrices:
+    """Linear layers that are given the same input, and what they are in the model."""
 
     name: str
-    rows: int
+    rows: tuple[int, ...]
     columns: int
 
 
-def matrices_of(shape: str) -> list[Matrix]:
-    """The different matrices of a decoder layer of one of `harness.scale.SHAPES`."""
+def matrices_of(shape: str) -> list[Matrices]:
+    """The different matrices of a decoder layer of one of `harness.scale.SHAPES`, alone and together."""
     _, hidden, intermediate, _, heads, groups, _ = SHAPES[shape]
-    found = [Matrix("q and o", hidden, hidden)]
+    narrow = hidden // heads * groups
+    found = [Matrices("q and o", (hidden,), hidden)]
     if groups != heads:
-        found.append(Matrix("k and v", hidden // heads * groups, hidden))
-    return [*found, Matrix("gate and up", intermediate, hidden), Matrix("down", hidden, intermediate)]
+        found.append(Matrices("k and v", (narrow,), hidden))
+    return [
+        *found,
+        Matrices("gate and up", (intermediate,), hidden),
+        Matrices("down", (hidden,), intermediate),
+        Matrices("q, k, v together", (hidden, narrow, narrow), hidden),
+        Matrices("gate, up together", (intermediate, intermediate), hidden),
+    ]
 
 
 def product_speed(shape: str, compute: Compute, batches: list[int]) -> dict[str, Any]:
     """Every matrix of a layer at every batch: packed, dense, and dequantized at every call.
+
+    Matrices that a model multiplies the same input with are also taken together: ``packed`` is then one
+    launch, ``separate`` one for each, and the other ways are one after the other. ``gemlite`` is its 2-bit
+    product of the same weights, where that is installed and has a device.
 
     Parameters
     ----------
@@ -62,26 +78,25 @@ def product_speed(shape: str, compute: Compute, batches: list[int]) -> dict[str,
     """
     bandwidth = _copy_bandwidth(compute)
     rows = []
-    for matrix in matrices_of(shape):
-        layers = _rotated(matrix, compute)
-        dense = [layer.dequantize() for layer in layers]
+    for matrices in matrices_of(shape):
+        layers = _rotated(matrices, compute)
+        products = [_ways(group, compute) for group in layers]
+        read = sum(_bytes_read(layer) for layer in layers[0])
         for batch in batches:
-            x = torch.randn(batch, matrix.columns, dtype=DTYPE, device=compute.device)
-            ways: dict[str, list[Callable[[], Any]]] = {
-                "packed": [_call(layer, x) for layer in layers],
-                "dense": [_call(nn.functional.linear, x, weight) for weight in dense],
-                "dequantized": [_call(_dequantized, x, layer) for layer in layers],
+            x = torch.randn(batch, matrices.columns, dtype=DTYPE, device=compute.device)
+            seconds = {
+                way: _seconds([partial(ways[way], x) for ways in products], compute) for way in products[0]
             }
-            seconds = {way: _seconds(calls, compute) for way, calls in ways.items()}
-            read = _bytes_read(layers[0]) + x.numel() * x.element_size()
             rows.append(
                 {
-                    "matrix": matrix.name,
-                    "rows": matrix.rows,
-                    "columns": matrix.columns,
+                    "matrix": matrices.name,
+                    "rows": sum(matrices.rows),
+                    "columns": matrices.columns,
                     "batch": batch,
                     **{f"{way}_us": round(1e6 * spent, 3) for way, spent in seconds.items()},
-                    "share_of_copy_bandwidth": round(read / seconds["packed"] / bandwidth, 4),
+                    "share_of_copy_bandwidth": round(
+                        (read + x.numel() * x.element_size()) / seconds["packed"] / bandwidth, 4
+                    ),
                     "times_faster_than_dense": round(seconds["dense"] / seconds["packed"], 4),
                 }
             )
@@ -94,32 +109,72 @@ def product_speed(shape: str, compute: Compute, batches: list[int]) -> dict[str,
     }
 
 
-def _rotated(matrix: Matrix, compute: Compute) -> list[TernaryLinear]:
-    """As many random layers as do not fit in a cache; with kernels where there is a device."""
-    size = 2.25 / 8 * matrix.rows * matrix.columns
+def gemlite_product(layer: TernaryLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product with the same weights by gemlite: codes t + 1 in 2 bits, a float zero for every block.
+
+    gemlite has no permutation, so columns stay in the order of quantization.
+
+    Parameters
+    ----------
+    layer : TernaryLinear
+        On a CUDA device; its columns must be whole blocks.
+
+    Returns
+    -------
+    callable
+        Maps activations (tokens, m) to (tokens, n).
+    """
+    helper = importlib.import_module("gemlite.helper")
+    matrix = layer.matrix()
+    alpha, mu = matrix.grid()
+    codes = (matrix.trits + 1).to(torch.uint8)
+    maker = helper.A16Wn(device=str(codes.device), dtype=DTYPE)
+    return maker.from_weights(codes, alpha.to(DTYPE), (1 - mu / alpha).to(DTYPE), 2, layer.block_size)
+
+
+def _rotated(matrices: Matrices, compute: Compute) -> list[list[TernaryLinear]]:
+    """As many random groups of layers as do not fit in a cache."""
+    size = 2.25 / 8 * sum(matrices.rows) * matrices.columns
     count = max(2, int(ROTATED_BYTES / size)) if compute.device.type == "cuda" else 2
-    layers = []
-    for _ in range(count):
-        layer = TernaryLinear(matrix.columns, matrix.rows, 128, "float16", True, False, DTYPE)
-        layer.to(compute.device)
-        fill(layer)
-        if compute.device.type == "cuda":
-            layer.use_kernels(load_backend("gpu"))
-        layers.append(layer)
-    return layers
+    return [[_random_layer(rows, matrices.columns, compute) for rows in matrices.rows] for _ in range(count)]
+
+
+def _random_layer(rows: int, columns: int, compute: Compute) -> TernaryLinear:
+    layer = TernaryLinear(columns, rows, BLOCK_SIZE, "float16", True, False, DTYPE).to(compute.device)
+    fill(layer)
+    return layer
+
+
+def _ways(layers: list[TernaryLinear], compute: Compute) -> dict[str, Callable[[torch.Tensor], Any]]:
+    """The products with layers that are given the same input, in every way there is here."""
+    alone, weights = copy.deepcopy(layers), [layer.dequantize() for layer in layers]
+    for layer in alone:
+        layer.keep_dense(False)
+    ways: dict[str, Callable[[torch.Tensor], Any]] = {
+        "packed": lambda x: [layer(x) for layer in layers],
+        "dense": lambda x: [nn.functional.linear(x, weight) for weight in weights],
+        "dequantized": lambda x: [layer(x) for layer in alone],
+    }
+    if compute.device.type != "cuda":
+        return ways
+    if importlib.util.find_spec("gemlite"):
+        theirs = [gemlite_product(layer) for layer in layers]
+        ways["gemlite"] = lambda x: [product(x) for product in theirs]
+    backend = load_backend("gpu")
+    share_memory(backend)
+    if len(layers) > 1:
+        separate = copy.deepcopy(alone)
+        for layer in separate:
+            use_kernels([layer], backend)
+        ways["separate"] = lambda x: [layer(x) for layer in separate]
+    use_kernels(layers, backend)
+    return ways
 
 
 def _bytes_read(layer: TernaryLinear) -> int:
-    names = LAYOUT if layer.words is not None else ("trits", "scale", "shift", "permutation")
-    return sum(getattr(layer, name).numel() * getattr(layer, name).element_size() for name in names)
-
-
-def _dequantized(x: torch.Tensor, layer: TernaryLinear) -> torch.Tensor:
-    return nn.functional.linear(x, layer.dequantize())
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    return lambda: function(*arguments)
+    tensors = layer.stored().values() if layer.packed is None else layer.packed.buffers()
+    share = 1 if layer.packed is None else len(layer.packed.ends)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) // share
 
 
 @torch.no_grad()
@@ -155,6 +210,8 @@ def _clocked(call: Callable[[], Any], compute: Compute) -> float:
 def _copy_bandwidth(compute: Compute) -> float:
     """Bytes a second of a copy, read and written."""
     size = int(COPIED_BYTES if compute.device.type == "cuda" else COPIED_BYTES / 20)
-    source = torch.zeros(size, dtype=torch.uint8, device=compute.device)
+    source = torch.empty(size, dtype=torch.uint8, device=compute.device).random_(
+        0, 256
+    )  # zeros may cost less
     target = torch.empty_like(source)
     return 2 * size / _seconds([lambda: target.copy_(source)] * 3, compute)

@@ -64,3 +64,17 @@ __device__ inline void mma(BFloat16, float (&d)[4], const unsigned (&a)[4], unsi
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// 16 bytes from memory to shared memory, past the registers. Copies belong to the group that is closed
+// next; a thread sees its own once all but the newest N of its groups are done.
+__device__ inline void copy_async(uint4 *to, const uint4 *from) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+__device__ inline void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+__device__ inline void await_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}

@@ -1,8 +1,7 @@
 """The product with a packed ternary matrix in plain Numba: for any type of x, any block and any device.
 
 It defines what the fast kernels of `decode.cu` and `prefill.cu` compute, and stands in for them. One
-output, of a token and a row, for every CUDA block; sums are float64. The layout of the words is in
-`gpu.matmul.Packed`.
+output, of a token and a row, for every CUDA block; sums are float64.
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ from numba import cuda, float64, njit
 
 from gpu.device import STANDIN, Array, stream, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
-
-# Columns of a word, and of a chunk: four lanes of a warp, with four words each.
-WORD = 16
-CHUNK = 256
+from gpu.kernels.layout import CHUNK, TILE_ROWS, WORD, Layout
 
 # CUDA's limit for the second dimension of a grid.
 MOST_TOKENS = 65535
@@ -29,7 +25,7 @@ def _build(target: Target) -> Any:
 
     @target.jit
     def multiply_row(x, words, grid, permutation, block_size, y, token, row, partial, lane, lanes):
-        m = permutation.shape[0]
+        m = x.shape[1]
         result = 0.0
         for block in range(grid.shape[1]):
             matched = 0.0
@@ -37,8 +33,8 @@ def _build(target: Target) -> Any:
             for j in range(block * block_size + lane, min((block + 1) * block_size, m), lanes):
                 # Word 4r + t of a chunk is stored at 4t + r, so that a lane t loads four r at once.
                 place = j % CHUNK // WORD
-                place = j // CHUNK * (CHUNK // WORD) + place % 4 * 4 + place // 4
-                t = np.int64((words[row, place] >> np.uint32(2 * (j % WORD))) & np.uint32(3)) - 1
+                word = words[row // TILE_ROWS, j // CHUNK, row % TILE_ROWS, place % 4 * 4 + place // 4]
+                t = np.int64((word >> np.uint32(2 * (j % WORD))) & np.uint32(3)) - 1
                 value = np.float64(x[token, permutation[j]])
                 matched += t * value
                 everything += value
@@ -84,23 +80,15 @@ def multiply_kernel(x, words, grid, permutation, block_size, y):
     )
 
 
-def multiply(
-    x: Array, words: Array, grid: Array, permutation: Array, block_size: int, simulate: bool = False
-) -> Array:
+def multiply(x: Array, layout: Layout, simulate: bool = False) -> Array:
     """``y = x (αT + μ)ᵀ`` in float64.
 
     Parameters
     ----------
     x : (tokens, m) float32 or float64
         Activations, columns in the original order.
-    words : (n, 16 ceil(m / 256)) uint32
-        Trits, as in `gpu.matmul.Packed`.
-    grid : (n, blocks, 2) float32 or float64
-        alpha and mu of every block.
-    permutation : (m,) uint32
-        Original column of every trit.
-    block_size : int
-        Columns in a block.
+    layout : Layout
+        The matrix, or matrices.
     simulate : bool
         In the stand-in, run the CUDA kernel in Numba's simulator instead of its body on the CPU.
 
@@ -108,12 +96,22 @@ def multiply(
     -------
     y : (tokens, n) float64
     """
-    y = xp.empty((x.shape[0], words.shape[0]))
-    for first in range(0, x.shape[0], MOST_TOKENS):
-        part = slice(first, first + MOST_TOKENS)
-        arguments = (x[part], words, grid, permutation, block_size, y[part])
-        if STANDIN and not simulate:
-            _multiply_cpu(*arguments, xp.empty(1))
-        else:
-            multiply_kernel[y[part].shape[::-1], LANES, stream()](*arguments)
-    return y
+    outputs = []
+    begin = 0
+    for part, (first_tile, last_tile) in enumerate(layout.tiles_of_parts()):
+        y = xp.empty((x.shape[0], layout.ends[part] - begin))
+        begin = layout.ends[part]
+        matrix = (
+            layout.words[first_tile:last_tile],
+            layout.plain_grid(part),
+            layout.permutation[part],
+            layout.block_size,
+        )
+        for first in range(0, x.shape[0], MOST_TOKENS):
+            some = slice(first, first + MOST_TOKENS)
+            if STANDIN and not simulate:
+                _multiply_cpu(x[some], *matrix, y[some], xp.empty(1))
+            else:
+                multiply_kernel[y[some].shape[::-1], LANES, stream()](x[some], *matrix, y[some])
+        outputs.append(y)
+    return xp.concatenate(outputs, axis=1)

@@ -1,20 +1,22 @@
 """The CUDA C++ kernels: which one runs, with which grid and shared memory, and their launch.
 
-`decode.cu` takes up to 16 tokens, `prefill.cu` more. They get their sources in one piece, as CuPy's cache
-of compiled kernels does not look into headers.
+`decode.cu` takes up to 16 tokens, `prefill.cu` more; `dense.cu` makes weights for a library's product. A
+kernel gets its sources in one piece, as CuPy's cache of compiled kernels does not look into headers, and is
+compiled alone, so that the first product waits for no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpu.device import Array, xp
-from gpu.kernels.product import CHUNK
+from gpu.kernels.layout import CHUNK, PARTS, TILE_ROWS, Layout
 
 # Types of x, and what they hold.
 TYPES = {"float16": "float16", "uint16": "bfloat16", "int16": "bfloat16"}
@@ -22,57 +24,78 @@ TYPES = {"float16": "float16", "uint16": "bfloat16", "int16": "bfloat16"}
 # Tokens of decode.cu: two tiles of columns of B.
 MOST_DECODED = 16
 
-# The first tensor cores for bfloat16.
+# The first tensor cores for bfloat16, and the first copies past the registers.
 CAPABILITY = 80
-
-# Shared memory of a block of decode.cu, if the device has that much: two blocks share a processor.
-SHARED = 96 * 1024
 
 # As in the sources.
 SPAN = 64
 TILE = 8
 PADDING = 8
-COLUMN_GROUPS = 8
-DECODE_ROWS, DECODE_THREADS = 32, 512
+DECODE_THREADS, DECODE_STAGES = 512, 3
+STAGE_BYTES = 2 * 512 + 256
 ARRANGE_THREADS = 256
-PREFILL_ROWS, PREFILL_TOKENS, PREFILL_THREADS = 128, 64, 128
+PREFILL_TILES, PREFILL_TOKENS, PREFILL_THREADS = 4, 64, 128
+DENSE_WARPS = 4
 
 # source, kernel, grid, threads, bytes of dynamic shared memory, arguments
 Launch = Callable[[str, str, tuple[int, ...], int, int, Sequence[Any]], None]
 
 
-def source(name: str) -> str:
-    """A kernel's source with its headers before it; messages of the compiler name the files."""
-    folder = Path(__file__).parent
-    return "\n".join(
-        f'#line 1 "{file}"\n{(folder / file).read_text(encoding="utf-8")}'
-        for file in ("instructions.cuh", "ternary.cuh", name)
+class Limits(NamedTuple):
+    """What a device has: compute capability, as in 90, bytes of shared memory a block, processors."""
+
+    capability: int
+    shared: int
+    processors: int
+
+
+@cache
+def limits(number: int) -> Limits:
+    """Those of a device."""
+    device = xp.cuda.Device(number)
+    attributes = device.attributes
+    return Limits(
+        int(device.compute_capability),
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        attributes["MultiProcessorCount"],
     )
 
 
-@cache
-def limits(number: int) -> tuple[int, int]:
-    """Compute capability, as in 90, and most bytes of shared memory of a block, of a device."""
-    device = xp.cuda.Device(number)
-    return int(device.compute_capability), device.attributes["MaxSharedMemoryPerBlockOptin"]
+def kernels(name: str) -> dict[str, str]:
+    """Kernels of a source by name, with the macro that defines each."""
+    found = {}
+    for dtype, c_type in (("float16", "Float16"), ("bfloat16", "BFloat16")):
+        if name == "prefill.cu":
+            found[f"arrange_{dtype}"] = f"ARRANGE(arrange_{dtype}, {c_type})"
+        for kind, c_grid in ((dtype, "Float16Grid"), (f"{dtype}_int8", "Int8Grid")):
+            if name != "decode.cu":
+                kernel = f"{name.removesuffix('.cu')}_{kind}"
+                found[kernel] = f"{name.removesuffix('.cu').upper()}({kernel}, {c_type}, {c_grid})"
+                continue
+            for tiles, gather in product((1, 2), (True, False)):
+                kernel = _decode_name(TILE * tiles, gather, kind)
+                found[kernel] = f"DECODE({kernel}, {c_type}, {c_grid}, {tiles}, {str(gather).lower()})"
+    return found
 
 
-def takes(m: int, block_size: int, capability: int, shared: int) -> bool:
-    """Whether these kernels can multiply with m columns in such blocks on such a device."""
-    whole_spans = block_size >= SPAN and block_size & (block_size - 1) == 0
-    return whole_spans and capability >= CAPABILITY and 2 * m <= shared
+def source(name: str, wanted: Sequence[str]) -> str:
+    """The source of some kernels of a file with its headers; messages of the compiler name the files."""
+    folder = Path(__file__).parent
+    files = ("instructions.cuh", "ternary.cuh", name)
+    texts = [f'#line 1 "{file}"\n{(folder / file).read_text(encoding="utf-8")}' for file in files]
+    return "\n".join([*texts, *(kernels(name)[kernel] for kernel in wanted)]) + "\n"
 
 
-@cache
-def _module(name: str, device: int) -> Any:
-    return xp.RawModule(code=source(name), options=("--std=c++17",))
+def takes(layout: Layout, device: Limits) -> bool:
+    """Whether these kernels can multiply with such a matrix on such a device."""
+    return layout.tiled and device.capability >= CAPABILITY and 2 * layout.columns <= device.shared
 
 
 @cache
 def _function(name: str, kernel: str, device: int) -> Any:
-    function = _module(name, device).get_function(kernel)
+    function = xp.RawModule(code=source(name, [kernel]), options=("--std=c++17",)).get_function(kernel)
     # Without this a launch may ask for no more than 48 KiB. How much is taken is said at the launch.
-    function.max_dynamic_shared_size_bytes = limits(device)[1]
+    function.max_dynamic_shared_size_bytes = limits(device).shared
     return function
 
 
@@ -83,68 +106,138 @@ def _launch(
     function(grid, (threads,), tuple(arguments), shared_mem=shared)
 
 
-def multiply(
-    x: Array,
-    words: Array,
-    grid: Array,
-    permutation: Array,
-    block_size: int,
-    shared: int,
-    launch: Launch = _launch,
-) -> Array:
+def multiply(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch = _launch) -> None:
     """``y = x (αT + μ)ᵀ`` for 16-bit activations; sums are float32.
 
     Parameters
     ----------
     x : (tokens, m) array
         Of a type in `TYPES`; at least one token.
-    words : (n, 16 ceil(m / 256)) uint32
-        Trits, as in `gpu.matmul.Packed`.
-    grid : (n, blocks, 2) float16
-        alpha and mu of every block.
-    permutation : (m,) uint32
-        Original column of every trit.
-    block_size : int
-        Columns in a block: 64, 128, 256, ...
-    shared : int
-        Most shared memory of a block, in bytes.
+    layout : Layout
+        Matrices that the kernels take.
+    device : Limits
+        Where it runs.
+    y : (tokens, n) array of the type of x
+        Is overwritten.
     launch : callable
         Runs a kernel; tests run them on the CPU.
-
-    Returns
-    -------
-    y : (tokens, n) array of the type of x
     """
-    (tokens, m), n = x.shape, words.shape[0]
+    tokens, m = x.shape
     chunks = -(-m // CHUNK)
-    kind = TYPES[x.dtype.name]
-    block_shift = (block_size // SPAN).bit_length() - 1
-    sizes = [np.int32(size) for size in (tokens, n, m, block_shift)]
-    y = xp.empty((tokens, n), x.dtype)
-    arranged, span_sums = x, permutation  # not read where x is gathered by the product itself
-    phase, bytes_used = decode_phase(tokens, m, True, min(shared, SHARED))
+    kind, matrix = _kind(x.dtype, layout), _arguments(layout)
+    phase, shared = decode_phase(tokens, m, True, device.shared)
     gather = tokens <= MOST_DECODED and phase == chunks
+    arranged, span_sums = x, layout.permutation  # sums are not read where x is gathered by the product itself
     if not gather:
-        arranged = xp.empty((tokens, chunks * CHUNK), x.dtype)
-        span_sums = xp.empty((tokens, chunks * CHUNK // SPAN), np.float32)
-        arguments = (x, permutation, arranged, span_sums, np.int32(m))
-        launch("prefill.cu", f"arrange_{kind}", (tokens,), ARRANGE_THREADS, 2 * m, arguments)
-        phase, bytes_used = decode_phase(tokens, m, False, min(shared, SHARED))
-    if tokens > MOST_DECODED:
-        blocks = (-(-n // PREFILL_ROWS), -(-tokens // PREFILL_TOKENS))
+        arranged, span_sums = arrange(x, layout, launch)
+    if tokens <= MOST_DECODED:
+        if not gather:
+            phase, shared = decode_phase(tokens, m, False, device.shared)
+        sizes = (tokens, m, layout.pairs_shift, phase, *_padded(layout.ends))
+        launch(
+            "decode.cu",
+            _decode_name(_columns(tokens), gather, kind),
+            (min(layout.tiles, device.processors),),
+            DECODE_THREADS,
+            shared,
+            (arranged, span_sums, layout.permutation, *matrix, y, *map(np.int32, sizes)),
+        )
+        return
+    row = 0
+    for part, (first_tile, last_tile) in enumerate(layout.tiles_of_parts()):
+        end = layout.ends[part]
+        sizes = (tokens, layout.ends[-1], m, layout.pairs_shift, part, first_tile, last_tile, row, end)
         launch(
             "prefill.cu",
             f"prefill_{kind}",
-            blocks,
+            (-(-(last_tile - first_tile) // PREFILL_TILES), -(-tokens // PREFILL_TOKENS)),
             PREFILL_THREADS,
             PREFILL_TOKENS * ((CHUNK + PADDING) * 2 + CHUNK // SPAN * 4),
-            (arranged, span_sums, words, grid, y, *sizes),
+            (arranged, span_sums, *matrix, y, *map(np.int32, sizes)),
         )
-    else:
-        name = f"decode{_columns(tokens)}{'_gather' if gather else ''}_{kind}"
-        arguments = (arranged, span_sums, permutation, words, grid, y, *sizes, np.int32(phase))
-        launch("decode.cu", name, (-(-n // DECODE_ROWS),), DECODE_THREADS, bytes_used, arguments)
-    return y
+        row = end
+
+
+def arrange(x: Array, layout: Layout, launch: Launch = _launch) -> tuple[Array, Array]:
+    """Activations in the order of trits, for every part of a layout.
+
+    Parameters
+    ----------
+    x : (tokens, m) array
+        Of a type in `TYPES`; at least one token.
+    layout : Layout
+        Whose orders are taken.
+    launch : callable
+        As for `multiply`.
+
+    Returns
+    -------
+    arranged : (parts, tokens, 256 chunks) array of the type of x
+        Filled up with 0; of the 16 columns of a word the i-th and the (i + 8)-th lie side by side.
+    span_sums : (parts, tokens, 4 chunks) float32
+        Sums of 64 columns.
+    """
+    (tokens, m), parts = x.shape, len(layout.ends)
+    width = -(-m // CHUNK) * CHUNK
+    arranged = xp.empty((parts, tokens, width), x.dtype)
+    span_sums = xp.empty((parts, tokens, width // SPAN), np.float32)
+    arguments = (x, layout.permutation, arranged, span_sums, np.int32(m), np.int32(parts))
+    kernel = f"arrange_{TYPES[x.dtype.name]}"
+    launch("prefill.cu", kernel, (tokens,), ARRANGE_THREADS, 2 * m, arguments)
+    return arranged, span_sums
+
+
+def unpack(layout: Layout, part: int, dtype: Any, launch: Launch = _launch) -> Array:
+    """Dense weights of a part, columns as `arrange` puts them.
+
+    Parameters
+    ----------
+    layout : Layout
+        Matrices that the kernels take.
+    part : int
+        Which of them.
+    dtype : dtype
+        A type in `TYPES`, to which weights are rounded.
+    launch : callable
+        As for `multiply`.
+
+    Returns
+    -------
+    (rows, 256 chunks) array
+    """
+    first_tile, last_tile = layout.tiles_of_parts()[part]
+    chunks = -(-layout.columns // CHUNK)
+    weights = xp.empty(((last_tile - first_tile) * TILE_ROWS, chunks * CHUNK), dtype)
+    sizes = (chunks, layout.pairs_shift, part, first_tile, last_tile)
+    launch(
+        "dense.cu",
+        f"dense_{_kind(np.dtype(dtype), layout)}",
+        (-(-2 * (last_tile - first_tile) // DENSE_WARPS), chunks),
+        32 * DENSE_WARPS,
+        0,
+        (*_arguments(layout), weights, *map(np.int32, sizes)),
+    )
+    return weights[: layout.ends[part] - (layout.ends[part - 1] if part else 0)]
+
+
+def _padded(ends: tuple[int, ...]) -> tuple[int, ...]:
+    return ends + ends[-1:] * (PARTS - len(ends))
+
+
+def _kind(dtype: Any, layout: Layout) -> str:
+    """How kernels for a type of x and a layout's grid are called."""
+    return TYPES[dtype.name] + ("" if layout.row_factors is None else "_int8")
+
+
+def _arguments(layout: Layout) -> tuple[Array, Array, Array, Array]:
+    """Words, grid, and factors of blocks and of rows; where there are none, what is not read."""
+    block_factors = layout.words if layout.block_factors is None else layout.block_factors
+    row_factors = layout.words if layout.row_factors is None else layout.row_factors
+    return layout.words, layout.grid, block_factors, row_factors
+
+
+def _decode_name(columns: int, gather: bool, kind: str) -> str:
+    return f"decode{columns}{'_gather' if gather else ''}_{kind}"
 
 
 def _columns(tokens: int) -> int:
@@ -154,21 +247,17 @@ def _columns(tokens: int) -> int:
 def decode_phase(tokens: int, m: int, gather: bool, shared: int) -> tuple[int, int]:
     """Chunks of x that decode.cu has in shared memory at a time, and the bytes it needs for all.
 
-    It is all of them if they fit; else, without the gather, as many whole rounds of its warps as do.
-    With the gather, 0 if they do not fit.
+    It is all of them if they fit; else, without the gather, as many as do. With the gather, 0 if they do
+    not fit.
     """
     chunks, columns = -(-m // CHUNK), _columns(tokens)
-    reduction = DECODE_THREADS // 32 * 16 * columns * 4
-
-    def needed(phase: int) -> int:
-        arranged = tokens * (phase * CHUNK + PADDING) * 2 + phase * (CHUNK // SPAN) * columns * 4
-        return max(arranged + (2 * tokens * m if gather else 0), reduction)
-
-    if needed(chunks) <= shared:
-        return chunks, needed(chunks)
+    warps = DECODE_THREADS // 32
+    fixed = warps * (DECODE_STAGES * STAGE_BYTES + 16 * columns * 4) + tokens * PADDING * 2
+    chunk = tokens * CHUNK * 2 + CHUNK // SPAN * columns * 4
+    needed = fixed + chunks * chunk + (2 * tokens * m if gather else 0)
+    if needed <= shared:
+        return chunks, needed
     if gather:
         return 0, 0
-    rounds = COLUMN_GROUPS
-    while needed(rounds + COLUMN_GROUPS) <= shared:
-        rounds += COLUMN_GROUPS
-    return rounds, needed(rounds)
+    phase = (shared - fixed) // chunk
+    return phase, fixed + phase * chunk

@@ -1,13 +1,15 @@
-// What decode.cu and prefill.cu share: trits to 16-bit floats, x in the order of trits, one chunk of the
-// product. y[token][row] = sum over blocks b of alpha[row][b] (T x)_b + mu[row][b] (sum of x)_b, where
-// (T x)_b is summed by tensor cores: rows of T are the rows of A, tokens the columns of B.
+// What the kernels share: trits to 16-bit floats, x in the order of trits, one chunk of the product.
+// y[token][row] = sum over blocks b of alpha[row][b] (T x)_b + mu[row][b] (sum of x)_b, where (T x)_b is
+// summed by tensor cores: rows of T are the rows of A, tokens the columns of B.
 //
 // A word has 16 trits, a span 64 columns: a word of each of the four lanes that share a row of A. A chunk
-// is four spans: 128 bits a lane. Blocks of 64, 128, 256, ... columns are 2^block_shift whole spans.
+// is four spans: 128 bits a lane. alpha and mu lie chunk by chunk as well: 2^pairs_shift of a row in each,
+// for blocks of 64 (4), 128 (2), and 256, 512, ... columns (1). Rows come in tiles of 32.
 
 constexpr int WORD = 16, SPAN = 64, CHUNK = 256, SPANS = CHUNK / SPAN, WORDS = CHUNK / WORD;
 constexpr int ROWS = 16;  // of A
-constexpr int TILE = 8;   // columns of B
+constexpr int TILE_ROWS = 2 * ROWS;
+constexpr int TILE = 8;  // columns of B
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
@@ -15,42 +17,100 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 // other banks, the one's 16 bytes in the gaps of the other's.
 constexpr int PADDING = 8;
 
+// Matrices, at most, whose rows lie one below the other in one layout and that multiply the same x. Rows of
+// the p-th end before ends[p]; where there are fewer, the last ends are equal. Each begins with a tile.
+constexpr int PARTS = 3;
+
+// 32 rows of one part: from `row` of y, those before `end`.
+struct Tile {
+    int part, row, end;
+};
+
+__device__ inline int tiles_of(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+__device__ inline Tile find_tile(int tile, const int (&ends)[PARTS]) {
+    int begin = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS - 1; part++) {
+        const int tiles = tiles_of(ends[part] - begin);
+        if (tile < tiles) return {part, begin + tile * TILE_ROWS, ends[part]};
+        tile -= tiles, begin = ends[part];
+    }
+    return {PARTS - 1, begin + tile * TILE_ROWS, ends[PARTS - 1]};
+}
+
 __device__ inline int lane_of() { return threadIdx.x % WARP; }
 
 __device__ constexpr unsigned both(unsigned half) { return half << 16 | half; }
+
+// 2^MANTISSA twice, for `trits`. An instruction takes one constant, and with this one in a register it is
+// the mask; so the compiler must not know it. `size` is not negative, which it does not know either.
+template <class T>
+__device__ inline unsigned units(int size) {
+    return both((T::MANTISSA + T::BIAS) << T::MANTISSA) + (static_cast<unsigned>(size) >> 31);
+}
 
 // Trits i and i + 8 of a word, t = q - 1 as two T. The mantissa of 2^MANTISSA counts units, so with the
 // digit q in its bits 2p and 2p + 1 (AND and OR are one instruction) it is 2^MANTISSA + q 4^p, and
 // (2^MANTISSA + q 4^p) 4^-p - (2^MANTISSA 4^-p + 1) = q - 1 exactly. A mantissa has room for several
 // p, so most digits need no shift. t rather than q: with 0, 1, 2 sums would be larger than the result.
 template <class T>
-__device__ inline unsigned trits(unsigned word, int i) {
+__device__ inline unsigned trits(unsigned word, int i, unsigned units_of_two) {
     constexpr int POSITIONS = T::MANTISSA / 2;
     constexpr unsigned UNITS = (T::MANTISSA + T::BIAS) << T::MANTISSA;  // 2^MANTISSA
     constexpr unsigned ONE = T::BIAS << T::MANTISSA;
     constexpr unsigned NEGATIVE = 0x8000u;
     const int p = i % POSITIONS;
     const unsigned quarters = 2u * p << T::MANTISSA;  // what 4^p takes from an exponent
-    const unsigned digits = ((word >> 2 * (i - p)) & both(3u << 2 * p)) | both(UNITS);
+    const unsigned digits = ((word >> 2 * (i - p)) & both(3u << 2 * p)) | units_of_two;
     return fma2(T{}, digits, both(ONE - quarters), both((NEGATIVE | UNITS) - quarters + (1u << 2 * p)));
 }
 
+// alpha and mu of a row and block, as they are stored: alpha in the lower half of a pair, mu in the upper.
+struct Grid {
+    float alpha, mu;
+};
+
+struct Float16Grid {
+    using Pair = unsigned;
+    static __device__ Grid read(Pair pair, const unsigned *) {
+        return {widen(Float16{}, pair & 0xffff), widen(Float16{}, pair >> 16)};
+    }
+    static __device__ Grid decoded(Pair pair, const unsigned *factors, const unsigned short *) {
+        return read(pair, factors);
+    }
+    static __device__ float scaled(float sum, const unsigned short *) { return sum; }
+};
+
+// Codes, with a pair of float16 factors for every block and one factor for every row, applied to its sum.
+struct Int8Grid {
+    using Pair = unsigned short;
+    static __device__ Grid read(Pair pair, const unsigned *block_factors) {
+        return {widen(Float16{}, *block_factors & 0xffff) * static_cast<signed char>(pair & 0xff),
+                widen(Float16{}, *block_factors >> 16) * static_cast<signed char>(pair >> 8)};
+    }
+    // Products in the order of `reference.types.CodedGrid`, which rounds each.
+    static __device__ Grid decoded(Pair pair, const unsigned *block_factors, const unsigned short *row_factor) {
+        const float row = widen(Float16{}, *row_factor);
+        return {row * widen(Float16{}, *block_factors & 0xffff) * static_cast<signed char>(pair & 0xff),
+                row * widen(Float16{}, *block_factors >> 16) * static_cast<signed char>(pair >> 8)};
+    }
+    static __device__ float scaled(float sum, const unsigned short *row_factor) {
+        return widen(Float16{}, *row_factor) * sum;
+    }
+};
+
 // Columns 16 word ... 16 word + 15 of a row of x in the order of trits: as pairs (i, i + 8), in which
-// `trits` gives them, and 0 beyond m. Returns their sum.
+// `trits` gives them, and 0 beyond m. Returns their sum. `permutation` is filled up to a whole chunk.
 template <class T>
 __device__ inline float gather_word(const unsigned short *row, const unsigned *permutation, int m, int word,
                                     uint4 (&pairs)[2]) {
     unsigned columns[WORD], values[WORD];
     const int first = word * WORD;
-    if (first + WORD <= m) {
 #pragma unroll
-        for (int i = 0; i < WORD; i += 4) {
-            const uint4 four = *reinterpret_cast<const uint4 *>(permutation + first + i);
-            columns[i] = four.x, columns[i + 1] = four.y, columns[i + 2] = four.z, columns[i + 3] = four.w;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < WORD; i++) columns[i] = first + i < m ? permutation[first + i] : 0;
+    for (int i = 0; i < WORD; i += 4) {
+        const uint4 four = *reinterpret_cast<const uint4 *>(permutation + first + i);
+        columns[i] = four.x, columns[i + 1] = four.y, columns[i + 2] = four.z, columns[i + 3] = four.w;
     }
     float sum = 0;
 #pragma unroll
@@ -71,43 +131,43 @@ __device__ inline float span_sum(float sum) {
     return sum + __shfl_xor_sync(ALL_LANES, sum, 2);
 }
 
-// What a lane needs of 16 rows and a chunk: the words and grids of rows g and g + 8, span by span.
+// What a lane multiplies with of 16 rows and a chunk: words, and pairs, of rows g and g + 8. Pairs are by
+// spans, and only there where a block ends, but for two spans at the most: parts of a block may be added
+// one by one.
+template <class G>
 struct Weights {
-    unsigned words[2][SPANS];
-    unsigned grids[2][SPANS];  // alpha in the lower half, mu in the upper
+    uint4 words[2];
+    typename G::Pair pairs[2][SPANS];
 };
 
-__device__ inline Weights load_weights(const unsigned *words, const unsigned *grid, int first_row, int n,
-                                       int chunk, int chunks, int blocks, int block_shift) {
-    Weights weights;
+__device__ inline bool ends_block(int span, int pairs_shift) { return span % 2 == 1 || pairs_shift == 2; }
+
+// Pair of a row of a chunk that a span takes.
+__device__ inline int pair_of(int span, int pairs_shift) { return span >> (2 - pairs_shift); }
+
+// `pairs` are those of 16 rows of a chunk.
+template <class G>
+__device__ inline void read_pairs(Weights<G> &weights, const typename G::Pair *pairs, int pairs_shift) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        // Rows beyond n read the last one, and are not written.
-        const size_t row = min(first_row + lane_of() / 4 + 8 * half, n - 1);
-        const uint4 four =
-            reinterpret_cast<const uint4 *>(words)[(row * chunks + chunk) * 4 + lane_of() % 4];
-        weights.words[half][0] = four.x, weights.words[half][1] = four.y;
-        weights.words[half][2] = four.z, weights.words[half][3] = four.w;
+    for (int r = 0; r < SPANS; r++) {
+        if (!ends_block(r, pairs_shift)) continue;
 #pragma unroll
-        for (int r = 0; r < SPANS; r++) {
-            // Spans beyond m lie in no block; x is 0 there, and any alpha and mu will do.
-            const int block = min((chunk * SPANS + r) >> block_shift, blocks - 1);
-            weights.grids[half][r] = grid[row * blocks + block];
+        for (int half = 0; half < 2; half++) {
+            const int row = lane_of() / 4 + 8 * half;
+            weights.pairs[half][r] = pairs[(row << pairs_shift) + pair_of(r, pairs_shift)];
         }
     }
-    return weights;
 }
 
-// Adds a chunk to total[rows / 16][tokens / 8], laid out as D of `mma`. `staged` is x of this chunk, rows
-// `stride` apart, `sums` the sums of its spans, TOKEN_TILES * TILE for each; rows of `staged` from `tokens` on
-// are not there, and not read.
-template <class T, int ROW_TILES, int TOKEN_TILES>
-__device__ inline void add_chunk(const Weights (&weights)[ROW_TILES], const unsigned short *staged, int stride,
-                                 const float *sums, int tokens, int chunk, int block_shift,
-                                 float (&total)[ROW_TILES][TOKEN_TILES][4]) {
-    const int g = lane_of() / 4, t = lane_of() % 4;
+// Adds a chunk to total[rows / 16][tokens / 8], laid out as D of `mma`. `x` is for every tile of tokens
+// where this lane's words of this chunk begin, `sums` has the sums of its spans, TOKEN_TILES * TILE for each,
+// `block_factors` the factors of its pairs.
+template <class T, class G, int ROW_TILES, int TOKEN_TILES>
+__device__ inline void add_chunk(const Weights<G> (&weights)[ROW_TILES], const uint4 *const (&x)[TOKEN_TILES],
+                                 const float *sums, const unsigned *block_factors, int pairs_shift,
+                                 unsigned units_of_two, float (&total)[ROW_TILES][TOKEN_TILES][4]) {
     float matched[ROW_TILES][TOKEN_TILES][4] = {};
-    int begin = 0;  // first span of the block in this chunk
+    float everything[TOKEN_TILES][2] = {};
 #pragma unroll
     for (int r = 0; r < SPANS; r++) {
 #pragma unroll
@@ -118,14 +178,14 @@ __device__ inline void add_chunk(const Weights (&weights)[ROW_TILES], const unsi
 #pragma unroll
                 for (int k = 0; k < 2; k++)
 #pragma unroll
-                    for (int part = 0; part < 4; part++)
-                        a[rows][k][part] = trits<T>(weights[rows].words[part % 2][r], i + 2 * k + part / 2);
+                    for (int part = 0; part < 4; part++) {
+                        const uint4 &four = weights[rows].words[part % 2];
+                        const unsigned word = r == 0 ? four.x : r == 1 ? four.y : r == 2 ? four.z : four.w;
+                        a[rows][k][part] = trits<T>(word, i + 2 * k + part / 2, units_of_two);
+                    }
 #pragma unroll
             for (int tile = 0; tile < TOKEN_TILES; tile++) {
-                const int token = tile * TILE + g;
-                uint4 b = {0, 0, 0, 0};
-                if (token < tokens)
-                    b = *reinterpret_cast<const uint4 *>(staged + token * stride + r * SPAN + t * WORD + 2 * i);
+                const uint4 b = x[tile][(r * SPAN + 2 * i) / 8];
 #pragma unroll
                 for (int rows = 0; rows < ROW_TILES; rows++) {
                     mma(T{}, matched[rows][tile], a[rows][0], b.x, b.y);
@@ -133,26 +193,29 @@ __device__ inline void add_chunk(const Weights (&weights)[ROW_TILES], const unsi
                 }
             }
         }
-        // The end of a block, or of the chunk: parts of a block may be added one by one.
-        if (r + 1 < SPANS && ((r + 1) & ((1 << block_shift) - 1))) continue;
 #pragma unroll
         for (int tile = 0; tile < TOKEN_TILES; tile++) {
-            float everything[2] = {};
-            for (int span = begin; span <= r; span++)
-#pragma unroll
-                for (int d = 0; d < 2; d++)
-                    everything[d] += sums[(span * TOKEN_TILES + tile) * TILE + 2 * t + d];
-#pragma unroll
-            for (int rows = 0; rows < ROW_TILES; rows++)
-#pragma unroll
-                for (int d = 0; d < 4; d++) {
-                    const unsigned grid = weights[rows].grids[d / 2][r];
-                    float &sum = total[rows][tile][d];
-                    sum = fmaf(widen(Float16{}, grid & 0xffff), matched[rows][tile][d], sum);
-                    sum = fmaf(widen(Float16{}, grid >> 16), everything[d % 2], sum);
-                    matched[rows][tile][d] = 0;
-                }
+            const int first = (r * TOKEN_TILES + tile) * TILE + lane_of() % 4 * 2;
+            const float2 two = *reinterpret_cast<const float2 *>(sums + first);
+            everything[tile][0] += two.x, everything[tile][1] += two.y;
         }
-        begin = r + 1;
+        if (!ends_block(r, pairs_shift)) continue;
+#pragma unroll
+        for (int rows = 0; rows < ROW_TILES; rows++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const Grid grid = G::read(weights[rows].pairs[half][r], block_factors + pair_of(r, pairs_shift));
+#pragma unroll
+                for (int tile = 0; tile < TOKEN_TILES; tile++)
+#pragma unroll
+                    for (int d = 0; d < 2; d++) {
+                        float &sum = total[rows][tile][2 * half + d];
+                        sum = fmaf(grid.alpha, matched[rows][tile][2 * half + d], sum);
+                        sum = fmaf(grid.mu, everything[tile][d], sum);
+                        matched[rows][tile][2 * half + d] = 0;
+                    }
+            }
+#pragma unroll
+        for (int tile = 0; tile < TOKEN_TILES; tile++) everything[tile][0] = everything[tile][1] = 0;
     }
 }

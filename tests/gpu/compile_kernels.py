@@ -73,7 +73,7 @@ def signatures():
                 product.multiply_kernel,
                 types.void(
                     array(dtype, 2),
-                    array(types.uint32, 2),
+                    array(types.uint32, 4),
                     array(grid, 3),
                     array(types.uint32, 1),
                     types.int64,

@@ -10,6 +10,7 @@
 #include <csignal>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -27,10 +28,13 @@ using std::min;
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
 struct Index {
     unsigned x, y;
 };
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 static inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);
@@ -43,6 +47,10 @@ static inline unsigned bits_of(float value) {
 }
 
 // ---- coroutines
+struct Copy {
+    uint4 *to;
+    const uint4 *from;
+};
 enum Waits { FOR_NOTHING, FOR_BLOCK, FOR_WARP, DONE };
 struct Thread {
     ucontext_t context;
@@ -52,6 +60,7 @@ struct Thread {
     float d[4];
     float value;
     int lane_mask;
+    std::deque<std::vector<Copy>> groups;  // copies on their way; the last group is open
 };
 static std::vector<Thread> threads;
 static std::vector<char> stacks;
@@ -71,6 +80,25 @@ static inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
     own.value = value, own.lane_mask = lane_mask;
     wait(FOR_WARP);
     return own.value;
+}
+
+// Of a warp, so that what other lanes have copied is there; they may not be far ahead, either.
+static inline void __syncwarp() {
+    threads[current].meets = "syncwarp";
+    wait(FOR_WARP);
+}
+
+// Copies are made when they must have come, and not before: until then there is NaN where they go.
+static inline void copy_async(uint4 *to, const uint4 *from) {
+    std::memset(to, 0xff, sizeof *to);
+    threads[current].groups.back().push_back({to, from});
+}
+static inline void close_group() { threads[current].groups.emplace_back(); }
+template <int N>
+static void await_groups() {
+    auto &groups = threads[current].groups;
+    for (; groups.size() > N + 1; groups.pop_front())
+        for (const Copy &copy : groups.front()) *copy.to = *copy.from;
 }
 
 // ---- 16-bit numbers
@@ -154,13 +182,14 @@ static void multiply_fragments(int first) {
 }
 
 // ---- a launch
-constexpr size_t PAGE = 4096, SHARED = 100 * 1024;  // whole pages
+constexpr size_t PAGE = 4096, SHARED = 228 * 1024;  // whole pages; the most that devices have
 alignas(4096) static uint4 shared[SHARED / 16];
 static std::string failure;
-static void (*body)();
+
+extern void (*const BODY)();  // the kernel that was compiled with this
 
 static void enter() {
-    body();
+    BODY();
     wait(DONE);
 }
 
@@ -180,7 +209,7 @@ static bool meet(int first) {
         for (int lane = 0; lane < 32; lane++) values[lane] = threads[first + lane].value;
         for (int lane = 0; lane < 32; lane++)
             threads[first + lane].value = values[lane ^ threads[first + lane].lane_mask];
-    } else failure = what;
+    } else if (what != "syncwarp") failure = what;
     for (int lane = 0; lane < 32; lane++) threads[first + lane].waits = FOR_NOTHING;
     return true;
 }
@@ -192,6 +221,7 @@ static void run_block(int count, bool reverse) {
         threads[i].context.uc_stack.ss_size = STACK;
         threads[i].context.uc_link = nullptr;
         threads[i].waits = FOR_NOTHING;
+        threads[i].groups.assign(1, {});
         makecontext(&threads[i].context, enter, 0);
     }
     const int warps = count / 32;
@@ -259,6 +289,7 @@ static void call(void (*kernel)(A...)) {
 
 // Shared memory that was not asked for may not be touched, but for the rest of a page, where it may be read.
 static void run_grid(unsigned width, unsigned height, int count, size_t bytes, bool reverse) {
+    gridDim = {width, height};
     char *const first = reinterpret_cast<char *>(shared);
     const size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
     mprotect(first + room, SHARED - room, PROT_NONE);
@@ -272,21 +303,10 @@ static void run_grid(unsigned width, unsigned height, int count, size_t bytes, b
         }
 }
 
-struct Kernel {
-    const char *name;
-    void (*body)();
-};
-extern const Kernel KERNELS[];  // ends with a name that is null
-
-// Runs a kernel; returns what went wrong, or an empty string.
-extern "C" const char *emulate(const char *name, unsigned width, unsigned height, int count, size_t bytes,
-                               int reverse, int array_count, void **data, const size_t *sizes,
-                               const int *numbers) {
+// Runs the kernel; returns what went wrong, or an empty string.
+extern "C" const char *emulate(unsigned width, unsigned height, int count, size_t bytes, int reverse,
+                               int array_count, void **data, const size_t *sizes, const int *numbers) {
     failure = bytes > SHARED ? "more shared memory than there is" : "";
-    body = nullptr;
-    for (const Kernel *kernel = KERNELS; kernel->name; kernel++)
-        if (!std::strcmp(kernel->name, name)) body = kernel->body;
-    if (!body) failure = "no such kernel";
     if (!failure.empty()) return failure.c_str();
     if (threads.size() < size_t(count)) threads.resize(count), stacks.resize(count * STACK);
     for (int i = 0; i < array_count; i++) arrays.emplace_back(data[i], sizes[i]);

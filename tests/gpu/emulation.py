@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
 import subprocess
 from functools import cache
@@ -13,21 +12,12 @@ import numpy as np
 
 from gpu.kernels import tensor_cores
 
-SOURCES = ("decode.cu", "prefill.cu")
+SOURCES = ("decode.cu", "prefill.cu", "dense.cu")
 COMPILER = shutil.which("g++")
 
 
-def kernel_names(source):
-    """What a source defines for launches, by its macros."""
-    text = (Path(tensor_cores.__file__).parent / source).read_text(encoding="utf-8")
-    names = re.findall(r"^DECODE\((\w+),", text, re.M)
-    for kind in re.findall(r"^PREFILL\((\w+),", text, re.M):
-        names += [f"arrange_{kind}", f"prefill_{kind}"]
-    return names
-
-
 class Emulator:
-    """Launches kernels for `tensor_cores.multiply`.
+    """Launches kernels for the functions of `tensor_cores`.
 
     Attributes
     ----------
@@ -46,24 +36,24 @@ class Emulator:
         self.launched = []
         self._library = cache(self._compile)
 
-    def _compile(self, name):
-        text = tensor_cores.source(name)
-        if self.edit is not None:
-            text = text.replace(*self.edit)
-        _, ours = text.split('#line 1 "ternary.cuh"')
-        table = "".join(f'{{"{kernel}", [] {{ call({kernel}); }}}},\n' for kernel in kernel_names(name))
-        header = Path(__file__).with_name("emulation.hpp")
-        file = Path(self.folder) / f"{name}.cpp"
-        parts = (
-            f'#include "{header}"',
-            f'#line 1 "ternary.cuh"{ours}',
-            f"const Kernel KERNELS[] = {{\n{table}{{}}}};",
-        )
-        file.write_text("\n".join(parts) + "\n", encoding="utf-8")
-        library = file.with_suffix(".so")
-        subprocess.run(
-            [COMPILER, "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-o", library, file], check=True
-        )
+    def _compile(self, name, kernel):
+        """One kernel, as a device compiles it; emulators that share a folder compile it once."""
+        library = Path(self.folder) / f"{kernel}.so"
+        if not library.exists():
+            text = tensor_cores.source(name, [kernel])
+            if self.edit is not None:
+                text = text.replace(*self.edit)
+            _, ours = text.split('#line 1 "ternary.cuh"')
+            header = Path(__file__).with_name("emulation.hpp")
+            file = library.with_suffix(".cpp")
+            parts = (
+                f'#include "{header}"',
+                f'#line 1 "ternary.cuh"{ours}',
+                f"void (*const BODY)() = [] {{ call({kernel}); }};",
+            )
+            file.write_text("\n".join(parts) + "\n", encoding="utf-8")
+            command = [COMPILER, "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-o", library, file]
+            subprocess.run(command, check=True)
         emulate = ctypes.CDLL(str(library)).emulate
         emulate.restype = ctypes.c_char_p
         return emulate
@@ -74,8 +64,7 @@ class Emulator:
         assert all(array.flags.c_contiguous for array in arrays)
         numbers = [int(value) for value in arguments if not isinstance(value, np.ndarray)]
         width, height = (*grid, 1)[:2]
-        failure = self._library(source)(
-            kernel.encode(),
+        failure = self._library(source, kernel)(
             width,
             height,
             threads,

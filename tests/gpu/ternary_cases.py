@@ -9,6 +9,7 @@ import numpy as np
 
 from reference.matmul import matmul
 from reference.packing import pack_base3
+from reference.types import CodedGrid
 
 # Types of activations; uint16 holds bfloat16.
 DTYPES = ["float16", "uint16", "float32", "float64"]
@@ -36,7 +37,8 @@ class Case:
 
     @property
     def grid(self):
-        return self.scale.astype(np.float64), self.shift.astype(np.float64)
+        grids = (g.decode() if isinstance(g, CodedGrid) else g for g in (self.scale, self.shift))
+        return tuple(grid.astype(np.float64) for grid in grids)
 
     def activations(self, tokens, dtype):
         rng = np.random.default_rng([tokens, *self.trits.shape])
@@ -48,6 +50,23 @@ def random_case(rows, columns, block_size):
     trits = rng.integers(-1, 2, size=(rows, columns)).astype(np.int8)
     scale, shift = rng.normal(size=(2, rows, -(-columns // block_size))).astype(np.float16)
     return Case(trits, scale, shift, rng.permutation(columns), block_size)
+
+
+def coded_case(rows, columns, block_size):
+    """One whose alpha and mu are codes."""
+    case = random_case(rows, columns, block_size)
+    rng = np.random.default_rng([columns, rows, block_size])
+    blocks = case.scale.shape[1]
+    row = rng.uniform(0.01, 2, size=(rows, 1)).astype(np.float16)
+    case.scale, case.shift = (
+        CodedGrid(
+            rng.integers(-127, 128, size=(rows, blocks)).astype(np.int8),
+            row,
+            rng.uniform(0.001, 0.02, size=(1, blocks)).astype(np.float16),
+        )
+        for _ in range(2)
+    )
+    return case
 
 
 def hostile_cases():

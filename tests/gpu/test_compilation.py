@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpu.kernels import tensor_cores
-from tests.gpu.emulation import SOURCES, kernel_names
+from tests.gpu.emulation import SOURCES
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,9 +24,10 @@ def test_kernels_compile_to_ptx(capability):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    # lanes.py is what the kernels of the other files are made of, tensor_cores.py launches CUDA C++.
+    # lanes.py is what the kernels of the other files are made of, tensor_cores.py launches CUDA C++,
+    # layout.py is what they read.
     kernels = {path.stem for path in (ROOT / "gpu" / "kernels").glob("*.py")}
-    kernels -= {"__init__", "lanes", "tensor_cores"}
+    kernels -= {"__init__", "lanes", "layout", "tensor_cores"}
     assert kernels == {line.split(".")[0] for line in done.stdout.splitlines()}
 
 
@@ -34,7 +35,9 @@ def test_kernels_compile_to_ptx(capability):
 @pytest.mark.parametrize("source", SOURCES)
 def test_sources_compile_to_machine_code_without_spills(source, capability):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    _, program = nvrtc.nvrtcCreateProgram(tensor_cores.source(source).encode(), source.encode(), 0, [], [])
+    names = list(tensor_cores.kernels(source))
+    text = tensor_cores.source(source, names).encode()
+    _, program = nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], [])
     options = [f"-arch=sm_{capability}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
@@ -44,7 +47,7 @@ def test_sources_compile_to_machine_code_without_spills(source, capability):
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", log.decode())
     assert kernels
-    assert sorted(kernels) == sorted((name, str(capability)) for name in kernel_names(source))
+    assert sorted(kernels) == sorted((name, str(capability)) for name in names)
     # Registers of a launch must fit the 65536 of a processor, or it fails.
     threads = {"deco": tensor_cores.DECODE_THREADS, "arra": tensor_cores.ARRANGE_THREADS}
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log.decode())]

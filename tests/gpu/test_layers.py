@@ -2,19 +2,17 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
-from gpu.device import to_device, to_host
-from gpu.matmul import Packed, multiply
+from harness import layout, ops
 from harness.backends import load_backend
 from harness.compute import compute_for
-from harness.linear import TernaryLinear
+from harness.linear import TernaryLinear, use_kernels
 from harness.ops import ternary_linear
 from harness.throughput import fill
 
-SHAPES = [(5, 3, 64), (40, 300, 128), (17, 577, 64), (130, 256, 256)]
+SHAPES = [(5, 3, 64), (40, 300, 128), (17, 577, 64), (130, 256, 256), (9, 1100, 512)]
 
 # Of the largest output: products and sums of the dense weights, rounded to this type, against exact ones.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -44,23 +42,28 @@ def layer_of(rows, columns, block_size, device, permuted=True, bias=False, grid=
     else:
         fill(layer)
         layer.scale.mul_(torch.randn(layer.scale.shape, device=device).half())
+    layer.keep_dense(False)
     if bias:
         layer.bias.data.normal_()
     return layer
 
 
+def off(y, expected):
+    """The largest error, as a share of the largest output."""
+    return (y.double() - expected.double()).abs().max() / expected.abs().max()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("tokens", [1, 3, 20, ops.UNPACKED_TOKENS])
 def test_packed_products_are_those_of_the_dense_weights(backend, device, shape, dtype, tokens):
     layer = layer_of(*shape, device)
     x = torch.randn(tokens, shape[1], device=device).to(dtype)
     expected = x.double() @ layer.dequantize().double().T
-    layer.use_kernels(backend)
+    use_kernels([layer], backend)
     y = layer(x)
     assert y.dtype == dtype
-    error = (y.double() - expected).abs().max() / expected.abs().max()
-    assert error <= TOLERANCE[dtype]
+    assert off(y, expected) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("options", [{"permuted": False}, {"bias": True}, {"grid": "int8"}], ids=str)
@@ -70,66 +73,134 @@ def test_without_permutation_with_bias_and_with_grids_in_8_bits(backend, device,
     expected = torch.nn.functional.linear(x.double(), layer.dequantize().double())
     if layer.bias is not None:
         expected += layer.bias.double()
-    layer.use_kernels(backend)
-    error = (layer(x).double() - expected).abs().max() / expected.abs().max()
+    use_kernels([layer], backend)
     assert layer(x).shape == (2, 7, 24)
-    assert error <= TOLERANCE[torch.float32]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_plain_torch_walks_the_layout_of_the_kernels(backend, device, dtype):
-    layer = layer_of(33, 577, 64, device)
-    layer.use_kernels(backend)
-    x = torch.randn(4, 577, dtype=dtype)
-    arguments = [tensor.cpu() for tensor in (layer.words, layer.grid, layer.order)]
-    plain = ternary_linear(x, *arguments, 64)
-    words, grid, order = (to_device(tensor.to(device)) for tensor in arguments)
-    layout = Packed(words.view(np.uint32), grid, order.view(np.uint32), 64)
-    bits = x.view(torch.int16) if dtype == torch.bfloat16 else x
-    y = torch.from_numpy(np.ascontiguousarray(to_host(multiply(to_device(bits.to(device)), layout))))
-    difference = (plain.double() - y.view(dtype).double()).abs().max() / plain.double().abs().max()
-    assert difference <= TOLERANCE[dtype]
-
-
-def test_the_operation_can_be_traced_and_compiled(backend, device):
-    layer = layer_of(16, 300, 128, device)
-    layer.use_kernels(backend)
-    x = torch.randn(3, 300, device=device)
-    arguments = (x, layer.words, layer.grid, layer.order, 128)
-    torch.library.opcheck(ternary_linear, arguments, test_utils=("test_schema", "test_faketensor"))
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), layer(x))
+    assert off(layer(x), expected) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("grid", ["float16", "int8"])
-def test_kernels_change_nothing_that_is_saved(backend, device, grid):
-    layer = layer_of(16, 300, 128, device, grid=grid)
-    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+@pytest.mark.parametrize("block_size", [64, 512])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_plain_torch_walks_the_layout_of_the_kernels(backend, device, dtype, block_size, grid):
+    """The backend through DLPack, on the tensors of the host where it has no device."""
+    layers = [layer_of(rows, 577, block_size, device, grid=grid) for rows in (33, 7)]
+    use_kernels(layers, backend)
+    x = torch.randn(4, 577, dtype=dtype, device=device)
+    packed = layers[0].packed.tensors()
+    arguments = (*packed[:5], packed.ends, packed.block_size)
+    host = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+    plain = ternary_linear(x.cpu(), *host)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    y = ops.multiply_by_kernels(x, *arguments, stream=stream)
+    assert y.dtype == plain.dtype
+    assert off(y.cpu(), plain) <= TOLERANCE[dtype]
+
+
+def test_constants_of_the_layout_are_those_of_the_kernels():
+    from gpu.kernels import layout as kernels
+
+    for name in ("WORD", "TILE_ROWS", "CHUNK"):
+        assert getattr(layout, name) == getattr(kernels, name)
+
+
+@pytest.mark.parametrize("how", ["aot_eager", "inductor"])
+def test_the_operation_can_be_traced_and_compiled(backend, device, how):
+    layers = [layer_of(rows, 300, 128, device) for rows in (16, 8)]
+    use_kernels(layers, backend)
     x = torch.randn(3, 300, device=device)
-    layer.use_kernels(backend)
+    packed = layers[0].packed.tensors()
+    arguments = (x, *packed[:5], packed.ends, packed.block_size)
+    torch.library.opcheck(ternary_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = layers
+
+        def forward(self, x):
+            return self.gate(2 * x).sum() * self.up(3 * x) + self.up(x) - self.gate(x).sum()
+
+    model = Gated()
+    compiled = torch.compile(model, backend=how, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(x + 1), model(x + 1), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_given_the_same_input_share_a_launch(backend, device, monkeypatch):
+    layers = [layer_of(rows, 300, 128, device, bias=True) for rows in (16, 8, 24)]
+    x, other = torch.randn(2, 2, 5, 300, device=device)
+    expected = [(layer(x), layer(other)) for layer in layers]
+    use_kernels(layers, backend)
+    launches = []
+    monkeypatch.setattr(
+        "harness.packed.ternary_linear", lambda *given: launches.append(1) or ternary_linear(*given)
+    )
+    for order in ((0, 1, 2), (2, 0, 1)):
+        launches.clear()
+        for i in order:
+            torch.testing.assert_close(layers[i](x), expected[i][0], rtol=1e-4, atol=1e-4)
+        assert len(launches) == 1
+    # Another tensor, the same layer again, equal numbers elsewhere: computed anew, and never a stale result.
+    launches.clear()
+    for i, given, which in ((0, x, 0), (1, other, 1), (2, x, 0), (2, x, 0), (0, x.clone(), 0), (1, x, 0)):
+        torch.testing.assert_close(layers[i](given), expected[i][which], rtol=1e-4, atol=1e-4)
+    assert len(launches) == 6
+    for i in (0, 2):
+        layers[i](x)
+    assert layers[0].packed._input is None  # nothing is kept longer than it is needed
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 512])
+@pytest.mark.parametrize("grid", ["float16", "int8"])
+def test_kernels_change_nothing_that_is_saved(backend, device, grid, block_size):
+    layers = [layer_of(rows, 700, block_size, device, grid=grid) for rows in (16, 40)]
+    layer = layers[1]
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(3, 700, device=device)
+    use_kernels(layers, backend)
     y = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), y)
     layer.to(torch.bfloat16)
-    assert layer.grid.dtype == {"float16": torch.float16, "int8": torch.float64}[grid]
     assert torch.equal(layer(x), y)
     after = layer.state_dict()
     assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name
     layer.keep_dense(True)
-    assert layer.words is None
+    assert layer.packed is None
+    assert layer.state_dict().keys() == before.keys()
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_no_fast_kernel_takes_are_dequantized(backend, device):
+    layer = layer_of(33, 70, 50, device)
+    x = torch.randn(2, 70, device=device)
+    expected = torch.nn.functional.linear(x, layer.dequantize())
+    use_kernels([layer], backend)
+    assert layer.packed is None
+    assert torch.equal(layer(x), expected)
+
+
+def test_kernels_leave_one_copy_of_the_weights(backend, device):
+    layer = layer_of(64, 1024, 128, device)
+    use_kernels([layer], backend)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in layer.buffers())
+    assert size == 64 * 1024 / 4 + 64 * 8 * 4 + 1024 * 4
 
 
 def test_a_cuda_graph_replays_the_product(backend, device):
     if device.type != "cuda":
         pytest.skip("the host has no graphs")
     layer = layer_of(256, 512, 128, device)
-    layer.use_kernels(backend)
-    x = torch.randn(1, 512, device=device, dtype=torch.float16)
-    layer(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layer(x)
-    other = torch.randn_like(x)
-    x.copy_(other)
-    graph.replay()
-    torch.testing.assert_close(y, layer(other), rtol=0, atol=0)
+    use_kernels([layer], backend)
+    for tokens in (1, 20, ops.UNPACKED_TOKENS):
+        x = torch.randn(tokens, 512, device=device, dtype=torch.float16)
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        other = torch.randn_like(x)
+        x.copy_(other)
+        graph.replay()
+        torch.testing.assert_close(y, layer(other), rtol=0, atol=0)

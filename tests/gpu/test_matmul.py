@@ -1,5 +1,7 @@
 """The product with a ternary matrix by whatever kernel `multiply` picks here, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,17 @@ from gpu.device import STANDIN, xp
 from gpu.kernels import product
 from reference.matmul import matmul as expected_product
 from reference.packing import pack_base3
-from tests.gpu.ternary_cases import DTYPES, Case, assert_close, hostile_cases, random_case, to_bits, values
+from reference.types import CodedGrid
+from tests.gpu.ternary_cases import (
+    DTYPES,
+    Case,
+    assert_close,
+    coded_case,
+    hostile_cases,
+    random_case,
+    to_bits,
+    values,
+)
 
 SHAPES = [(1, 1), (2, 127), (127, 2), (128, 129), (129, 577)]
 
@@ -21,7 +33,13 @@ def multiply(case, x):
 
 def lay_out(case):
     arrays = (pack_base3(case.trits), case.scale, case.shift, case.permutation)
-    return matmul.lay_out(*(gpu.to_device(array) for array in arrays), case.block_size)
+    return matmul.lay_out(*map(on_device, arrays), case.block_size)
+
+
+def on_device(array):
+    if isinstance(array, CodedGrid):
+        return CodedGrid(*map(gpu.to_device, (array.codes, array.row, array.block)))
+    return gpu.to_device(array)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,22 +84,90 @@ def test_what_is_not_finite_stays_in_its_row(bad, tokens, dtype):
 def test_the_plain_kernel_in_the_simulator(shape, block_size):
     case = random_case(*shape, block_size)
     x = case.activations(2, np.float64)
-    layout = lay_out(case)
-    arguments = (x, layout.words, layout.grid.astype(np.float32), layout.permutation, block_size)
-    simulated = product.multiply(*arguments, simulate=True)
+    simulated = product.multiply(x, lay_out(case), simulate=True)
     assert_close(case, x, simulated)
-    np.testing.assert_allclose(simulated, product.multiply(*arguments), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(simulated, product.multiply(x, lay_out(case)), rtol=0, atol=1e-12)
 
 
-def test_words_are_where_the_layout_says():
-    trits = np.random.default_rng(0).integers(-1, 2, size=(3, 600)).astype(np.int8)
-    case = Case(trits, np.ones((3, 5), np.float16), np.ones((3, 5), np.float16), np.arange(600), 128)
+def test_trits_are_where_the_layout_says():
+    trits = np.random.default_rng(0).integers(-1, 2, size=(35, 600)).astype(np.int8)
+    case = Case(trits, np.ones((35, 5), np.float16), np.ones((35, 5), np.float16), np.arange(600), 128)
     words = gpu.to_host(lay_out(case).words)
-    assert words.shape == (3, 48)
+    assert words.shape == (2, 3, 32, 16)
+    filled = np.zeros((64, 768), np.int8)
+    filled[:35, :600] = trits
     for j in range(768):
         r, t = divmod(j % 256 // 16, 4)
-        digits = words[:, j // 256 * 16 + 4 * t + r] >> (2 * (j % 16)) & 3
-        np.testing.assert_array_equal(digits, trits[:, j] + 1 if j < 600 else 1)
+        for row in range(64):
+            digit = words[row // 32, j // 256, row % 32, 4 * t + r] >> (2 * (j % 16)) & 3
+            assert digit == filled[row, j] + 1
+
+
+@pytest.mark.parametrize(("block_size", "pairs"), [(64, 4), (128, 2), (256, 1), (1024, 1)])
+@pytest.mark.parametrize("make", [random_case, coded_case])
+def test_grids_are_where_the_layout_says(make, block_size, pairs):
+    case = make(35, 600, block_size)
+    layout = lay_out(case)
+    grid = gpu.to_host(layout.grid)
+    assert grid.shape == (2, 3, 32, pairs, 2)
+    if make is coded_case:
+        rows = gpu.to_host(layout.row_factors).reshape(2, 1, 32, 1, 1).astype(np.float64)
+        grid = (
+            rows * gpu.to_host(layout.block_factors)[0].reshape(1, 3, 1, pairs, 2) * grid.astype(np.float64)
+        )
+    for row in range(64):
+        for column in range(0, 768, 64):
+            pair = grid[row // 32, column // 256, row % 32, column % 256 * pairs // 256]
+            inside = row < 35 and column // block_size < case.grid[0].shape[1]
+            expected = [g[row, column // block_size] if inside else 0 for g in case.grid]
+            np.testing.assert_allclose(pair, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [64, 512, 50])
+def test_codes_and_joined_matrices(block_size, dtype):
+    cases = [coded_case(rows, 700, block_size) for rows in (40, 3, 33)]
+    x = cases[0].activations(5, dtype)
+    layouts = [lay_out(case) for case in cases]
+    for count in (1, 2, 3):
+        layout = matmul.join(layouts[:count])
+        y = gpu.to_host(matmul.multiply(gpu.to_device(x), layout))
+        assert y.shape == (5, sum(case.trits.shape[0] for case in cases[:count]))
+        begin = 0
+        for case in cases[:count]:
+            assert_close(case, x, y[:, begin : begin + len(case.trits)])
+            begin += len(case.trits)
+    # Which of them come first makes no difference.
+    two = matmul.join([matmul.join(layouts[:2]), layouts[2]])
+    assert two.ends == layout.ends
+    np.testing.assert_array_equal(gpu.to_host(two.words), gpu.to_host(layout.words))
+
+
+def test_matrices_that_do_not_fit_together_are_refused():
+    layouts = [lay_out(random_case(3, 70, 64)) for _ in range(4)]
+    for others in (
+        layouts[1:],
+        [lay_out(random_case(3, 71, 64))],
+        [lay_out(random_case(3, 70, 128))],
+        [lay_out(coded_case(3, 70, 64))],
+    ):
+        with pytest.raises(ValueError, match="1 to 3 matrices with the same columns"):
+            matmul.join([layouts[0], *others])
+
+
+def test_products_go_where_they_are_asked_to():
+    case = random_case(9, 200, 128)
+    x = gpu.to_device(case.activations(3, np.float16))
+    layout = lay_out(case)
+    y = xp.zeros((3, 9), np.float16)
+    assert matmul.multiply(x, layout, y) is y
+    np.testing.assert_array_equal(gpu.to_host(y), gpu.to_host(matmul.multiply(x, layout)))
+    for wrong, error in (
+        (xp.zeros((3, 8), np.float16), ValueError),
+        (xp.zeros((3, 9), np.float32), TypeError),
+    ):
+        with pytest.raises(error, match=r"^y "):
+            matmul.multiply(x, layout, wrong)
 
 
 def test_other_grids_are_kept():
@@ -133,22 +219,44 @@ def test_activations_that_do_not_fit_are_refused(x, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"words": lambda a: a.words[:, :15]}, ValueError, "words must be contiguous"),
-        ({"words": lambda a: a.words[:, :15].copy()}, ValueError, "words has shape"),
+        ({"words": lambda a: a.words[:, :, :, :15]}, ValueError, "words must be contiguous"),
+        ({"words": lambda a: a.words[:, :, :, :15].copy()}, ValueError, "words has shape"),
         ({"words": lambda a: a.words.astype(np.int32)}, TypeError, "words must be uint32"),
-        ({"grid": lambda a: a.grid[:, :1].copy()}, ValueError, "grid has shape"),
-        ({"grid": lambda a: a.grid[:-1].copy()}, ValueError, "grid has shape"),
+        ({"grid": lambda a: a.grid[:, :, :1].copy()}, ValueError, "grid has shape"),
+        ({"grid": lambda a: a.grid.astype(np.float32)}, TypeError, "grid must be float16 or int8"),
+        ({"grid": lambda a: a.grid[0, 0]}, TypeError, "grid must be float32 or float64"),
+        ({"grid": lambda a: xp.zeros((31, 2, 2))}, ValueError, "grid has shape"),
+        ({"grid": lambda a: a.grid.astype(np.int8)}, ValueError, "row_factors are needed"),
+        ({"row_factors": lambda a: xp.zeros(32, np.float16)}, ValueError, "row_factors are not for a grid"),
         ({"permutation": lambda a: a.permutation.astype(np.int64)}, TypeError, "permutation must be uint32"),
+        ({"permutation": lambda a: a.permutation[:, :200].copy()}, ValueError, "permutation has shape"),
         ({"permutation": lambda a: list(a.permutation)}, TypeError, "permutation must be an array"),
         ({"block_size": lambda a: 0}, ValueError, "block_size must be at least 1"),
+        ({"columns": lambda a: 0}, ValueError, "columns must be at least 1"),
+        ({"ends": lambda a: (9, 9)}, ValueError, "numbers of rows that increase"),
+        ({"ends": lambda a: ()}, ValueError, "numbers of rows that increase"),
+        ({"ends": lambda a: (1, 2, 3, 4)}, ValueError, "numbers of rows that increase"),
+        ({"ends": lambda a: (33,)}, ValueError, "words has shape"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(change, error, message):
     layout = lay_out(random_case(9, 200, 128))
-    parts = {name: getattr(layout, name) for name in ("words", "grid", "permutation", "block_size")}
-    parts |= {name: changed(layout) for name, changed in change.items()}
+    changed = {name: value(layout) for name, value in change.items()}
     with pytest.raises(error, match=message):
-        matmul.Packed(**parts)
+        replace(layout, **changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_factors": None}, "block_factors are needed"),
+        ({"row_factors": xp.zeros(31, np.float16)}, "row_factors has shape"),
+        ({"block_factors": xp.zeros((1, 1, 1, 2), np.float16)}, "block_factors has shape"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(lay_out(coded_case(9, 200, 128)), **change)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from harness.checkpoint import packed_bytes
 from harness.cli import EXIT_USAGE
 from harness.compute import Compute
 from harness.linear import TernaryLinear, require_base3
+from harness.products import gemlite_product
 from harness.scale import SHAPES, Scale, column_gptq, random_model
-from harness.throughput import random_network
+from harness.throughput import fill, random_network
 from reference import baselines
 
 Run = Callable[..., int]
@@ -162,10 +165,39 @@ def test_products_are_timed_for_every_matrix_and_batch(tmp_path: Path, run_main:
         (48, 96, 1),
         (256, 96, 1),
         (96, 256, 1),
+        (96 + 2 * 48, 96, 1),
+        (2 * 256, 96, 1),
     ]
     for row in result["products"]:
         assert row["times_faster_than_dense"] == pytest.approx(row["dense_us"] / row["packed_us"], rel=0.01)
     assert result["copy_gb_s"] > 0
+
+
+def test_gemlite_is_given_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that computes what gemlite's documentation says: (codes - zeros) * scales by groups."""
+
+    class A16Wn:
+        def __init__(self, device: str, dtype: torch.dtype) -> None:
+            self.dtype = dtype
+
+        def from_weights(
+            self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, group_size: int
+        ) -> Callable[[torch.Tensor], torch.Tensor]:
+            assert codes.dtype == torch.uint8
+            assert codes.max() < 2**bits
+            assert scales.dtype == zeros.dtype == self.dtype
+            groups = codes.unflatten(1, (-1, group_size))
+            weight = ((groups - zeros.float()[..., None]) * scales.float()[..., None]).flatten(1)
+            return lambda x: x.float() @ weight.T
+
+    monkeypatch.setitem(sys.modules, "gemlite.helper", SimpleNamespace(A16Wn=A16Wn))
+    layer = TernaryLinear(256, 24, 128, "float16", True, False, torch.bfloat16)
+    fill(layer)
+    x = torch.randn(5, 256)
+    assert layer.permutation is not None
+    expected = x[:, layer.permutation.long().argsort()] @ layer.dequantize().float().T
+    y = gemlite_product(layer)(x)
+    assert (y - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_random_ternary_layers_are_sound(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""Weights for the packed kernels, of one linear layer or of several that are given the same input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.layout import PackedTensors
+from harness.ops import ternary_linear
+
+# Integers that hold what a layout consists of; pairs of the last two as one.
+_BITS = {"words": "int32", "permutation": "int32", "row_factors": "int16"}
+_PAIRS = {"float16": "int32", "int8": "int16"}
+
+
+class PackedWeights(nn.Module):
+    """Weights in the kernels' layout; one launch computes the outputs of all layers that share them.
+
+    The outputs of the others are kept until they are called with the very same tensor, as the projections
+    of attention and the two of a gated MLP are.
+
+    Parameters
+    ----------
+    layout : gpu.kernels.layout.Layout
+        Arrays of the backend.
+    """
+
+    words: torch.Tensor
+    grid: torch.Tensor
+    permutation: torch.Tensor
+    row_factors: torch.Tensor | None
+    block_factors: torch.Tensor | None
+
+    def __init__(self, layout: Any) -> None:
+        super().__init__()
+        self.ends, self.columns, self.block_size = list(layout.ends), layout.columns, layout.block_size
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[int, torch.Tensor] = {}
+        for name in ("words", "grid", "permutation", "row_factors", "block_factors"):
+            array = getattr(layout, name)
+            if array is not None:
+                bits = _BITS.get(name) or _PAIRS[array.dtype.name]
+                array = torch.from_dlpack(array.view(bits))
+                array = array if name in _BITS else array.squeeze(-1)
+            self.register_buffer(name, array, persistent=False)
+
+    def tensors(self) -> PackedTensors:
+        """The layout."""
+        return PackedTensors(
+            self.words,
+            self.grid,
+            self.permutation,
+            self.row_factors,
+            self.block_factors,
+            self.ends,
+            self.columns,
+            self.block_size,
+        )
+
+    def forward(self, x: torch.Tensor, part: int) -> torch.Tensor:
+        """(..., m) to the (..., n) outputs of one of the layers, in the dtype of x."""
+        if self._input is not x or part not in self._outputs:
+            packed = self.tensors()
+            rows = x.reshape(-1, self.columns)
+            y = ternary_linear(rows, *packed[:5], packed.ends, packed.block_size)
+            widths = [end - begin for begin, end in zip([0, *self.ends], self.ends, strict=False)]
+            outputs = y.view(*x.shape[:-1], -1).split(widths, dim=-1)
+            self._input, self._outputs = x, dict(enumerate(outputs))
+        output = self._outputs.pop(part)
+        if not self._outputs:
+            self._input = None
+        return output
