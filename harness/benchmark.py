@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import checkpoint, report, text
+from harness import checkpoint, plot, report, text
 from harness.backends import load_backend
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
 from harness.compute import compute_for, default_compute
@@ -33,6 +33,7 @@ Measure on this machine and write the figures to a file, with command, machine a
   quantize random layers of the shapes of large models through the whole pipeline
   matmul   microseconds of products with the matrices of these shapes, packed and dense
   generate tokens a second of models of these shapes, dense and ternary
+  plot     draw a file that matmul or generate wrote; where matplotlib is installed they do so themselves
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
@@ -40,6 +41,7 @@ Measure on this machine and write the figures to a file, with command, machine a
   python -m harness.benchmark quantize benchmarks/quantize.json --shape llama-7b llama-65b --layers 2
   python -m harness.benchmark matmul benchmarks/matmul.json --shape llama-7b llama-65b
   python -m harness.benchmark generate benchmarks/generate.json --shape llama-7b
+  python -m harness.benchmark plot benchmarks/generate.json
 """
 
 NO_ORDER = TernaryConfig(reorder="none")
@@ -115,6 +117,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--layers", type=positive, metavar="N", help="only N decoder layers")
     sub.add_argument("--prefill", type=positive, default=lengths.prefill, help="tokens of the prompt")
     sub.add_argument("--decode", type=positive, default=lengths.decode, help="tokens to write")
+
+    what = "draw a file that matmul or generate wrote (needs matplotlib)"
+    sub = kinds.add_parser("plot", help=what, description=what, formatter_class=HelpFormatter)
+    sub.add_argument("file", type=Path, metavar="FILE", help="JSON that matmul or generate wrote")
+    sub.add_argument(
+        "svg", nargs="?", type=Path, metavar="SVG", help="what to write; beside FILE if left out"
+    )
     return parser
 
 
@@ -208,6 +217,9 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     """Run the command line."""
     arguments = parser().parse_args()
+    if arguments.kind == "plot":
+        print(plot.draw(arguments.file, arguments.svg))
+        return 0
     if arguments.file is not None:
         try:
             arguments.file.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +263,8 @@ def main() -> int:
         results = compare_methods(options, arguments.only or list(METHODS), save)
     save(results)
     print(json_text(results))
+    if arguments.kind in ("matmul", "generate") and arguments.file is not None:
+        plot.draw_beside(arguments.file)
     return 0
 
 
