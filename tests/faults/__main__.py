@@ -21,9 +21,10 @@ from typing import Any
 
 from harness.cli import UserError, run
 from tests.faults import outcome
+from tests.faults.fault import MODULE_LEVEL, Fault
 from tests.faults.judge import PASSED
 from tests.faults.outcome import Journal, Verdict, digest
-from tests.faults.plant import MODULE_LEVEL, Fault, find_faults
+from tests.faults.plant import find_faults
 
 DESCRIPTION = """\
 Plant faults in reference/ and gpu/ and show which of them the tests notice.

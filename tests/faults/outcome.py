@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cli import UserError
-from tests.faults.plant import Fault
+from tests.faults.fault import Fault
 
 FORMAT_VERSION = 1
 FOLDER = Path(__file__).parent

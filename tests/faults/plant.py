@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 from tests.faults.changes import (
     COMPARISONS,
@@ -25,55 +24,10 @@ from tests.faults.changes import (
     other_values,
     stands_alone,
 )
+from tests.faults.fault import MODULE_LEVEL, Fault, named, shown
 
-MODULE_LEVEL = "<module>"
 # Kinds of faults, and what they put in the place of an expression.
 Changes = Iterator[tuple[str, ast.AST | str]]
-# Characters of an expression shown on either side of what changes in it.
-CONTEXT = 30
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One change of one file.
-
-    Attributes
-    ----------
-    file : str
-        Path from the root of the project.
-    line : int
-        Where the change begins.
-    function : str
-        Qualified name of the function or class it lies in, `MODULE_LEVEL` outside of any.
-    kind : str
-        What sort of change it is.
-    change : str
-        ``before → after``, the same for the same change wherever the function moves; a later one of
-        the same text in the same function ends with its number.
-    start, end : int
-        The bytes of the file that are replaced.
-    text : str
-        What replaces them.
-    """
-
-    file: str
-    line: int
-    function: str
-    kind: str
-    change: str
-    start: int
-    end: int
-    text: str
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What a reason for its survival is filed under; it holds no line number."""
-        return self.file, self.function, self.change
-
-    def planted(self, source: str) -> str:
-        """The source with this fault."""
-        data = source.encode()
-        return (data[: self.start] + self.text.encode() + data[self.end :]).decode()
 
 
 def find_faults(source: str, file: str) -> list[Fault]:
@@ -93,33 +47,11 @@ def find_faults(source: str, file: str) -> list[Fault]:
     """
     planter = _Planter(source, file)
     planter.body(ast.parse(source).body)
-    seen: set[tuple[int, int, str]] = set()
-    numbers: dict[tuple[str, str, str], int] = {}
-    faults = []
-    for fault in sorted(planter.faults, key=lambda fault: (fault.start, fault.end)):
-        place = fault.start, fault.end, fault.text
-        if place in seen:
-            continue
-        seen.add(place)
-        number = numbers[fault.key] = numbers.get(fault.key, 0) + 1
-        if number > 1:
-            fault = replace(fault, change=f"{fault.change} #{number}")
-        faults.append(fault)
-    return faults
+    return named(planter.faults)
 
 
-def _shown(before: str, after: str) -> str:
-    """The two texts on one line each, without what they share far from the change."""
-    before, after = (" ".join(re.sub("  #.*", "", text).split()) for text in (before, after))
-    shorter = min(len(before), len(after))
-    first = next((i for i in range(shorter) if before[i] != after[i]), shorter)
-    same = next((i for i in range(shorter - first) if before[-1 - i] != after[-1 - i]), shorter - first)
-    cut, rest = max(0, first - CONTEXT), max(0, same - CONTEXT)
-
-    def part(text: str) -> str:
-        return ("…" if cut else "") + text[cut : len(text) - rest] + ("…" if rest else "")
-
-    return f"{part(before)} → {part(after)}"
+def _without_comments(text: bytes) -> str:
+    return re.sub("  #.*", "", text.decode())
 
 
 class _Planter:
@@ -152,9 +84,9 @@ class _Planter:
                 node.lineno,
                 ".".join(self.scope) or MODULE_LEVEL,
                 kind,
-                _shown(
-                    self.data[first:last].decode(),
-                    (self.data[first:start] + text.encode() + self.data[end:last]).decode(),
+                shown(
+                    _without_comments(self.data[first:last]),
+                    _without_comments(self.data[first:start] + text.encode() + self.data[end:last]),
                 ),
                 start,
                 end,

@@ -11,8 +11,9 @@ import pytest
 
 from tests.faults import outcome
 from tests.faults.__main__ import FailingTests, Project, judge_files, main
+from tests.faults.fault import MODULE_LEVEL
 from tests.faults.outcome import Journal, OutcomeError, Verdict
-from tests.faults.plant import MODULE_LEVEL, find_faults
+from tests.faults.plant import find_faults
 
 SAMPLE = dedent(
     '''
