@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.cli import UserError, run
-from tests.faults import outcome
+from tests.faults import cuda, outcome, plant
 from tests.faults.fault import MODULE_LEVEL, Fault
-from tests.faults.judge import PASSED
+from tests.faults.judge import PASSED, UNCOMPILED
 from tests.faults.outcome import Journal, Verdict, digest
-from tests.faults.plant import find_faults
 
 DESCRIPTION = """\
 Plant faults in reference/ and gpu/ and show which of them the tests notice.
@@ -37,20 +36,24 @@ the package run until one fails: the fault is caught. A fault that all of them
 pass is a survivor. It needs a test, or a reason in tests/faults/survivors.toml
 why no test can notice it.
 
+Python and CUDA C++ are judged. Tests compile the latter for a CPU, where
+instructions.cuh is replaced: its faults are not planted. Where others do not
+compile they are only counted.
+
 The outcome is written to tests/faults/outcome.json, file by file as they are
 completed. Every verdict is kept in tests/faults/journal.jsonl as it comes, so
 nothing is lost when the run is killed: --resume goes on from there.
 
 It needs no GPU, and what the tests need: numpy, scipy, safetensors, torch,
-numba-cuda, pytest and hypothesis."""
+numba-cuda, pytest and hypothesis, g++ for CUDA C++; and tree-sitter-cuda."""
 
 EPILOG = """\
 examples:
-  python -m tests.faults                            all faults; an hour or two on one core
+  python -m tests.faults                            all faults; three hours or so on one core
   python -m tests.faults --resume                   only what has changed, or was not reached
   python -m tests.faults --package reference
   python -m tests.faults --file gpu/ssr.py          after a change of this file
-  python -m tests.faults --file gpu/ssr.py --list   what would be planted
+  python -m tests.faults --file gpu/kernels/decode.cu --list   what would be planted
 
 exit code: 0 every survivor has a reason, 1 some have none (they are printed as they
 are entered into survivors.toml), 2 the tests fail without a fault, or bad usage"""
@@ -58,6 +61,10 @@ are entered into survivors.toml), 2 the tests fail without a fault, or bad usage
 ROOT = Path(__file__).parents[2]
 # What a copy of the project needs.
 COPIED = ("reference", "gpu", "harness", "golden", "tests", "pyproject.toml")
+PLANTERS = {".py": plant.find_faults, ".cu": cuda.find_faults, ".cuh": cuda.find_faults}
+HASHED = {*PLANTERS, ".hpp"}
+# Instructions that tests/gpu/emulation.hpp replaces on a CPU: nothing runs a fault in them.
+EMULATED = "instructions.cuh"
 # A fault in the reference must be noticed by its own tests, not by those of what is compared with it.
 TESTS = {
     "reference": ("tests/reference", "tests/golden/test_reference.py"),
@@ -95,18 +102,23 @@ class Project:
         return [
             path.relative_to(self.root).as_posix()
             for package in self.tests
-            for path in sorted((self.root / package).rglob("*.py"))
+            for path in sorted((self.root / package).rglob("*"))
+            if path.suffix in PLANTERS and path.name != EMULATED
         ]
 
     def faults(self, file: str) -> list[Fault]:
         """The faults of a file."""
-        return find_faults((self.root / file).read_text(encoding="utf-8"), file)
+        return PLANTERS[Path(file).suffix]((self.root / file).read_text(encoding="utf-8"), file)
 
     def hashes(self, package: str) -> dict[str, str]:
         """SHA-256 of the files of a package and of its tests, by path."""
         paths = [self.root / name for name in (package, *self.tests[package])]
-        files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
-        return {file.relative_to(self.root).as_posix(): digest(file) for file in sorted(files)}
+        files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+        return {
+            file.relative_to(self.root).as_posix(): digest(file)
+            for file in sorted(files)
+            if file.suffix in HASHED
+        }
 
 
 class Bench:
@@ -216,11 +228,15 @@ def bench(project: Project, package: str) -> Iterator[Bench]:
 
 @dataclass
 class Judged:
-    """What came of all faults of one file, which had this hash when they were planted."""
+    """What came of all faults of one file, which had this hash when they were planted.
+
+    Changes of CUDA C++ that do not compile are no faults, and only counted.
+    """
 
     file: str
     sha256: str
     verdicts: list[Verdict]
+    uncompiled: int
 
 
 def judge_files(project: Project, files: list[str], journal: Journal, resume: bool) -> Iterator[Judged]:
@@ -256,7 +272,8 @@ def judge_files(project: Project, files: list[str], journal: Journal, resume: bo
                     verdicts.append(verdict)
                 if left and own and all(verdict.by for verdict in verdicts):
                     at.check(file)
-                yield Judged(file, hashes[file], verdicts)
+                compiled = [verdict for verdict in verdicts if verdict.by != UNCOMPILED]
+                yield Judged(file, hashes[file], compiled, len(verdicts) - len(compiled))
 
 
 class _Progress:
@@ -348,6 +365,8 @@ def _run(project: Project, files: list[str], resume: bool) -> int:
         survivors = [verdict for verdict in verdicts if verdict.by is None]
         explained = {verdict.fault.key for verdict in survivors} & reasons.keys()
         print(f"{file}: {len(verdicts)} faults, {len(survivors)} survive, {len(explained)} of them explained")
+        if judged.uncompiled:
+            print(f"{file}: {judged.uncompiled} more changes do not compile")
         unexplained += [verdict for verdict in survivors if verdict.fault.key not in explained]
         idle += [key for key in reasons if key[0] == file and key not in explained]
     for key in idle:

@@ -40,11 +40,17 @@ OPTIONS = [
     "--tb=no",
     "--no-header",
     "--no-summary",
+    # Emptied by the next run; folders of their own would pile up.
+    "--basetemp=scratch",
 ]
 
 
 # What is answered where every test passes.
 PASSED = "passed"
+# What is answered of a change of CUDA C++ that is no fault.
+UNCOMPILED = "does not compile"
+# Audit event of tests/gpu/emulation.py: a test runs a source of CUDA C++, and whether without a change.
+LAUNCH = "emulation.launch"
 # Whether a test runs the faulty function, whether it is named after the module, and its seconds.
 Rank = tuple[bool, bool, float]
 FIRST: Rank = (False, False, 0.0)
@@ -57,12 +63,15 @@ class Recorder:
         self.seconds: dict[str, float] = {}
         self.failed: list[str] = []
         self.codes: dict[str, set[CodeType]] = {}  # by test and by test file
+        self.launches: dict[str, set[tuple[str, bool]]] = {}  # likewise
         self.watched: set[CodeType] = set()
+        self.heard: set[tuple[str, bool]] = set()
+        sys.addaudithook(self.hear)
 
     @contextlib.contextmanager
     def watching(self, *names: str) -> Iterator[None]:
         """Count what runs meanwhile for these names."""
-        self.watched = set()
+        self.watched, self.heard = set(), set()
         sys.settrace(self.trace)
         try:
             yield
@@ -70,6 +79,11 @@ class Recorder:
             sys.settrace(None)
             for name in names:
                 self.codes.setdefault(name, set()).update(self.watched)
+                self.launches.setdefault(name, set()).update(self.heard)
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == LAUNCH:
+            self.heard.add(arguments)
 
     def trace(self, frame: Any, event: str, argument: Any) -> None:
         self.watched.add(frame.f_code)
@@ -96,13 +110,33 @@ class Recorder:
 
 
 class FirstFailure:
-    """Pytest plugin of a child: those tests first that are likely to fail; the first failure ends it."""
+    """Pytest plugin of a child: those tests first that are likely to fail; the first failure ends it.
+
+    Parameters
+    ----------
+    answer : int
+        File descriptor that the verdict is written to.
+    order : dict of str to Rank or None
+        When every test comes; None if it is not to run.
+    seconds : dict of str to float
+        What every test takes without a fault.
+    patience : float
+        Seconds that a test may take beyond ten times that.
+    compiled : bool
+        Whether the fault is in a source that tests compile.
+    """
 
     def __init__(
-        self, answer: int, order: dict[str, Rank], seconds: dict[str, float], patience: float
+        self,
+        answer: int,
+        order: dict[str, Rank | None],
+        seconds: dict[str, float],
+        patience: float,
+        compiled: bool,
     ) -> None:
         self.answer = answer
         self.order = order
+        self.compiled = compiled
         self.seconds = seconds
         self.patience = patience
 
@@ -115,7 +149,13 @@ class FirstFailure:
         hypothesis.settings.load_profile("faults")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: self.order.get(item.nodeid, FIRST))
+        ranks = {item: self.order.get(item.nodeid, FIRST) for item in items}
+        items[:] = sorted((item for item, rank in ranks.items() if rank is not None), key=ranks.get)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> None:
+        if self.compiled and call.excinfo is not None and call.excinfo.errisinstance(SyntaxError):
+            self.end(UNCOMPILED)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
@@ -205,12 +245,26 @@ class Judge:
         ran = self.ran.values() if name is None else [self.ran[name]]
         return {one for ones in ran for one in ones if Path(one[0]).parts[0] == package and one[1][0] != "<"}
 
-    def selection(self, file: str, function: str) -> tuple[list[str], dict[str, Rank]]:
+    def launching(self, source: str) -> tuple[list[str], dict[str, Rank | None]]:
+        """The test files that run a source of CUDA C++ as it is, or a header with any, and their tests.
+
+        Tests that change the source themselves may find no fault for another reason: that they cannot.
+        """
+        order: dict[str, Rank | None] = {}
+        for nodeid, seconds in self.recorder.seconds.items():
+            launches = self.recorder.launches[nodeid]
+            runs = any(source.endswith(("cuh", name)) for name, _ in launches)
+            order[nodeid] = (False, False, seconds) if runs and all(sound for _, sound in launches) else None
+        return sorted({_file(nodeid) for nodeid, rank in order.items() if rank is not None}), order
+
+    def selection(self, file: str, function: str) -> tuple[list[str], dict[str, Rank | None]]:
         """The test files that can notice a fault, and the order of their tests.
 
         A file whose tests never run the package here works on its source, or starts programs of its folder
         that do. Every file is chosen where the fault is in what runs as a module is imported.
         """
+        if not file.endswith(".py"):
+            return self.launching(Path(file).name)
         relevant = self.relevant(file, function)
         package = Path(file).parts[0]
         dependents = self.imports.dependents(_module(Path(file)))
@@ -224,7 +278,7 @@ class Judge:
         if not any(self.ran[name] & relevant for name in chosen):
             chosen = self.files
         stem = f"test_{Path(file).stem}."
-        order = {
+        order: dict[str, Rank | None] = {
             nodeid: (
                 not self.ran[nodeid] & relevant,
                 stem not in _file(nodeid),
@@ -244,16 +298,20 @@ class Judge:
     def judge(self, file: str, function: str, only: list[str] | None) -> dict[str, Any]:
         """Who notices the fault that lies in a file now: a test, a "crash", a "hang", or `PASSED`.
 
-        The answer is empty where the tests could not be run at all, whatever the fault. `only` names the
-        test files that are to judge, if not all of them are.
+        It is `UNCOMPILED` where nobody could. The answer is empty where the tests could not be run at all,
+        whatever the fault. `only` names the test files that are to judge, if not all of them are.
         """
         started = time.perf_counter()
         files, order = self.selection(file, function)
+        if not files:
+            return {"by": "", "seconds": 0.0}
         files = [name for name in files if only is None or name in only]
         if not files:
             return {"by": PASSED, "seconds": 0.0}
         reading, writing = os.pipe()
-        plugin = FirstFailure(writing, order, self.recorder.seconds, self.patience)
+        plugin = FirstFailure(
+            writing, order, self.recorder.seconds, self.patience, compiled=not file.endswith(".py")
+        )
         child = os.fork()
         if child == 0:
             self._in_child(_module(Path(file)), files, plugin)
