@@ -53,7 +53,9 @@ struct Copy {
 };
 enum Waits { FOR_NOTHING, FOR_BLOCK, FOR_WARP, DONE };
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    bool begun;
+    jmp_buf place;  // where it goes on
     Waits waits;
     std::string meets;  // which of the operations of a warp
     unsigned a[4], b[2];
@@ -64,13 +66,21 @@ struct Thread {
 };
 static std::vector<Thread> threads;
 static std::vector<char> stacks;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static int current;
 constexpr size_t STACK = 64 * 1024;
 
+// Jumps rather than swapcontext, which asks the kernel for the signal mask each time.
 static void wait(Waits what) {
     threads[current].waits = what;
-    swapcontext(&threads[current].context, &scheduler);
+    if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
+}
+static void go_on() {
+    Thread &own = threads[current];
+    if (_setjmp(scheduler)) return;
+    if (own.begun) _longjmp(own.place, 1);
+    own.begun = true;
+    setcontext(&own.context);
 }
 static inline void __syncthreads() { wait(FOR_BLOCK); }
 
@@ -220,6 +230,7 @@ static void run_block(int count, bool reverse) {
         threads[i].context.uc_stack.ss_sp = &stacks[i * STACK];
         threads[i].context.uc_stack.ss_size = STACK;
         threads[i].context.uc_link = nullptr;
+        threads[i].begun = false;
         threads[i].waits = FOR_NOTHING;
         threads[i].groups.assign(1, {});
         makecontext(&threads[i].context, enter, 0);
@@ -233,7 +244,7 @@ static void run_block(int count, bool reverse) {
                 for (int i = 0; i < 32; i++) {
                     current = first + (reverse ? 31 - i : i);
                     threadIdx = {unsigned(current), 0};
-                    if (threads[current].waits == FOR_NOTHING) swapcontext(&scheduler, &threads[current].context);
+                    if (threads[current].waits == FOR_NOTHING) go_on();
                 }
             while (meet(first));
         }
