@@ -114,6 +114,7 @@ def block_variance(W: Array, block_size: int) -> float:
     W = checks.matrix(W, "W")
     total = xp.zeros(())
     for first in range(0, W.shape[1], block_size):
-        block = W[:, first : first + block_size]
-        total += block.var(axis=1, dtype=np.float64).mean() * block.shape[1]
+        # Not `var(dtype=...)`, for which CuPy takes the mean in the type of W.
+        block = W[:, first : first + block_size].astype(np.float64)
+        total += block.var(axis=1).mean() * block.shape[1]
     return float(total) / W.shape[1]

@@ -31,6 +31,7 @@ for meeting in (
     lambda: a[np.array([1])],
     lambda: xp.stack([np.ones(2)]),
     lambda: a.__setitem__(0, np.ones(3)),
+    lambda: xp.ones(3, np.float32).var(dtype=np.float64),
 ):
     try:
         meeting()
