@@ -8,9 +8,11 @@ own simulator, and never by itself: without it and without a device, importing t
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -46,10 +48,12 @@ def describe() -> str:
     try:
         import cupy
         import numba.cuda  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise DeviceError(
             f"{error.name} is not installed: pip install 'pt2-llm[cuda13]' (or cuda12)"
         ) from None
+    except ImportError as error:  # of a library that is missing, or of a version that does not fit
+        raise DeviceError(f"CuPy or Numba cannot be imported: {error}") from None
     try:
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -75,9 +79,22 @@ def identity() -> dict[str, str]:
     }
 
 
+def toolkit(search_path: str) -> str | None:
+    """Folder of the CUDA toolkit whose nvcc is on a search path, if it has the compiler of Numba."""
+    nvcc = shutil.which("nvcc", path=search_path)
+    folder = Path(nvcc).resolve().parents[1] if nvcc else None
+    return str(folder) if folder and (folder / "nvvm").is_dir() else None
+
+
 def _array_module() -> ModuleType:
     if STANDIN:
         return np
+    # CuPy finds a toolkit by its nvcc. Numba looks for NVVM in NVIDIA's wheels, which need not be there,
+    # and where these variables say, which is asked once in a process.
+    if not (os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME")):
+        found = toolkit(os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin")))
+        if found:
+            os.environ["CUDA_HOME"] = found
     describe()
     import cupy
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import gpu
+from gpu import device
 from gpu.device import STANDIN, DeviceError, is_factor, stream, xp
 
 standin = pytest.mark.skipif(not STANDIN, reason="of the stand-in")
@@ -66,3 +67,32 @@ def test_a_factor_is_told_by_its_shape_and_not_by_its_size(exponent):
             wrong = L.copy()
             wrong[row] *= np.sqrt(1 + error)
             assert not is_factor(gpu.to_device(wrong), diagonal)
+
+
+def test_the_toolkit_of_a_compiler_is_found_if_numba_can_use_it(tmp_path):
+    program = tmp_path / "cuda-13.0" / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    (tmp_path / "cuda").symlink_to(tmp_path / "cuda-13.0")
+    search_path = f"{tmp_path}:{tmp_path / 'cuda' / 'bin'}"
+    assert device.toolkit(search_path) is None
+    (tmp_path / "cuda-13.0" / "nvvm").mkdir()
+    assert device.toolkit(search_path) == str(tmp_path / "cuda-13.0")
+    assert device.toolkit(str(tmp_path)) is None
+
+
+@standin
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import no_such_module", "no_such_module is not installed: pip install"),
+        ("raise ImportError('libcublas.so.13 is missing')", "cannot be imported: libcublas.so.13 is missing"),
+    ],
+)
+def test_what_keeps_the_device_from_being_used_is_said(line, message, monkeypatch, tmp_path):
+    (tmp_path / "cupy.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(device, "STANDIN", False)
+    with pytest.raises(DeviceError, match=message):
+        device.describe()
