@@ -127,8 +127,10 @@ def test_the_tokenizer_comes_back(pre: str, run_main: Run, tmp_path: Path) -> No
         gguf.TokenType.CONTROL,
         gguf.TokenType.UNUSED,
     ]
+    # From the file itself: some versions of transformers replace the ids by their defaults.
+    ids = [fields[f"tokenizer.ggml.{role}_token_id"].contents() for role in ("bos", "eos", "padding")]
+    assert ids == [1, 2, 0]
     back = read_tokenizer(file)
-    assert (back.bos_token_id, back.eos_token_id, back.pad_token_id) == (1, 2, 0)
     assert back.chat_template == tokenizer.chat_template
     # transformers does not know this one by its name and leaves digits together.
     text = TEXT.replace("1984", "").replace("3.14", "") if pre == "smollm" else TEXT
