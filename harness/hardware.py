@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -15,18 +16,29 @@ from harness.plan import duration
 
 RECORD = "golden/gpu-verified.json"
 FULL_SIZE = "tests/gpu/test_full_size.py"
+COMPILATION = "tests/gpu/test_compilation.py"
+
+# Most of the first run of the tests is CuPy and Numba compiling kernels on the host, each on one core.
+WORKERS = 8
 
 # What each part shows, and what it runs.
 PARTS = {
     "tests": (
-        "every test of the GPU backend but those of full size",
-        f"python -m pytest tests/gpu --ignore {FULL_SIZE}",
+        "every test of the GPU backend but those of full size and those that need no device",
+        f"python -m pytest tests/gpu --ignore {FULL_SIZE} --ignore {COMPILATION}",
     ),
     "golden": (
         "the golden cases, for the record",
         f"python -m harness.verify --backend gpu --record {RECORD}",
     ),
-    "full-size": ("matrices of real models' sizes against the reference", f"python -m pytest {FULL_SIZE}"),
+    "full-size": (
+        "matrices of a 7B model's sizes against the reference",
+        f"python -m pytest {FULL_SIZE}::test_output_error_is_that_of_the_reference",
+    ),
+    "largest": (
+        "a matrix of 8192 x 28672, and its first blocks against the reference",
+        f"python -m pytest {FULL_SIZE} -klargest",
+    ),
     "model": (
         "every matrix of a real model against the reference, for the record",
         f"python -m harness.verify --backend gpu --model --record {RECORD}",
@@ -43,7 +55,11 @@ PARTS = {
     ),
     "generation": (
         "tokens a second of ternary models against dense ones",
-        "python -m harness.benchmark generate benchmarks/generate.json --shape llama-7b llama-65b",
+        "python -m harness.benchmark generate benchmarks/generate.json --shape llama-7b",
+    ),
+    "generation-65b": (
+        "the same for a quarter of a 65B model, as not all of its dense weights fit on one device",
+        "python -m harness.benchmark generate benchmarks/generate-65b.json --shape llama-65b --layers 20",
     ),
     "sanitizer": (
         "the packed kernels under compute-sanitizer, if that is installed",
@@ -77,7 +93,15 @@ def main() -> int:
     if unknown:
         parser.error(f"no part {unknown[0]!r}; known are {', '.join(PARTS)}")
     require_device()
-    return run_parts({part: PARTS[part][1].split() for part in parts})
+    return run_parts({part: command_of(part) for part in parts})
+
+
+def command_of(part: str) -> list[str]:
+    """The words of a part's command; tests run side by side if pytest-xdist is installed."""
+    words = PARTS[part][1].split()
+    if part == "tests" and importlib.util.find_spec("xdist") is not None:
+        words += ["--numprocesses", str(WORKERS)]
+    return words
 
 
 def require_device() -> None:
@@ -104,7 +128,7 @@ def run_parts(commands: dict[str, list[str]]) -> int:
         outcome = "passed" if code == 0 else f"FAILED with exit code {code}"
         outcomes.append((part, code, f"{outcome} in {duration(time.perf_counter() - begin)}"))
     for part, _, outcome in outcomes:
-        print(f"{part:10} {outcome}")
+        print(f"{part:14} {outcome}")
     return EXIT_MISS if any(code for _, code, _ in outcomes) else 0
 
 

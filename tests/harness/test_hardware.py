@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +43,8 @@ def test_every_part_is_a_command_that_exists(part: str, monkeypatch: pytest.Monk
     command = hardware.PARTS[part][1].split()
     program, *arguments = command[command.index("-m") + 1 :]
     if program == "pytest":
-        assert all(Path(argument).exists() for argument in arguments if not argument.startswith("-"))
+        files = [argument.partition("::")[0] for argument in arguments if not argument.startswith("-")]
+        assert all(Path(file).exists() for file in files)
     elif program == "harness.benchmark":
         assert getattr(benchmark.parser().parse_args(arguments), "backend", "gpu") == "gpu"
     else:
@@ -48,3 +53,26 @@ def test_every_part_is_a_command_that_exists(part: str, monkeypatch: pytest.Monk
         with pytest.raises(ZeroDivisionError):
             verify.main(arguments)
         assert seen == [("gpu", None)]
+
+
+def test_every_test_of_full_size_is_in_one_part() -> None:
+    collected = {
+        part: subprocess.run(
+            [sys.executable, *hardware.PARTS[part][1].split()[1:], "--collect-only", "-q"],
+            env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for part in ("full-size", "largest")
+    }
+    tests = [[line for line in lines if "::" in line] for lines in collected.values()]
+    names = {line.partition("::")[2].partition("[")[0] for line in tests[0] + tests[1]}
+    assert not set(tests[0]) & set(tests[1])
+    assert names == set(re.findall(r"^def (test_\w+)", Path(hardware.FULL_SIZE).read_text(), re.M))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tests_run_side_by_side_where_they_can(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert ("--numprocesses" in hardware.command_of("tests")) == installed
+    assert "--numprocesses" not in hardware.command_of("largest")
