@@ -23,6 +23,9 @@ os.environ.setdefault("NUMBA_CUDA_ARRAY_INTERFACE_SYNC", "0")
 # Small matrices make small grids, and a warning at every launch.
 os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 
+# numba-cuda names this before it compiles anything, and NumPy 2.5 has it no more (numba-cuda issue 907).
+vars(np).setdefault("row_stack", np.vstack)
+
 STANDIN = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 Array = Any

@@ -4,10 +4,14 @@ A program of its own, since the process that runs it must not be in Numba's simu
 functions keep what they were compiled for.
 """
 
+# ruff: noqa: E402
 import os
 import sys
 from types import SimpleNamespace
 
+import numpy as np
+
+vars(np).pop("row_stack", None)  # as in NumPy 2.5
 os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # arrays of NumPy, as there is no device to import CuPy for
 import gpu.device  # noqa: F401
 
