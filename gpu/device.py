@@ -85,7 +85,7 @@ def identity() -> dict[str, str]:
 def toolkit(search_path: str) -> str | None:
     """Folder of the CUDA toolkit whose nvcc is on a search path, if it has the compiler of Numba."""
     nvcc = shutil.which("nvcc", path=search_path)
-    folder = Path(nvcc).resolve().parents[1] if nvcc else None
+    folder = Path(nvcc).resolve().parent.parent if nvcc else None
     return str(folder) if folder and (folder / "nvvm").is_dir() else None
 
 
