@@ -17,9 +17,6 @@ from reference.types import CodedGrid
 # Everything that may be stored of one matrix.
 PACKED = ("trits", "scale", "shift", "permutation", "row_factor", "scale_factor", "shift_factor")
 
-# Of the five trits in a byte.
-PLACES = [1, 3, 9, 27, 81]
-
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -227,16 +224,16 @@ def permutation_dtype(columns: int) -> np.dtype[Any]:
 
 def unpack_base3(packed: torch.Tensor, count: int) -> torch.Tensor:
     """Trits of bytes that are known to be sound, (..., ceil(count / 5)) uint8 to (..., count) int8."""
-    places = torch.tensor(PLACES, dtype=torch.uint8, device=packed.device)
-    digits = (packed[..., None] // places % 3).flatten(-2)
+    # No tensor of constants: a CUDA graph takes none from the host.
+    digits = torch.stack([packed // 3**i % 3 for i in range(5)], -1).flatten(-2)
     return digits[..., :count].to(torch.int8) - 1
 
 
 def pack_base3(trits: torch.Tensor) -> torch.Tensor:
     """Bytes of trits that are known to be sound, the inverse of `unpack_base3`."""
-    filled = nn.functional.pad(trits + 1, (0, -trits.shape[-1] % 5), value=1)
-    places = torch.tensor(PLACES, dtype=torch.uint8, device=trits.device)
-    return (filled.unflatten(-1, (-1, 5)).to(torch.uint8) * places).sum(-1, dtype=torch.uint8)
+    filled = nn.functional.pad(trits + 1, (0, -trits.shape[-1] % 5), value=1).to(torch.uint8)
+    digits = filled.unflatten(-1, (-1, 5)).unbind(-1)
+    return torch.stack([digit * 3**i for i, digit in enumerate(digits)]).sum(0, dtype=torch.uint8)
 
 
 def require_base3(packed: torch.Tensor, count: int) -> None:

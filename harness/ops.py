@@ -97,7 +97,7 @@ def multiply_by_kernels(
             None if row_factors is None else to_device(row_factors).view("float16"),
             None if block_factors is None else _numbers(to_device(block_factors)),
         )
-        bits = to_device(_bits(x.contiguous()))
+        bits = to_device(_bits(x.detach().contiguous()))  # DLPack takes nothing that has a gradient
         if x.shape[0] < UNPACKED_TOKENS or not matmul.is_fast(bits, layout):
             matmul.multiply(bits, layout, to_device(_bits(y)))
             return y

@@ -168,16 +168,16 @@ __device__ inline void reverse(const unsigned *x, unsigned *y) {
     __syncthreads();
     y[threadIdx.x] = staged[63 - threadIdx.x];
 }
-#define DECODE(NAME, SIZE) __global__ void NAME(const unsigned *x, unsigned *y) { reverse(x, y); }
-DECODE(reverse64, 64)
+#define DECODE(NAME) __global__ void NAME(const unsigned *x, unsigned *y) { reverse(x, y); }
 """
 LAUNCHER = """\
 from pathlib import Path
 
 
-def source(name):
+def source(name, kernels):
     files = ("instructions.cuh", "ternary.cuh", name)
-    return "".join(f'#line 1 "{file}"\\n{Path(__file__).with_name(file).read_text()}' for file in files)
+    text = "".join(f'#line 1 "{file}"\\n{Path(__file__).with_name(file).read_text()}' for file in files)
+    return text + "".join(f"DECODE({kernel})\\n" for kernel in kernels)
 """
 KERNEL_TESTS = """\
 import numpy as np

@@ -20,7 +20,7 @@ COMPILER = shutil.which("g++")
 
 @cache
 def _compiled(folder, name, kernel, edit):
-    """The function `emulate` of a kernel, alone, as a device compiles it; SyntaxError if it does not compile."""
+    """The function `emulate` of a kernel, compiled alone as for a device; SyntaxError if that fails."""
     text = tensor_cores.source(name, [kernel])
     if edit is not None:
         text = text.replace(*edit)

@@ -91,7 +91,7 @@ def test_plain_torch_walks_the_layout_of_the_kernels(backend, device, dtype, blo
     host = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
     plain = ternary_linear(x.cpu(), *host)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    y = ops.multiply_by_kernels(x, *arguments, stream=stream)
+    y = ops.multiply_by_kernels(x.requires_grad_(), *arguments, stream=stream)
     assert y.dtype == plain.dtype
     assert off(y.cpu(), plain) <= TOLERANCE[dtype]
 
@@ -193,14 +193,15 @@ def test_a_cuda_graph_replays_the_product(backend, device):
     if device.type != "cuda":
         pytest.skip("the host has no graphs")
     layer = layer_of(256, 512, 128, device)
-    use_kernels([layer], backend)
-    for tokens in (1, 20, ops.UNPACKED_TOKENS):
+    packed = copy.deepcopy(layer)
+    use_kernels([packed], backend)
+    for used, tokens in ((packed, 1), (packed, 20), (packed, ops.UNPACKED_TOKENS), (layer, 1)):
         x = torch.randn(tokens, 512, device=device, dtype=torch.float16)
-        layer(x)
+        used(x)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = layer(x)
+            y = used(x)
         other = torch.randn_like(x)
         x.copy_(other)
         graph.replay()
-        torch.testing.assert_close(y, layer(other), rtol=0, atol=0)
+        torch.testing.assert_close(y, used(other), rtol=0, atol=0)

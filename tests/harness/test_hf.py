@@ -18,7 +18,7 @@ from harness import checkpoint, perplexity
 from harness.cli import UserError
 from harness.compute import Compute
 from harness.layers import locate_layers
-from harness.linear import TernaryLinear, require_base3, unpack_base3
+from harness.linear import TernaryLinear, pack_base3, require_base3, unpack_base3
 from reference import packing
 from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 from tests.harness import tiny
@@ -172,10 +172,11 @@ def test_from_pretrained_refuses_a_checkpoint_that_lacks_a_tensor(damaged: Path,
 
 
 @pytest.mark.parametrize("columns", [1, 4, 5, 6, 23])
-def test_trits_are_unpacked_and_checked_as_in_the_reference(columns: int) -> None:
+def test_trits_are_packed_unpacked_and_checked_as_in_the_reference(columns: int) -> None:
     trits = np.random.default_rng(columns).integers(-1, 2, size=(7, columns)).astype(np.int8)
     packed = torch.from_numpy(packing.pack_base3(trits))
     np.testing.assert_array_equal(unpack_base3(packed, columns).numpy(), trits)
+    assert torch.equal(pack_base3(torch.from_numpy(trits)), packed)
     require_base3(packed, columns)
     for byte in range(256):
         changed = packed.clone()
