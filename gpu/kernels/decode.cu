@@ -158,7 +158,7 @@ __device__ inline void decode(const unsigned short *x, const float *span_sums, c
 }
 
 #define DECODE(NAME, T, G, TILES, GATHER)                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                      \
         NAME(const unsigned short *x, const float *span_sums, const unsigned *permutation, const uint4 *words,    \
              const G::Pair *grid, const unsigned *block_factors, const unsigned short *row_factors,               \
              unsigned short *y, int tokens, int m, int pairs_shift, int phase, int end0, int end1, int end2) {    \

@@ -32,10 +32,10 @@ __device__ inline void unpack(const uint4 *words, const typename G::Pair *grid, 
         unsigned short values[3];
 #pragma unroll
         for (int r = 0; r < SPANS; r++) {
-            // The pair of a span lies where its block ends.
-            const int last = pairs_shift == 2 ? r : r | 1;
-            const unsigned *factors = block_factors + (part * chunks + chunk << pairs_shift) + pair_of(last, pairs_shift);
-            const Grid grid_here = G::decoded(own.pairs[half][last], factors, row_factor);
+            // The pair of a span is where its block ends.
+            const auto pair = pairs_shift == 2 ? own.pairs[half][r] : own.pairs[half][r | 1];
+            const unsigned *factors = block_factors + (part * chunks + chunk << pairs_shift) + pair_of(r, pairs_shift);
+            const Grid grid_here = G::decoded(pair, factors, row_factor);
 #pragma unroll
             for (int q = 0; q < 3; q++) values[q] = narrow(T{}, grid_here.alpha * (q - 1) + grid_here.mu);
             const unsigned word = r == 0 ? four.x : r == 1 ? four.y : r == 2 ? four.z : four.w;

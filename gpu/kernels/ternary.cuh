@@ -167,7 +167,6 @@ __device__ inline void add_chunk(const Weights<G> (&weights)[ROW_TILES], const u
                                  const float *sums, const unsigned *block_factors, int pairs_shift,
                                  unsigned units_of_two, float (&total)[ROW_TILES][TOKEN_TILES][4]) {
     float matched[ROW_TILES][TOKEN_TILES][4] = {};
-    float everything[TOKEN_TILES][2] = {};
 #pragma unroll
     for (int r = 0; r < SPANS; r++) {
 #pragma unroll
@@ -193,29 +192,33 @@ __device__ inline void add_chunk(const Weights<G> (&weights)[ROW_TILES], const u
                 }
             }
         }
-#pragma unroll
-        for (int tile = 0; tile < TOKEN_TILES; tile++) {
-            const int first = (r * TOKEN_TILES + tile) * TILE + lane_of() % 4 * 2;
-            const float2 two = *reinterpret_cast<const float2 *>(sums + first);
-            everything[tile][0] += two.x, everything[tile][1] += two.y;
-        }
         if (!ends_block(r, pairs_shift)) continue;
+        Grid grids[ROW_TILES][2];
 #pragma unroll
         for (int rows = 0; rows < ROW_TILES; rows++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const Grid grid = G::read(weights[rows].pairs[half][r], block_factors + pair_of(r, pairs_shift));
+            for (int half = 0; half < 2; half++)
+                grids[rows][half] = G::read(weights[rows].pairs[half][r], block_factors + pair_of(r, pairs_shift));
 #pragma unroll
-                for (int tile = 0; tile < TOKEN_TILES; tile++)
-#pragma unroll
-                    for (int d = 0; d < 2; d++) {
-                        float &sum = total[rows][tile][2 * half + d];
-                        sum = fmaf(grid.alpha, matched[rows][tile][2 * half + d], sum);
-                        sum = fmaf(grid.mu, everything[tile][d], sum);
-                        matched[rows][tile][2 * half + d] = 0;
-                    }
+        for (int tile = 0; tile < TOKEN_TILES; tile++) {
+            const auto sum_of = [&](int span) {
+                const int first = (span * TOKEN_TILES + tile) * TILE + lane_of() % 4 * 2;
+                return *reinterpret_cast<const float2 *>(sums + first);
+            };
+            float2 everything = sum_of(r);
+            if (r % 2 == 1 && pairs_shift < 2) {
+                const float2 before = sum_of(r - 1);
+                everything.x += before.x, everything.y += before.y;
             }
 #pragma unroll
-        for (int tile = 0; tile < TOKEN_TILES; tile++) everything[tile][0] = everything[tile][1] = 0;
+            for (int rows = 0; rows < ROW_TILES; rows++)
+#pragma unroll
+                for (int d = 0; d < 4; d++) {
+                    float &sum = total[rows][tile][d];
+                    sum = fmaf(grids[rows][d / 2].alpha, matched[rows][tile][d], sum);
+                    sum = fmaf(grids[rows][d / 2].mu, d % 2 ? everything.y : everything.x, sum);
+                    matched[rows][tile][d] = 0;
+                }
+        }
     }
 }

@@ -225,7 +225,7 @@ def test_every_kernel_was_launched(run, launch, emulators):
     ("tokens", "shared", "right", "wrong"),
     [
         (16, LEAST_SHARED, "(word >> 2 * (i - p))", "(word >> (i - p))"),
-        (16, LEAST_SHARED, "first = (r * TOKEN_TILES", "first = ((r ^ 1) * TOKEN_TILES"),
+        (16, LEAST_SHARED, "first = (span * TOKEN_TILES", "first = ((span ^ 1) * TOKEN_TILES"),
         (16, LEAST_SHARED, "words[part % 2];", "words[part / 2];"),
         (16, LEAST_SHARED, "__syncthreads();  // x has come", "// x has come"),
         (8, MOST_SHARED, "__syncthreads();  // the sums of the tile", "// the sums of the tile"),
