@@ -89,6 +89,11 @@ class TernaryLinear(nn.Module):
             "bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.trits.device if self.packed is None else self.packed.words.device
+
     def stored(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of this layer, by the names in `PACKED`."""
         if self.packed is None:
@@ -107,7 +112,7 @@ class TernaryLinear(nn.Module):
         tensors = self.stored()
         tensors["trits"] = unpack_base3(tensors["trits"], self.in_features)
         if "permutation" not in tensors:
-            tensors["permutation"] = torch.arange(self.in_features, device=tensors["trits"].device)
+            tensors["permutation"] = torch.arange(self.in_features, device=self.device)
         return Matrix(**tensors)
 
     def dequantize(self) -> torch.Tensor:
@@ -185,14 +190,18 @@ def use_kernels(layers: list[TernaryLinear], backend: Backend) -> None:
         return
     layouts = []
     for layer in layers:
-        matrix = layer.matrix()
-        scale, shift = map(backend.to_device, (matrix.scale, matrix.shift))
-        if matrix.row_factor is not None:
-            row = backend.to_device(matrix.row_factor)[:, None]
-            scale = CodedGrid(scale, row, backend.to_device(matrix.scale_factor)[None])
-            shift = CodedGrid(shift, row, backend.to_device(matrix.shift_factor)[None])
-        trits, order = map(backend.to_device, (layer.stored()["trits"], matrix.permutation.long()))
-        layouts.append(backend.function("matmul.lay_out")(trits, scale, shift, order, layer.block_size))
+        stored = {name: backend.to_device(tensor) for name, tensor in layer.stored().items()}
+        scale, shift = stored["scale"], stored["shift"]
+        if "row_factor" in stored:
+            row = stored["row_factor"][:, None]
+            scale = CodedGrid(scale, row, stored["scale_factor"][None])
+            shift = CodedGrid(shift, row, stored["shift_factor"][None])
+        order = stored.get("permutation")
+        if order is None:
+            order = backend.to_device(torch.arange(layer.in_features, device=layer.device))
+        layouts.append(
+            backend.function("matmul.lay_out")(stored["trits"], scale, shift, order, layer.block_size)
+        )
     packed = PackedWeights(backend.function("matmul.join")(layouts))
     for part, layer in enumerate(layers):
         layer.use_kernels(packed, part)
