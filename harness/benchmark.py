@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from harness import checkpoint, plot, report, text
 from harness.backends import load_backend
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
@@ -109,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
         default=[1, 4, 16, 128, 2048],
         metavar="N",
         help="rows of activations",
+    )
+    sub.add_argument(
+        "--dtype", choices=("float16", "bfloat16"), default="bfloat16", help="type of activations"
     )
 
     lengths = Lengths()
@@ -242,7 +247,8 @@ def main() -> int:
     elif arguments.kind == "matmul":
         results = {}
         for shape in arguments.shape:
-            results[shape] = product_speed(shape, default_compute(), arguments.batch)
+            dtype = getattr(torch, arguments.dtype)
+            results[shape] = product_speed(shape, default_compute(), arguments.batch, dtype)
             save(results)
     elif arguments.kind == "generate":
         results = {}

@@ -50,8 +50,13 @@ PARTS = {
     ),
     "products": (
         "packed products against dense ones",
-        "python -m harness.benchmark matmul benchmarks/matmul.json "
+        "python -m harness.benchmark matmul benchmarks/matmul.json --dtype float16 "
         "--shape llama-7b llama-13b llama-30b llama-65b",
+    ),
+    "products-bf16": (
+        "the same in bfloat16",
+        "python -m harness.benchmark matmul benchmarks/matmul-bf16.json --dtype bfloat16 "
+        "--shape llama-7b llama-65b",
     ),
     "generation": (
         "tokens a second of ternary models against dense ones",
@@ -65,7 +70,8 @@ PARTS = {
         "the packed kernels under compute-sanitizer, if that is installed",
         # CuPy and torch ask the runtime what it may refuse to answer, and take no for an answer.
         "compute-sanitizer --report-api-errors no --error-exitcode 1 "
-        "python -m pytest -x tests/gpu/test_matmul.py tests/gpu/test_tensor_cores.py tests/gpu/test_fitting.py",
+        "python -m pytest -x tests/gpu/test_matmul.py tests/gpu/test_tensor_cores.py "
+        "tests/gpu/test_fitting.py",
     ),
     "memory": (
         "the shape of a 65B model in 40 GB of device memory",
@@ -80,7 +86,7 @@ whatever versions are installed there; tox is not needed. What passes is written
 figures go to benchmarks/. A part that fails does not stop the others.
 
 parts:
-""" + "\n".join(f"  {name:10} {what}" for name, (what, _) in PARTS.items())
+""" + "\n".join(f"  {name:14} {what}" for name, (what, _) in PARTS.items())
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from harness.backends import load_backend
 from harness.compute import Compute, share_memory
 from harness.linear import TernaryLinear, use_kernels
 from harness.scale import SHAPES
-from harness.throughput import DTYPE, fill
+from harness.throughput import fill
 
 # Larger than the L2 cache of an H200 twice over, so that weights come from memory at every product.
 ROTATED_BYTES = 128e6
@@ -53,7 +53,7 @@ def matrices_of(shape: str) -> list[Matrices]:
     ]
 
 
-def product_speed(shape: str, compute: Compute, batches: list[int]) -> dict[str, Any]:
+def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch.dtype) -> dict[str, Any]:
     """Every matrix of a layer at every batch: packed, dense, and dequantized at every call.
 
     Matrices that a model multiplies the same input with are also taken together: ``packed`` is then one
@@ -68,6 +68,8 @@ def product_speed(shape: str, compute: Compute, batches: list[int]) -> dict[str,
         Where they run; on a device inside a CUDA graph.
     batches : list of int
         Rows of the activations.
+    dtype : torch.dtype
+        Type of activations and dense weights.
 
     Returns
     -------
@@ -79,11 +81,11 @@ def product_speed(shape: str, compute: Compute, batches: list[int]) -> dict[str,
     bandwidth = _copy_bandwidth(compute)
     rows = []
     for matrices in matrices_of(shape):
-        layers = _rotated(matrices, compute)
+        layers = _rotated(matrices, compute, dtype)
         products = [_ways(group, compute) for group in layers]
         read = sum(_bytes_read(layer) for layer in layers[0])
         for batch in batches:
-            x = torch.randn(batch, matrices.columns, dtype=DTYPE, device=compute.device)
+            x = torch.randn(batch, matrices.columns, dtype=dtype, device=compute.device)
             seconds = {
                 way: _seconds([partial(ways[way], x) for ways in products], compute) for way in products[0]
             }
@@ -102,7 +104,7 @@ def product_speed(shape: str, compute: Compute, batches: list[int]) -> dict[str,
             )
     return {
         "shape": shape,
-        "dtype": str(DTYPE).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "device": compute.describe(),
         "copy_gb_s": round(bandwidth / 1e9, 2),
         "products": rows,
@@ -128,21 +130,22 @@ def gemlite_product(layer: TernaryLinear) -> Callable[[torch.Tensor], torch.Tens
     matrix = layer.matrix()
     alpha, mu = matrix.grid()
     codes = (matrix.trits + 1).to(torch.uint8)
-    maker = helper.A16Wn(device=str(codes.device), dtype=DTYPE)
-    return maker.from_weights(codes, alpha.to(DTYPE), (1 - mu / alpha).to(DTYPE), 2, layer.block_size)
+    maker = helper.A16Wn(device=str(codes.device), dtype=layer.weight_dtype)
+    scales, zeros = (values.to(layer.weight_dtype) for values in (alpha, 1 - mu / alpha))
+    return maker.from_weights(codes, scales, zeros, 2, layer.block_size)
 
 
-def _rotated(matrices: Matrices, compute: Compute) -> list[list[TernaryLinear]]:
+def _rotated(matrices: Matrices, compute: Compute, dtype: torch.dtype) -> list[list[TernaryLinear]]:
     """As many random groups of layers as do not fit in a cache."""
     size = 2.25 / 8 * sum(matrices.rows) * matrices.columns
     count = max(2, int(ROTATED_BYTES / size)) if compute.device.type == "cuda" else 2
-    return [[_random_layer(rows, matrices.columns, compute) for rows in matrices.rows] for _ in range(count)]
 
+    def layer_of(rows: int) -> TernaryLinear:
+        layer = TernaryLinear(matrices.columns, rows, BLOCK_SIZE, "float16", True, False, dtype)
+        fill(layer.to(compute.device))
+        return layer
 
-def _random_layer(rows: int, columns: int, compute: Compute) -> TernaryLinear:
-    layer = TernaryLinear(columns, rows, BLOCK_SIZE, "float16", True, False, DTYPE).to(compute.device)
-    fill(layer)
-    return layer
+    return [[layer_of(rows) for rows in matrices.rows] for _ in range(count)]
 
 
 def _ways(layers: list[TernaryLinear], compute: Compute) -> dict[str, Callable[[torch.Tensor], Any]]:
