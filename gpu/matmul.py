@@ -24,6 +24,7 @@ from gpu.kernels.layout import (
     fill_rows,
     lay_grid,
     lay_words,
+    order_type,
     same_device,
     spread,
 )
@@ -101,7 +102,7 @@ def lay_out(
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     trits = unpack_base3(packed, m)
     n = trits.shape[0]
-    columns = xp.zeros((1, -(-m // CHUNK) * CHUNK), np.uint32)
+    columns = xp.zeros((1, -(-m // CHUNK) * CHUNK), order_type(m))
     columns[0, :m] = order
     grid, row_factors, block_factors = _lay_grid(scale, shift, n, m, block_size)
     return Layout(lay_words(trits), grid, columns, (n,), m, block_size, row_factors, block_factors)

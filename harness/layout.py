@@ -58,7 +58,7 @@ class PackedTensors(NamedTuple):
         Trits.
     grid : (tiles, chunks, 32, pairs) int32 or int16
         alpha and mu: pairs of float16, or of codes.
-    permutation : (parts, 256 chunks) int32
+    permutation : (parts, 256 chunks) int16, or int32 beyond 65536 columns
         Original column of every trit.
     row_factors : (32 tiles,) int16, or None
         Of codes: factors of rows, float16.
@@ -101,7 +101,9 @@ class PackedTensors(NamedTuple):
 
         pairs = self._of_blocks(numbers(self.grid[tiles].transpose(1, 2).flatten(0, 1).flatten(1)))
         scale, shift = (value.contiguous() for value in pairs[:rows].unbind(-1))
-        permutation = self.permutation[index, : self.columns]
+        permutation = self.permutation[index, : self.columns].to(torch.int32)
+        if self.columns <= 2**16:
+            permutation &= 0xFFFF
         if self.row_factors is None or self.block_factors is None:
             return Matrix(trits, scale, shift, permutation)
         row_factor = self.row_factors[in_rows][:rows].view(torch.float16)

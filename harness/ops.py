@@ -90,7 +90,7 @@ def multiply_by_kernels(
         layout = matmul.Layout(
             to_device(words).view("uint32"),
             _numbers(to_device(grid)),
-            to_device(permutation).view("uint32"),
+            to_device(permutation).view(f"uint{8 * permutation.element_size()}"),
             tuple(ends),
             x.shape[1],
             block_size,

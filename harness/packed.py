@@ -10,8 +10,8 @@ from torch import nn
 from harness.layout import PackedTensors
 from harness.ops import ternary_linear
 
-# Integers that hold what a layout consists of; pairs of the last two as one.
-_BITS = {"words": "int32", "permutation": "int32", "row_factors": "int16"}
+# Integers that hold numbers, and pairs of numbers.
+_BITS = {"uint32": "int32", "uint16": "int16", "float16": "int16"}
 _PAIRS = {"float16": "int32", "int8": "int16"}
 
 
@@ -41,9 +41,9 @@ class PackedWeights(nn.Module):
         for name in ("words", "grid", "permutation", "row_factors", "block_factors"):
             array = getattr(layout, name)
             if array is not None:
-                bits = _BITS.get(name) or _PAIRS[array.dtype.name]
-                array = torch.from_dlpack(array.view(bits))
-                array = array if name in _BITS else array.squeeze(-1)
+                paired = name in ("grid", "block_factors")
+                array = torch.from_dlpack(array.view((_PAIRS if paired else _BITS)[array.dtype.name]))
+                array = array.squeeze(-1) if paired else array
             self.register_buffer(name, array, persistent=False)
 
     def tensors(self) -> PackedTensors:

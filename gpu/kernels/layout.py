@@ -41,8 +41,9 @@ class Layout:
     grid : (tiles, chunks, 32, pairs, 2) float16 or int8, or (32 tiles, blocks, 2) float32 or float64
         alpha and mu. Of the first form, for blocks of 64, 128, 256, 512, ... columns, are those that fast
         kernels read: 4, 2, 1, 1, ... pairs for every row and chunk. int8 are codes.
-    permutation : (parts, 256 chunks) uint32
-        Original column of every trit of a part, each once; filled up with 0.
+    permutation : (parts, 256 chunks) uint16, or uint32 beyond 65536 columns
+        Original column of every trit of a part, each once; filled up with 0. Fast kernels read uint16, as
+        every processor reads all of it.
     ends : tuple of int
         Rows of y up to which every part reaches; the last is n.
     columns : int
@@ -80,7 +81,7 @@ class Layout:
         # Aligned to 128 bits, which is what kernels load at a time.
         device_array("words", self.words, ("uint32",), 4, 16)
         checks.same_shape("words", self.words, (tiles, chunks, TILE_ROWS, WORDS))
-        device_array("permutation", self.permutation, ("uint32",), 2, 16)
+        device_array("permutation", self.permutation, (order_type(self.columns).name,), 2, 16)
         checks.same_shape("permutation", self.permutation, (len(self.ends), chunks * CHUNK))
         kinds = ("float16", "int8") if self.tiled else ("float32", "float64")
         device_array("grid", self.grid, kinds, 5 if self.tiled else 3, 16)
@@ -144,6 +145,11 @@ class Layout:
         grid = grid.reshape(tiles * TILE_ROWS, chunks * pairs, 2)
         blocks = -(-self.columns // self.block_size)
         return xp.ascontiguousarray(grid[:, :: max(1, self.block_size // CHUNK)][:, :blocks])
+
+
+def order_type(columns: int) -> np.dtype[Any]:
+    """What holds the indices of columns."""
+    return np.dtype(np.uint16 if columns <= 2**16 else np.uint32)
 
 
 def pairs_of(block_size: int) -> int:

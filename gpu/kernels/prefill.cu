@@ -6,7 +6,7 @@
 constexpr int ARRANGE_THREADS = 256;
 
 template <class T>
-__device__ inline void arrange(const unsigned short *x, const unsigned *permutation, uint4 *arranged,
+__device__ inline void arrange(const unsigned short *x, const unsigned short *permutation, uint4 *arranged,
                                float *span_sums, int m, int parts) {
     extern __shared__ uint4 shared[];
     unsigned short *row = reinterpret_cast<unsigned short *>(shared);
@@ -18,7 +18,7 @@ __device__ inline void arrange(const unsigned short *x, const unsigned *permutat
         // Whole warps go around together, as span_sum needs all lanes.
         for (int word = threadIdx.x; word - lane_of() < words; word += ARRANGE_THREADS) {
             uint4 pairs[2];
-            const unsigned *columns = permutation + part * words * WORD;
+            const unsigned short *columns = permutation + part * words * WORD;
             const float sum = span_sum(word < words ? gather_word<T>(row, columns, m, word, pairs) : 0.0f);
             if (word >= words) continue;
             const size_t place = (part * tokens + token) * words + word;
@@ -101,8 +101,8 @@ __device__ inline void prefill(const uint4 *arranged, const float *span_sums, co
 
 #define ARRANGE(NAME, T)                                                                                          \
     extern "C" __global__ void __launch_bounds__(ARRANGE_THREADS)                                                 \
-        NAME(const unsigned short *x, const unsigned *permutation, uint4 *arranged, float *span_sums, int m,      \
-             int parts) {                                                                                         \
+        NAME(const unsigned short *x, const unsigned short *permutation, uint4 *arranged, float *span_sums,       \
+             int m, int parts) {                                                                                  \
         arrange<T>(x, permutation, arranged, span_sums, m, parts);                                                \
     }
 #define PREFILL(NAME, T, G)                                                                                       \

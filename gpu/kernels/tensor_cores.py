@@ -88,7 +88,8 @@ def source(name: str, wanted: Sequence[str]) -> str:
 
 def takes(layout: Layout, device: Limits) -> bool:
     """Whether these kernels can multiply with such a matrix on such a device."""
-    return layout.tiled and device.capability >= CAPABILITY and 2 * layout.columns <= device.shared
+    fits = 2 * layout.columns <= device.shared and layout.permutation.dtype == np.uint16
+    return layout.tiled and device.capability >= CAPABILITY and fits
 
 
 @cache

@@ -103,14 +103,16 @@ struct Int8Grid {
 // Columns 16 word ... 16 word + 15 of a row of x in the order of trits: as pairs (i, i + 8), in which
 // `trits` gives them, and 0 beyond m. Returns their sum. `permutation` is filled up to a whole chunk.
 template <class T>
-__device__ inline float gather_word(const unsigned short *row, const unsigned *permutation, int m, int word,
-                                    uint4 (&pairs)[2]) {
+__device__ inline float gather_word(const unsigned short *row, const unsigned short *permutation, int m,
+                                    int word, uint4 (&pairs)[2]) {
     unsigned columns[WORD], values[WORD];
     const int first = word * WORD;
 #pragma unroll
-    for (int i = 0; i < WORD; i += 4) {
-        const uint4 four = *reinterpret_cast<const uint4 *>(permutation + first + i);
-        columns[i] = four.x, columns[i + 1] = four.y, columns[i + 2] = four.z, columns[i + 3] = four.w;
+    for (int i = 0; i < WORD; i += 8) {
+        const uint4 eight = *reinterpret_cast<const uint4 *>(permutation + first + i);
+        const unsigned two[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int k = 0; k < 4; k++) columns[i + 2 * k] = two[k] & 0xffff, columns[i + 2 * k + 1] = two[k] >> 16;
     }
     float sum = 0;
 #pragma unroll

@@ -7,6 +7,7 @@ functions keep what they were compiled for.
 # ruff: noqa: E402
 import os
 import sys
+from itertools import product as all_of
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,15 +72,15 @@ def signatures():
             similarity.add_products_kernel,
             types.void(array(dtype, 2), row_sums, sums),
         )
-        for grid in (types.float32, types.float64):
+        for grid, order in all_of((types.float32, types.float64), (types.uint16, types.uint32)):
             yield (
-                f"product.multiply {dtype} {grid}",
+                f"product.multiply {dtype} {grid} {order}",
                 product.multiply_kernel,
                 types.void(
                     array(dtype, 2),
                     array(types.uint32, 4),
                     array(grid, 3),
-                    array(types.uint32, 1),
+                    array(order, 1),
                     types.int64,
                     array(types.float64, 2),
                 ),

@@ -143,6 +143,17 @@ def test_codes_and_joined_matrices(block_size, dtype):
     np.testing.assert_array_equal(gpu.to_host(two.words), gpu.to_host(layout.words))
 
 
+def test_more_columns_than_two_bytes_can_name():
+    columns = 2**16 + 300
+    case = random_case(2, columns, 1024)
+    layout = lay_out(case)
+    assert layout.permutation.dtype == np.uint32
+    x = case.activations(2, np.float32)
+    assert_close(case, x, gpu.to_host(matmul.multiply(gpu.to_device(x), layout)))
+    whole = lay_out(random_case(2, 2**16, 1024))
+    np.testing.assert_array_equal(gpu.to_host(whole.permutation)[0], random_case(2, 2**16, 1024).permutation)
+
+
 def test_matrices_that_do_not_fit_together_are_refused():
     layouts = [lay_out(random_case(3, 70, 64)) for _ in range(4)]
     for others in (
@@ -228,7 +239,7 @@ def test_activations_that_do_not_fit_are_refused(x, error, message):
         ({"grid": lambda a: xp.zeros((31, 2, 2))}, ValueError, "grid has shape"),
         ({"grid": lambda a: a.grid.astype(np.int8)}, ValueError, "row_factors are needed"),
         ({"row_factors": lambda a: xp.zeros(32, np.float16)}, ValueError, "row_factors are not for a grid"),
-        ({"permutation": lambda a: a.permutation.astype(np.int64)}, TypeError, "permutation must be uint32"),
+        ({"permutation": lambda a: a.permutation.astype(np.int64)}, TypeError, "permutation must be uint16"),
         ({"permutation": lambda a: a.permutation[:, :200].copy()}, ValueError, "permutation has shape"),
         ({"permutation": lambda a: list(a.permutation)}, TypeError, "permutation must be an array"),
         ({"block_size": lambda a: 0}, ValueError, "block_size must be at least 1"),
