@@ -66,8 +66,8 @@ class PackedTensors(NamedTuple):
         Of codes: factors of blocks, pairs of float16.
     ends : list of int
         Rows at which every part ends.
-    columns, block_size : int
-        m, and columns in a block.
+    block_size, columns : int
+        Columns in a block, and m.
     """
 
     words: torch.Tensor
@@ -76,8 +76,8 @@ class PackedTensors(NamedTuple):
     row_factors: torch.Tensor | None
     block_factors: torch.Tensor | None
     ends: list[int]
-    columns: int
     block_size: int
+    columns: int
 
     def part(self, index: int) -> Matrix:
         """One of the matrices, read back bit for bit."""

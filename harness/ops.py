@@ -43,57 +43,40 @@ def ternary_linear(
     -------
     (tokens, n) tensor of the type of x
     """
-    packed = PackedTensors(words, grid, permutation, row_factors, block_factors, ends, x.shape[1], block_size)
+    packed = PackedTensors(words, grid, permutation, row_factors, block_factors, ends, block_size, x.shape[1])
     weights = [packed.part(index).dequantize(block_size) for index in range(len(ends))]
     return (x.float() @ torch.cat(weights).T).to(x.dtype)
 
 
 @ternary_linear.register_fake
-def _(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    grid: torch.Tensor,
-    permutation: torch.Tensor,
-    row_factors: torch.Tensor | None,
-    block_factors: torch.Tensor | None,
-    ends: list[int],
-    block_size: int,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], ends[-1])
+def _(x: torch.Tensor, *weights: Any) -> torch.Tensor:
+    packed = PackedTensors._make((*weights, x.shape[1]))
+    return x.new_empty(x.shape[0], packed.ends[-1])
 
 
 @ternary_linear.register_kernel("cuda")
 def _(x: torch.Tensor, *weights: Any) -> torch.Tensor:
-    return multiply_by_kernels(x, *weights, stream=torch.cuda.current_stream(x.device).cuda_stream)
+    packed = PackedTensors._make((*weights, x.shape[1]))
+    return multiply_by_kernels(x, packed, torch.cuda.current_stream(x.device).cuda_stream)
 
 
-def multiply_by_kernels(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    grid: torch.Tensor,
-    permutation: torch.Tensor,
-    row_factors: torch.Tensor | None,
-    block_factors: torch.Tensor | None,
-    ends: list[int],
-    block_size: int,
-    *,
-    stream: int,
-) -> torch.Tensor:
+def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> torch.Tensor:
     """`ternary_linear` by the GPU backend, on a CUDA stream.
 
     The result is torch's memory, as a CUDA graph of torch must know what lives on after it.
     """
     from gpu import matmul, on_stream, to_device  # needs CuPy and a device
 
-    y = x.new_empty(x.shape[0], ends[-1])
+    order, row_factors, block_factors = packed.permutation, packed.row_factors, packed.block_factors
+    y = x.new_empty(x.shape[0], packed.ends[-1])
     with on_stream(stream):
         layout = matmul.Layout(
-            to_device(words).view("uint32"),
-            _numbers(to_device(grid)),
-            to_device(permutation).view(f"uint{8 * permutation.element_size()}"),
-            tuple(ends),
-            x.shape[1],
-            block_size,
+            to_device(packed.words).view("uint32"),
+            _numbers(to_device(packed.grid)),
+            to_device(order).view(f"uint{8 * order.element_size()}"),
+            tuple(packed.ends),
+            packed.columns,
+            packed.block_size,
             None if row_factors is None else to_device(row_factors).view("float16"),
             None if block_factors is None else _numbers(to_device(block_factors)),
         )
@@ -102,8 +85,8 @@ def multiply_by_kernels(
             matmul.multiply(bits, layout, to_device(_bits(y)))
             return y
         begin = 0
-        for end, (arranged, unpacked) in zip(ends, matmul.unpacked(bits, layout), strict=True):
-            left, right = (torch.from_dlpack(array).view(x.dtype) for array in (arranged, unpacked))
+        for end, factors in zip(packed.ends, matmul.unpacked(bits, layout), strict=True):
+            left, right = (torch.from_dlpack(array).view(x.dtype) for array in factors)
             torch.mm(left, right.T, out=y[:, begin:end])
             begin = end
     return y

@@ -55,16 +55,14 @@ class PackedWeights(nn.Module):
             self.row_factors,
             self.block_factors,
             self.ends,
-            self.columns,
             self.block_size,
+            self.columns,
         )
 
     def forward(self, x: torch.Tensor, part: int) -> torch.Tensor:
         """(..., m) to the (..., n) outputs of one of the layers, in the dtype of x."""
         if self._input is not x or part not in self._outputs:
-            packed = self.tensors()
-            rows = x.reshape(-1, self.columns)
-            y = ternary_linear(rows, *packed[:5], packed.ends, packed.block_size)
+            y = ternary_linear(x.reshape(-1, self.columns), *self.tensors()[:-1])
             widths = [end - begin for begin, end in zip([0, *self.ends], self.ends, strict=False)]
             outputs = y.view(*x.shape[:-1], -1).split(widths, dim=-1)
             self._input, self._outputs = x, dict(enumerate(outputs))

@@ -87,11 +87,10 @@ def test_plain_torch_walks_the_layout_of_the_kernels(backend, device, dtype, blo
     use_kernels(layers, backend)
     x = torch.randn(4, 577, dtype=dtype, device=device)
     packed = layers[0].packed.tensors()
-    arguments = (*packed[:5], packed.ends, packed.block_size)
-    host = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+    host = [tensor.cpu() if isinstance(tensor, torch.Tensor) else tensor for tensor in packed[:-1]]
     plain = ternary_linear(x.cpu(), *host)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    y = ops.multiply_by_kernels(x.requires_grad_(), *arguments, stream=stream)
+    y = ops.multiply_by_kernels(x.requires_grad_(), packed, stream)
     assert y.dtype == plain.dtype
     assert off(y.cpu(), plain) <= TOLERANCE[dtype]
 
@@ -108,8 +107,7 @@ def test_the_operation_can_be_traced_and_compiled(backend, device, how):
     layers = [layer_of(rows, 300, 128, device) for rows in (16, 8)]
     use_kernels(layers, backend)
     x = torch.randn(3, 300, device=device)
-    packed = layers[0].packed.tensors()
-    arguments = (x, *packed[:5], packed.ends, packed.block_size)
+    arguments = (x, *layers[0].packed.tensors()[:-1])
     torch.library.opcheck(ternary_linear, arguments, test_utils=("test_schema", "test_faketensor"))
 
     class Gated(torch.nn.Module):
