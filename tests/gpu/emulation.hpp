@@ -104,11 +104,14 @@ static inline void copy_async(uint4 *to, const uint4 *from) {
     threads[current].groups.back().push_back({to, from});
 }
 static inline void close_group() { threads[current].groups.emplace_back(); }
+static void make_copies(size_t left) {
+    auto &groups = threads[current].groups;
+    for (; groups.size() > left; groups.pop_front())
+        for (const Copy &copy : groups.front()) *copy.to = *copy.from;
+}
 template <int N>
 static void await_groups() {
-    auto &groups = threads[current].groups;
-    for (; groups.size() > N + 1; groups.pop_front())
-        for (const Copy &copy : groups.front()) *copy.to = *copy.from;
+    make_copies(N + 1);
 }
 
 // ---- 16-bit numbers
@@ -200,6 +203,7 @@ extern void (*const BODY)();  // the kernel that was compiled with this
 
 static void enter() {
     BODY();
+    make_copies(0);  // also those that nobody has waited for
     wait(DONE);
 }
 

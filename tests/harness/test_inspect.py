@@ -58,11 +58,11 @@ def test_what_is_no_checkpoint_is_refused(
     assert "does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("packed", [(), ("--packed",)])
+@pytest.mark.parametrize("options", [(), ("--packed",), ("--compile",)])
 def test_a_prompt_is_continued_with_the_likeliest_tokens(
-    packed: tuple[str, ...], quantized: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], quantized: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--prompt", "w5 w6 w7", "--tokens", "6", "--cpu", *packed)
+    arguments = ("--prompt", "w5 w6 w7", "--tokens", "6", "--cpu", *options)
     assert run_main(generate.main, quantized, *arguments) == 0
     captured = capsys.readouterr()
     model, ids = harness.load(quantized), [5, 6, 7]
