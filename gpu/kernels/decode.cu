@@ -82,8 +82,11 @@ __device__ inline void decode(const unsigned short *x, const float *span_sums,
             const int present = min(phase, chunks - first);
             if (place.part != staged_part || first != staged_first) {
                 staged_part = place.part, staged_first = first;
-                __syncthreads();  // x has come, and all warps are done with what was staged before
                 const int row_words = present * WORDS, all_words = tokens * row_words;
+                const unsigned short *order = permutation + place.part * chunks * CHUNK;
+                Columns columns;  // on their way while others wait
+                if (GATHER && threadIdx.x < all_words) columns = load_columns(order, threadIdx.x % row_words);
+                __syncthreads();  // x has come, and all warps are done with what was staged before
                 // Whole warps go around together, as span_sum needs all lanes.
                 for (int i = threadIdx.x; i - lane_of() < all_words; i += THREADS) {
                     const int token = i / row_words, word = i % row_words;
@@ -91,9 +94,8 @@ __device__ inline void decode(const unsigned short *x, const float *span_sums,
                     uint4 pairs[2];
                     float sum = 0;
                     if (GATHER) {
-                        if (exists)
-                            sum = gather_word<T>(came + token * m, permutation + place.part * chunks * CHUNK, m,
-                                                 word, pairs);
+                        if (exists) sum = gather_word<T>(came + token * m, columns, m, word, pairs);
+                        if (i + THREADS < all_words) columns = load_columns(order, (i + THREADS) % row_words);
                         sum = span_sum(sum);
                     } else if (exists) {
                         const size_t row = static_cast<size_t>(place.part) * tokens + token;

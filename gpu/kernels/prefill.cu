@@ -18,8 +18,10 @@ __device__ inline void arrange(const unsigned short *x, const unsigned short *pe
         // Whole warps go around together, as span_sum needs all lanes.
         for (int word = threadIdx.x; word - lane_of() < words; word += ARRANGE_THREADS) {
             uint4 pairs[2];
-            const unsigned short *columns = permutation + part * words * WORD;
-            const float sum = span_sum(word < words ? gather_word<T>(row, columns, m, word, pairs) : 0.0f);
+            float sum = 0;
+            if (word < words)
+                sum = gather_word<T>(row, load_columns(permutation + part * words * WORD, word), m, word, pairs);
+            sum = span_sum(sum);
             if (word >= words) continue;
             const size_t place = (part * tokens + token) * words + word;
             arranged[2 * place] = pairs[0];

@@ -100,16 +100,26 @@ struct Int8Grid {
     }
 };
 
+// The original columns of a word of trits, eight in 16 bytes. A permutation is filled up to a whole chunk.
+struct Columns {
+    uint4 eights[2];
+};
+
+__device__ inline Columns load_columns(const unsigned short *permutation, int word) {
+    const uint4 *eights = reinterpret_cast<const uint4 *>(permutation + word * WORD);
+    return {eights[0], eights[1]};
+}
+
 // Columns 16 word ... 16 word + 15 of a row of x in the order of trits: as pairs (i, i + 8), in which
-// `trits` gives them, and 0 beyond m. Returns their sum. `permutation` is filled up to a whole chunk.
+// `trits` gives them, and 0 beyond m. Returns their sum.
 template <class T>
-__device__ inline float gather_word(const unsigned short *row, const unsigned short *permutation, int m,
-                                    int word, uint4 (&pairs)[2]) {
+__device__ inline float gather_word(const unsigned short *row, const Columns &of_word, int m, int word,
+                                    uint4 (&pairs)[2]) {
     unsigned columns[WORD], values[WORD];
     const int first = word * WORD;
 #pragma unroll
     for (int i = 0; i < WORD; i += 8) {
-        const uint4 eight = *reinterpret_cast<const uint4 *>(permutation + first + i);
+        const uint4 &eight = of_word.eights[i / 8];
         const unsigned two[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
         for (int k = 0; k < 4; k++) columns[i + 2 * k] = two[k] & 0xffff, columns[i + 2 * k + 1] = two[k] >> 16;

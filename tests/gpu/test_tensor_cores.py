@@ -16,7 +16,7 @@ from tests.gpu.ternary_cases import assert_close, coded_case, hostile_cases, ran
 pytestmark = pytest.mark.skipif(STANDIN and COMPILER is None, reason="needs a device, or g++ to emulate one")
 
 TYPES = ["float16", "uint16"]
-SHAPES = [(1, 1), (2, 127), (127, 2), (128, 129), (129, 577), (577, 128), (33, 2100)]
+SHAPES = [(1, 1), (2, 127), (127, 2), (128, 129), (129, 577), (577, 128), (33, 2100), (33, 1024)]
 TOKENS = [1, 3, 16, 17, 65]
 LEAST_SHARED = 86 * 1024  # 16 tokens and a chunk; all devices have 99 KiB
 MUCH_SHARED = 99 * 1024
