@@ -5,35 +5,41 @@ import pytest
 
 import gpu
 from gpu.device import STANDIN
-from gpu.kernels.fitting import fit_rows
+from gpu.kernels.fitting import _build, fit_rows
 from reference.atq import iterative_ternary_fitting, ternary_init
 from reference.twn import symmetric_ternarize
+from tests.gpu.ordered_lanes import ORDERS, OrderedLanes
 
 # Constant rows, ties, and magnitudes whose squares leave float32.
 HOSTILE = np.array([[0.0] * 5, [1.0] * 5, [-2.5] * 5, [0.5, -0.5, 0.25, -0.25, 0.0], [1e-30, 0, 0, 0, 1e30]])
 
+BOTH = pytest.mark.parametrize("simulate", {STANDIN, False})
 
-def fitted(W, limit, **options):
-    if options.get("start") is not None:
-        options["start"] = tuple(gpu.to_device(part) for part in options["start"])
-    results = fit_rows(gpu.to_device(W), limit, simulate=STANDIN, **options)
+
+def fitted(W, limit, start=None, simulate=STANDIN, **options):
+    if start is not None:
+        start = tuple(gpu.to_device(part) for part in start)
+    results = fit_rows(gpu.to_device(W), limit, start, simulate=simulate, **options)
     return [np.asarray(gpu.to_host(result)) for result in results]
 
 
 def assert_fit(W, limit, results, start=None):
     grids, T0, T, errors, steps = results
-    alpha, mu, trits, curve = iterative_ternary_fitting(W, limit, start)
-    alpha0, mu0, trits0 = start or ternary_init(W)
-    np.testing.assert_array_equal(T0, trits0)
-    np.testing.assert_array_equal(T, trits)
-    scale = np.abs(W).max(axis=1, keepdims=True)
-    for column, expected in enumerate((alpha0, mu0, alpha, mu)):
-        assert (np.abs(grids[:, column : column + 1] - expected) <= 1e-12 * scale).all()
-    assert steps.max() == len(curve)
-    np.testing.assert_allclose(errors.sum(axis=1)[: len(curve)], curve, atol=1e-12 * np.square(W).sum())
-    np.testing.assert_array_equal(
-        errors[steps.max() :], np.broadcast_to(errors[-1], errors[steps.max() :].shape)
-    )
+    n = W.shape[0]
+    assert (grids.shape, errors.shape, steps.shape) == ((n, 4), (2 * limit + 2, n), (n,))
+    assert (T0.dtype, T.dtype, steps.dtype) == (np.int8, np.int8, np.int32)
+    for row in range(n):
+        own = start and tuple(part[row : row + 1] for part in start)
+        w = W[row : row + 1]
+        alpha, mu, trits, curve = iterative_ternary_fitting(w, limit, own)
+        alpha0, mu0, trits0 = own or ternary_init(w)
+        np.testing.assert_array_equal(T0[row], trits0[0])
+        np.testing.assert_array_equal(T[row], trits[0])
+        expected = np.hstack([alpha0, mu0, alpha, mu])[0]
+        np.testing.assert_allclose(grids[row], expected, rtol=0, atol=1e-12 * abs(w).max())
+        assert steps[row] == len(curve)
+        curve += curve[-1:] * (2 * limit + 2 - len(curve))
+        np.testing.assert_allclose(errors[:, row], curve, rtol=0, atol=1e-12 * np.square(w).sum())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -82,3 +88,68 @@ def test_symmetric_initialization_alone():
     np.testing.assert_allclose(grids, np.hstack([alpha, 0 * alpha, alpha, 0 * alpha]), rtol=1e-13)
     np.testing.assert_allclose(errors[0], np.square(W - alpha * trits).sum(axis=1), rtol=1e-13)
     assert (steps == 1).all()
+
+
+@BOTH
+@pytest.mark.parametrize("factor", [1 + 2.0**-30, 1 - 2.0**-30])
+def test_a_weight_at_the_threshold_has_the_trit_0(factor, simulate):
+    # Exact in float64 and not in float32: the mean magnitude is 4, and the threshold 3.
+    W = factor * np.array([[3.0, -3.0, 5.0, -5.0], [-5.0, 3.0, -3.0, 5.0]])
+    trits = [[0, 0, 1, -1], [-1, 0, 0, 1]]
+    for symmetric in (False, True):
+        _, T0, T, _, steps = fitted(W, 0, symmetric=symmetric, simulate=simulate)
+        assert T0.tolist() == T.tolist() == trits
+        assert steps.tolist() == [1, 1]
+
+
+@BOTH
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("factor", [1 + 2.0**-30, 1 - 2.0**-30])
+def test_a_weight_between_two_levels_has_the_trit_0(factor, sign, simulate):
+    # Eq. 9 of these trits is exact: the levels -2, 0 and 2, and between them the weights 1 and -1.
+    W = factor * np.array([[2.0, -2.0, 1.0, -1.0]])
+    T = sign * np.array([[1, -1, 0, 0]], np.int8)
+    grids, _, fixed, errors, steps = fitted(W, 5, (np.ones((1, 1)), np.zeros((1, 1)), T), simulate=simulate)
+    assert fixed.tolist() == T.tolist()
+    assert grids[:, 2:].tolist() == [[2 * sign * factor, 0.0]]
+    assert (errors[1:] == 2 * factor**2).all()
+    assert steps.tolist() == [3]
+
+
+@BOTH
+@pytest.mark.parametrize("trit", [-1, 0, 1])
+def test_equal_trits_become_0(trit, simulate):
+    W = np.array([[0.0, 1.0, 2.0, 7.0]])
+    T = np.full(W.shape, trit, np.int8)
+    start = (np.ones((1, 1)), np.zeros((1, 1)), T)
+    results = fitted(W, 4, start, simulate=simulate)
+    assert_fit(W, 4, results, start)
+    assert results[2].tolist() == [[0, 0, 0, 0]]
+    assert results[0][:, 2:].tolist() == [[0.0, 2.5]]
+
+
+@BOTH
+def test_rows_that_end_sooner_and_later_keep_their_own_curves(simulate):
+    rng = np.random.default_rng(6)
+    W = np.vstack([rng.normal(size=(6, 70)), np.ones((1, 70))])
+    results = fitted(W, 30, simulate=simulate)
+    assert_fit(W, 30, results)
+    assert len(set(results[4].tolist())) > 3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("columns", "limit"), [(1, 3), (4, 1), (11, 12), (23, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lanes_share_a_row_in_any_order(order, columns, limit, dtype):
+    lanes = OrderedLanes(order)
+    fit_row = _build(lanes.target)
+    W = (np.random.default_rng(columns).normal(size=(2, columns)) + 1).astype(dtype)
+    grids, errors = np.full((2, 4), np.nan), np.full((2 * limit + 2, 2), np.nan)
+    T0, T = np.full(W.shape, 9, np.int8), np.full(W.shape, 9, np.int8)
+    steps, partial = np.zeros(2, np.int32), np.full(len(order), np.nan)
+    arrays = (grids, T0, T, errors, steps)
+    for row in range(2):
+        lanes.run(
+            lambda lane, lanes_, row=row: fit_row(W, False, False, limit, *arrays, row, partial, lane, lanes_)
+        )
+    assert_fit(W.astype(np.float64), limit, arrays)
