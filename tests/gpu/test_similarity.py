@@ -8,6 +8,7 @@ from gpu.device import STANDIN, stream
 from gpu.kernels.lanes import LANES
 from gpu.kernels.similarity import (
     SLAB,
+    _build,
     add_products_kernel,
     add_squares_kernel,
     choose_columns,
@@ -15,6 +16,8 @@ from gpu.kernels.similarity import (
 )
 from gpu.ssr import select_block
 from reference.ssr import select_block as reference
+from tests.gpu.ordered_lanes import ORDERS, OrderedLanes
+from tests.gpu.test_memory import peak_of
 
 BOTH = pytest.mark.parametrize("simulate", {STANDIN, False})
 
@@ -128,7 +131,8 @@ def test_a_column_whose_squares_vanish_is_no_column_of_zeros(simulate):
     W = np.array([[1.0, 0.0, 1e-200, -1.0], [1.0, 0.0, 1e-200, -0.5]])
     similarity = compared(W, simulate=simulate)
     assert similarity[1] == -np.inf
-    assert 0 < similarity[2] < 1e-199
+    # As in the reference, a norm of 0 does not divide: 1e-200 times the sum of the second row.
+    assert similarity[2] == pytest.approx(0.5e-200, rel=1e-12, abs=0)
     assert chosen(similarity, 2, simulate) == reference(W, 2).tolist() == [0, 2]
 
 
@@ -166,3 +170,31 @@ def test_strides_do_not_matter(dtype):
         gpu.to_host(select_block(gpu.to_device(W)[::2, ::2], 5)).tolist()
         == reference(W[::2, ::2], 5).tolist()
     )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("columns", [1, 4, 5, 6, 16, 23])
+def test_lanes_share_a_row_and_the_choice_in_any_order(order, columns):
+    lanes = OrderedLanes(order)
+    add_row, _, _, _, rank, collect = _build(lanes.target)
+    rng = np.random.default_rng(columns)
+    W = rng.integers(-9, 10, size=(3, columns)).astype(np.float64)
+    row_sums, partial = np.full(3, np.nan), np.full(len(order), np.nan)
+    for row in range(3):
+        lanes.run(lambda lane, lanes_, row=row: add_row(W, row_sums, row, partial, lane, lanes_))
+    assert row_sums.tolist() == W.sum(axis=1).tolist()
+
+    ranks = np.empty(columns, np.int32)
+    for column in range(columns):
+        rank(W[0], ranks, column)
+    highest = np.argsort(-W[0], kind="stable")
+    for k in {1, columns // 2, columns} - {0}:
+        indices, found = np.full(k, -1), np.full(len(order), 10**6)
+        lanes.run(lambda lane, lanes_, k=indices, f=found: collect(ranks, k, f, lane, lanes_))
+        assert indices.tolist() == sorted(highest[:k].tolist())
+
+
+def test_no_temporary_has_the_size_of_the_matrix():
+    W, remaining = gpu.to_device(weights(10 * SLAB, 64)), gpu.to_device(np.ones(64, bool))
+    compare_columns(W, remaining)  # compiles the kernels
+    assert 0 < peak_of(lambda: compare_columns(W, remaining)) < W.nbytes / 4
