@@ -1,5 +1,10 @@
 """What the array modules do not share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -96,3 +101,27 @@ def test_what_keeps_the_device_from_being_used_is_said(line, message, monkeypatc
     monkeypatch.setattr(device, "STANDIN", False)
     with pytest.raises(DeviceError, match=message):
         device.describe()
+
+
+def test_what_is_singular_has_no_factor():
+    # Rows of the right lengths, and a 0 on the diagonal; or a column with the other sign.
+    for L in ([[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, -2.0]], [[-1.0, 0.0], [1.0, 2.0]]):
+        diagonal = np.square(L).sum(axis=1)
+        assert not is_factor(gpu.to_device(np.array(L)), gpu.to_device(diagonal))
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_numba_neither_waits_nor_warns_unless_told_to(given):
+    settings = ("CUDA_ARRAY_INTERFACE_SYNC", "CUDA_LOW_OCCUPANCY_WARNINGS")
+    told = {f"NUMBA_{name}": given for name in settings}
+    environment = {name: value for name, value in {**os.environ, **told}.items() if value is not None}
+    code = "import gpu.device; from numba.cuda.core import config; "
+    code += f"print(*(int(getattr(config, name)) for name in {settings}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "PYTHONPATH": str(Path(gpu.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [given or "0"] * 2, done.stderr[-2000:]
