@@ -1,9 +1,11 @@
 """What the array modules do not share."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,3 +127,145 @@ def test_numba_neither_waits_nor_warns_unless_told_to(given):
         check=False,
     )
     assert done.stdout.split() == [given or "0"] * 2, done.stderr[-2000:]
+
+
+class DeviceArray:
+    """An array of `FakeCuPy`: another type than NumPy's, which its functions take apart again."""
+
+    def __init__(self, on_host):
+        self.on_host = np.asarray(on_host)
+
+    def __dlpack__(self, **options):
+        raise AssertionError("handed over to the library that it is of")
+
+
+class NoDevice(Exception):
+    """What CUDA says without a device."""
+
+
+class FakeCuPy(ModuleType):
+    """The part of CuPy that `gpu.device` calls, by its documentation, with arrays on the host."""
+
+    ndarray = DeviceArray
+    present = True
+
+    def __init__(self):
+        super().__init__("cupy")
+        self.streams = []
+        self.allocator = None
+        self.cuda = SimpleNamespace(
+            Stream=SimpleNamespace(null=self.entered(0), from_external=self.from_external),
+            get_current_stream=lambda: SimpleNamespace(ptr=self.streams[-1]),
+            PythonFunctionAllocator=lambda *functions: SimpleNamespace(malloc=functions),
+            set_allocator=lambda malloc: setattr(self, "allocator", malloc),
+            runtime=SimpleNamespace(
+                CUDARuntimeError=NoDevice,
+                getDevice=self.get_device,
+                getDeviceProperties=lambda number: {"name": b"NVIDIA Any", "major": 9, "minor": number},
+                driverGetVersion=lambda: 13010,
+                runtimeGetVersion=lambda: 13000,
+            ),
+        )
+        self.linalg = SimpleNamespace(cholesky=lambda A: DeviceArray(np.linalg.cholesky(A.on_host)))
+        self.cublas = SimpleNamespace(gemm=self.gemm)
+
+    @contextlib.contextmanager
+    def entered(self, pointer):
+        self.streams.append(pointer)
+        yield
+        self.streams.pop()
+
+    def from_external(self, stream):
+        version, pointer = stream.__cuda_stream__()
+        assert version == 0
+        return self.entered(pointer)
+
+    def get_device(self):
+        if not self.present:
+            raise NoDevice("cudaErrorNoDevice")
+        return 0
+
+    def gemm(self, transa, transb, a, b, out, alpha, beta):
+        assert (transa, transb) == ("N", "N")
+        out[:] = alpha * (a @ b) + beta * out
+
+    def asarray(self, array):
+        return array if isinstance(array, DeviceArray) else DeviceArray(array)
+
+    def from_dlpack(self, array):
+        return DeviceArray(np.from_dlpack(array))
+
+    def asnumpy(self, array):
+        return array.on_host
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    fake = FakeCuPy()
+    monkeypatch.setattr(device, "STANDIN", False)
+    monkeypatch.setattr(device, "xp", fake)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    return fake
+
+
+def test_the_device_is_named(cupy):
+    assert gpu.describe() == "NVIDIA Any, sm_90"
+    assert gpu.identity() == {"device": "NVIDIA Any, sm_90", "driver": "13010", "cuda": "13000"}
+    assert device._array_module() is cupy
+
+
+def test_without_a_device_there_are_no_arrays(cupy):
+    cupy.present = False
+    with pytest.raises(DeviceError, match="no CUDA device: cudaErrorNoDevice"):
+        device._array_module()
+
+
+def test_arrays_go_to_the_device_and_back(cupy):
+    own = DeviceArray([1.0, 2.0])
+    assert gpu.to_device(own) is own
+    assert gpu.to_host(own) is own.on_host
+    for value in (np.arange(2), Foreign(np.arange(2)), [0, 1]):
+        taken = gpu.to_device(value)
+        assert isinstance(taken, DeviceArray)
+        assert taken.on_host.tolist() == [0, 1]
+        assert gpu.to_host(value) is value
+
+
+def test_kernels_are_queued_on_the_stream_of_another_library(cupy, monkeypatch):
+    monkeypatch.setattr("numba.cuda.external_stream", lambda pointer: f"stream {pointer}")
+    with gpu.on_stream(7):
+        assert stream() == "stream 7"
+        with gpu.on_stream(0):
+            assert stream() == 0
+    assert cupy.streams == []
+
+
+def test_memory_is_taken_from_another_library(cupy):
+    def allocate(size, number):
+        return 0
+
+    def release(address, number):
+        pass
+
+    gpu.use_allocator(allocate, release)
+    assert cupy.allocator == (allocate, release)
+
+
+def test_factors_and_products_are_those_of_the_libraries_on_the_device(cupy, monkeypatch):
+    factor = device.cholesky(DeviceArray([[4.0, 2.0], [2.0, 5.0]]))
+    assert factor.on_host.tolist() == [[2.0, 0.0], [1.0, 2.0]]
+
+    solver = ModuleType("cupyx.scipy.linalg")
+    solver.solve_triangular = lambda A, B, trans, lower, **options: (A, B, trans, lower)
+    for name in ("cupyx", "cupyx.scipy"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, solver.__name__, solver)
+    L, B = np.array([[1.0, 0.0], [2.0, 3.0]]), np.array([[4.0], [5.0]])
+    A, right, trans, lower = device.solve_lower(L, B)
+    # The transpose of an upper triangle is the lower one.
+    assert A.tolist() == [[1.0, 2.0], [0.0, 3.0]]
+    assert (right is B, trans, lower) == (True, "T", False)
+
+    C = np.array([[1000.0, 2000.0]])
+    device.subtract_product(C, np.array([[1.0, 10.0]]), np.array([[2.0, 3.0], [4.0, 5.0]]))
+    assert C.tolist() == [[1000.0 - 42.0, 2000.0 - 53.0]]
