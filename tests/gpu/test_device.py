@@ -112,13 +112,8 @@ def test_what_is_singular_has_no_factor():
         assert not is_factor(gpu.to_device(np.array(L)), gpu.to_device(diagonal))
 
 
-@pytest.mark.parametrize("given", [None, "1"])
-def test_numba_neither_waits_nor_warns_unless_told_to(given):
-    settings = ("CUDA_ARRAY_INTERFACE_SYNC", "CUDA_LOW_OCCUPANCY_WARNINGS")
-    told = {f"NUMBA_{name}": given for name in settings}
-    environment = {name: value for name, value in {**os.environ, **told}.items() if value is not None}
-    code = "import gpu.device; from numba.cuda.core import config; "
-    code += f"print(*(int(getattr(config, name)) for name in {settings}))"
+def printed(code, environment=os.environ):
+    """What a process of its own prints: modules are imported once in each."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**environment, "PYTHONPATH": str(Path(gpu.__file__).parents[1])},
@@ -126,7 +121,23 @@ def test_numba_neither_waits_nor_warns_unless_told_to(given):
         text=True,
         check=False,
     )
-    assert done.stdout.split() == [given or "0"] * 2, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_numba_neither_waits_nor_warns_unless_told_to(given):
+    settings = ("CUDA_ARRAY_INTERFACE_SYNC", "CUDA_LOW_OCCUPANCY_WARNINGS")
+    told = {f"NUMBA_{name}": given for name in settings}
+    environment = {name: value for name, value in {**os.environ, **told}.items() if value is not None}
+    code = "import gpu.device; from numba.cuda.core import config; "
+    code += f"print(*(int(getattr(config, name)) for name in {settings}))"
+    assert printed(code, environment) == [given or "0"] * 2
+
+
+def test_numba_finds_the_name_that_numpy_has_no_more():
+    code = "import numpy as np; vars(np).pop('row_stack', None); import gpu.device; "
+    assert printed(code + "print(np.row_stack([[1, 2], [3, 4]]).tolist() == [[1, 2], [3, 4]])") == ["True"]
 
 
 class DeviceArray:
@@ -201,6 +212,8 @@ class FakeCuPy(ModuleType):
 
 @pytest.fixture
 def cupy(monkeypatch):
+    monkeypatch.setenv("CUDA_PATH", "given")  # where a toolkit would be looked for
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     fake = FakeCuPy()
     monkeypatch.setattr(device, "STANDIN", False)
     monkeypatch.setattr(device, "xp", fake)
@@ -218,6 +231,27 @@ def test_without_a_device_there_are_no_arrays(cupy):
     cupy.present = False
     with pytest.raises(DeviceError, match="no CUDA device: cudaErrorNoDevice"):
         device._array_module()
+
+
+@pytest.mark.parametrize("given", [None, "CUDA_PATH", "CUDA_HOME"])
+def test_numba_is_told_of_the_toolkit_unless_one_is_given(given, cupy, monkeypatch, tmp_path):
+    (tmp_path / "nvvm").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'none'}{os.pathsep}{tmp_path / 'bin'}")
+    for name in ("CUDA_PATH", "CUDA_HOME"):
+        monkeypatch.setenv(name, "given")
+        if name != given:
+            monkeypatch.delenv(name)
+    device._array_module()
+    assert os.environ.get("CUDA_HOME") == {None: str(tmp_path), "CUDA_HOME": "given"}.get(given)
+
+
+def test_without_a_toolkit_numba_is_told_of_none(cupy, monkeypatch):
+    monkeypatch.delenv("CUDA_PATH")
+    monkeypatch.setattr(device, "toolkit", lambda search_path: None)
+    assert device._array_module() is cupy
+    assert "CUDA_HOME" not in os.environ
 
 
 def test_arrays_go_to_the_device_and_back(cupy):
