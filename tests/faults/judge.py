@@ -17,7 +17,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -179,30 +179,57 @@ class Imports:
     def __init__(self, root: Path) -> None:
         self.paths = {path: _module(path.relative_to(root)) for path in root.rglob("*.py")}
         self.wanted: dict[str, set[str]] = {}
+        self.held: dict[str, set[str]] = {}  # without functions' own imports
         self.compiles: set[str] = set()
         self.starts: set[str] = set()
         known = set(self.paths.values())
         for path, module in self.paths.items():
-            names = {module.rpartition(".")[0]}
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Import):
-                    names |= {alias.name for alias in node.names}
-                elif isinstance(node, ast.ImportFrom) and node.module:
-                    names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names = _imported(ast.walk(tree))
             if any(name.partition(".")[0] == "numba" for name in names):
                 self.compiles.add(module)
             if "subprocess" in names:
                 self.starts.add(module)
-            # A package is imported before any module in it.
-            names |= {name.rpartition(".")[0] for name in names}
-            self.wanted[module] = names & known
+            for graph, own in ((self.wanted, names), (self.held, _imported(_outside_functions(tree)))):
+                own = own | {module.rpartition(".")[0]}
+                # A package is imported before any module in it.
+                graph[module] = (own | {name.rpartition(".")[0] for name in own}) & known
 
     def dependents(self, module: str) -> set[str]:
         """A module and all that import it, however indirectly."""
-        found = {module}
-        while more := {name for name, wanted in self.wanted.items() if wanted & found} - found:
-            found |= more
-        return found
+        return _reaching(module, self.wanted)
+
+    def holders(self, module: str) -> set[str]:
+        """A module and all that hold what it is when they are loaded, and must be loaded again with it.
+
+        What a function imports is looked up whenever it is called. Modules that cannot be loaded twice,
+        as they register something somewhere, stay out of it by this.
+        """
+        return _reaching(module, self.held)
+
+
+def _imported(nodes: Iterable[ast.AST]) -> set[str]:
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _outside_functions(child)
+
+
+def _reaching(module: str, graph: dict[str, set[str]]) -> set[str]:
+    found = {module}
+    while more := {name for name, wanted in graph.items() if wanted & found} - found:
+        found |= more
+    return found
 
 
 class Judge:
@@ -333,7 +360,7 @@ class Judge:
         signal.setitimer(signal.ITIMER_REAL, self.patience + SLOWER * self.seconds)
         verdict = ""
         try:
-            stale = self.imports.dependents(module)
+            stale = self.imports.holders(module)
             for name in list(sys.modules):
                 if name in stale or name.partition(".")[0] == "tests":
                     parent, _, child = name.rpartition(".")

@@ -189,6 +189,21 @@ def test_what_no_test_notices_survives_and_nothing_is_judged_twice(project, tmp_
     ]
 
 
+def test_what_imports_the_faulty_module_only_in_functions_is_loaded_once(project, tmp_path):
+    (tmp_path / "toy/once.py").write_text(
+        "import sys\n\nassert not hasattr(sys, 'loaded_once')\nsys.loaded_once = True\n\n\n"
+        "def doubled(x):\n    from toy.sums import double\n\n    return double(x)\n"
+    )
+    (tmp_path / "tests/toy/test_once.py").write_text(
+        "from toy.once import doubled\n\n\ndef test_once():\n    assert doubled(5) == 10\n"
+    )
+    (tmp_path / "tests/toy/test_sums.py").write_text(TOY_TESTS.replace("double(3)", "2 * 3"))
+    judged = judge_files(project, ["toy/sums.py"], Journal(tmp_path / "journal.jsonl"), resume=False)
+    verdicts = {verdict.fault.change: verdict.by for one in judged for verdict in one.verdicts}
+    assert verdicts["return x + x → return (x - x)"] == "tests/toy/test_once.py::test_once"
+    assert verdicts["while x > 5: → while False:"] is None
+
+
 def test_tests_that_fail_without_a_fault_judge_nothing(project, tmp_path):
     (tmp_path / "tests/toy/test_sums.py").write_text("def test_wrong():\n    assert False\n")
     with pytest.raises(FailingTests, match=r"fail without a fault: tests/toy/test_sums\.py::test_wrong"):
