@@ -1,8 +1,14 @@
-"""In the stand-in, kernels run in Numba's simulator if asked to, and as compiled for the CPU otherwise."""
+"""Launches: of which kernels, with how many threads, and in the stand-in whether at all.
+
+The stand-in runs kernels in Numba's simulator if asked to, and as compiled for the CPU otherwise.
+"""
+
+import math
 
 import numpy as np
 import pytest
 
+import gpu
 from gpu.device import STANDIN
 from gpu.kernels import alignment, fitting, packing, similarity
 
@@ -24,13 +30,17 @@ LAUNCHES = {
 
 
 class Launched(list):
-    """Stands for a kernel: notes its name where it would be launched."""
+    """Stands for kernels: notes names where they would be launched, and blocks and threads in `sizes`."""
+
+    def __init__(self):
+        self.sizes = {}
 
     def kernel(self, name):
         notes = self
 
         class Kernel:
             def __getitem__(self, grid):
+                notes.sizes[name] = grid[:2]
                 return lambda *arguments: notes.append(name)
 
         return Kernel()
@@ -47,3 +57,22 @@ def test_kernels_are_launched_if_asked_for(monkeypatch, function):
     assert launched == []
     getattr(module, function)(*arguments, simulate=True)
     assert launched == kernels
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 577])
+def test_columns_get_a_thread_each_in_blocks_of_a_warp(monkeypatch, columns):
+    launched = Launched()
+    for name in LAUNCHES["compare_columns"][1] + LAUNCHES["choose_columns"][1]:
+        monkeypatch.setattr(similarity, name, launched.kernel(name))
+    weights = gpu.to_device(np.ones((300, columns)))
+    similarity.compare_columns(weights, gpu.to_device(np.ones(columns, bool)), simulate=True)
+    similarity.choose_columns(weights[0], 1, simulate=True)
+    warp, warps, slabs = 32, math.ceil(columns / 32), math.ceil(300 / similarity.SLAB)
+    assert launched.sizes == {
+        "add_rows_kernel": (300, warp),
+        "add_squares_kernel": ((warps, slabs), warp),
+        "add_products_kernel": ((warps, slabs), warp),
+        "compare_kernel": (warps, warp),
+        "rank_kernel": (warps, warp),
+        "collect_kernel": (1, warp),
+    }
