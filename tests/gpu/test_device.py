@@ -198,12 +198,13 @@ class FakeCuPy(ModuleType):
 
     def gemm(self, transa, transb, a, b, out, alpha, beta):
         assert (transa, transb) == ("N", "N")
-        out[:] = alpha * (a @ b) + beta * out
+        out.on_host[:] = alpha * (a.on_host @ b.on_host) + beta * out.on_host
 
     def asarray(self, array):
         return array if isinstance(array, DeviceArray) else DeviceArray(array)
 
     def from_dlpack(self, array):
+        assert not isinstance(array, np.ndarray)  # which is not on a device
         return DeviceArray(np.from_dlpack(array))
 
     def asnumpy(self, array):
@@ -300,6 +301,6 @@ def test_factors_and_products_are_those_of_the_libraries_on_the_device(cupy, mon
     assert A.tolist() == [[1.0, 2.0], [0.0, 3.0]]
     assert (right is B, trans, lower) == (True, "T", False)
 
-    C = np.array([[1000.0, 2000.0]])
-    device.subtract_product(C, np.array([[1.0, 10.0]]), np.array([[2.0, 3.0], [4.0, 5.0]]))
-    assert C.tolist() == [[1000.0 - 42.0, 2000.0 - 53.0]]
+    C = DeviceArray([[1000.0, 2000.0]])
+    device.subtract_product(C, DeviceArray([[1.0, 10.0]]), DeviceArray([[2.0, 3.0], [4.0, 5.0]]))
+    assert C.on_host.tolist() == [[1000.0 - 42.0, 2000.0 - 53.0]]
