@@ -76,3 +76,11 @@ def test_columns_get_a_thread_each_in_blocks_of_a_warp(monkeypatch, columns):
         "rank_kernel": (warps, warp),
         "collect_kernel": (1, warp),
     }
+
+
+def test_kernels_get_strided_weights_in_one_piece():
+    weights = np.random.default_rng(0).normal(size=(6, 10))[::2, ::2]
+    expected = weights.T @ weights.sum(axis=1) / np.linalg.norm(weights, axis=0)
+    strided = gpu.to_device(np.repeat(np.repeat(weights, 2, axis=0), 2, axis=1))[::2, ::2]
+    got = similarity.compare_columns(strided, gpu.to_device(np.ones(5, bool)), simulate=True)
+    np.testing.assert_allclose(gpu.to_host(got), expected, rtol=1e-12)
