@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,11 +15,21 @@ _BITS = {"uint32": "int32", "uint16": "int16", "float16": "int16"}
 _PAIRS = {"float16": "int32", "int8": "int16"}
 
 
+class _Kept(NamedTuple):
+    """Outputs that have not been asked for yet, and what they were computed from."""
+
+    input: torch.Tensor
+    version: int | None
+    outputs: dict[int, torch.Tensor]
+
+
 class PackedWeights(nn.Module):
     """Weights in the kernels' layout; one launch computes the outputs of all layers that share them.
 
     The outputs of the others are kept until they are called with the very same tensor, as the projections
-    of attention and the two of a gated MLP are.
+    of attention and the two of a gated MLP are. A tensor that has been changed in place is another one,
+    but for what PyTorch does not count changes of: tensors of its inference mode, and of a graph while it
+    is traced.
 
     Parameters
     ----------
@@ -36,8 +46,7 @@ class PackedWeights(nn.Module):
     def __init__(self, layout: Any) -> None:
         super().__init__()
         self.ends, self.columns, self.block_size = list(layout.ends), layout.columns, layout.block_size
-        self._input: torch.Tensor | None = None
-        self._outputs: dict[int, torch.Tensor] = {}
+        self._kept: _Kept | None = None
         for name in ("words", "grid", "permutation", "row_factors", "block_factors"):
             array = getattr(layout, name)
             if array is not None:
@@ -61,12 +70,25 @@ class PackedWeights(nn.Module):
 
     def forward(self, x: torch.Tensor, part: int) -> torch.Tensor:
         """(..., m) to the (..., n) outputs of one of the layers, in the dtype of x."""
-        if self._input is not x or part not in self._outputs:
-            y = ternary_linear(x.reshape(-1, self.columns), *self.tensors()[:-1])
-            widths = [end - begin for begin, end in zip([0, *self.ends], self.ends, strict=False)]
-            outputs = y.view(*x.shape[:-1], -1).split(widths, dim=-1)
-            self._input, self._outputs = x, dict(enumerate(outputs))
-        output = self._outputs.pop(part)
-        if not self._outputs:
-            self._input = None
+        # Read and written once each: other threads may run the same model on other tensors.
+        kept, version = self._kept, _version(x)
+        if kept is None or kept.input is not x or kept.version != version or part not in kept.outputs:
+            kept = _Kept(x, version, self._outputs(x))
+        output = kept.outputs.pop(part)
+        self._kept = kept if kept.outputs else None
         return output
+
+    def _outputs(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Those of all layers."""
+        y = ternary_linear(x.reshape(-1, self.columns), *self.tensors()[:-1])
+        widths = [end - begin for begin, end in zip([0, *self.ends], self.ends, strict=False)]
+        return dict(enumerate(y.view(*x.shape[:-1], self.ends[-1]).split(widths, dim=-1)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no use for outputs, and none can be made of tensors inside a graph of gradients.
+        return {**self.__dict__, "_kept": None}
+
+
+def _version(x: torch.Tensor) -> int | None:
+    """How often a tensor has been changed in place, where that is counted."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -145,7 +145,40 @@ def test_layers_that_are_given_the_same_input_share_a_launch(backend, device, mo
     assert len(launches) == 6
     for i in (0, 2):
         layers[i](x)
-    assert layers[0].packed._input is None  # nothing is kept longer than it is needed
+    assert layers[0].packed._kept is None  # nothing is kept longer than it is needed
+
+
+def test_an_input_that_was_changed_in_place_is_another(backend, device):
+    layers = [layer_of(rows, 300, 128, device) for rows in (16, 8)]
+    x = torch.randn(3, 300, device=device)
+    expected = torch.nn.functional.linear(x + 1, layers[1].dequantize())
+    use_kernels(layers, backend)
+    layers[0](x)
+    torch.testing.assert_close(layers[1](x.add_(1)), expected, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():  # which counts no changes
+        x = torch.randn(3, 300, device=device)
+        assert torch.equal(layers[0](x), layers[0](x))
+
+
+@pytest.mark.parametrize("shape", [(0, 300), (2, 0, 300), (300,)], ids=str)
+def test_shapes_of_activations_are_kept(backend, device, shape):
+    layers = [layer_of(rows, 300, 128, device) for rows in (16, 8)]
+    x = torch.randn(shape, device=device)
+    expected = [layer(x) for layer in layers]
+    use_kernels(layers, backend)
+    for layer, y in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_can_be_made_between_the_layers(backend, device):
+    layers = torch.nn.ModuleList(layer_of(rows, 300, 128, device) for rows in (16, 8))
+    use_kernels(list(layers), backend)
+    x = 2 * torch.randn(3, 300, device=device, requires_grad=True)
+    y = layers[0](x)
+    copied = copy.deepcopy(layers)
+    assert copied[0].packed is copied[1].packed
+    assert copied[0].packed._kept is None
+    assert torch.equal(copied[0](x), y)
 
 
 @pytest.mark.parametrize("block_size", [64, 128, 512])
