@@ -178,10 +178,8 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     makes its row of y infinite or NaN. Finite bfloat16 whose sum over a block leaves the range of
     float32 does the same.
     """
-    device_array("x", x, (*tensor_cores.TYPES, "float32", "float64"), 2)
-    n, m = layout.shape
-    checks.same_shape("x", x, (x.shape[0], m))
-    same_device("x", x, layout.words)
+    _check_activations(x, layout)
+    n = layout.ends[-1]
     if y is None:
         y = xp.empty((x.shape[0], n), x.dtype)
     device_array("y", y, (x.dtype.name,), 2)
@@ -217,10 +215,22 @@ def unpacked(x: Array, layout: Layout) -> Iterator[tuple[Array, Array]]:
     ------
     A, B : (tokens, width), (rows, width) arrays of the type of x
         For every part: ``A @ B.T`` are its columns of the product. Weights are rounded to the type of x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `multiply`.
     """
+    _check_activations(x, layout)
     arranged, _ = tensor_cores.arrange(x, layout)
     for part in range(len(layout.ends)):
         yield arranged[part], tensor_cores.unpack(layout, part, x.dtype)
+
+
+def _check_activations(x: Array, layout: Layout) -> None:
+    device_array("x", x, (*tensor_cores.TYPES, "float32", "float64"), 2)
+    checks.same_shape("x", x, (x.shape[0], layout.columns))
+    same_device("x", x, layout.words)
 
 
 def _lay_grid(

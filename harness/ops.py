@@ -29,6 +29,7 @@ def ternary_linear(
     block_factors: torch.Tensor | None,
     ends: list[int],
     block_size: int,
+    columns: int,
 ) -> torch.Tensor:
     """``x @ W_hat.T``, of one matrix or of several side by side.
 
@@ -36,27 +37,28 @@ def ternary_linear(
     ----------
     x : (tokens, m) tensor
         Activations.
-    words, grid, permutation, row_factors, block_factors, ends, block_size
+    words, grid, permutation, row_factors, block_factors, ends, block_size, columns
         As in `harness.layout.PackedTensors`.
 
     Returns
     -------
     (tokens, n) tensor of the type of x
     """
-    packed = PackedTensors(words, grid, permutation, row_factors, block_factors, ends, block_size, x.shape[1])
+    packed = PackedTensors(words, grid, permutation, row_factors, block_factors, ends, block_size, columns)
     weights = [packed.part(index).dequantize(block_size) for index in range(len(ends))]
     return (x.float() @ torch.cat(weights).T).to(x.dtype)
 
 
 @ternary_linear.register_fake
 def _(x: torch.Tensor, *weights: Any) -> torch.Tensor:
-    packed = PackedTensors._make((*weights, x.shape[1]))
+    packed = PackedTensors._make(weights)
+    torch._check(x.shape[1] == packed.columns, lambda: f"x has shape {x.shape}, not {packed.columns} columns")
     return x.new_empty(x.shape[0], packed.ends[-1])
 
 
 @ternary_linear.register_kernel("cuda")
 def _(x: torch.Tensor, *weights: Any) -> torch.Tensor:
-    packed = PackedTensors._make((*weights, x.shape[1]))
+    packed = PackedTensors._make(weights)
     return multiply_by_kernels(x, packed, torch.cuda.current_stream(x.device).cuda_stream)
 
 

@@ -80,7 +80,7 @@ class PackedWeights(nn.Module):
 
     def _outputs(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
         """Those of all layers."""
-        y = ternary_linear(x.reshape(-1, self.columns), *self.tensors()[:-1])
+        y = ternary_linear(x.reshape(-1, x.shape[-1]), *self.tensors())
         widths = [end - begin for begin, end in zip([0, *self.ends], self.ends, strict=False)]
         return dict(enumerate(y.view(*x.shape[:-1], self.ends[-1]).split(widths, dim=-1)))
 

@@ -87,12 +87,27 @@ def test_plain_torch_walks_the_layout_of_the_kernels(backend, device, dtype, blo
     use_kernels(layers, backend)
     x = torch.randn(4, 577, dtype=dtype, device=device)
     packed = layers[0].packed.tensors()
-    host = [tensor.cpu() if isinstance(tensor, torch.Tensor) else tensor for tensor in packed[:-1]]
+    host = [tensor.cpu() if isinstance(tensor, torch.Tensor) else tensor for tensor in packed]
     plain = ternary_linear(x.cpu(), *host)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     y = ops.multiply_by_kernels(x.requires_grad_(), packed, stream)
     assert y.dtype == plain.dtype
     assert off(y.cpu(), plain) <= TOLERANCE[dtype]
+
+
+def test_activations_of_another_width_are_refused(backend, device):
+    """290 columns are as many chunks as 300, and 600 numbers are two rows of 300."""
+    layer = layer_of(16, 300, 128, device)
+    use_kernels([layer], backend)
+    packed = layer.packed.tensors()
+    for shape in ((2, 290), (4, 150)):
+        x = torch.zeros(shape, device=device)
+        with pytest.raises((RuntimeError, ValueError), match="shape"):
+            layer(x)
+        with pytest.raises(ValueError, match=r"x has shape .* expected \(\d, 300\)"):
+            ops.multiply_by_kernels(x, packed, 0)
+        with pytest.raises(RuntimeError, match="not 300 columns"):
+            ternary_linear(x.to("meta"), *(t.to("meta") if torch.is_tensor(t) else t for t in packed))
 
 
 def test_constants_of_the_layout_are_those_of_the_kernels():
@@ -107,7 +122,7 @@ def test_the_operation_can_be_traced_and_compiled(backend, device, how):
     layers = [layer_of(rows, 300, 128, device) for rows in (16, 8)]
     use_kernels(layers, backend)
     x = torch.randn(3, 300, device=device)
-    arguments = (x, *layers[0].packed.tensors()[:-1])
+    arguments = (x, *layers[0].packed.tensors())
     torch.library.opcheck(ternary_linear, arguments, test_utils=("test_schema", "test_faketensor"))
 
     class Gated(torch.nn.Module):

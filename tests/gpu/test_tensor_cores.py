@@ -263,6 +263,11 @@ def test_a_fault_is_seen(tokens, shared, right, wrong, tmp_path):
         both_orders()
 
 
+def test_unpacked_factors_are_of_activations_that_fit():
+    with pytest.raises(ValueError, match=r"x has shape \(2, 290\), expected \(2, 300\)"):
+        next(matmul.unpacked(xp.zeros((2, 290), np.float16), lay_out(random_case(3, 300, 128))))
+
+
 def test_what_the_kernels_take():
     layout = lay_out(random_case(3, 4096, 128))
     device = tensor_cores.Limits(80, MUCH_SHARED, 1)
