@@ -188,23 +188,25 @@ def use_kernels(layers: list[TernaryLinear], backend: Backend) -> None:
     """
     if not backend.function("kernels.layout.can_be_tiled")(layers[0].block_size):
         return
-    layouts = []
-    for layer in layers:
-        stored = {name: backend.to_device(tensor) for name, tensor in layer.stored().items()}
-        scale, shift = stored["scale"], stored["shift"]
-        if "row_factor" in stored:
-            row = stored["row_factor"][:, None]
-            scale = CodedGrid(scale, row, stored["scale_factor"][None])
-            shift = CodedGrid(shift, row, stored["shift_factor"][None])
-        order = stored.get("permutation")
-        if order is None:
-            order = backend.to_device(torch.arange(layer.in_features, device=layer.device))
-        layouts.append(
-            backend.function("matmul.lay_out")(stored["trits"], scale, shift, order, layer.block_size)
-        )
-    packed = PackedWeights(backend.function("matmul.join")(layouts))
+    # The backend works on the current device, whichever the layers are on.
+    with torch.cuda.device_of(next(layers[0].buffers())):
+        layouts = [_lay_out(layer, backend) for layer in layers]
+        packed = PackedWeights(backend.function("matmul.join")(layouts))
     for part, layer in enumerate(layers):
         layer.use_kernels(packed, part)
+
+
+def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
+    stored = {name: backend.to_device(tensor) for name, tensor in layer.stored().items()}
+    scale, shift = stored["scale"], stored["shift"]
+    if "row_factor" in stored:
+        row = stored["row_factor"][:, None]
+        scale = CodedGrid(scale, row, stored["scale_factor"][None])
+        shift = CodedGrid(shift, row, stored["shift_factor"][None])
+    order = stored.get("permutation")
+    if order is None:
+        order = backend.to_device(torch.arange(layer.in_features, device=layer.device))
+    return backend.function("matmul.lay_out")(stored["trits"], scale, shift, order, layer.block_size)
 
 
 def stored_parts(

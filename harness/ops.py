@@ -71,7 +71,8 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
 
     order, row_factors, block_factors = packed.permutation, packed.row_factors, packed.block_factors
     y = x.new_empty(x.shape[0], packed.ends[-1])
-    with on_stream(stream):
+    # The backend works on the current device, which PyTorch does not set for operations in Python.
+    with torch.cuda.device_of(x), on_stream(stream):
         layout = matmul.Layout(
             to_device(packed.words).view("uint32"),
             _numbers(to_device(packed.grid)),

@@ -1,6 +1,7 @@
 """TernaryLinear on packed trits: the operation of torch, its fallback, and what it must not change."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -108,6 +109,17 @@ def test_activations_of_another_width_are_refused(backend, device):
             ops.multiply_by_kernels(x, packed, 0)
         with pytest.raises(RuntimeError, match="not 300 columns"):
             ternary_linear(x.to("meta"), *(t.to("meta") if torch.is_tensor(t) else t for t in packed))
+
+
+def test_the_backend_works_on_the_device_of_the_tensors(backend, device, monkeypatch):
+    """It takes the current one, which may be another; few machines have two, so here it is noted."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext(entered.append(tensor.device)))
+    layer = layer_of(16, 300, 128, device)
+    use_kernels([layer], backend)
+    use_kernels([layer], backend)  # whose tensors are those of the layout
+    ops.multiply_by_kernels(torch.zeros(2, 300, device=device), layer.packed.tensors(), 0)
+    assert entered == 3 * [device]
 
 
 def test_constants_of_the_layout_are_those_of_the_kernels():
