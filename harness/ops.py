@@ -88,10 +88,12 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
             matmul.multiply(bits, layout, to_device(_bits(y)))
             return y
         begin = 0
-        for end, factors in zip(packed.ends, matmul.unpacked(bits, layout), strict=True):
-            left, right = (torch.from_dlpack(array).view(x.dtype) for array in factors)
+        for arranged, weights in matmul.unpacked(bits, layout):
+            left, right = (torch.from_dlpack(array).view(x.dtype) for array in (arranged, weights))
+            end = begin + len(weights)
             torch.mm(left, right.T, out=y[:, begin:end])
             begin = end
+            del arranged, weights, left, right  # one workspace at a time
     return y
 
 

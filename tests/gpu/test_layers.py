@@ -1,17 +1,23 @@
 """TernaryLinear on packed trits: the operation of torch, its fallback, and what it must not change."""
 
 import copy
+import weakref
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
+from gpu import matmul
+from gpu.device import STANDIN
+from gpu.kernels import tensor_cores
 from harness import layout, ops
 from harness.backends import load_backend
 from harness.compute import compute_for
 from harness.linear import TernaryLinear, use_kernels
 from harness.ops import ternary_linear
 from harness.throughput import fill
+from tests.gpu.emulation import COMPILER, Emulator
 
 SHAPES = [(5, 3, 64), (40, 300, 128), (17, 577, 64), (130, 256, 256), (9, 1100, 512)]
 
@@ -120,6 +126,50 @@ def test_the_backend_works_on_the_device_of_the_tensors(backend, device, monkeyp
     use_kernels([layer], backend)  # whose tensors are those of the layout
     ops.multiply_by_kernels(torch.zeros(2, 300, device=device), layer.packed.tensors(), 0)
     assert entered == 3 * [device]
+
+
+@pytest.fixture
+def unpacked(monkeypatch, tmp_path):
+    """Weights are unpacked from two tokens on; by emulated kernels where there is no device."""
+    monkeypatch.setattr(ops, "UNPACKED_TOKENS", 2)
+    if not STANDIN:
+        return
+    if COMPILER is None:
+        pytest.skip("needs a device, or g++ to emulate one")
+    monkeypatch.setattr(matmul, "is_fast", lambda x, layout: True)
+    for name in ("arrange", "unpack"):
+        kernel = partial(getattr(tensor_cores, name), launch=Emulator(tmp_path))
+        monkeypatch.setattr(tensor_cores, name, kernel)
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize("grid", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_by_unpacked_weights(backend, device, dtype, grid, monkeypatch):
+    layers = [layer_of(rows, 577, 64, device, grid=grid) for rows in (33, 7, 40)]
+    x = torch.randn(5, 577, device=device).to(dtype)
+    expected = torch.cat([x.double() @ layer.dequantize().double().T for layer in layers], dim=1)
+    use_kernels(layers, backend)
+    packed = layers[0].packed.tensors()
+    workspaces = []
+
+    def unpack(*arguments):
+        assert not any(workspace() is not None for workspace in workspaces)
+        weights = made(*arguments)
+        workspaces.append(weakref.ref(weights))
+        return weights
+
+    made = tensor_cores.unpack
+    monkeypatch.setattr(tensor_cores, "unpack", unpack)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    y = ops.multiply_by_kernels(x, packed, stream)
+    assert len(workspaces) == 3
+    assert off(y, expected) <= TOLERANCE[dtype]
+    for bad in (float("nan"), float("inf")):
+        x[1, 300] = bad
+        dirty = ops.multiply_by_kernels(x, packed, stream)
+        assert not dirty[1].isfinite().any()
+        assert torch.equal(dirty[[0, 2, 3, 4]], y[[0, 2, 3, 4]])
 
 
 def test_constants_of_the_layout_are_those_of_the_kernels():
