@@ -263,18 +263,19 @@ static void run_block(int count, bool reverse) {
 static sigjmp_buf escape;
 static void on_fault(int) { siglongjmp(escape, 1); }
 
-// A copy of an array that ends where the next page may not be touched, but for less than 16 bytes: arrays
-// begin at multiples of 16, as on a device. What is beyond the array is 0xff.
+// A copy of an array that ends where the next page may not be touched, but for less than 16 bytes: it begins
+// as far from a multiple of 16 as the array, since a device refuses wide accesses to what begins elsewhere.
+// What is beyond the array is 0xff.
 struct Guarded {
     char *base, *data;
     size_t bytes, room;
     Guarded(const void *source, size_t bytes) : bytes(bytes) {
-        room = (bytes + PAGE - 1) / PAGE * PAGE;
+        room = (bytes + 15 + PAGE - 1) / PAGE * PAGE;
         base = static_cast<char *>(
             mmap(nullptr, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         mprotect(base + room, PAGE, PROT_NONE);
         std::memset(base, 0xff, room);
-        data = base + room - (bytes + 15) / 16 * 16;
+        data = base + room - bytes - (0 - bytes - reinterpret_cast<size_t>(source)) % 16;
         std::memcpy(data, source, bytes);
     }
     bool intact() const {

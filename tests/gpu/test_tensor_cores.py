@@ -152,12 +152,28 @@ def test_the_number_of_processors_changes_nothing(run):
         np.testing.assert_array_equal(run(case, x, MUCH_SHARED, processors), run(case, x))
 
 
+def shifted(x):
+    """The same on the device, beginning where no wide access may."""
+    array = xp.empty(x.size + 1, x.dtype)[1:].reshape(x.shape)
+    array[:] = gpu.to_device(x)
+    return array
+
+
 def test_activations_may_begin_anywhere(run):
     case = random_case(5, 301, 64)
     x = case.activations(3, "float16")
-    shifted = np.empty(x.size + 1, np.float16)[1:].reshape(x.shape)
-    shifted[:] = x
-    np.testing.assert_array_equal(run(case, shifted), run(case, x))
+    np.testing.assert_array_equal(run(case, shifted(x)), run(case, x))
+
+
+@pytest.mark.skipif(not STANDIN, reason="sources are changed for the emulator only")
+def test_a_wide_access_where_none_may_be_is_seen(tmp_path):
+    case = random_case(5, 301, 64)
+    x = shifted(case.activations(3, "float16"))
+    faulty = Emulator(tmp_path, edit=("reinterpret_cast<size_t>(x) % sizeof(uint4) ? 0 : ", ""))
+    with pytest.raises(AssertionError, match="access outside"):
+        tensor_cores.multiply(
+            x, lay_out(case), tensor_cores.Limits(90, MOST_SHARED, 1), np.empty((3, 5), x.dtype), faulty
+        )
 
 
 @pytest.mark.parametrize("dtype", TYPES)
