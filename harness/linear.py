@@ -24,8 +24,8 @@ class TernaryLinear(nn.Module):
     """``nn.Linear`` with the weights ``alpha * t + mu``, stored as `reference.packing` describes.
 
     The tensors of the checkpoint are its buffers; or, after `use_kernels`, the same numbers in the layout of
-    the packed kernels, in as few bytes. What is saved is what was loaded, bit for bit, in either case.
-    Changing the module's dtype never changes alpha and mu.
+    the packed kernels, where a trit takes 2 bits instead of 1.6. What is saved is what was loaded, bit for
+    bit, in either case. Changing the module's dtype never changes alpha and mu.
 
     Parameters
     ----------
@@ -152,6 +152,11 @@ class TernaryLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
             destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.weight is not None:
+            self.weight = self.dequantize()
 
     def extra_repr(self) -> str:
         """What is printed of the module."""

@@ -281,6 +281,16 @@ def test_kernels_change_nothing_that_is_saved(backend, device, grid, block_size)
     torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_other_tensors_can_be_loaded(device, dense):
+    layer, other = (layer_of(rows, 300, 128, device) for rows in (24, 24))
+    other.scale.mul_(2)
+    layer.keep_dense(dense)
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(3, 300, device=device)
+    torch.testing.assert_close(layer(x), other(x))
+
+
 def test_blocks_that_no_fast_kernel_takes_are_dequantized(backend, device):
     layer = layer_of(33, 70, 50, device)
     x = torch.randn(2, 70, device=device)
