@@ -104,8 +104,8 @@ def lay_out(
     n = trits.shape[0]
     columns = xp.zeros((1, -(-m // CHUNK) * CHUNK), order_type(m))
     columns[0, :m] = order
-    grid, row_factors, block_factors = _lay_grid(scale, shift, n, m, block_size)
-    return Layout(lay_words(trits), grid, columns, (n,), m, block_size, row_factors, block_factors)
+    grids = _lay_grid(scale, shift, n, m, block_size)
+    return Layout(lay_words(trits), permutation=columns, ends=(n,), columns=m, block_size=block_size, **grids)
 
 
 def join(layouts: Sequence[Layout]) -> Layout:
@@ -139,8 +139,11 @@ def join(layouts: Sequence[Layout]) -> Layout:
     names = ["words", "grid", "permutation"]
     if layouts[0].row_factors is not None:
         names += ["row_factors", "block_factors"]
-    joined = {name: xp.concatenate([getattr(layout, name) for layout in layouts]) for name in names}
-    return replace(layouts[0], ends=tuple(ends), **joined)
+    joined: dict[str, Any] = {
+        name: xp.concatenate([getattr(layout, name) for layout in layouts]) for name in names
+    }
+    in_float16 = all(layout.in_float16 for layout in layouts)
+    return replace(layouts[0], ends=tuple(ends), in_float16=in_float16, **joined)
 
 
 def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
@@ -172,11 +175,11 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     Notes
     -----
     16-bit activations take the tensor cores of a device of compute capability 8.0 or higher, if alpha
-    and mu are float16 or codes and the block size is 64, 128, 256, ...; sums are then float32, and all
-    else is computed in float64. A row of y depends on its own row of x alone, to the bit as long as the
-    same kernel is chosen, which is one up to 16 tokens and another above. Infinity or NaN in a row of x
-    makes its row of y infinite or NaN. Finite bfloat16 whose sum over a block leaves the range of
-    float32 does the same.
+    and mu are float16 or codes, the block size is 64, 128, 256, ..., and a row of x fits into the shared
+    memory of a block; sums are then float32, and all else is computed in float64. A row of y depends on its
+    own row of x alone, to the bit as long as the same kernel is chosen, which is one up to 16 tokens and
+    another above. Infinity or NaN in a row of x makes its row of y infinite or NaN. Finite bfloat16 whose
+    sum over a block leaves the range of float32 does the same.
     """
     _check_activations(x, layout)
     n = layout.ends[-1]
@@ -201,13 +204,18 @@ def is_fast(x: Array, layout: Layout) -> bool:
     return tensor_cores.takes(layout, tensor_cores.limits(x.device.id))
 
 
+def can_unpack(x: Array, layout: Layout) -> bool:
+    """Whether `unpacked` serves as well as `multiply`: a weight beyond the type of x is finite there only."""
+    return is_fast(x, layout) and (layout.in_float16 or x.dtype != np.float16)
+
+
 def unpacked(x: Array, layout: Layout) -> Iterator[tuple[Array, Array]]:
     """Factors of a library's product, for so many tokens that dense weights of one part at a time pay.
 
     Parameters
     ----------
     x : (tokens, m) array
-        As for `multiply`; `is_fast` must hold.
+        As for `multiply`; `can_unpack` must hold.
     layout : Layout
         What `lay_out` or `join` made.
 
@@ -235,26 +243,30 @@ def _check_activations(x: Array, layout: Layout) -> None:
 
 def _lay_grid(
     scale: Array | CodedGrid, shift: Array | CodedGrid, n: int, m: int, block_size: int
-) -> tuple[Array, Array | None, Array | None]:
-    """alpha and mu as `Layout` has them: grid, factors of rows, factors of blocks."""
+) -> dict[str, Any]:
+    """What `Layout` has of alpha and mu, by its names."""
     chunks = -(-m // CHUNK)
     values = [grid.decode() if isinstance(grid, CodedGrid) else xp.asarray(grid) for grid in (scale, shift)]
     for name, value in zip(("scale", "shift"), values, strict=True):
         checks.same_shape(name, checks.matrix(value, name), (n, -(-m // block_size)))
+    # alpha t + mu is this at the most, in magnitude.
+    largest = abs(values[0].astype(np.float64)) + abs(values[1].astype(np.float64))
+    in_float16 = bool(largest.max() <= np.finfo(np.float16).max)
     if isinstance(scale, CodedGrid) and isinstance(shift, CodedGrid) and can_be_tiled(block_size):
         codes = xp.stack([scale.codes, shift.codes], axis=-1)
         factors = xp.stack([scale.block, shift.block], axis=-1)
-        return (
-            lay_grid(codes, chunks, block_size),
-            fill_rows(scale.row[:, 0]),
-            spread(factors, chunks, block_size),
-        )
+        return {
+            "grid": lay_grid(codes, chunks, block_size),
+            "row_factors": fill_rows(scale.row[:, 0]),
+            "block_factors": spread(factors, chunks, block_size),
+            "in_float16": in_float16,
+        }
     kinds = {value.dtype.name for value in values}
     if kinds == {"float16"} and can_be_tiled(block_size):
-        return lay_grid(xp.stack(values, axis=-1), chunks, block_size), None, None
+        return {"grid": lay_grid(xp.stack(values, axis=-1), chunks, block_size), "in_float16": in_float16}
     # Numba's CPU compiler does not know float16.
     wide = np.float32 if kinds <= {"float16", "float32"} else np.float64
-    return fill_rows(xp.stack([value.astype(wide) for value in values], axis=-1)), None, None
+    return {"grid": fill_rows(xp.stack([value.astype(wide) for value in values], axis=-1))}
 
 
 def _in_float64(x: Array, layout: Layout) -> Array:

@@ -7,6 +7,7 @@ lacks a tensor; without this import transformers would only warn, and fill such 
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from harness.models import quiet_transformers, read_config, read_json, require_c
 # Projections that models call one after the other with the same tensor. Where a model does not, their
 # outputs are right all the same, and computed more than once.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+OTHER_INPUTS = {"key_value_states", "cross_attention_states", "encoder_hidden_states"}
 
 
 @register_quantization_config(checkpoint.QUANT_METHOD)
@@ -256,7 +258,9 @@ def _launches(model: nn.Module) -> list[list[TernaryLinear]]:
         children = {
             name: child for name, child in parent.named_children() if isinstance(child, TernaryLinear)
         }
-        for names in SHARED_INPUTS:
+        # Attention to something else has two inputs.
+        crossed = OTHER_INPUTS & inspect.signature(parent.forward).parameters.keys()
+        for names in () if crossed else SHARED_INPUTS:
             found = [children[name] for name in names if name in children]
             kinds = {(layer.in_features, layer.block_size, layer.row_factor is None) for layer in found}
             if len(found) == len(names) and len(kinds) == 1:

@@ -68,6 +68,8 @@ class PackedTensors(NamedTuple):
         Rows at which every part ends.
     block_size, columns : int
         Columns in a block, and m.
+    in_float16 : bool
+        Whether no weight is beyond float16.
     """
 
     words: torch.Tensor
@@ -78,6 +80,7 @@ class PackedTensors(NamedTuple):
     ends: list[int]
     block_size: int
     columns: int
+    in_float16: bool
 
     def part(self, index: int) -> Matrix:
         """One of the matrices, read back bit for bit."""

@@ -144,7 +144,7 @@ class TernaryLinear(nn.Module):
         """(..., m) to (..., n), in the dtype of x."""
         if self.packed is not None:
             y = self.packed(x, self.part)
-            return y if self.bias is None else y + self.bias
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         weight = self.dequantize() if self.weight is None else self.weight
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
@@ -154,6 +154,12 @@ class TernaryLinear(nn.Module):
             destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
+        if self.packed is not None:
+            prefix, errors = arguments[1], arguments[-1]
+            errors.append(
+                f"{prefix[:-1]} is laid out for kernels and takes no weights; keep_dense undoes that"
+            )
+            return
         super()._load_from_state_dict(*arguments)
         if self.weight is not None:
             self.weight = self.dequantize()

@@ -14,8 +14,9 @@ import torch
 from harness.layout import PAIRS, PackedTensors
 
 # From so many tokens on, weights are unpacked into a workspace, a matrix at a time, for the library's
-# product. Reasoned, not measured: on an H100 writing and reading the weights takes the library the time of
-# about 150 tokens, and the packed kernel's instructions reach some 60 % of its rate.
+# product, which rounds them to the type of x and may add up a row in an order that depends on how many there
+# are. Reasoned, not measured: on an H100 writing and reading the weights takes the library the time of about
+# 150 tokens, and the packed kernel's instructions reach some 60 % of its rate.
 UNPACKED_TOKENS = 512
 
 
@@ -30,6 +31,7 @@ def ternary_linear(
     ends: list[int],
     block_size: int,
     columns: int,
+    in_float16: bool,
 ) -> torch.Tensor:
     """``x @ W_hat.T``, of one matrix or of several side by side.
 
@@ -37,16 +39,19 @@ def ternary_linear(
     ----------
     x : (tokens, m) tensor
         Activations.
-    words, grid, permutation, row_factors, block_factors, ends, block_size, columns
+    words, grid, permutation, row_factors, block_factors, ends, block_size, columns, in_float16
         As in `harness.layout.PackedTensors`.
 
     Returns
     -------
     (tokens, n) tensor of the type of x
     """
-    packed = PackedTensors(words, grid, permutation, row_factors, block_factors, ends, block_size, columns)
-    weights = [packed.part(index).dequantize(block_size) for index in range(len(ends))]
-    return (x.float() @ torch.cat(weights).T).to(x.dtype)
+    packed = PackedTensors(
+        words, grid, permutation, row_factors, block_factors, ends, block_size, columns, in_float16
+    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights = torch.cat([packed.part(index).dequantize(block_size, wide) for index in range(len(ends))])
+    return (x.to(wide) @ weights.T).to(x.dtype)
 
 
 @ternary_linear.register_fake
@@ -82,9 +87,10 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
             packed.block_size,
             None if row_factors is None else to_device(row_factors).view("float16"),
             None if block_factors is None else _numbers(to_device(block_factors)),
+            packed.in_float16,
         )
         bits = to_device(_bits(x.detach().contiguous()))  # DLPack takes nothing that has a gradient
-        if x.shape[0] < UNPACKED_TOKENS or not matmul.is_fast(bits, layout):
+        if x.shape[0] < UNPACKED_TOKENS or not matmul.can_unpack(bits, layout):
             matmul.multiply(bits, layout, to_device(_bits(y)))
             return y
         begin = 0

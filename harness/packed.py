@@ -46,6 +46,7 @@ class PackedWeights(nn.Module):
     def __init__(self, layout: Any) -> None:
         super().__init__()
         self.ends, self.columns, self.block_size = list(layout.ends), layout.columns, layout.block_size
+        self.in_float16 = layout.in_float16
         self._kept: _Kept | None = None
         for name in ("words", "grid", "permutation", "row_factors", "block_factors"):
             array = getattr(layout, name)
@@ -66,6 +67,7 @@ class PackedWeights(nn.Module):
             self.ends,
             self.block_size,
             self.columns,
+            self.in_float16,
         )
 
     def forward(self, x: torch.Tensor, part: int) -> torch.Tensor:
@@ -81,8 +83,10 @@ class PackedWeights(nn.Module):
     def _outputs(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
         """Those of all layers."""
         y = ternary_linear(x.reshape(-1, x.shape[-1]), *self.tensors())
-        widths = [end - begin for begin, end in zip([0, *self.ends], self.ends, strict=False)]
-        return dict(enumerate(y.view(*x.shape[:-1], self.ends[-1]).split(widths, dim=-1)))
+        y = y.view(*x.shape[:-1], self.ends[-1])
+        begins = [0, *self.ends[:-1]]
+        # Slices rather than parts of a split, which nobody may change in place where gradients are kept.
+        return {part: y[..., begins[part] : end] for part, end in enumerate(self.ends)}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no use for outputs, and none can be made of tensors inside a graph of gradients.

@@ -54,6 +54,8 @@ class Layout:
         Of a grid of codes: the factor of a row, as in `reference.types.CodedGrid`.
     block_factors : (parts, chunks, pairs, 2) float16, or None
         Likewise of a block, for alpha and for mu.
+    in_float16 : bool
+        Whether |alpha| + |mu| of every block is within float16, so that every weight is.
 
     Raises
     ------
@@ -69,6 +71,7 @@ class Layout:
     block_size: int
     row_factors: Array | None = None
     block_factors: Array | None = None
+    in_float16: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1:

@@ -27,6 +27,9 @@ MOST_DECODED = 16
 # The first tensor cores for bfloat16, and the first copies past the registers.
 CAPABILITY = 80
 
+# Products that are to be rounded before they are added are not contracted; what may be says fmaf.
+OPTIONS = ("--std=c++17", "--fmad=false")
+
 # As in the sources.
 SPAN = 64
 TILE = 8
@@ -94,7 +97,7 @@ def takes(layout: Layout, device: Limits) -> bool:
 
 @cache
 def _function(name: str, kernel: str, device: int) -> Any:
-    function = xp.RawModule(code=source(name, [kernel]), options=("--std=c++17",)).get_function(kernel)
+    function = xp.RawModule(code=source(name, [kernel]), options=OPTIONS).get_function(kernel)
     # Without this a launch may ask for no more than 48 KiB. How much is taken is said at the launch.
     function.max_dynamic_shared_size_bytes = limits(device).shared
     return function

@@ -38,7 +38,11 @@ def test_sources_compile_to_machine_code_without_spills(source, capability):
     names = list(tensor_cores.kernels(source))
     text = tensor_cores.source(source, names).encode()
     _, program = nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], [])
-    options = [f"-arch=sm_{capability}".encode(), b"--std=c++17", b"--ptxas-options=-v"]
+    options = [
+        f"-arch=sm_{capability}".encode(),
+        *(option.encode() for option in tensor_cores.OPTIONS),
+        b"--ptxas-options=-v",
+    ]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = b" " * size

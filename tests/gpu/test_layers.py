@@ -11,7 +11,7 @@ import torch
 from gpu import matmul
 from gpu.device import STANDIN
 from gpu.kernels import tensor_cores
-from harness import layout, ops
+from harness import hf, layout, ops
 from harness.backends import load_backend
 from harness.compute import compute_for
 from harness.linear import TernaryLinear, use_kernels
@@ -170,6 +170,59 @@ def test_products_by_unpacked_weights(backend, device, dtype, grid, monkeypatch)
         dirty = ops.multiply_by_kernels(x, packed, stream)
         assert not dirty[1].isfinite().any()
         assert torch.equal(dirty[[0, 2, 3, 4]], y[[0, 2, 3, 4]])
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize(("mu", "fits"), [(0.0, True), (-1.0, False)])
+def test_weights_beyond_float16_are_not_unpacked_in_it(backend, device, mu, fits, monkeypatch):
+    layer = layer_of(33, 577, 64, device)
+    layer.scale.fill_(65504), layer.shift.fill_(65504 * mu)
+    use_kernels([layer], backend)
+    packed = layer.packed.tensors()
+    assert packed.in_float16 == fits
+    ways = []
+    monkeypatch.setattr(matmul, "unpacked", lambda x, layout: ways.append("unpacked") or ())
+    monkeypatch.setattr(matmul, "multiply", lambda x, layout, y: ways.append("packed"))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    for dtype in (torch.float16, torch.bfloat16):
+        ops.multiply_by_kernels(torch.zeros(5, 577, device=device, dtype=dtype), packed, stream)
+    assert ways == ["unpacked" if fits else "packed", "unpacked"]
+
+
+def test_what_a_layer_gives_is_as_of_a_dense_one(backend, device):
+    """Its type with a bias of another, exact numbers, changes in place, and weights it cannot take."""
+    layers = [layer_of(rows, 300, 128, device, bias=True) for rows in (16, 8)]
+    stored = layers[0].state_dict()
+    x = torch.randn(3, 300, device=device)
+    exact = torch.nn.functional.linear(x.double(), layers[0].dequantize().double(), layers[0].bias.double())
+    use_kernels(layers, backend)
+    assert layers[0](x.half()).dtype == torch.float16
+    assert off(layers[0](x.double()), exact) <= 1e-12
+    y = layers[0](x.requires_grad_())
+    assert off(y.detach().clone().mul_(2), 2 * exact) <= TOLERANCE[torch.float32]
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="is laid out for kernels and takes no weights; keep_dense"):
+        layers[0].load_state_dict(stored)
+    layers[0].keep_dense(False)
+    layers[0].load_state_dict(stored)
+
+
+def test_attention_to_something_else_has_no_common_launch(backend, device):
+    class Crossed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (layer_of(rows, 300, 128, device) for rows in (16, 8, 8))
+
+        def forward(self, hidden_states, key_value_states=None):
+            given = hidden_states if key_value_states is None else key_value_states
+            return self.q_proj(hidden_states), self.k_proj(given), self.v_proj(given)
+
+    model = Crossed()
+    x, other = torch.randn(2, 3, 300, device=device)
+    expected = model(x, other)
+    hf.use_kernels(model, backend)
+    assert len({layer.packed for layer in model.children()}) == 3
+    torch.testing.assert_close(model(x, other), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_constants_of_the_layout_are_those_of_the_kernels():
