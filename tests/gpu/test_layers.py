@@ -344,6 +344,17 @@ def test_other_tensors_can_be_loaded(device, dense):
     torch.testing.assert_close(layer(x), other(x))
 
 
+@pytest.mark.parametrize("columns", [2**15 + 300, 2**16 + 300])
+def test_columns_that_a_signed_or_any_two_bytes_cannot_name(backend, device, columns):
+    layer = layer_of(2, columns, 1024, device)
+    x = torch.randn(3, columns, device=device)
+    expected = torch.nn.functional.linear(x, layer.dequantize())
+    order = layer.permutation.clone()
+    use_kernels([layer], backend)
+    assert off(layer(x), expected) <= 1e-5
+    assert torch.equal(layer.stored()["permutation"], order)
+
+
 def test_blocks_that_no_fast_kernel_takes_are_dequantized(backend, device):
     layer = layer_of(33, 70, 50, device)
     x = torch.randn(2, 70, device=device)
