@@ -127,39 +127,44 @@ def multiply(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch 
         Runs a kernel; tests run them on the CPU.
     """
     tokens, m = x.shape
-    chunks = -(-m // CHUNK)
-    kind, matrix = _kind(x.dtype, layout), _arguments(layout)
-    phase, shared = decode_phase(tokens, m, True, device.shared)
-    gather = tokens <= MOST_DECODED and phase == chunks
-    arranged, span_sums = x, layout.permutation  # sums are not read where x is gathered by the product itself
-    if not gather:
-        arranged, span_sums = arrange(x, layout, launch)
     if tokens <= MOST_DECODED:
-        if not gather:
-            phase, shared = decode_phase(tokens, m, False, device.shared)
-        sizes = (tokens, m, layout.pairs_shift, phase, *_padded(layout.ends))
-        launch(
-            "decode.cu",
-            _decode_name(_columns(tokens), gather, kind),
-            (min(layout.tiles, device.processors),),
-            DECODE_THREADS,
-            shared,
-            (arranged, span_sums, layout.permutation, *matrix, y, *map(np.int32, sizes)),
-        )
+        some = tokens_at_once(tokens, m, device.shared)
+        for first in range(0, tokens, some):
+            _decode(x[first : first + some], layout, device, y[first : first + some], launch)
         return
+    arranged, span_sums = arrange(x, layout, launch)
     row = 0
     for part, (first_tile, last_tile) in enumerate(layout.tiles_of_parts()):
         end = layout.ends[part]
         sizes = (tokens, layout.ends[-1], m, layout.pairs_shift, part, first_tile, last_tile, row, end)
         launch(
             "prefill.cu",
-            f"prefill_{kind}",
+            f"prefill_{_kind(x.dtype, layout)}",
             (-(-(last_tile - first_tile) // PREFILL_TILES), -(-tokens // PREFILL_TOKENS)),
             PREFILL_THREADS,
             PREFILL_TOKENS * ((CHUNK + PADDING) * 2 + CHUNK // SPAN * 4),
-            (arranged, span_sums, *matrix, y, *map(np.int32, sizes)),
+            (arranged, span_sums, *_arguments(layout), y, *map(np.int32, sizes)),
         )
         row = end
+
+
+def _decode(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch) -> None:
+    tokens, m = x.shape
+    phase, shared = decode_phase(tokens, m, True, device.shared)
+    gather = phase > 0
+    arranged, span_sums = x, layout.permutation  # sums are not read where x is gathered by the product itself
+    if not gather:
+        arranged, span_sums = arrange(x, layout, launch)
+        phase, shared = decode_phase(tokens, m, False, device.shared)
+    sizes = (tokens, m, layout.pairs_shift, phase, *_padded(layout.ends))
+    launch(
+        "decode.cu",
+        _decode_name(_columns(tokens), gather, _kind(x.dtype, layout)),
+        (min(layout.tiles, device.processors),),
+        DECODE_THREADS,
+        shared,
+        (arranged, span_sums, layout.permutation, *_arguments(layout), y, *map(np.int32, sizes)),
+    )
 
 
 def arrange(x: Array, layout: Layout, launch: Launch = _launch) -> tuple[Array, Array]:
@@ -246,6 +251,20 @@ def _decode_name(columns: int, gather: bool, kind: str) -> str:
 
 def _columns(tokens: int) -> int:
     return -(-tokens // TILE) * TILE
+
+
+def tokens_at_once(tokens: int, m: int, shared: int) -> int:
+    """How many tokens a launch of decode.cu takes, of at most `MOST_DECODED`.
+
+    All, unless their x does not fit into shared memory. It would be read again for each tile then, and for
+    16 tokens that is 3.6 times as much as the words of a tile; so the words are read up to three times
+    instead, where x of fewer tokens fits.
+    """
+    for launches in (1, 2, 3):
+        some = -(-tokens // launches)
+        if decode_phase(some, m, False, shared)[0] == -(-m // CHUNK):
+            return some
+    return tokens
 
 
 def decode_phase(tokens: int, m: int, gather: bool, shared: int) -> tuple[int, int]:

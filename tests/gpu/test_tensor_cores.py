@@ -289,6 +289,17 @@ def test_unpacked_factors_are_of_activations_that_fit():
         next(matmul.unpacked(xp.zeros((2, 290), np.float16), lay_out(random_case(3, 300, 128))))
 
 
+def test_words_are_read_a_few_times_where_x_of_fewer_tokens_fits(run, emulators):
+    case = random_case(40, 4200, 128)
+    x = case.activations(16, "float16")
+    expected = run(case, x, MOST_SHARED)
+    for shared, launches in ((MOST_SHARED, 1), (160 * 1024, 2), (125 * 1024, 3), (LEAST_SHARED, 1)):
+        emulators[0].launched.clear()
+        np.testing.assert_array_equal(run(case, x, shared), expected)
+        if STANDIN:
+            assert sum(name.startswith("decode") for name in emulators[0].launched) == launches
+
+
 def test_what_the_kernels_take():
     layout = lay_out(random_case(3, 4096, 128))
     device = tensor_cores.Limits(80, MUCH_SHARED, 1)
