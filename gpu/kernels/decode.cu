@@ -22,8 +22,9 @@ struct Stage {
 // not there are left as they are: columns of D do not mix, and these are not written.
 template <class T, class G, int TILES, bool GATHER>
 __device__ inline void decode(const unsigned short *x, const float *span_sums,
-                              const unsigned short *permutation, const uint4 *words, const typename G::Pair *grid,
-                              const unsigned *block_factors, const unsigned short *row_factors, unsigned short *y, int tokens, int m,
+                              const unsigned short *permutation, const uint4 *words,
+                              const typename G::Pair *grid, const unsigned *block_factors,
+                              const unsigned short *row_factors, unsigned short *y, int tokens, int m,
                               int pairs_shift, int phase, const int (&ends)[PARTS]) {
     extern __shared__ uint4 shared[];
     constexpr int TOKENS = TILES * TILE;
@@ -162,8 +163,9 @@ __device__ inline void decode(const unsigned short *x, const float *span_sums,
 #define DECODE(NAME, T, G, TILES, GATHER)                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                      \
         NAME(const unsigned short *x, const float *span_sums, const unsigned short *permutation,                  \
-             const uint4 *words, const G::Pair *grid, const unsigned *block_factors, const unsigned short *row_factors,               \
-             unsigned short *y, int tokens, int m, int pairs_shift, int phase, int end0, int end1, int end2) {    \
+             const uint4 *words, const G::Pair *grid, const unsigned *block_factors,                              \
+             const unsigned short *row_factors, unsigned short *y, int tokens, int m, int pairs_shift, int phase, \
+             int end0, int end1, int end2) {                                                                      \
         const int ends[PARTS] = {end0, end1, end2};                                                               \
         decode<T, G, TILES, GATHER>(x, span_sums, permutation, words, grid, block_factors, row_factors, y,        \
                                     tokens, m, pairs_shift, phase, ends);                                         \
