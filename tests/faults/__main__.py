@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from harness.cli import UserError, run
 from tests.faults import cuda, outcome, plant
 from tests.faults.fault import MODULE_LEVEL, Fault
 from tests.faults.judge import PASSED, UNCOMPILED
-from tests.faults.outcome import Journal, Verdict, digest
+from tests.faults.outcome import Journal, Key, Verdict, digest
 
 DESCRIPTION = """\
 Plant faults in reference/ and gpu/ and show which of them the tests notice.
@@ -34,7 +34,7 @@ condition that is always true or false, a tie that goes the other way. Each is
 planted alone, in a copy of the project; nothing here is touched. The tests of
 the package run until one fails: the fault is caught. A fault that all of them
 pass is a survivor. It needs a test, or a reason in tests/faults/survivors.toml
-why no test can notice it.
+why no test can notice it; where there is one, tests of over a second are not run.
 
 Python and CUDA C++ are judged. Tests compile the latter for a CPU, where
 instructions.cuh is replaced: its faults are not planted. Where others do not
@@ -163,13 +163,13 @@ class Bench:
         if ready["code"] != 0:
             raise FailingTests(f"the tests of {package} fail without a fault: {', '.join(ready['failed'])}")
 
-    def judge(self, fault: Fault, only: list[str] | None) -> tuple[Verdict, float]:
-        """Plant a fault, run the tests, or `only` some files of them, and take it out again."""
+    def judge(self, fault: Fault, only: list[str] | None, quick: bool) -> tuple[Verdict, float]:
+        """Plant a fault, run the tests, `only` some files or the `quick` ones, and take it out again."""
         file = self.folder / fault.file
         sound = file.read_text(encoding="utf-8")
         try:
             self._write(file, fault.planted(sound))
-            by, seconds = self._ask(fault.file, fault.function, only)
+            by, seconds = self._ask(fault.file, fault.function, only, quick)
         finally:
             self._write(file, sound)
         return Verdict(fault, by), seconds
@@ -182,7 +182,7 @@ class Bench:
         FailingTests
             If a test fails.
         """
-        by, _ = self._ask(file, MODULE_LEVEL, None)
+        by, _ = self._ask(file, MODULE_LEVEL, None, False)
         if by is not None:
             raise FailingTests(f"{file} is sound and does not pass {by}: its verdicts mean nothing")
 
@@ -192,9 +192,9 @@ class Bench:
             compiled.unlink()
         file.write_text(text, encoding="utf-8")
 
-    def _ask(self, file: str, function: str, only: list[str] | None) -> tuple[str | None, float]:
+    def _ask(self, file: str, function: str, only: list[str] | None, quick: bool) -> tuple[str | None, float]:
         assert self.process.stdin is not None
-        request = {"file": file, "function": function, "only": only}
+        request = {"file": file, "function": function, "only": only, "quick": quick}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self._answer()
         if not answer["by"]:
@@ -239,8 +239,12 @@ class Judged:
     uncompiled: int
 
 
-def judge_files(project: Project, files: list[str], journal: Journal, resume: bool) -> Iterator[Judged]:
+def judge_files(
+    project: Project, files: list[str], journal: Journal, resume: bool, explained: Container[Key] = ()
+) -> Iterator[Judged]:
     """Judge every fault of some files, each file as it is done; none again that the journal knows.
+
+    Faults that are `explained`, as none that a test can notice, face the quick tests alone.
 
     Raises
     ------
@@ -251,7 +255,7 @@ def judge_files(project: Project, files: list[str], journal: Journal, resume: bo
         hashes = project.hashes(package)
         faults = {file: project.faults(file) for file in files if Path(file).parts[0] == package}
         found = {
-            fault: journal.find(fault, hashes) if resume else (None, None)
+            fault: journal.find(fault, hashes, fault.key in explained) if resume else (None, None)
             for own in faults.values()
             for fault in own
         }
@@ -266,8 +270,9 @@ def judge_files(project: Project, files: list[str], journal: Journal, resume: bo
                 for fault in own:
                     verdict, unseen = found[fault]
                     if verdict is None:
-                        verdict, seconds = at.judge(fault, unseen)
-                        journal.add(verdict, hashes, seconds)
+                        quick = fault.key in explained
+                        verdict, seconds = at.judge(fault, unseen, quick)
+                        journal.add(verdict, hashes, seconds, quick)
                         progress.show(verdict)
                     verdicts.append(verdict)
                 if left and own and all(verdict.by for verdict in verdicts):
@@ -358,8 +363,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(project: Project, files: list[str], resume: bool) -> int:
     reasons = outcome.load_reasons()
     unexplained: list[Verdict] = []
-    idle: list[outcome.Key] = []
-    for judged in judge_files(project, files, Journal(outcome.JOURNAL), resume):
+    idle: list[Key] = []
+    for judged in judge_files(project, files, Journal(outcome.JOURNAL), resume, reasons):
         file, verdicts = judged.file, judged.verdicts
         outcome.write_outcome(outcome.OUTCOME, file, judged.sha256, verdicts, reasons, project.sources())
         survivors = [verdict for verdict in verdicts if verdict.by is None]

@@ -204,6 +204,25 @@ def test_what_imports_the_faulty_module_only_in_functions_is_loaded_once(project
     assert verdicts["while x > 5: → while False:"] is None
 
 
+def test_a_fault_that_has_a_reason_faces_the_quick_tests_alone(project, tmp_path):
+    (tmp_path / "tests/toy/test_sums.py").write_text(
+        "import time\n"
+        + TOY_TESTS.replace("double(3)", "2 * 3")
+        + "\n\ndef test_slowly():\n    time.sleep(1.1)\n    assert double(3) == 6\n"
+    )
+    change, journal = "return x + x → return (x - x)", tmp_path / "journal.jsonl"
+    key = "toy/sums.py", "double", change
+
+    def judged(explained):
+        files = judge_files(project, ["toy/sums.py"], Journal(journal), resume=True, explained=explained)
+        return {verdict.fault.change: verdict.by for one in files for verdict in one.verdicts}[change]
+
+    assert judged({key}) is None
+    assert judged({key}) is None
+    # The reason is gone, and so is what rested on it.
+    assert judged(()) == "tests/toy/test_sums.py::test_slowly"
+
+
 def test_tests_that_fail_without_a_fault_judge_nothing(project, tmp_path):
     (tmp_path / "tests/toy/test_sums.py").write_text("def test_wrong():\n    assert False\n")
     with pytest.raises(FailingTests, match=r"fail without a fault: tests/toy/test_sums\.py::test_wrong"):
