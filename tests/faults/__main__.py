@@ -34,7 +34,8 @@ condition that is always true or false, a tie that goes the other way. Each is
 planted alone, in a copy of the project; nothing here is touched. The tests of
 the package run until one fails: the fault is caught. A fault that all of them
 pass is a survivor. It needs a test, or a reason in tests/faults/survivors.toml
-why no test can notice it; where there is one, tests of over a second are not run.
+why no test can notice it; where there is one, only tests that are likely to fail
+are run, for some 20 seconds.
 
 Python and CUDA C++ are judged. Tests compile the latter for a CPU, where
 instructions.cuh is replaced: its faults are not planted. Where others do not
@@ -90,12 +91,15 @@ class Project:
         What of the folder the tests need.
     patience : float
         Seconds that a test may take beyond ten times what it takes without a fault.
+    brief : float
+        Seconds of tests, without a fault, that judge one of which somebody says that no test can notice it.
     """
 
     root: Path = ROOT
     tests: dict[str, tuple[str, ...]] = field(default_factory=lambda: TESTS)
     copied: tuple[str, ...] = COPIED
     patience: float = 15.0
+    brief: float = 20.0
 
     def sources(self) -> list[str]:
         """Every file of the packages, by its path."""
@@ -125,7 +129,7 @@ class Bench:
     """A copy of the project in which the tests of a package judge one fault after another."""
 
     def __init__(self, project: Project, package: str, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.brief = folder, project.brief
         for name in project.copied:
             source = project.root / name
             if source.is_dir():
@@ -163,13 +167,13 @@ class Bench:
         if ready["code"] != 0:
             raise FailingTests(f"the tests of {package} fail without a fault: {', '.join(ready['failed'])}")
 
-    def judge(self, fault: Fault, only: list[str] | None, quick: bool) -> tuple[Verdict, float]:
-        """Plant a fault, run the tests, `only` some files or the `quick` ones, and take it out again."""
+    def judge(self, fault: Fault, only: list[str] | None, briefly: bool) -> tuple[Verdict, float]:
+        """Plant a fault, run the tests, `only` some files or those likely to fail, and take it out again."""
         file = self.folder / fault.file
         sound = file.read_text(encoding="utf-8")
         try:
             self._write(file, fault.planted(sound))
-            by, seconds = self._ask(fault.file, fault.function, only, quick)
+            by, seconds = self._ask(fault.file, fault.function, only, self.brief if briefly else None)
         finally:
             self._write(file, sound)
         return Verdict(fault, by), seconds
@@ -182,7 +186,7 @@ class Bench:
         FailingTests
             If a test fails.
         """
-        by, _ = self._ask(file, MODULE_LEVEL, None, False)
+        by, _ = self._ask(file, MODULE_LEVEL, None, None)
         if by is not None:
             raise FailingTests(f"{file} is sound and does not pass {by}: its verdicts mean nothing")
 
@@ -192,9 +196,11 @@ class Bench:
             compiled.unlink()
         file.write_text(text, encoding="utf-8")
 
-    def _ask(self, file: str, function: str, only: list[str] | None, quick: bool) -> tuple[str | None, float]:
+    def _ask(
+        self, file: str, function: str, only: list[str] | None, budget: float | None
+    ) -> tuple[str | None, float]:
         assert self.process.stdin is not None
-        request = {"file": file, "function": function, "only": only, "quick": quick}
+        request = {"file": file, "function": function, "only": only, "budget": budget}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self._answer()
         if not answer["by"]:
@@ -244,7 +250,7 @@ def judge_files(
 ) -> Iterator[Judged]:
     """Judge every fault of some files, each file as it is done; none again that the journal knows.
 
-    Faults that are `explained`, as none that a test can notice, face the quick tests alone.
+    Faults that are `explained`, as none that a test can notice, are judged briefly.
 
     Raises
     ------
@@ -270,9 +276,9 @@ def judge_files(
                 for fault in own:
                     verdict, unseen = found[fault]
                     if verdict is None:
-                        quick = fault.key in explained
-                        verdict, seconds = at.judge(fault, unseen, quick)
-                        journal.add(verdict, hashes, seconds, quick)
+                        briefly = fault.key in explained
+                        verdict, seconds = at.judge(fault, unseen, briefly)
+                        journal.add(verdict, hashes, seconds, briefly)
                         progress.show(verdict)
                     verdicts.append(verdict)
                 if left and own and all(verdict.by for verdict in verdicts):

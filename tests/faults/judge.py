@@ -27,9 +27,6 @@ import pytest
 
 # A test that takes so many times as long as without the fault, and the patience asked for, hangs.
 SLOWER = 10.0
-# A fault that somebody says no test can notice faces those that take no longer, in seconds: a quarter of
-# the time that all of them take.
-QUICK = 1.0
 # A fault may ask for memory without end.
 MEMORY = 12 * 2**30
 OPTIONS = [
@@ -325,24 +322,33 @@ class Judge:
         programs = (path for path in self.imports.paths if path.parent == self.root / folder)
         return any(not p.name.startswith("test_") and self.imports.paths[p] in dependents for p in programs)
 
-    def judge(self, file: str, function: str, only: list[str] | None, quick: bool) -> dict[str, Any]:
+    def likeliest(
+        self, files: list[str], order: dict[str, Rank | None], budget: float
+    ) -> dict[str, Rank | None]:
+        """An order without the tests that come after so many seconds; the first one always stays."""
+        spent, kept = 0.0, dict.fromkeys(order)
+        for rank, nodeid in sorted((rank, nodeid) for nodeid, rank in order.items() if rank):
+            if _file(nodeid) in files and spent < budget:
+                kept[nodeid] = rank
+                spent += self.recorder.seconds[nodeid]
+        return kept
+
+    def judge(self, file: str, function: str, only: list[str] | None, budget: float | None) -> dict[str, Any]:
         """Who notices the fault that lies in a file now: a test, a "crash", a "hang", or `PASSED`.
 
         It is `UNCOMPILED` where nobody could. The answer is empty where the tests could not be run at all,
-        whatever the fault. `only` names the test files that are to judge, if not all of them are; of their
-        tests, `quick` leaves out those that are slow.
+        whatever the fault. `only` names the test files that are to judge, if not all of them are; `budget` is
+        how many seconds of tests are, beginning with those that are likely to fail.
         """
         started = time.perf_counter()
         files, order = self.selection(file, function)
-        if quick:
-            order = {nodeid: rank if rank and rank[2] <= QUICK else None for nodeid, rank in order.items()}
-            judging = {_file(nodeid) for nodeid, rank in order.items() if rank}
-            files = [name for name in files if name in judging]
         if not files:
-            return {"by": PASSED if quick else "", "seconds": 0.0}
+            return {"by": "", "seconds": 0.0}
         files = [name for name in files if only is None or name in only]
         if not files:
             return {"by": PASSED, "seconds": 0.0}
+        if budget is not None:
+            order = self.likeliest(files, order, budget)
         reading, writing = os.pipe()
         plugin = FirstFailure(
             writing, order, self.recorder.seconds, self.patience, compiled=not file.endswith(".py")

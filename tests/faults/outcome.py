@@ -73,7 +73,7 @@ class Journal:
             _replace(file, kept)
 
     def find(
-        self, fault: Fault, hashes: dict[str, str], quick: bool = False
+        self, fault: Fault, hashes: dict[str, str], briefly: bool = False
     ) -> tuple[Verdict | None, list[str] | None]:
         """What an earlier run says of a fault, for sources and tests of these hashes.
 
@@ -83,8 +83,8 @@ class Journal:
             The fault.
         hashes : dict of str to str
             Of the files of its package, and of the tests.
-        quick : bool
-            Whether it is enough that it has passed the quick tests.
+        briefly : bool
+            Whether it is enough that it has passed the tests that are likely to fail.
 
         Returns
         -------
@@ -95,7 +95,7 @@ class Journal:
             others as they are; None for all of them.
         """
         entry = self.known.get(fault.key)
-        if entry is None or entry["sha256"] != hashes[fault.file] or (entry.get("quick") and not quick):
+        if entry is None or entry["sha256"] != hashes[fault.file] or (entry.get("briefly") and not briefly):
             return None, None
         seen, tests = entry["tests"].items(), _tests(hashes)
         if entry["by"] is not None:
@@ -106,8 +106,8 @@ class Journal:
         # What tests share may have changed any of them.
         return None, unseen if all(Path(name).name.startswith("test_") for name in unseen) else None
 
-    def add(self, verdict: Verdict, hashes: dict[str, str], seconds: float, quick: bool = False) -> None:
-        """Write a verdict on sources and tests of these hashes, by the quick tests alone or by all."""
+    def add(self, verdict: Verdict, hashes: dict[str, str], seconds: float, briefly: bool = False) -> None:
+        """Write a verdict on sources and tests of these hashes, by the likely tests alone or by all."""
         tests = _tests(hashes)
         named = (verdict.by or "").partition("::")[0]
         entry = {
@@ -117,8 +117,8 @@ class Journal:
             "tests": {named: tests[named]} if named in tests else tests,
             "seconds": seconds,
         }
-        if quick and verdict.by is None:
-            entry["quick"] = True
+        if briefly and verdict.by is None:
+            entry["briefly"] = True
         with self.file.open("a", encoding="utf-8") as out:
             print(json.dumps(entry, ensure_ascii=False), file=out)
 

@@ -204,12 +204,13 @@ def test_what_imports_the_faulty_module_only_in_functions_is_loaded_once(project
     assert verdicts["while x > 5: → while False:"] is None
 
 
-def test_a_fault_that_has_a_reason_faces_the_quick_tests_alone(project, tmp_path):
+def test_a_fault_that_has_a_reason_faces_the_likely_tests_alone(project, tmp_path):
     (tmp_path / "tests/toy/test_sums.py").write_text(
         "import time\n"
-        + TOY_TESTS.replace("double(3)", "2 * 3")
-        + "\n\ndef test_slowly():\n    time.sleep(1.1)\n    assert double(3) == 6\n"
+        + TOY_TESTS.replace("double(3) == 6", "double(3) != 5")
+        + "\n\ndef test_slowly():\n    time.sleep(0.5)\n    assert double(3) == 6\n"
     )
+    project.brief = 0.001
     change, journal = "return x + x → return (x - x)", tmp_path / "journal.jsonl"
     key = "toy/sums.py", "double", change
 
