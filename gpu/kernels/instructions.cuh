@@ -1,5 +1,5 @@
 // The instructions that CUDA C++ has no words for without headers, for the two 16-bit types.
-// tests/gpu/emulation.hpp has the same functions in plain C++, by the PTX manual, for a CPU.
+// tests/gpu/emulation.cpp has the same functions in plain C++, by the PTX manual, for a CPU.
 
 // Bits of the mantissa and bias of the exponent are all that tells the two types apart.
 struct Float16 {

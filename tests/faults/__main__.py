@@ -63,8 +63,8 @@ ROOT = Path(__file__).parents[2]
 # What a copy of the project needs.
 COPIED = ("reference", "gpu", "harness", "golden", "tests", "pyproject.toml")
 PLANTERS = {".py": plant.find_faults, ".cu": cuda.find_faults, ".cuh": cuda.find_faults}
-HASHED = {*PLANTERS, ".hpp"}
-# Instructions that tests/gpu/emulation.hpp replaces on a CPU: nothing runs a fault in them.
+HASHED = {*PLANTERS, ".cpp", ".hpp"}
+# Instructions that tests/gpu/emulation.cpp replaces on a CPU: nothing runs a fault in them.
 EMULATED = "instructions.cuh"
 # A fault in the reference must be noticed by its own tests, not by those of what is compared with it.
 TESTS = {

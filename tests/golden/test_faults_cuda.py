@@ -229,6 +229,7 @@ def test_faults_of_a_kernel_are_judged_by_those_who_run_it(tmp_path):
         "gpu/kernels/decode.cu": KERNEL,
         "tests/__init__.py": "",
         "tests/gpu/emulation.py": (tests / "emulation.py").read_text(encoding="utf-8"),
+        "tests/gpu/emulation.cpp": (tests / "emulation.cpp").read_text(encoding="utf-8"),
         "tests/gpu/emulation.hpp": (tests / "emulation.hpp").read_text(encoding="utf-8"),
         "tests/gpu/test_reverse.py": KERNEL_TESTS,
         "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '--import-mode=importlib'\n",

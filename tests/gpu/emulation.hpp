@@ -1,29 +1,13 @@
-// CUDA on one CPU thread: every CUDA thread is a coroutine that runs until it meets a barrier, a shuffle or
-// an mma, and goes on when the others have met it too. It replaces gpu/kernels/instructions.cuh.
-//
-// Hostile where the hardware may be: threads run in one order or the reverse, each as far as it gets, so
-// that what a barrier should have ordered is not in order; shared memory starts out as NaN; arrays end at
-// a page that may not be touched. mma rounds its sum towards zero, as tensor cores are known to do.
-#include <algorithm>
-#include <cmath>
-#include <csetjmp>
-#include <csignal>
-#include <cstdint>
-#include <cstring>
-#include <deque>
-#include <string>
+// What kernels see of CUDA on one CPU thread, in place of gpu/kernels/instructions.cuh; emulation.cpp does it.
+// Few headers, as this is compiled with every kernel.
+#include <cstddef>
 #include <tuple>
 #include <type_traits>
-#include <sys/mman.h>
-#include <ucontext.h>
-#include <vector>
 
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
 #define __shared__
-using std::max;
-using std::min;
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
@@ -34,87 +18,30 @@ struct float2 {
 struct Index {
     unsigned x, y;
 };
-static Index threadIdx, blockIdx, gridDim;
-static inline float __uint_as_float(unsigned bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-static inline unsigned bits_of(float value) {
-    unsigned bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
+extern Index threadIdx, blockIdx, gridDim;
 
-// ---- coroutines
-struct Copy {
-    uint4 *to;
-    const uint4 *from;
-};
-enum Waits { FOR_NOTHING, FOR_BLOCK, FOR_WARP, DONE };
-struct Thread {
-    ucontext_t context;  // where it begins
-    bool begun;
-    jmp_buf place;  // where it goes on
-    Waits waits;
-    std::string meets;  // which of the operations of a warp
-    unsigned a[4], b[2];
-    float d[4];
-    float value;
-    int lane_mask;
-    std::deque<std::vector<Copy>> groups;  // copies on their way; the last group is open
-};
-static std::vector<Thread> threads;
-static std::vector<char> stacks;
-static jmp_buf scheduler;
-static int current;
-constexpr size_t STACK = 64 * 1024;
+template <class A>
+A max(A a, A b) {
+    return a < b ? b : a;
+}
+template <class A>
+A min(A a, A b) {
+    return b < a ? b : a;
+}
+extern "C" float fmaf(float, float, float) noexcept;
 
-// Jumps rather than swapcontext, which asks the kernel for the signal mask each time.
-static void wait(Waits what) {
-    threads[current].waits = what;
-    if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
-}
-static void go_on() {
-    Thread &own = threads[current];
-    if (_setjmp(scheduler)) return;
-    if (own.begun) _longjmp(own.place, 1);
-    own.begun = true;
-    setcontext(&own.context);
-}
-static inline void __syncthreads() { wait(FOR_BLOCK); }
+void __syncthreads();
+void __syncwarp();
+float __shfl_xor_sync(unsigned mask, float value, int lane_mask);
 
-static inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
-    Thread &own = threads[current];
-    own.meets = mask == 0xffffffffu ? "shuffle" : "shuffle of some lanes";
-    own.value = value, own.lane_mask = lane_mask;
-    wait(FOR_WARP);
-    return own.value;
-}
-
-// Of a warp, so that what other lanes have copied is there; they may not be far ahead, either.
-static inline void __syncwarp() {
-    threads[current].meets = "syncwarp";
-    wait(FOR_WARP);
-}
-
-// Copies are made when they must have come, and not before: until then there is NaN where they go.
-static inline void copy_async(uint4 *to, const uint4 *from) {
-    std::memset(to, 0xff, sizeof *to);
-    threads[current].groups.back().push_back({to, from});
-}
-static inline void close_group() { threads[current].groups.emplace_back(); }
-static void make_copies(size_t left) {
-    auto &groups = threads[current].groups;
-    for (; groups.size() > left; groups.pop_front())
-        for (const Copy &copy : groups.front()) *copy.to = *copy.from;
-}
+void copy_async(uint4 *to, const uint4 *from);
+void close_group();
+void make_copies(size_t left);
 template <int N>
-static void await_groups() {
+void await_groups() {
     make_copies(N + 1);
 }
 
-// ---- 16-bit numbers
 struct Float16 {
     static constexpr int MANTISSA = 10, BIAS = 15;
 };
@@ -122,226 +49,27 @@ struct BFloat16 {
     static constexpr int MANTISSA = 7, BIAS = 127;
 };
 template <class T>
-static float widen(T, unsigned short bits) {
-    const int exponent = bits >> T::MANTISSA & (2 * T::BIAS + 1), mantissa = bits & ((1 << T::MANTISSA) - 1);
-    const float sign = bits & 0x8000 ? -1 : 1;
-    if (exponent == 2 * T::BIAS + 1) return mantissa ? NAN : sign * INFINITY;
-    if (exponent == 0) return sign * std::ldexp(float(mantissa), 1 - T::BIAS - T::MANTISSA);
-    return sign * std::ldexp(float(mantissa + (1 << T::MANTISSA)), exponent - T::BIAS - T::MANTISSA);
-}
+float widen(T, unsigned short bits);
 template <class T>
-static unsigned short narrow(T, double value) {
-    const unsigned sign = std::signbit(value) ? 0x8000 : 0;
-    constexpr unsigned INFINITE = (2 * T::BIAS + 1) << T::MANTISSA;
-    if (std::isnan(value)) return 0x7fff;
-    if (std::isinf(value)) return sign | INFINITE;
-    if (value == 0) return sign;
-    const int exponent = max(std::ilogb(value), 1 - T::BIAS);
-    // Of the units of its exponent, to the nearest, ties to even; a carry moves to the next exponent.
-    const double units = std::nearbyint(std::ldexp(std::fabs(value), T::MANTISSA - exponent));
-    const unsigned bits = unsigned(units) + ((exponent + T::BIAS - 1) << T::MANTISSA);
-    return sign | min(bits, INFINITE);
-}
+unsigned short narrow(T, double value);
 template <class T>
-static unsigned fma2(T, unsigned a, unsigned b, unsigned c) {
-    unsigned result = 0;
-    for (int half = 0; half < 32; half += 16) {
-        const double d = std::fma(double(widen(T{}, a >> half)), double(widen(T{}, b >> half)),
-                                  double(widen(T{}, c >> half)));
-        result |= unsigned(narrow(T{}, d)) << half;
-    }
-    return result;
-}
-
-// ---- tensor cores
+unsigned fma2(T, unsigned a, unsigned b, unsigned c);
 template <class T>
-static void mma(T, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    Thread &own = threads[current];
-    own.meets = T::MANTISSA == 10 ? "mma f16" : "mma bf16";
-    std::copy(a, a + 4, own.a);
-    std::copy(d, d + 4, own.d);
-    own.b[0] = b0, own.b[1] = b1;
-    wait(FOR_WARP);
-    std::copy(own.d, own.d + 4, d);
-}
-static float towards_zero(double value) {
-    float result = float(value);
-    if (std::isfinite(value) && (std::isinf(result) || std::fabs(result) > std::fabs(value)))
-        result = std::nextafter(result, 0.0f);
-    return std::fabs(value) < 0x1p128 ? result : float(value);
-}
-template <class T>
-static void multiply_fragments(int first) {
-    // "Matrix fragments for mma.m16n8k16 with floating point type" in the PTX manual.
-    double A[16][16], B[16][8];
-    for (int lane = 0; lane < 32; lane++) {
-        const Thread &from = threads[first + lane];
-        const int group = lane >> 2, in_group = lane & 3;
-        for (int i = 0; i < 8; i++) {
-            const int row = i < 2 || (4 <= i && i < 6) ? group : group + 8;
-            const int column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
-            A[row][column] = widen(T{}, from.a[i / 2] >> 16 * (i % 2));
-        }
-        for (int i = 0; i < 4; i++)
-            B[in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0)][group] = widen(T{}, from.b[i / 2] >> 16 * (i % 2));
-    }
-    for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 4; i++) {
-            const int row = i < 2 ? lane >> 2 : (lane >> 2) + 8, column = (lane & 3) * 2 + (i & 1);
-            double sum = threads[first + lane].d[i];
-            for (int k = 0; k < 16; k++) sum += A[row][k] * B[k][column];
-            threads[first + lane].d[i] = towards_zero(sum);
-        }
-}
-
-// ---- a launch
-constexpr size_t PAGE = 4096, SHARED = 228 * 1024;  // whole pages; the most that devices have
-alignas(4096) static uint4 shared[SHARED / 16];
-static std::string failure;
-
-extern void (*const BODY)();  // the kernel that was compiled with this
-
-static void enter() {
-    BODY();
-    make_copies(0);  // also those that nobody has waited for
-    wait(DONE);
-}
-
-// Whether all lanes of a warp have met the same operation; it is then done for all.
-static bool meet(int first) {
-    for (int lane = 0; lane < 32; lane++) {
-        const Thread &thread = threads[first + lane];
-        if (thread.waits != FOR_WARP) return false;
-        if (thread.meets != threads[first].meets) failure = thread.meets + " meets " + threads[first].meets;
-    }
-    if (!failure.empty()) return false;
-    const std::string &what = threads[first].meets;
-    if (what == "mma f16") multiply_fragments<Float16>(first);
-    else if (what == "mma bf16") multiply_fragments<BFloat16>(first);
-    else if (what == "shuffle") {
-        float values[32];
-        for (int lane = 0; lane < 32; lane++) values[lane] = threads[first + lane].value;
-        for (int lane = 0; lane < 32; lane++)
-            threads[first + lane].value = values[lane ^ threads[first + lane].lane_mask];
-    } else if (what != "syncwarp") failure = what;
-    for (int lane = 0; lane < 32; lane++) threads[first + lane].waits = FOR_NOTHING;
-    return true;
-}
-
-static void run_block(int count, bool reverse) {
-    for (int i = 0; i < count; i++) {
-        getcontext(&threads[i].context);
-        threads[i].context.uc_stack.ss_sp = &stacks[i * STACK];
-        threads[i].context.uc_stack.ss_size = STACK;
-        threads[i].context.uc_link = nullptr;
-        threads[i].begun = false;
-        threads[i].waits = FOR_NOTHING;
-        threads[i].groups.assign(1, {});
-        makecontext(&threads[i].context, enter, 0);
-    }
-    const int warps = count / 32;
-    while (failure.empty()) {
-        // A warp goes on until all of its lanes are at a barrier, or at the end.
-        for (int w = 0; w < warps && failure.empty(); w++) {
-            const int first = 32 * (reverse ? warps - 1 - w : w);
-            do
-                for (int i = 0; i < 32; i++) {
-                    current = first + (reverse ? 31 - i : i);
-                    threadIdx = {unsigned(current), 0};
-                    if (threads[current].waits == FOR_NOTHING) go_on();
-                }
-            while (meet(first));
-        }
-        int done = 0, at_barrier = 0;
-        for (int i = 0; i < count; i++) done += threads[i].waits == DONE, at_barrier += threads[i].waits == FOR_BLOCK;
-        if (done == count) return;
-        if (at_barrier != count) failure = "some threads wait for others that do not come";
-        for (int i = 0; i < count; i++) threads[i].waits = FOR_NOTHING;
-    }
-}
-
-static sigjmp_buf escape;
-static void on_fault(int) { siglongjmp(escape, 1); }
-
-// A copy of an array that ends where the next page may not be touched, but for less than 16 bytes: it begins
-// as far from a multiple of 16 as the array, since a device refuses wide accesses to what begins elsewhere.
-// What is beyond the array is 0xff.
-struct Guarded {
-    char *base, *data;
-    size_t bytes, room;
-    Guarded(const void *source, size_t bytes) : bytes(bytes) {
-        room = (bytes + 15 + PAGE - 1) / PAGE * PAGE;
-        base = static_cast<char *>(
-            mmap(nullptr, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        mprotect(base + room, PAGE, PROT_NONE);
-        std::memset(base, 0xff, room);
-        data = base + room - bytes - (0 - bytes - reinterpret_cast<size_t>(source)) % 16;
-        std::memcpy(data, source, bytes);
-    }
-    bool intact() const {
-        const auto free = [](char c) { return c == char(0xff); };
-        return std::all_of(base, data, free) && std::all_of(data + bytes, base + room, free);
-    }
-};
+void mma(T, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 
 // ---- arguments, in the order of a kernel's pointers and of its integers
-static std::vector<Guarded> arrays;
-static const int *integers;
-static size_t next_array, next_integer;
-
+void *take_array();
+int take_integer();
 template <class A>
-static A take() {
+A take() {
     if constexpr (std::is_pointer_v<A>)
-        return reinterpret_cast<A>(arrays[next_array++].data);
+        return static_cast<A>(take_array());
     else
-        return integers[next_integer++];
+        return take_integer();
 }
 template <class... A>
-static void call(void (*kernel)(A...)) {
-    next_array = next_integer = 0;
+void call(void (*kernel)(A...)) {
     const std::tuple<A...> arguments{take<A>()...};  // braces: from left to right
     std::apply(kernel, arguments);
 }
-
-// Shared memory that was not asked for may not be touched, but for the rest of a page, where it may be read.
-static void run_grid(unsigned width, unsigned height, int count, size_t bytes, bool reverse) {
-    gridDim = {width, height};
-    char *const first = reinterpret_cast<char *>(shared);
-    const size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
-    mprotect(first + room, SHARED - room, PROT_NONE);
-    for (unsigned y = 0; y < height; y++)
-        for (unsigned x = 0; x < width && failure.empty(); x++) {
-            blockIdx = {x, y};
-            std::memset(first, 0xff, room);
-            run_block(count, reverse);
-            if (!std::all_of(first + bytes, first + room, [](char c) { return c == char(0xff); }))
-                failure = "a write beyond the shared memory asked for";
-        }
-}
-
-// Runs the kernel; returns what went wrong, or an empty string.
-extern "C" const char *emulate(unsigned width, unsigned height, int count, size_t bytes, int reverse,
-                               int array_count, void **data, const size_t *sizes, const int *numbers) {
-    failure = bytes > SHARED ? "more shared memory than there is" : "";
-    if (!failure.empty()) return failure.c_str();
-    if (threads.size() < size_t(count)) threads.resize(count), stacks.resize(count * STACK);
-    for (int i = 0; i < array_count; i++) arrays.emplace_back(data[i], sizes[i]);
-    integers = numbers;
-
-    struct sigaction action = {}, before;
-    action.sa_handler = on_fault;
-    action.sa_flags = SA_NODEFER;
-    sigaction(SIGSEGV, &action, &before);
-    if (sigsetjmp(escape, 1)) failure = "an access outside an array";
-    else run_grid(width, height, count, bytes, reverse);
-    sigaction(SIGSEGV, &before, nullptr);
-    mprotect(shared, SHARED, PROT_READ | PROT_WRITE);
-
-    for (int i = 0; i < array_count; i++) {
-        if (!arrays[i].intact()) failure = "a write outside an array";
-        std::memcpy(data[i], arrays[i].data, sizes[i]);
-        munmap(arrays[i].base, arrays[i].room + PAGE);
-    }
-    arrays.clear();
-    return failure.c_str();
-}
+extern void (*const BODY)();  // the kernel that is compiled with this

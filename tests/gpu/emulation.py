@@ -1,9 +1,10 @@
-"""The CUDA C++ kernels on a CPU: compiled by g++ with `emulation.hpp` in place of the device."""
+"""The CUDA C++ kernels on a CPU: compiled by g++, with `emulation.cpp` in place of the device."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,23 @@ from gpu.kernels import tensor_cores
 
 SOURCES = ("decode.cu", "prefill.cu", "dense.cu")
 COMPILER = shutil.which("g++")
+# Fortified, a jump to the stack of another thread is taken for an error.
+OPTIONS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-w", "-fPIC")
+DEVICE = Path(__file__).with_suffix(".cpp")
+
+
+@cache
+def _device():
+    """The emulated device, compiled: once for all processes, as it takes longer than a kernel does."""
+    texts = [DEVICE.with_suffix(suffix).read_bytes() for suffix in (".hpp", ".cpp")]
+    cached = DEVICE.parent / "__pycache__" / f"emulation.{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}.o"
+    if not cached.exists():
+        cached.parent.mkdir(exist_ok=True)
+        # Others may be at it as well.
+        own = cached.with_suffix(f".{os.getpid()}.o")
+        subprocess.run([COMPILER, *OPTIONS, "-c", "-o", own, DEVICE], check=True)
+        own.replace(cached)
+    return cached
 
 
 @cache
@@ -25,9 +43,8 @@ def _compiled(folder, name, kernel, edit):
     if edit is not None:
         text = text.replace(*edit)
     _, ours = text.split('#line 1 "ternary.cuh"')
-    header = Path(__file__).with_name("emulation.hpp")
     parts = (
-        f'#include "{header}"',
+        f'#include "{DEVICE.with_suffix(".hpp")}"',
         f'#line 1 "ternary.cuh"{ours}',
         f"void (*const BODY)() = [] {{ call({kernel}); }};\n",
     )
@@ -36,9 +53,7 @@ def _compiled(folder, name, kernel, edit):
     file = Path(folder) / f"{kernel}.{hashlib.sha256(code).hexdigest()}.cpp"
     file.write_bytes(code)
     library = file.with_suffix(".so")
-    # Fortified, a jump to the stack of another thread is taken for an error.
-    options = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC"]
-    if subprocess.run([COMPILER, *options, "-o", library, file]).returncode != 0:
+    if subprocess.run([COMPILER, *OPTIONS, "-shared", "-o", library, file, _device()]).returncode != 0:
         raise SyntaxError(f"{name} does not compile")
     emulate = ctypes.CDLL(str(library)).emulate
     emulate.restype = ctypes.c_char_p

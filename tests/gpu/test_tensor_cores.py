@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels: on a device, or on a CPU by `emulation.hpp`, every one against the reference."""
+"""The CUDA C++ kernels: on a device, or on a CPU by `emulation.cpp`, every one against the reference."""
 
 import numpy as np
 import pytest
