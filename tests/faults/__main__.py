@@ -370,7 +370,7 @@ def _run(project: Project, files: list[str], resume: bool) -> int:
     reasons = outcome.load_reasons()
     unexplained: list[Verdict] = []
     idle: list[Key] = []
-    for judged in judge_files(project, files, Journal(outcome.JOURNAL), resume, reasons):
+    for judged in judge_files(project, files, Journal(outcome.JOURNAL, project.root), resume, reasons):
         file, verdicts = judged.file, judged.verdicts
         outcome.write_outcome(outcome.OUTCOME, file, judged.sha256, verdicts, reasons, project.sources())
         survivors = [verdict for verdict in verdicts if verdict.by is None]

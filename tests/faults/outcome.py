@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -51,17 +52,19 @@ class Verdict:
 class Journal:
     """Every verdict as it came, one a line, so that a run that was killed can be taken up again.
 
-    A verdict holds as long as the faulty file is the same, and the file of the test that failed, or all
-    test files where none did.
+    A verdict holds as long as the faulty file is the same, and the test that failed with what its file has
+    besides tests, or all test files where none failed.
 
     Parameters
     ----------
     file : Path
         Where it lies. A line that was cut off does not count; of two on one fault the later does.
+    root : Path
+        Folder of the project.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, root: Path) -> None:
+        self.file, self.root = file, root
         self.known: dict[Key, dict[str, Any]] = {}
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         for line in lines:
@@ -97,6 +100,8 @@ class Journal:
         entry = self.known.get(fault.key)
         if entry is None or entry["sha256"] != hashes[fault.file] or (entry.get("briefly") and not briefly):
             return None, None
+        if "test" in entry:
+            return (Verdict(fault, entry["by"]) if entry["test"] == self._digest(entry["by"]) else None), None
         seen, tests = entry["tests"].items(), _tests(hashes)
         if entry["by"] is not None:
             return (Verdict(fault, entry["by"]) if seen <= tests.items() else None), None
@@ -108,19 +113,33 @@ class Journal:
 
     def add(self, verdict: Verdict, hashes: dict[str, str], seconds: float, briefly: bool = False) -> None:
         """Write a verdict on sources and tests of these hashes, by the likely tests alone or by all."""
-        tests = _tests(hashes)
-        named = (verdict.by or "").partition("::")[0]
-        entry = {
+        entry: dict[str, Any] = {
             "fault": verdict.fault.key,
             "sha256": hashes[verdict.fault.file],
             "by": verdict.by,
-            "tests": {named: tests[named]} if named in tests else tests,
             "seconds": seconds,
         }
+        test = self._digest(verdict.by)
+        entry |= {"tests": _tests(hashes)} if test is None else {"test": test}
         if briefly and verdict.by is None:
             entry["briefly"] = True
         with self.file.open("a", encoding="utf-8") as out:
             print(json.dumps(entry, ensure_ascii=False), file=out)
+
+    def _digest(self, by: str | None) -> str | None:
+        """Hash of a test and of what its file has besides tests; None where `by` names no test."""
+        name, _, test = (by or "").partition("::")
+        if not (self.root / name).is_file():
+            return None
+        tree = ast.parse((self.root / name).read_text(encoding="utf-8"))
+        function = test.partition("[")[0]
+        tree.body = [
+            node
+            for node in tree.body
+            if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
+            or node.name == function
+        ]
+        return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 def _tests(hashes: dict[str, str]) -> dict[str, str]:

@@ -149,7 +149,7 @@ def project(tmp_path):
 def test_what_no_test_notices_survives_and_nothing_is_judged_twice(project, tmp_path):
     journal = tmp_path / "journal.jsonl"
     before = (tmp_path / "toy/sums.py").read_text()
-    _, judged = judge_files(project, project.sources(), Journal(journal), resume=False)
+    _, judged = judge_files(project, project.sources(), Journal(journal, tmp_path), resume=False)
     verdicts = {verdict.fault.change: verdict.by for verdict in judged.verdicts}
     assert (tmp_path / "toy/sums.py").read_text() == before
     assert verdicts["return x + x → return (x - x)"] == "tests/toy/test_sums.py::test_double"
@@ -163,11 +163,11 @@ def test_what_no_test_notices_survives_and_nothing_is_judged_twice(project, tmp_
     with journal.open("a") as file:
         file.write('{"fault": ["toy/sums')
     again = judge_files(
-        Project(tmp_path, project.tests, ()), project.sources(), Journal(journal), resume=True
+        Project(tmp_path, project.tests, ()), project.sources(), Journal(journal, tmp_path), resume=True
     )
     assert list(again)[1] == judged
     # Another test may notice what survived the others.
-    known = Journal(journal)
+    known = Journal(journal, tmp_path)
     more = {**project.hashes("toy"), "tests/toy/test_more.py": "new"}
     shared = {**project.hashes("toy"), "tests/toy/conftest.py": "new"}
     for verdict in judged.verdicts:
@@ -177,6 +177,19 @@ def test_what_no_test_notices_survives_and_nothing_is_judged_twice(project, tmp_
         elif verdict.by != "hang":
             assert known.find(verdict.fault, more) == (verdict, None)
         assert known.find(verdict.fault, {**more, "toy/sums.py": "changed"}) == (None, None)
+    # A test that failed counts as long as it is the same, whatever other tests its file has.
+    caught_by_double = next(v for v in judged.verdicts if v.by and v.by.endswith("test_double"))
+    file = tmp_path / "tests/toy/test_sums.py"
+    for text, same in {
+        TOY_TESTS.replace("hidden(4) == 4", "hidden(3) == 3"): True,
+        TOY_TESTS.replace("double(3) == 6", "double(2) == 4"): False,
+        TOY_TESTS.replace("import double,", "import double as double,"): False,
+        TOY_TESTS: True,
+    }.items():
+        file.write_text(text)
+        assert known.find(caught_by_double.fault, project.hashes("toy"))[0] == (
+            caught_by_double if same else None
+        )
     (tmp_path / "tests/toy/test_more.py").write_text(
         "from toy.sums import hidden\n\n\ndef test_more():\n    assert hidden(7) == 5\n"
     )
@@ -198,7 +211,9 @@ def test_what_imports_the_faulty_module_only_in_functions_is_loaded_once(project
         "from toy.once import doubled\n\n\ndef test_once():\n    assert doubled(5) == 10\n"
     )
     (tmp_path / "tests/toy/test_sums.py").write_text(TOY_TESTS.replace("double(3)", "2 * 3"))
-    judged = judge_files(project, ["toy/sums.py"], Journal(tmp_path / "journal.jsonl"), resume=False)
+    judged = judge_files(
+        project, ["toy/sums.py"], Journal(tmp_path / "journal.jsonl", tmp_path), resume=False
+    )
     verdicts = {verdict.fault.change: verdict.by for one in judged for verdict in one.verdicts}
     assert verdicts["return x + x → return (x - x)"] == "tests/toy/test_once.py::test_once"
     assert verdicts["while x > 5: → while False:"] is None
@@ -215,7 +230,9 @@ def test_a_fault_that_has_a_reason_faces_the_likely_tests_alone(project, tmp_pat
     key = "toy/sums.py", "double", change
 
     def judged(explained):
-        files = judge_files(project, ["toy/sums.py"], Journal(journal), resume=True, explained=explained)
+        files = judge_files(
+            project, ["toy/sums.py"], Journal(journal, tmp_path), resume=True, explained=explained
+        )
         return {verdict.fault.change: verdict.by for one in files for verdict in one.verdicts}[change]
 
     assert judged({key}) is None
@@ -227,7 +244,11 @@ def test_a_fault_that_has_a_reason_faces_the_likely_tests_alone(project, tmp_pat
 def test_tests_that_fail_without_a_fault_judge_nothing(project, tmp_path):
     (tmp_path / "tests/toy/test_sums.py").write_text("def test_wrong():\n    assert False\n")
     with pytest.raises(FailingTests, match=r"fail without a fault: tests/toy/test_sums\.py::test_wrong"):
-        list(judge_files(project, project.sources(), Journal(tmp_path / "journal.jsonl"), resume=False))
+        list(
+            judge_files(
+                project, project.sources(), Journal(tmp_path / "journal.jsonl", tmp_path), resume=False
+            )
+        )
 
 
 def test_reasons_are_kept_by_what_the_fault_is(tmp_path):

@@ -237,7 +237,7 @@ def test_faults_of_a_kernel_are_judged_by_those_who_run_it(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     project = Chosen(tmp_path, {"gpu": ("tests/gpu",)}, ("gpu", "tests", "pyproject.toml"))
-    journal = Journal(tmp_path / "journal.jsonl")
+    journal = Journal(tmp_path / "journal.jsonl", tmp_path)
     (judged,) = judge_files(project, ["gpu/kernels/decode.cu"], journal, resume=False)
     verdicts = {
         verdict.fault.change: verdict.by and verdict.by.split("::")[1].partition("[")[0]

@@ -1,9 +1,10 @@
 // CUDA on one CPU thread: every CUDA thread is a coroutine that runs until it meets a barrier, a shuffle or
 // an mma, and goes on when the others have met it too. It replaces gpu/kernels/instructions.cuh.
 //
-// Hostile where the hardware may be: threads run in one order or the reverse, each as far as it gets, so
-// that what a barrier should have ordered is not in order; shared memory starts out as NaN; arrays end at
-// a page that may not be touched. mma rounds its sum towards zero, as tensor cores are known to do.
+// Hostile where the hardware may be: threads run in one order, each warp as far as it gets, or in the
+// reverse, warps in turn, so that what a barrier should have ordered is not in order; shared memory starts
+// out as NaN; arrays end at a page that may not be touched. mma rounds its sum towards zero, as tensor cores
+// are known to do.
 #include "emulation.hpp"
 
 #include <algorithm>
@@ -242,17 +243,22 @@ static void run_block(int count, bool reverse) {
     }
     const int warps = count / 32;
     while (failure.empty()) {
-        // A warp goes on until all of its lanes are at a barrier, or at the end.
+        // A warp goes on until all of its lanes are at a barrier, or at the end; in reverse, warps take turns.
+        bool met = false;
         for (int w = 0; w < warps && failure.empty(); w++) {
             const int first = 32 * (reverse ? warps - 1 - w : w);
-            do
+            bool goes_on;
+            do {
                 for (int i = 0; i < 32; i++) {
                     current = first + (reverse ? 31 - i : i);
                     threadIdx = {unsigned(current), 0};
                     if (threads[current].waits == FOR_NOTHING) go_on();
                 }
-            while (meet(first));
+                goes_on = meet(first);
+                met |= goes_on;
+            } while (goes_on && !reverse);
         }
+        if (met) continue;
         int done = 0, at_barrier = 0;
         for (int i = 0; i < count; i++) done += threads[i].waits == DONE, at_barrier += threads[i].waits == FOR_BLOCK;
         if (done == count) return;

@@ -145,6 +145,21 @@ def test_parts_are_multiplied_as_they_are_alone(shared, tokens, make, run):
         np.testing.assert_array_equal(run(cases[:count], x, shared), np.hstack(alone[:count]))
 
 
+def test_parts_of_any_size_are_multiplied(run):
+    # Their last rows are as many as those of no other part, and more than a tile apart.
+    cases = [random_case(rows, 300, 128) for rows in (40, 100, 20)]
+    x = cases[0].activations(3, "float16")
+    np.testing.assert_array_equal(run(cases, x), np.hstack([run(case, x) for case in cases]))
+
+
+@pytest.mark.parametrize("shared", [MUCH_SHARED, MOST_SHARED])
+def test_a_processor_takes_several_tiles_of_many_chunks(shared, run):
+    # 10 chunks, so that two of the eight groups of warps have one more than the others.
+    case = random_case(150, 2500, 128)
+    x = case.activations(9, "float16")
+    assert_close(case, x, run(case, x, shared))
+
+
 def test_the_number_of_processors_changes_nothing(run):
     case = random_case(150, 700, 128)
     x = case.activations(5, "float16")
