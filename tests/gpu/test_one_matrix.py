@@ -12,7 +12,9 @@ from tests.reference.strategies import random_gram
 
 
 def on_gpu(W, C, config):
-    return load_backend("gpu").ternarize(np.array(W, dtype=np.float64), np.array(C, dtype=np.float64), config)
+    """From NumPy arrays to NumPy arrays; W as it is."""
+    backend = load_backend("gpu")
+    return backend.to_host(backend.ternarize(np.asarray(W), np.array(C, dtype=np.float64), config))
 
 
 def test_error_passed_on_is_that_of_the_float32_sum():
@@ -63,7 +65,7 @@ def test_shares_do_not_depend_on_the_size_of_the_weights():
 def test_errors_of_float32_weights_are_float64():
     rng = np.random.default_rng(4)
     W, C = rng.normal(size=(40, 96)).astype(np.float32), random_gram(rng, 96)
-    result = load_backend("gpu").ternarize(W, C, TernaryConfig(32))
+    result = on_gpu(W, C, TernaryConfig(32))
     E = W.astype(np.float64) - result.dequantize()
     exact = W.astype(np.float64)
     power = ((exact @ C) * exact).sum()

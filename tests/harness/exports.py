@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from harness import export
 from harness.backends import load_backend
 from harness.checkpoint import CheckpointWriter
 from harness.models import Original
@@ -153,6 +152,8 @@ def write(
 
 
 def to_gguf(run_main: Run, folder: Path, out: Path, *arguments: object) -> Path:
+    from harness import export  # needs gguf, which machines with a GPU may lack
+
     assert run_main(export.main, folder, "--format", "gguf", "--out", out, *arguments) == 0
     return out
 
