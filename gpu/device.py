@@ -156,12 +156,13 @@ def use_allocator(allocate: Callable[[int, int], int], release: Callable[[int, i
 
 def stream() -> Any:
     """CuPy's current stream, as a Numba kernel is launched on it."""
-    pointer = 0 if STANDIN else xp.cuda.get_current_stream().ptr
-    if not pointer:
+    if STANDIN:
         return 0
     from numba import cuda
 
-    return cuda.external_stream(pointer)
+    pointer = xp.cuda.get_current_stream().ptr
+    # By its name, as DLPack has no stream 0 and CuPy warns where Numba asks for it at a launch.
+    return cuda.external_stream(pointer) if pointer else cuda.legacy_default_stream()
 
 
 def cholesky(A: Array) -> Array:

@@ -179,7 +179,8 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     memory of a block; sums are then float32, and all else is computed in float64. A row of y depends on its
     own row of x alone, to the bit as long as the same kernel is chosen, which is one up to 16 tokens and
     another above. Infinity or NaN in a row of x makes its row of y infinite or NaN. Finite bfloat16 whose
-    sum over a block leaves the range of float32 does the same.
+    sum over a block leaves the range of float32 does the same. CuPy has all float32 sums and factors below
+    2⁻¹²⁶ count as 0, which only bfloat16 and subnormal scales come near.
     """
     _check_activations(x, layout)
     n = layout.ends[-1]

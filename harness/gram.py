@@ -14,8 +14,8 @@ SUMS = "float32 products, float64 sums"
 class GramSum:
     """Sum of XᵀX over many rows: float32 products of a chunk, chunks summed in float64.
 
-    On a CUDA device 16-bit inputs are multiplied as they are, which tensor cores do exactly and add up
-    in float32; elsewhere they are widened first.
+    On a CUDA device 16-bit inputs are multiplied as they are, which tensor cores do exactly; they add up in
+    float32, but cut off what they cannot hold. Elsewhere inputs are widened first.
 
     Parameters
     ----------

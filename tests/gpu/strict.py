@@ -144,6 +144,11 @@ def install() -> None:
     gpu.to_host = _plain
 
 
+def pytest_load_initial_conftests() -> None:
+    """As a plugin, ``pytest -p tests.gpu.strict``: for the tests of a file."""
+    install()
+
+
 if __name__ == "__main__":
     install()
     from harness import verify

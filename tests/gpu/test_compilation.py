@@ -41,6 +41,7 @@ def test_sources_compile_to_machine_code_without_spills(source, capability):
     options = [
         f"-arch=sm_{capability}".encode(),
         *(option.encode() for option in tensor_cores.OPTIONS),
+        b"-ftz=true",  # CuPy adds it
         b"--ptxas-options=-v",
     ]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -18,6 +18,14 @@ def test_golden_cases_pass_where_arrays_are_kept_apart(operation):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
+@pytest.mark.parametrize("name", ["damping", "factorization", "many_rows", "one_matrix", "precision"])
+def test_tests_pass_where_arrays_are_kept_apart(name):
+    # What tests do with the arrays that they are given must hold for CuPy's.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.gpu.strict", f"tests/gpu/test_{name}.py"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
 def test_what_is_kept_apart():
     code = """
 from tests.gpu import strict
