@@ -120,7 +120,7 @@ def main() -> int:
         prog="python -m harness.generate", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("model", metavar="PATH", help=f"a ternary checkpoint; or {MODEL_HELP}")
+    add("model", nargs="?", metavar="PATH", help=f"a ternary checkpoint; or {MODEL_HELP}")
     add("--prompt", required=True, metavar="TEXT", help="text to continue")
     add("--chat", action="store_true", help="give the prompt as a user's message, by the model's template")
     add("--tokens", type=positive, default=64, metavar="N", help="most tokens to write")
@@ -143,8 +143,8 @@ def main() -> int:
         parser.error("--temperature must be a number that is not negative")
 
     device = "cpu" if arguments.cpu else default_compute().device
-    path = Path(arguments.model)
-    if is_ternary(path):
+    path = Path(arguments.model) if arguments.model else None
+    if path is not None and is_ternary(path):
         dense = False if arguments.packed else None
         model = load(path, device, dense, arguments.trust_remote_code)
         original = Original(model, load_tokenizer(path), str(path))

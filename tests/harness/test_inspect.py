@@ -13,7 +13,9 @@ import torch
 import harness
 from harness import checkpoint, generate, inspect
 from harness.cli import EXIT_USAGE
+from harness.models import Original
 from reference.packing import unpack_base3
+from tests.harness import tiny
 
 Run = Callable[..., int]
 
@@ -73,6 +75,18 @@ def test_a_prompt_is_continued_with_the_likeliest_tokens(
     assert captured.out.split()[: len(words)] == words
     assert "3 tokens of prompt" in captured.err
     assert "tokens/s" in captured.err
+
+
+def test_without_a_path_the_embedded_model_writes(
+    run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def embedded(source: str | None, **options: object) -> Original:
+        assert source is None
+        return Original(tiny.make_model("llama"), tiny.make_tokenizer(), "embedded")
+
+    monkeypatch.setattr(generate, "load_original", embedded)
+    assert run_main(generate.main, "--prompt", "w5 w6", "--tokens", "3", "--cpu") == 0
+    assert "2 tokens of prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
