@@ -81,4 +81,8 @@ def run(main: Callable[[], int]) -> None:
         # The reader of a pipe (head, say) has gone; nothing more can be printed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_MISS
+    except OSError as error:  # a path that may not be looked at, or is too long to be one
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"error: {what}", file=sys.stderr)
+        status = EXIT_USAGE
     sys.exit(status)

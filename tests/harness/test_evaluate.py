@@ -134,3 +134,13 @@ def test_text_shorter_than_a_window_is_refused(
 ) -> None:
     assert run_main(evaluate.main, llama, "--data", words_file) == EXIT_USAGE
     assert "400 tokens, less than one window of 2048" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("--data", "w3 " * 100), ("x" * 300, "--data", "builtin")])
+def test_what_is_too_long_to_be_a_path_is_refused_in_one_line(
+    arguments: tuple[str, ...], run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(evaluate.main, *arguments) == EXIT_USAGE
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("File name too long")
+    assert "\n" not in error
