@@ -226,10 +226,7 @@ def main() -> int:
         print(plot.draw(arguments.file, arguments.svg))
         return 0
     if arguments.file is not None:
-        try:
-            arguments.file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{arguments.file.parent} cannot be made: {error.strerror}") from None
+        _require_writable(arguments.file)
     described = {
         "command": " ".join(["python -m harness.benchmark", *map(_without_folders, sys.argv[1:])]),
         "date": datetime.now(UTC).date().isoformat(),
@@ -272,6 +269,22 @@ def main() -> int:
     if arguments.kind in ("matmul", "generate") and arguments.file is not None:
         plot.draw_beside(arguments.file)
     return 0
+
+
+def _require_writable(file: Path) -> None:
+    """Refuse a file that could not be written after all was measured."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; FILE names the file to write")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file.parent} cannot be made: {error.strerror}") from None
+    probe = file.with_name(file.name + ".partial")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def _quantize_shapes(

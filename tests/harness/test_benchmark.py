@@ -48,6 +48,22 @@ def test_a_report_that_is_none_is_refused(
     assert not file.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "is a folder"), ("x" * 250, "cannot be written: File name too long")]
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    name: str,
+    message: str,
+    tmp_path: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(benchmark, "product_speed", lambda *arguments: pytest.fail("measured"))
+    assert run_main(benchmark.main, "matmul", tmp_path / name, "--shape", "tiny") == EXIT_USAGE
+    assert message in capsys.readouterr().err
+
+
 def test_the_ratio_is_the_total_over_two_passes_that_make_outputs(tmp_path: Path, run_main: Run) -> None:
     layer = {"seconds": {"inputs": 11.0, "fits": 4.0, "outputs": 10.0}}
     record = {
