@@ -238,7 +238,7 @@ def main() -> int:
             checkpoint.write_json(arguments.file, {**described, "results": results})
 
     if arguments.kind == "run":
-        results = summarize(_report_of(arguments))
+        results = _run_figures(arguments)
     elif arguments.kind == "quantize":
         results = _quantize_shapes(arguments, save)
     elif arguments.kind == "matmul":
@@ -303,15 +303,17 @@ def _quantize_shapes(
     return results
 
 
-def _report_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report named on the command line, or that of a run made for it."""
+def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the report named on the command line, or of a run made for it."""
     if arguments.report:
         try:
-            return json.loads(arguments.report.read_text(encoding="utf-8"))
+            return summarize(json.loads(arguments.report.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise UserError(f"{arguments.report} is missing or damaged: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{arguments.report} is not the report of a run: {error!r}") from None
     with TemporaryDirectory() as folder:
-        return quantize(
+        record = quantize(
             Options(
                 model=arguments.model,
                 out=Path(folder) / "out",
@@ -321,6 +323,7 @@ def _report_of(arguments: argparse.Namespace) -> dict[str, Any]:
                 seqlen=arguments.seqlen,
             )
         )
+    return summarize(record)
 
 
 def _without_folders(word: str) -> str:

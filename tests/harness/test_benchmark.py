@@ -64,6 +64,15 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"seconds": {"load": 1, "layers": 2}, "layers": [{}]}'])
+def test_json_that_is_no_report_is_refused(
+    content: str, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text(content)
+    assert run_main(benchmark.main, "run", "--report", tmp_path / "other.json") == EXIT_USAGE
+    assert "other.json is not the report of a run" in capsys.readouterr().err
+
+
 def test_the_ratio_is_the_total_over_two_passes_that_make_outputs(tmp_path: Path, run_main: Run) -> None:
     layer = {"seconds": {"inputs": 11.0, "fits": 4.0, "outputs": 10.0}}
     record = {
