@@ -39,6 +39,9 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STAGING = ".incomplete"
 WEIGHT_FILES = "model*.safetensors"
 
+# What transformers reads chat templates from, and writes only for a tokenizer that has some.
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
+
 
 def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[str, torch.Tensor]:
     """The tensors that hold one matrix of a backend's arrays, by their names in the checkpoint."""
@@ -160,20 +163,28 @@ class CheckpointWriter:
                 write_json(self.folder / GENERATION, original.model.generation_config.to_dict())
             write_json(self.folder / REPORT, report)
             write_json(self.folder / CONFIG, config)
-            self._move()
+            move_into(self.folder, self.out, stale=(WEIGHT_FILES, INDEX))
         except Exception as error:  # the tokenizer raises plain Exception where the disk is full
             raise UserError(f"{self.out} could not be written: {_reason(error, self.folder)}") from None
 
-    def _move(self) -> None:
-        # An earlier checkpoint stops being one before its first file is replaced.
-        (self.out / CONFIG).unlink(missing_ok=True)
-        for stale in [*self.out.glob(WEIGHT_FILES), self.out / INDEX]:
-            stale.unlink(missing_ok=True)
-        for file in sorted(self.folder.iterdir(), key=lambda f: f.name == CONFIG):
-            target = self.out / file.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(file, target)
+
+def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
+    """Put what is in one folder in the place of an earlier model in another, config.json last.
+
+    `stale` are patterns of files that would be left over of it, beside the templates of its tokenizer.
+    """
+    # An earlier model stops being one before its first file is replaced.
+    (out / CONFIG).unlink(missing_ok=True)
+    for left in [file for pattern in stale for file in out.glob(pattern)]:
+        left.unlink()
+    arrived = sorted(folder.iterdir(), key=lambda f: f.name == CONFIG)
+    for name in {*TEMPLATES, *(file.name for file in arrived)}:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    for name in TEMPLATES:
+        (out / name).unlink(missing_ok=True)
+    for file in arrived:
+        os.replace(file, out / file.name)
 
 
 def require_free(out: Path, force: bool) -> None:

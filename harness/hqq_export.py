@@ -24,7 +24,6 @@ would fill a model from a model.safetensors with random weights where it does no
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from harness.checkpoint import (
     CONFIG,
     STAGING,
     load_tokenizer,
+    move_into,
     require_free,
     require_space,
     write_json,
@@ -228,10 +228,7 @@ def _write(stored: Stored, layers: dict[str, int], tensors: dict[str, torch.Tens
         (staging / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
         tokenizer.save_pretrained(staging)
         write_json(staging / CONFIG, config)
-        # An earlier export stops being one before its first file is replaced.
-        (out / CONFIG).unlink(missing_ok=True)
-        for file in sorted(staging.iterdir(), key=lambda f: f.name == CONFIG):
-            os.replace(file, out / file.name)
+        move_into(staging, out)
     except Exception as error:  # the tokenizer raises plain Exception where the disk is full
         raise UserError(f"{out} could not be written: {error}") from None
     finally:

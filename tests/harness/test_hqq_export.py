@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import harness
 from harness import export
+from harness.checkpoint import load_tokenizer
 from harness.cli import EXIT_USAGE
 from tests.harness import tiny
 from tests.harness.exports import Run, config_of, raw, raw_grid, write
@@ -78,6 +80,21 @@ def test_hqq_takes_models_that_gguf_does_not(run_main: Run, tmp_path: Path) -> N
         hqq_weight(held, name), harness.load(folder).get_submodule(name).weight.detach(), atol=3e-4
     )
     assert torch.equal(held[f"{name}.bias"], harness.load(folder).get_submodule(name).bias)
+
+
+def test_chat_templates_are_those_of_the_last_export(plain: Path, run_main: Run, tmp_path: Path) -> None:
+    """Two templates make transformers write a folder beside the tokenizer."""
+    templates = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    several, none = (shutil.copytree(plain, tmp_path / name) for name in ("several", "none"))
+    for folder, template in ((several, templates), (none, None)):
+        (folder / "chat_template.jinja").unlink()
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+    for folder, template in ((several, templates), (several, templates), (none, None)):
+        arguments = (folder, "--format", "hqq", "--out", tmp_path / "out", "--force")
+        assert run_main(export.main, *arguments) == 0
+        assert load_tokenizer(tmp_path / "out").chat_template == template
 
 
 def test_groups_that_hqq_does_not_have_are_refused(

@@ -211,6 +211,18 @@ def test_folders_of_the_tokenizer_are_replaced_too(
     assert (damaged / "additional_chat_templates").is_dir()
 
 
+def test_no_chat_template_is_left_over_of_an_earlier_checkpoint(
+    damaged: Path, llama: Path, words_file: Path, run_main: Run
+) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer.save_pretrained(damaged)
+    assert checkpoint.load_tokenizer(damaged).chat_template
+    arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
+    assert run_main(quantize.main, *arguments) == 0
+    assert checkpoint.load_tokenizer(damaged).chat_template is None
+
+
 def test_a_report_that_cannot_be_written_at_the_end_is_said_after_the_result(
     llama: Path,
     words_file: Path,
