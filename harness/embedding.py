@@ -93,11 +93,19 @@ def expect_codes(module: Any) -> None:
 
 
 def take_codes(module: Any, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """Put the weight that the loaded codes stand for in their place; the codes are kept to be saved.
+    """Put the weight that the loaded codes stand for in their place; these are kept for `kept_codes`.
 
     `stored` is what calibration saw it in, `dtype` what the model is loaded in.
     """
-    codes = module.weight.data
+    codes, factor = module.weight.data, module.row_factor
+    del module.row_factor
     module.register_buffer("codes", codes, persistent=False)
-    weight = decode(codes, module.row_factor, stored).to(dtype)
+    # Its bits, as what converts a model's floating-point tensors must leave it alone.
+    module.register_buffer("row_factor_bits", factor.view(torch.int32), persistent=False)
+    weight = decode(codes, factor, stored).to(dtype)
     module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def kept_codes(module: Any) -> dict[str, torch.Tensor]:
+    """What `take_codes` was given, by the names in a checkpoint."""
+    return {"weight": module.codes, "row_factor": module.row_factor_bits.view(torch.float32)}

@@ -22,7 +22,7 @@ from harness import checkpoint, linear
 from harness.backends import Backend, load_backend
 from harness.cli import UserError
 from harness.compute import share_memory
-from harness.embedding import expect_codes, take_codes
+from harness.embedding import expect_codes, kept_codes, take_codes
 from harness.linear import TernaryLinear
 from harness.models import quiet_transformers, read_config, read_json, require_complete
 
@@ -104,12 +104,14 @@ class TernaryQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """What is saved: codes in the place of the weights that were made of them."""
-        coded = {name: model.get_submodule(name).codes for name in self.quantization_config.coded}
-        if not coded:
+        if not self.quantization_config.coded:
             return None, {}
         tied = getattr(model, "all_tied_weights_keys", {})
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-        return {**state, **{f"{name}.weight": codes for name, codes in coded.items()}}, {}
+        for name in self.quantization_config.coded:
+            parts = kept_codes(model.get_submodule(name))
+            state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        return state, {}
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the same tensors."""

@@ -81,6 +81,20 @@ def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["coded"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_changing_the_dtype_leaves_what_is_stored_alone(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny.make_model("qwen3", torch.bfloat16, ternary=False)
+    workflow.quantize(options_for(tiny.save(model, tmp_path / "original"), tmp_path), say=lambda line: None)
+    loaded = harness.load(tmp_path / "out").to(dtype)
+    assert loaded.get_input_embeddings().weight.dtype == dtype
+    loaded.save_pretrained(tmp_path / "again")
+    tensors, saved = (dict(checkpoint.tensors_of(tmp_path / name)) for name in ("out", "again"))
+    for name in ("model.embed_tokens", "lm_head"):
+        for part in ("weight", "row_factor"):
+            assert tensors[f"{name}.{part}"].dtype == saved[f"{name}.{part}"].dtype
+            assert torch.equal(tensors[f"{name}.{part}"], saved[f"{name}.{part}"])
+
+
 def test_codes_are_checked(tmp_path: Path) -> None:
     options = options_for(tiny.save(tiny.make_model("llama"), tmp_path / "original"), tmp_path)
     workflow.quantize(options, say=lambda line: None)
