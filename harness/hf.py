@@ -157,6 +157,7 @@ def swap(model: nn.Module, name: str, stored: checkpoint.StoredLayers, dtype: to
             plain.bias is not None,
             dtype,
         )
+    layer.bias = plain.bias  # in the dtype of the model
     setattr(model.get_submodule(parent), own, layer)
 
 

@@ -146,6 +146,14 @@ def test_loaded_in_another_dtype_weights_are_those_that_calibration_saw(quantize
     assert torch.equal(model(PROMPT).logits, wide(PROMPT).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("ternarized", ["opt"], indirect=True)
+def test_biases_are_loaded_in_the_dtype_that_was_asked_for(ternarized: Path, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(ternarized, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.equal(model(PROMPT).logits, harness.load(ternarized).to(dtype)(PROMPT).logits)
+
+
 def test_without_dense_weights_a_model_is_small(quantized: Path) -> None:
     sizes = []
     for dense in (True, False):
