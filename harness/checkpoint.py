@@ -3,9 +3,10 @@
 What is stored for a linear layer is written down in `reference.packing`. Beside that, config.json has
 a ``quantization_config`` with ``quant_method`` "pt2_llm", ``format_version``, ``block_size``, ``grid``
 (what alpha and mu are stored in), ``modules``, the names of the packed layers, and ``unpermuted``, those
-of them that have no permutation because it is the identity (so that one that got lost is missed), and
-``coded``, embedding and head if they are stored as `harness.embedding` describes; everything else is as
-transformers writes it.
+of them that have no permutation because it is the identity (so that one that got lost is missed),
+``coded``, embedding and head if they are stored as `harness.embedding` describes, and ``weight_dtype``,
+what weights are rounded to because calibration saw them so (that of config.json if it is not there);
+everything else is as transformers writes it.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ class CheckpointWriter:
             "modules": modules,
             "unpermuted": self._unpermuted,
             "coded": coded,
+            "weight_dtype": str(original.model.dtype).removeprefix("torch."),
         }
         try:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}

@@ -38,7 +38,7 @@ class TernaryQuantization(QuantizationConfigMixin):
 
     Parameters
     ----------
-    format_version, block_size, grid, modules, unpermuted, coded
+    format_version, block_size, grid, modules, unpermuted, coded, weight_dtype
         As `harness.checkpoint` describes.
     dense : bool
         Whether dense weights are kept beside the packed ones; not stored.
@@ -52,6 +52,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         modules: list[str] | None = None,
         unpermuted: list[str] | None = None,
         coded: list[str] | None = None,
+        weight_dtype: str | None = None,
         dense: bool = True,
         **rest: Any,
     ) -> None:
@@ -62,6 +63,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         self.modules = modules
         self.unpermuted = unpermuted
         self.coded = coded or []
+        self.weight_dtype = weight_dtype
         self.dense = dense
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,8 +83,12 @@ class TernaryQuantizer(HfQuantizer):
     ) -> None:
         stored = checkpoint.stored_layers(self.quantization_config.to_dict(), "config.json")
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
-        # Weights are what calibration saw, also for a model that is loaded in another dtype.
-        dtype = _named_dtype(read_config(folder).get("dtype")) if folder else model.dtype
+        # Weights are what calibration saw, also for a model that is loaded or was saved in another dtype.
+        config = self.quantization_config
+        if config.weight_dtype is None:
+            own = str(model.dtype).removeprefix("torch.")
+            config.weight_dtype = read_config(folder).get("dtype") if folder else own
+        dtype = _named_dtype(config.weight_dtype)
         self.stored_dtype = dtype
         for name in stored.modules:
             swap(model, name, stored, dtype)

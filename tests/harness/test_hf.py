@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,27 @@ def test_what_is_saved_is_what_was_stored(ternarized: Path, tmp_path: Path) -> N
     assert configs[0] == configs[1]
     again = harness.load(tmp_path / "again")
     assert torch.equal(again(PROMPT).logits, harness.load(ternarized)(PROMPT).logits)
+
+
+def test_saved_in_another_dtype_weights_are_still_those_that_calibration_saw(
+    ternarized: Path, tmp_path: Path
+) -> None:
+    first = shutil.copytree(ternarized, tmp_path / "first")
+    expected = weights_of(harness.load(first))
+    for _ in range(2):
+        harness.load(first).to(torch.float32).save_pretrained(tmp_path / "again")
+        again = harness.load(tmp_path / "again")
+        assert again.dtype == torch.float32
+        assert all(torch.equal(*pair) for pair in zip(weights_of(again), expected, strict=True))
+        again(PROMPT)
+        # Checkpoints had no such entry at first.
+        config = json.loads((first / "config.json").read_text())
+        config["quantization_config"].pop("weight_dtype", None)
+        (first / "config.json").write_text(json.dumps(config))
+
+
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [layer.weight.float() for layer in model.modules() if isinstance(layer, TernaryLinear)]
 
 
 def test_greedy_generation_is_that_of_the_dequantized_model(ternarized: Path) -> None:
