@@ -201,7 +201,7 @@ def load(
     ------
     UserError
         If the folder is no such checkpoint, its version is another, or a tensor is missing, left
-        over, of the wrong shape or type, or damaged; names the tensor.
+        over, of the wrong shape or type, or damaged; names the tensor. Or if there is no such device.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -217,10 +217,14 @@ def load(
     checkpoint.weight_map(folder)
     if (folder / checkpoint.GENERATION).is_file():
         read_json(folder / checkpoint.GENERATION)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without the device
+        raise UserError(f"the device {device} cannot be used: {error}") from None
+    on_cpu = torch.device(device).type == "cpu"
     quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        on_cpu = torch.device(device).type == "cpu"
         config.quantization_config = {**quantization, "dense": on_cpu if dense is None else dense}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -75,6 +75,15 @@ def test_logits_are_those_of_the_dequantized_model(ternarized: Path, dense: bool
     assert torch.equal(harness.load(ternarized, dense=dense)(PROMPT).logits, expected)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    device: str, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **rest: pytest.fail("read"))
+    with pytest.raises(UserError, match=f"the device {device} cannot be used: "):
+        harness.load(quantized, device)
+
+
 def test_codes_that_are_none_are_refused(words_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     config = TernaryConfig(block_size=tiny.BLOCK, grid="int8")
