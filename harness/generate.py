@@ -17,6 +17,7 @@ from harness.cli import HelpFormatter, UserError, positive, run
 from harness.compute import default_compute
 from harness.hf import load
 from harness.models import MODEL_HELP, Original, load_original, require_fits
+from harness.text import require_unicode
 
 DESCRIPTION = """\
 Continue a prompt with a ternary checkpoint, or with an original model for comparison. The text is
@@ -88,8 +89,10 @@ def generate(
     Raises
     ------
     UserError
-        If the prompt is empty, or longer with what is to be written than the model has positions for.
+        If the prompt is empty or no Unicode text, or longer with what is to be written than the model has
+        positions for.
     """
+    require_unicode(prompt, "the prompt")
     model = original.model
     inputs = original.tokenizer(prompt, return_tensors="pt")
     ids = inputs["input_ids"]

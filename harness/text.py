@@ -124,7 +124,25 @@ def read_text(source: str, use: str, column: str | None = None) -> Text:
         text = _local(name, Path(path), use, column)
     if not text.stream.strip():
         raise UserError(f"{source} holds no text")
+    require_unicode(text.stream, source)
     return text
+
+
+def require_unicode(text: str, source: str) -> None:
+    """Refuse half a surrogate pair, which JSON may hold and a command line may make; no tokenizer takes it.
+
+    Raises
+    ------
+    UserError
+        If `text` has one; says where in `source`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise UserError(
+            f"{source} is not Unicode text: character {error.start} is {code}, half a pair"
+        ) from None
 
 
 def tokenize(text: Text, tokenizer: Any) -> torch.Tensor:

@@ -93,6 +93,7 @@ def test_without_a_path_the_embedded_model_writes(
     ("arguments", "message"),
     [
         (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "w3 \udcff"), "the prompt is not Unicode text: character 3 is U+DCFF"),
         (("--prompt", "w3", "--tokens", "4000"), "longer than the 2048 positions"),
         (("--prompt", "w3", "--chat"), "has no chat template; leave out --chat"),
         (("--prompt", "w3", "--temperature", "-1"), "must be a number that is not negative"),

@@ -75,6 +75,7 @@ def test_a_column_that_is_not_text_is_refused(tmp_path: Path, kind: str) -> None
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("list.jsonl", b"[1]\n", "line 1 has no field 'text'"),
         ("latin.txt", b"caf\xe9", "not UTF-8"),
+        ("half.jsonl", b'{"text": "a \\ud83d b"}\n', "not Unicode text: character 2 is U.D83D, half a pair"),
         ("broken.parquet", b"PAR1nothing", "cannot be read"),
         ("broken.arrow", b"ARROW1nothing", "cannot be read"),
         ("data.csv", b"a,b", "text files end in .txt"),
