@@ -144,6 +144,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not 0 <= arguments.temperature < float("inf"):
         parser.error("--temperature must be a number that is not negative")
+    if not -(2**63) <= arguments.seed < 2**64:
+        parser.error("--seed must be a number of 64 bits")
 
     device = "cpu" if arguments.cpu else default_compute().device
     path = Path(arguments.model) if arguments.model else None

@@ -97,6 +97,7 @@ def test_without_a_path_the_embedded_model_writes(
         (("--prompt", "w3", "--tokens", "4000"), "longer than the 2048 positions"),
         (("--prompt", "w3", "--chat"), "has no chat template; leave out --chat"),
         (("--prompt", "w3", "--temperature", "-1"), "must be a number that is not negative"),
+        (("--prompt", "w3", "--seed", str(2**64)), "--seed must be a number of 64 bits"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(
