@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 
 from harness.backends import Backend
 from harness.cli import UserError, json_text
@@ -144,26 +145,29 @@ class CheckpointWriter:
         coded: list[str],
         report: dict[str, Any],
     ) -> None:
-        """Write index, tokenizer, report and config, and move everything into place, config last."""
-        config = original.model.config.to_dict()
-        config["architectures"] = [type(original.model).__name__]
-        config["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "block_size": matrices.block_size,
-            "grid": matrices.grid,
-            "modules": modules,
-            "unpermuted": self._unpermuted,
-            "coded": coded,
-            "weight_dtype": str(original.model.dtype).removeprefix("torch."),
-        }
+        """Write index, tokenizer, code, report and config, and move all into place, config last."""
         try:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
             write_json(self.folder / INDEX, index)
             original.tokenizer.save_pretrained(self.folder)
             if getattr(original.model, "generation_config", None) is not None:
                 write_json(self.folder / GENERATION, original.model.generation_config.to_dict())
+            for part in (original.model, original.model.config):
+                if getattr(part, "_auto_class", None) is not None:  # code that came with the model
+                    custom_object_save(part, self.folder, config=original.model.config)
             write_json(self.folder / REPORT, report)
+            config = original.model.config.to_dict()
+            config["architectures"] = [type(original.model).__name__]
+            config["quantization_config"] = {
+                "quant_method": QUANT_METHOD,
+                "format_version": FORMAT_VERSION,
+                "block_size": matrices.block_size,
+                "grid": matrices.grid,
+                "modules": modules,
+                "unpermuted": self._unpermuted,
+                "coded": coded,
+                "weight_dtype": str(original.model.dtype).removeprefix("torch."),
+            }
             write_json(self.folder / CONFIG, config)
             move_into(self.folder, self.out, stale=(WEIGHT_FILES, INDEX))
         except Exception as error:  # the tokenizer raises plain Exception where the disk is full
@@ -306,12 +310,12 @@ def verify(folder: Path, model: nn.Module) -> None:
             raise UserError(f"the tensor {name} is missing" if packed else f"{folder} lacks {name}")
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer that was saved with a checkpoint."""
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that was saved with a checkpoint; code that came with it runs only if trusted."""
     transformers = quiet_transformers()
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{path} has no tokenizer that can be read: {error}") from None
 

@@ -87,9 +87,8 @@ def main() -> int:
     stream = text.read_text(arguments.data, text.EVALUATION, arguments.text_column)
     path = Path(arguments.model) if arguments.model else None
     if path is not None and is_ternary(path):
-        original = Original(
-            load(path, trust_remote_code=arguments.trust_remote_code), load_tokenizer(path), str(path)
-        )
+        trusted = arguments.trust_remote_code
+        original = Original(load(path, trust_remote_code=trusted), load_tokenizer(path, trusted), str(path))
     else:
         original = load_original(arguments.model, arguments.gguf_dtype, arguments.trust_remote_code)
     compute = Compute() if arguments.cpu else default_compute()

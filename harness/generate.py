@@ -150,9 +150,9 @@ def main() -> int:
     device = "cpu" if arguments.cpu else default_compute().device
     path = Path(arguments.model) if arguments.model else None
     if path is not None and is_ternary(path):
-        dense = False if arguments.packed else None
-        model = load(path, device, dense, arguments.trust_remote_code)
-        original = Original(model, load_tokenizer(path), str(path))
+        dense, trusted = False if arguments.packed else None, arguments.trust_remote_code
+        model = load(path, device, dense, trusted)
+        original = Original(model, load_tokenizer(path, trusted), str(path))
     else:
         original = load_original(arguments.model, trust_remote_code=arguments.trust_remote_code)
         original.model.to(device)

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import dynamic_module_utils
 
 import harness
 from harness import models, quantize, workflow
 from harness.checkpoint import REPORT
-from harness.cli import EXIT_USAGE
+from harness.cli import EXIT_USAGE, UserError
 from harness.models import Original
 from reference.types import TernaryConfig
 from tests.harness import tiny
@@ -68,6 +69,34 @@ def test_a_model_too_large_for_the_memory_gives_the_same_checkpoint(
     assert reports[0]["perplexity"] == reports[1]["perplexity"]
     assert run_main(quantize.main, llama, "--method", "rtn-2bit", *text, *SMALL) == EXIT_USAGE
     assert "needs the whole model in memory" in capsys.readouterr().err
+
+
+def test_code_that_comes_with_a_model_goes_into_the_checkpoint(
+    llama: Path, words_file: Path, tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source, out = shutil.copytree(llama, tmp_path / "source"), tmp_path / "out"
+    (source / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n"
+        "from .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (source / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    config = json.loads((source / "config.json").read_text())
+    classes = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    config.update(model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
+    (source / "config.json").write_text(json.dumps(config))
+    arguments = ("--out", out, "--calibration", words_file, "--trust-remote-code", *SMALL)
+    assert run_main(quantize.main, source, *arguments) == 0
+    shutil.rmtree(source)
+    assert type(harness.load(out, trust_remote_code=True)).__name__ == "OwnForCausalLM"
+    with pytest.raises(UserError, match="trust_remote_code"):
+        harness.load(out)
 
 
 def test_a_run_prints_plan_layers_table_and_result(
