@@ -67,7 +67,10 @@ def json_text(value: Any) -> str:
 def run(main: Callable[[], int]) -> None:
     """Run a command line and exit: bad input and Ctrl-C end in one line, never in a stack trace."""
     # Quantization reads local files and says itself what it does; a hub's bars would hide that.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+        if "transformers" in sys.modules:  # it has read its level as it was imported
+            sys.modules["transformers"].logging.set_verbosity_error()
     try:
         status = main()
         sys.stdout.flush()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +79,18 @@ def test_a_prompt_is_continued_with_the_likeliest_tokens(
     assert captured.out.split()[: len(words)] == words
     assert "3 tokens of prompt" in captured.err
     assert "tokens/s" in captured.err
+
+
+def test_transformers_does_not_warn_of_what_nobody_asked_for(quantized: Path, tmp_path: Path) -> None:
+    """Most models come with settings for sampling, which greedy decoding ignores."""
+    folder = shutil.copytree(quantized, tmp_path / "sampling")
+    settings = json.loads((folder / checkpoint.GENERATION).read_text())
+    (folder / checkpoint.GENERATION).write_text(json.dumps({**settings, "temperature": 0.6, "top_p": 0.9}))
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-m", "harness.generate", folder, "--prompt", "w3", "--tokens", "2", "--cpu"]
+    run = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0
+    assert run.stderr.startswith("1 tokens of prompt")
 
 
 def test_without_a_path_the_embedded_model_writes(
