@@ -163,7 +163,11 @@ def run(kinds: Iterable[str], out: Path, check: bool, fresh: bool) -> int:
     if check:
         print("\n".join(found) or f"{', '.join(kinds)}: as committed")
         return 1 if found else 0
-    write_folder(out, files, entries)
+    try:
+        write_folder(out, files, entries)
+    except OSError as error:
+        print(f"error: {out} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     size = sum((out / name).stat().st_size for name in files)
     print(f"{len(entries)} cases in {len(files)} files, {size / 1e6:.2f} MB, in {out}")
     return 0

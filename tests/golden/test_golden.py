@@ -186,3 +186,9 @@ def test_check_names_what_differs(committed, monkeypatch, capsys):
     monkeypatch.setattr(generate, "read_folder", lambda: (manifest, {**files, "exact.safetensors": wrong}))
     assert generate.main(["--check", "--kinds", "exact"]) == 1
     assert "exact.safetensors does not come out byte for byte" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert generate.main(["--kinds", "exact", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "out cannot be written: Not a directory" in capsys.readouterr().err
