@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from harness.layout import PAIRS, PackedTensors
 
@@ -74,21 +75,10 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
     """
     from gpu import matmul, on_stream, to_device  # needs CuPy and a device
 
-    order, row_factors, block_factors = packed.permutation, packed.row_factors, packed.block_factors
     y = x.new_empty(x.shape[0], packed.ends[-1])
     # The backend works on the current device, which PyTorch does not set for operations in Python.
     with torch.cuda.device_of(x), on_stream(stream):
-        layout = matmul.Layout(
-            to_device(packed.words).view("uint32"),
-            _numbers(to_device(packed.grid)),
-            to_device(order).view(f"uint{8 * order.element_size()}"),
-            tuple(packed.ends),
-            packed.columns,
-            packed.block_size,
-            None if row_factors is None else to_device(row_factors).view("float16"),
-            None if block_factors is None else _numbers(to_device(block_factors)),
-            packed.in_float16,
-        )
+        layout = _layout_of(packed)
         bits = to_device(_bits(x.detach().contiguous()))  # DLPack takes nothing that has a gradient
         if x.shape[0] < UNPACKED_TOKENS or not matmul.can_unpack(bits, layout):
             matmul.multiply(bits, layout, to_device(_bits(y)))
@@ -101,6 +91,36 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
             begin = end
             del arranged, weights, left, right  # one workspace at a time
     return y
+
+
+# By words. To wrap a layout's tensors and to check them takes the host longer than a product of few tokens
+# takes the device.
+_layouts = WeakTensorKeyDictionary()
+
+
+def _layout_of(packed: PackedTensors) -> Any:
+    """The backend's layout, which lives as long as the words do, or until a tensor is another one."""
+    from gpu import matmul, to_device
+
+    _, _, order, row_factors, block_factors, ends, *sizes = packed
+    places = [None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in packed[:5]]
+    made_of = (*places, *ends, *sizes)
+    known, layout = _layouts.get(packed.words, (None, None))
+    if known != made_of:
+        layout = matmul.Layout(
+            # Through an alias, as a layout that held the words themselves would never be dropped.
+            to_device(packed.words.detach()).view("uint32"),
+            _numbers(to_device(packed.grid)),
+            to_device(order).view(f"uint{8 * order.element_size()}"),
+            tuple(ends),
+            packed.columns,
+            packed.block_size,
+            None if row_factors is None else to_device(row_factors).view("float16"),
+            None if block_factors is None else _numbers(to_device(block_factors)),
+            packed.in_float16,
+        )
+        _layouts[packed.words] = made_of, layout
+    return layout
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

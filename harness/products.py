@@ -56,6 +56,7 @@ def matrices_of(shape: str) -> list[Matrices]:
 def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch.dtype) -> dict[str, Any]:
     """Every matrix of a layer at every batch: packed, dense, and dequantized at every call.
 
+    Without a device there are no kernels, so that what is packed is dequantized.
     Matrices that a model multiplies the same input with are also taken together: ``packed`` is then one
     launch, ``separate`` one for each, and the other ways are one after the other. ``gemlite`` is its 2-bit
     product of the same weights, where that is installed and has a device.
@@ -156,10 +157,10 @@ def _ways(layers: list[TernaryLinear], compute: Compute) -> dict[str, Callable[[
     ways: dict[str, Callable[[torch.Tensor], Any]] = {
         "packed": lambda x: [layer(x) for layer in layers],
         "dense": lambda x: [nn.functional.linear(x, weight) for weight in weights],
-        "dequantized": lambda x: [layer(x) for layer in alone],
     }
     if compute.device.type != "cuda":
-        return ways
+        return {**ways, "packed": lambda x: [layer(x) for layer in alone]}
+    ways["dequantized"] = lambda x: [layer(x) for layer in alone]
     if importlib.util.find_spec("gemlite"):
         theirs = [gemlite_product(layer) for layer in layers]
         ways["gemlite"] = lambda x: [product(x) for product in theirs]

@@ -35,7 +35,7 @@ def generation_speed(
     """Tokens a second of reading a prompt, of writing after it, and of both, at batch 1.
 
     Both models are random, run through ``generate`` with a static cache, and are compiled by it with CUDA
-    graphs where there is a device.
+    graphs where there is a device: what writes tokens; transformers may read the prompt without.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def generation_speed(
         "dtype": str(DTYPE).removeprefix("torch."),
         "device": compute.describe(),
         **figures,
-        "ternary_over_dense": {figure: round(ternary[figure] / dense[figure], 4) for figure in dense},
+        "ternary_over_dense": {figure: _rounded(ternary[figure] / dense[figure]) for figure in dense},
     }
 
 
@@ -137,8 +137,12 @@ def _speed(model: Any, compute: Compute, lengths: Lengths) -> dict[str, float]:
     first, both = seconds(1), seconds(lengths.decode + 1)
     tensors = (*model.parameters(), *model.buffers())
     return {
-        "prefill": round(lengths.prefill / first, 2),
-        "decode": round(lengths.decode / (both - first), 2),
-        "both": round((lengths.prefill + lengths.decode) / both, 2),
+        "prefill": _rounded(lengths.prefill / first),
+        "decode": _rounded(lengths.decode / (both - first)),
+        "both": _rounded((lengths.prefill + lengths.decode) / both),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }
+
+
+def _rounded(figure: float) -> float:
+    return float(f"{figure:.5g}")

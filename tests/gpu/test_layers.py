@@ -1,6 +1,7 @@
 """TernaryLinear on packed trits: the operation of torch, its fallback, and what it must not change."""
 
 import copy
+import gc
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -100,6 +101,41 @@ def test_plain_torch_walks_the_layout_of_the_kernels(backend, device, dtype, blo
     y = ops.multiply_by_kernels(x.requires_grad_(), packed, stream)
     assert y.dtype == plain.dtype
     assert off(y.cpu(), plain) <= TOLERANCE[dtype]
+
+
+def test_a_layout_is_made_once_and_anew_for_other_tensors(backend, device, monkeypatch):
+    layer, other = (layer_of(16, 300, 128, device, grid="int8") for _ in range(2))
+    x = torch.randn(2, 300, device=device)
+    expected = other(x)
+    for one in (layer, other):
+        use_kernels([one], backend)
+    made, kind = [], matmul.Layout
+
+    def make(*of):
+        found = kind(*of)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(matmul, "Layout", make)
+    packed, others = layer.packed.tensors(), other.packed.tensors()
+    first = ops.multiply_by_kernels(x, packed, 0)
+    torch.testing.assert_close(ops.multiply_by_kernels(x, packed, 0), first)
+    # What is loaded into the tensors is seen.
+    for mine, theirs in zip(packed[:5], others[:5], strict=True):
+        mine.copy_(theirs)
+    torch.testing.assert_close(ops.multiply_by_kernels(x, packed, 0), expected)
+    assert len(made) == 1
+    # Two columns change places, in a tensor of its own and in x.
+    order = packed.permutation.clone()
+    order[0, :2] = packed.permutation[0, :2].flip(0)
+    two = order[0, :2].long()
+    x[:, two] = x[:, two.flip(0)]
+    y = ops.multiply_by_kernels(x, packed._replace(permutation=order), 0)
+    torch.testing.assert_close(y, expected)
+    assert len(made) == 2
+    del packed, layer, mine
+    gc.collect()
+    assert [reference() for reference in made] == [None, None]
 
 
 def test_activations_of_another_width_are_refused(backend, device):
