@@ -195,7 +195,7 @@ def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
 
 def require_free(out: Path, force: bool) -> None:
     """Refuse an output folder that holds something already, unless it may be overwritten."""
-    existing = next(p for p in [out, *out.absolute().parents] if p.exists())
+    existing = next(p for p in [out, *out.absolute().parents] if p.exists() or p.is_symlink())
     if not existing.is_dir():
         raise UserError(f"{existing} exists and is not a folder")
     if not os.access(existing, os.W_OK):

@@ -15,6 +15,9 @@ EXIT_MISS = 1  # a check found a difference
 EXIT_USAGE = 2  # the input cannot be used; the message says why
 EXIT_INTERRUPTED = 130
 
+# No count is larger, and libraries take no larger ones.
+LARGEST = 2**31 - 1
+
 
 class UserError(Exception):
     """Something the user can mend: the message says what was wrong, where, and what to do."""
@@ -39,6 +42,8 @@ def at_least(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {value!r}") from None
         if number < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        if number > LARGEST:
+            raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {value}")
         return number
 
     return convert

@@ -19,6 +19,9 @@ from harness.hf import load
 from harness.models import MODEL_HELP, Original, load_original, require_fits
 from harness.text import require_unicode
 
+# Logits that are divided by less are no finite float32 any more.
+LEAST_TEMPERATURE = 1e-6
+
 DESCRIPTION = """\
 Continue a prompt with a ternary checkpoint, or with an original model for comparison. The text is
 printed as it comes, and at the end tokens a second, of reading the prompt and of writing.
@@ -142,8 +145,8 @@ def main() -> int:
     add("--cpu", action="store_true", help="do not use a CUDA device that torch has")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     arguments = parser.parse_args()
-    if not 0 <= arguments.temperature < float("inf"):
-        parser.error("--temperature must be a number that is not negative")
+    if not (arguments.temperature == 0 or LEAST_TEMPERATURE <= arguments.temperature < float("inf")):
+        parser.error(f"--temperature must be 0, or a number from {LEAST_TEMPERATURE} on")
     if not -(2**63) <= arguments.seed < 2**64:
         parser.error("--seed must be a number of 64 bits")
 

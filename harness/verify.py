@@ -247,6 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record and (options.operation or options.kind or options.precision):
         parser.error("--record is for all cases: leave out --operation, --kind and --precision")
 
+    if options.model and (options.operation or options.kind):
+        parser.error("--operation and --kind choose among golden cases: leave them out with --model")
+
     first = load_backend(options.backend, options.precision)
     if first.note:
         print(first.note, file=sys.stderr)

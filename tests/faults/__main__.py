@@ -50,7 +50,7 @@ numba-cuda, pytest and hypothesis, g++ for CUDA C++; and tree-sitter-cuda."""
 
 EPILOG = """\
 examples:
-  python -m tests.faults                            all faults; three hours or so on one core
+  python -m tests.faults                            all faults; a night on one core
   python -m tests.faults --resume                   only what has changed, or was not reached
   python -m tests.faults --package reference
   python -m tests.faults --file gpu/ssr.py          after a change of this file

@@ -112,7 +112,9 @@ def test_without_a_path_the_embedded_model_writes(
         (("--prompt", "w3 \udcff"), "the prompt is not Unicode text: character 3 is U+DCFF"),
         (("--prompt", "w3", "--tokens", "4000"), "longer than the 2048 positions"),
         (("--prompt", "w3", "--chat"), "has no chat template; leave out --chat"),
-        (("--prompt", "w3", "--temperature", "-1"), "must be a number that is not negative"),
+        (("--prompt", "w3", "--temperature", "-1"), "must be 0, or a number from 1e-06 on"),
+        (("--prompt", "w3", "--temperature", "1e-320"), "must be 0, or a number from 1e-06 on"),
+        (("--prompt", "w3", "--tokens", f"{10**30}"), "must be at most 2147483647"),
         (("--prompt", "w3", "--seed", str(2**64)), "--seed must be a number of 64 bits"),
     ],
 )

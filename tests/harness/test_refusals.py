@@ -60,6 +60,7 @@ def test_a_device_that_is_too_small_ends_the_run_with_what_to_do(
     ("extra", "message"),
     [
         (("--out", "OUT"), "exists and is not empty; choose another --out, or --force"),
+        (("--out", "LINK"), "LINK exists and is not a folder"),
         ((), "--out DIR is missing"),
         (("--out", "NEW", "--seqlen", "400"), "has 400 tokens; windows of 400 need at least 401"),
         (("--out", "NEW", "--damping", "-1"), "damping must be finite and not negative"),
@@ -78,9 +79,10 @@ def test_bad_input_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "OUT").mkdir()
+    (tmp_path / "LINK").symlink_to(tmp_path / "gone")
     (tmp_path / "OUT" / "mine.txt").write_text("mine")
     (tmp_path / "TEXT").write_text(tiny.words(400))
-    arguments = [str(tmp_path / a) if a in ("OUT", "NEW", "TEXT") else a for a in extra]
+    arguments = [str(tmp_path / a) if a in ("OUT", "LINK", "NEW", "TEXT") else a for a in extra]
     code = run_main(quantize.main, llama, *SMALL, "--calibration", words_file, *arguments)
     assert code == EXIT_USAGE
     error = capsys.readouterr().err.strip()

@@ -279,3 +279,9 @@ def test_every_row_of_the_table_is_used_and_has_a_reason(capsys):
             assert all(len(reason) > 10 for reason in row.reasons.values())
             assert row.limits["float32"] >= row.limits["float64"]
             assert row.measure in ("equal", "trits", *SCALES)
+
+
+def test_cases_cannot_be_chosen_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        verify.main(["--model", "--operation", "atq"])
+    assert "leave them out with --model" in capsys.readouterr().err
