@@ -152,11 +152,12 @@ def test_parts_of_any_size_are_multiplied(run):
     np.testing.assert_array_equal(run(cases, x), np.hstack([run(case, x) for case in cases]))
 
 
-@pytest.mark.parametrize("shared", [MUCH_SHARED, MOST_SHARED])
-def test_a_processor_takes_several_tiles_of_many_chunks(shared, run):
-    # 10 chunks, so that two of the eight groups of warps have one more than the others.
+@pytest.mark.parametrize(("shared", "tokens"), [(LEAST_SHARED, 16), (MUCH_SHARED, 9), (MOST_SHARED, 9)])
+def test_a_processor_takes_several_tiles_of_many_chunks(shared, tokens, run):
+    # 10 chunks, so that two of the eight groups of warps have one more than the others; all of x is in shared
+    # memory, or a chunk at a time.
     case = random_case(150, 2500, 128)
-    x = case.activations(9, "float16")
+    x = case.activations(tokens, "float16")
     assert_close(case, x, run(case, x, shared))
 
 
