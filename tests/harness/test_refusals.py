@@ -150,6 +150,9 @@ def test_a_killed_process_leaves_nothing_that_loads(
         [*map(str, command), "--nsamples", "2400", "--seqlen", "24", "--backend", "reference"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # ignored in background jobs
         text=True,
     )
     incomplete = out / STAGING
