@@ -146,7 +146,7 @@ def test_parts_are_multiplied_as_they_are_alone(shared, tokens, make, run):
 
 
 def test_parts_of_any_size_are_multiplied(run):
-    # Their last rows are as many as those of no other part, and more than a tile apart.
+    # The second has more tiles than the first, so that where it ends is not taken for where that one does.
     cases = [random_case(rows, 300, 128) for rows in (40, 100, 20)]
     x = cases[0].activations(3, "float16")
     np.testing.assert_array_equal(run(cases, x), np.hstack([run(case, x) for case in cases]))

@@ -147,13 +147,12 @@ def test_a_killed_process_leaves_nothing_that_loads(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "harness.quantize", llama, "--out", out, "--calibration", words_file]
     process = subprocess.Popen(
-        [*map(str, command), "--nsamples", "2400", "--seqlen", "24", "--backend", "reference"],
+        [*map(str, command), "--nsamples", "300", "--seqlen", "24", "--backend", "reference"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # ignored in background jobs
         text=True,
+        # What a shell starts in the background, as it may have these tests, ignores Ctrl-C and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     incomplete = out / STAGING
     deadline = time.monotonic() + 120
@@ -161,12 +160,7 @@ def test_a_killed_process_leaves_nothing_that_loads(
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.02)
     process.send_signal(kill)
-    try:
-        error = process.communicate(timeout=4)[1]
-    except subprocess.TimeoutExpired:
-        # Python drops what is raised in a finalizer, a KeyboardInterrupt too; one presses Ctrl-C again then.
-        process.send_signal(kill)
-        error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=60)[1]
     if kill == signal.SIGINT:
         assert process.returncode == EXIT_INTERRUPTED
         assert "Traceback" not in error

@@ -42,7 +42,7 @@ FAULTS = {
 import numpy as np
 def flexible_round(W, alpha, mu):
     with np.errstate(all="ignore"):
-        Z = np.nan_to_num((W - mu) / np.where(alpha == 0, np.inf, alpha))
+        Z = (W - mu) / np.where(alpha == 0, np.inf, alpha)
     return (np.sign(Z) * (np.abs(Z) >= 0.5)).astype(np.int8)
 """,
     ),
