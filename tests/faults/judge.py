@@ -1,9 +1,10 @@
 """Runs the tests on one fault after another, each in a fork of a process that has everything loaded.
 
-A program of its own, in one file: it is started in a copy of a project, whose `tests` are not these. It passes the tests once as they are, noting which
-code every test file runs; this compiles the kernels and loads what is slow to load. Then it reads one
-request a line, and for each of them forks a child, which forgets the faulty module and whatever imports
-it, and runs the tests again until one fails. Answers go to the file descriptor it was given.
+A program of its own, in one file: it is started in a copy of a project, whose `tests` are not these. It
+passes the tests once as they are, noting which code every test file runs; this compiles the kernels and loads
+what is slow to load. Then it reads one request a line, and for each of them forks a child, which forgets the
+faulty module and whatever imports it, and runs the tests again until one fails. Answers go to the file
+descriptor it was given.
 """
 
 from __future__ import annotations

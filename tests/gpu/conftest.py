@@ -11,3 +11,17 @@ def pytest_sessionstart(session):
     except RuntimeError as error:
         pytest.exit(f"{error}; NUMBA_ENABLE_CUDASIM=1 runs these tests without one", returncode=2)
     print(f"device: {gpu.describe()}")
+
+
+@pytest.fixture(scope="module")
+def backend():
+    from harness.backends import load_backend
+
+    return load_backend("gpu")
+
+
+@pytest.fixture(scope="module")
+def device(backend):
+    from harness.compute import compute_for
+
+    return compute_for(backend).device
