@@ -151,7 +151,7 @@ def test_a_killed_process_leaves_nothing_that_loads(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # What a shell starts in the background, as it may have these tests, ignores Ctrl-C, as its children do.
+        # What a shell starts in the background, as it may these tests, ignores Ctrl-C, like its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     incomplete = out / STAGING
