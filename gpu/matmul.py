@@ -192,7 +192,7 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     if x.shape[0] == 0:
         return y
     if is_fast(x, layout):
-        tensor_cores.multiply(x, layout, tensor_cores.limits(x.device.id), y)
+        tensor_cores.multiply(x, layout, _limits(x), y)
     else:
         y[:] = _narrowed(_in_float64(x, layout), x.dtype)
     return y
@@ -202,16 +202,18 @@ def is_fast(x: Array, layout: Layout) -> bool:
     """Whether the tensor cores of a device multiply these."""
     if STANDIN or x.dtype.name not in tensor_cores.TYPES:
         return False
-    return tensor_cores.takes(layout, tensor_cores.limits(x.device.id))
+    return tensor_cores.takes(layout, _limits(x))
 
 
 def can_unpack(x: Array, layout: Layout) -> bool:
     """Whether `unpacked` serves as well as `multiply`: a weight beyond the type of x is finite there only."""
-    return is_fast(x, layout) and (layout.in_float16 or x.dtype != np.float16)
+    if not is_fast(x, layout) or not (layout.in_float16 or x.dtype != np.float16):
+        return False
+    return tensor_cores.couples_at_once(layout.columns, _limits(x).shared) > 0
 
 
-def unpacked(x: Array, layout: Layout) -> Iterator[tuple[Array, Array]]:
-    """Factors of a library's product, for so many tokens that dense weights of one part at a time pay.
+def unpacked(x: Array, layout: Layout) -> Iterator[Array]:
+    """Weights for a library's product, for so many tokens that making them, one part at a time, pays.
 
     Parameters
     ----------
@@ -222,8 +224,9 @@ def unpacked(x: Array, layout: Layout) -> Iterator[tuple[Array, Array]]:
 
     Yields
     ------
-    A, B : (tokens, width), (rows, width) arrays of the type of x
-        For every part: ``A @ B.T`` are its columns of the product. Weights are rounded to the type of x.
+    B : (rows, m) array of the type of x
+        For every part: ``x @ B.T`` are its columns of the product, as they are of dense weights in the
+        type of x, which these are.
 
     Raises
     ------
@@ -231,9 +234,12 @@ def unpacked(x: Array, layout: Layout) -> Iterator[tuple[Array, Array]]:
         As for `multiply`.
     """
     _check_activations(x, layout)
-    arranged, _ = tensor_cores.arrange(x, layout)
     for part in range(len(layout.ends)):
-        yield arranged[part], tensor_cores.unpack(layout, part, x.dtype)
+        yield tensor_cores.unpack(layout, part, x.dtype, _limits(x))
+
+
+def _limits(x: Array) -> tensor_cores.Limits:
+    return tensor_cores.limits(x.device.id)
 
 
 def _check_activations(x: Array, layout: Layout) -> None:

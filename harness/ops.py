@@ -79,17 +79,18 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
     # The backend works on the current device, which PyTorch does not set for operations in Python.
     with torch.cuda.device_of(x), on_stream(stream):
         layout = _layout_of(packed)
-        bits = to_device(_bits(x.detach().contiguous()))  # DLPack takes nothing that has a gradient
+        x = x.detach().contiguous()  # DLPack takes nothing that has a gradient
+        bits = to_device(_bits(x))
         if x.shape[0] < UNPACKED_TOKENS or not matmul.can_unpack(bits, layout):
             matmul.multiply(bits, layout, to_device(_bits(y)))
             return y
         begin = 0
-        for arranged, weights in matmul.unpacked(bits, layout):
-            left, right = (torch.from_dlpack(array).view(x.dtype) for array in (arranged, weights))
+        for array in matmul.unpacked(bits, layout):
+            weights = torch.from_dlpack(array).view(x.dtype)
             end = begin + len(weights)
-            torch.mm(left, right.T, out=y[:, begin:end])
+            torch.mm(x, weights.T, out=y[:, begin:end])
             begin = end
-            del arranged, weights, left, right  # one workspace at a time
+            del array, weights  # one workspace at a time
     return y
 
 

@@ -1,49 +1,84 @@
-// A part of T as dense weights alpha t + mu, rounded to T's type, for a library's product with what `arrange`
-// of prefill.cu has made of x: rows of chunks of 256 columns, words in the order of trits, each as pairs
-// (i, i + 8). For so many tokens that writing the weights costs little beside the product.
+// A part of T as dense weights alpha t + mu, rounded to T's type, columns in their original order: a library's
+// product takes them with x as it is. For so many tokens that writing the weights costs little beside it.
 
-constexpr int WARPS = 4, THREADS = WARPS * WARP;
+// A lane's words are those of rows g and g + 8 of 16: a couple. A CUDA block takes some couples of 16 rows.
+// Each thread puts both weights of a column, 32 bits, where the column belongs in shared memory; from there
+// rows go to memory side by side. Scattered to memory, every weight would cost a sector of 32 bytes.
+constexpr int THREADS = 256, COUPLES = ROWS / 2;
 
-// alpha * t + mu of a pair of digits, lower and upper half.
-__device__ inline unsigned chosen(unsigned digits, const unsigned short (&values)[3]) {
-    const auto value = [&](unsigned q) -> unsigned { return q == 0 ? values[0] : q == 1 ? values[1] : values[2]; };
-    return value(digits & 3) | value(digits >> 16 & 3) << 16;
+// Of the four digits of a byte of trits, which bytes of a table of three 16-bit weights are theirs: 2q, 2q + 1.
+__device__ inline unsigned selectors(unsigned word, int byte) {
+    unsigned digits = word >> 8 * byte & 0xff;
+    digits = (digits | digits << 12) & 0x000f000f;
+    digits = (digits | digits << 6) & 0x03030303;
+    return digits * 0x22 + 0x10101010;
 }
 
-// A warp takes 16 rows and a chunk. `weights` begins with the first tile.
+// `weights` begins with the first tile, and has `width` columns, m and up to 7 more; a couple has `stride`
+// words of shared memory.
 template <class T, class G>
 __device__ inline void unpack(const uint4 *words, const typename G::Pair *grid, const unsigned *block_factors,
-                              const unsigned short *row_factors, uint4 *weights, int chunks, int pairs_shift,
-                              int part, int first_tile, int last_tile) {
-    const int sixteens = (last_tile - first_tile) * (TILE_ROWS / ROWS);
-    const int chunk = blockIdx.y;
-    const int sixteen = blockIdx.x * WARPS + threadIdx.x / WARP;
-    if (sixteen >= sixteens) return;
+                              const unsigned short *row_factors, const unsigned short *permutation,
+                              unsigned short *weights, int m, int width, int stride, int couples,
+                              int pairs_shift, int part, int first_tile) {
+    extern __shared__ uint4 shared[];
+    unsigned *staged = reinterpret_cast<unsigned *>(shared);
+    const int chunks = (m + CHUNK - 1) / CHUNK;
+    const int sixteen = blockIdx.x * couples / COUPLES, first_row = blockIdx.x * couples % COUPLES;
     const int tile = first_tile + sixteen / (TILE_ROWS / ROWS), in_tile = sixteen % (TILE_ROWS / ROWS);
-    const size_t at = (static_cast<size_t>(tile) * chunks + chunk) * (TILE_ROWS / ROWS) + in_tile;
-    Weights<G> own;
-    read_pairs<G>(own, grid + (at * ROWS << pairs_shift), pairs_shift);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint4 four = words[(at * 2 + half) * WARP + lane_of()];
-        const int row = lane_of() / 4 + 8 * half;
-        const unsigned short *row_factor = row_factors + tile * TILE_ROWS + in_tile * ROWS + row;
-        uint4 *to = weights + ((static_cast<size_t>(sixteen) * ROWS + row) * chunks + chunk) * (CHUNK / 8);
-        unsigned short values[3];
+
+    for (int item = threadIdx.x; item < chunks * couples * 4; item += THREADS) {
+        const int t = item % 4, couple = item / 4 % couples, chunk = item / 4 / couples;
+        const int row = first_row + couple;
+        const size_t at = (static_cast<size_t>(tile) * chunks + chunk) * (TILE_ROWS / ROWS) + in_tile;
+        const uint4 of_row[2] = {words[at * 2 * WARP + row * 4 + t], words[(at * 2 + 1) * WARP + row * 4 + t]};
 #pragma unroll
         for (int r = 0; r < SPANS; r++) {
-            // The pair of a span is where its block ends.
-            const auto pair = pairs_shift == 2 ? own.pairs[half][r] : own.pairs[half][r | 1];
-            const unsigned *factors = block_factors + (part * chunks + chunk << pairs_shift) + pair_of(r, pairs_shift);
-            const Grid grid_here = G::decoded(pair, factors, row_factor);
+            const int pair = pair_of(r, pairs_shift), word = chunk * WORDS + 4 * r + t;
+            const unsigned *factors = block_factors + (part * chunks + chunk << pairs_shift) + pair;
+            unsigned trits[2], tables[2][2];
 #pragma unroll
-            for (int q = 0; q < 3; q++) values[q] = narrow(T{}, grid_here.alpha * (q - 1) + grid_here.mu);
-            const unsigned word = r == 0 ? four.x : r == 1 ? four.y : r == 2 ? four.z : four.w;
+            for (int half = 0; half < 2; half++) {
+                const int below = row + 8 * half;
+                const auto grid_here = G::decoded(grid[(at * ROWS + below << pairs_shift) + pair], factors,
+                                                  row_factors + tile * TILE_ROWS + in_tile * ROWS + below);
+                unsigned weight[3];
 #pragma unroll
-            for (int i = 0; i < 8; i += 4)
-                to[(r * SPAN + lane_of() % 4 * WORD + 2 * i) / 8] = {
-                    chosen(word >> 2 * i, values), chosen(word >> 2 * i + 2, values),
-                    chosen(word >> 2 * i + 4, values), chosen(word >> 2 * i + 6, values)};
+                for (int q = 0; q < 3; q++) weight[q] = narrow(T{}, grid_here.alpha * (q - 1) + grid_here.mu);
+                tables[half][0] = weight[0] | weight[1] << 16, tables[half][1] = weight[2];
+                const uint4 &four = of_row[half];
+                trits[half] = r == 0 ? four.x : r == 1 ? four.y : r == 2 ? four.z : four.w;
+            }
+            const Columns columns = load_columns(permutation + part * chunks * CHUNK, word);
+            const auto put = [&](int count) {
+#pragma unroll
+                for (int i = 0; i < WORD; i += 2) {
+                    unsigned two[2];  // columns, of one row
+#pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        two[half] = __byte_perm(tables[half][0], tables[half][1],
+                                                selectors(trits[half], i / 4) >> i % 4 * 8);
+                    if (i < count) staged[couple * stride + column(columns, i)] = __byte_perm(two[0], two[1], 0x5410);
+                    if (i + 1 < count)
+                        staged[couple * stride + column(columns, i + 1)] = __byte_perm(two[0], two[1], 0x7632);
+                }
+            };
+            // Twice, as it needs no comparisons where all columns are there.
+            if (m - word * WORD >= WORD)
+                put(WORD);
+            else
+                put(m - word * WORD);
+        }
+    }
+    __syncthreads();
+    for (int couple = 0; couple < couples; couple++) {
+        const size_t row = static_cast<size_t>(sixteen) * ROWS + first_row + couple;
+        uint2 *upper = reinterpret_cast<uint2 *>(weights + row * width);
+        uint2 *lower = reinterpret_cast<uint2 *>(weights + (row + 8) * width);
+        for (int four = threadIdx.x; four < (m + 3) / 4; four += THREADS) {
+            const uint4 both = shared[couple * stride / 4 + four];
+            upper[four] = {both.x & 0xffff | both.y << 16, both.z & 0xffff | both.w << 16};
+            lower[four] = {both.x >> 16 | both.y & 0xffff0000, both.z >> 16 | both.w & 0xffff0000};
         }
     }
 }
@@ -51,8 +86,8 @@ __device__ inline void unpack(const uint4 *words, const typename G::Pair *grid, 
 #define DENSE(NAME, T, G)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                     \
         NAME(const uint4 *words, const G::Pair *grid, const unsigned *block_factors,                          \
-             const unsigned short *row_factors, uint4 *weights, int chunks, int pairs_shift, int part,        \
-             int first_tile, int last_tile) {                                                                 \
-        unpack<T, G>(words, grid, block_factors, row_factors, weights, chunks, pairs_shift, part, first_tile, \
-                     last_tile);                                                                              \
+             const unsigned short *row_factors, const unsigned short *permutation, unsigned short *weights,   \
+             int m, int width, int stride, int couples, int pairs_shift, int part, int first_tile) {          \
+        unpack<T, G>(words, grid, block_factors, row_factors, permutation, weights, m, width, stride,         \
+                     couples, pairs_shift, part, first_tile);                                                 \
     }

@@ -38,7 +38,7 @@ DECODE_THREADS, DECODE_STAGES = 512, 3
 STAGE_BYTES = 2 * 512 + 256
 ARRANGE_THREADS = 256
 PREFILL_TILES, PREFILL_TOKENS, PREFILL_THREADS = 4, 64, 128
-DENSE_WARPS = 4
+DENSE_THREADS, COUPLES = 256, 8
 
 # source, kernel, grid, threads, bytes of dynamic shared memory, arguments
 Launch = Callable[[str, str, tuple[int, ...], int, int, Sequence[Any]], None]
@@ -196,8 +196,8 @@ def arrange(x: Array, layout: Layout, launch: Launch = _launch) -> tuple[Array, 
     return arranged, span_sums
 
 
-def unpack(layout: Layout, part: int, dtype: Any, launch: Launch = _launch) -> Array:
-    """Dense weights of a part, columns as `arrange` puts them.
+def unpack(layout: Layout, part: int, dtype: Any, device: Limits, launch: Launch = _launch) -> Array:
+    """Dense weights of a part, columns in the original order.
 
     Parameters
     ----------
@@ -207,26 +207,53 @@ def unpack(layout: Layout, part: int, dtype: Any, launch: Launch = _launch) -> A
         Which of them.
     dtype : dtype
         A type in `TYPES`, to which weights are rounded.
+    device : Limits
+        Where it runs; `couples_at_once` must not be 0.
     launch : callable
         As for `multiply`.
 
     Returns
     -------
-    (rows, 256 chunks) array
+    (rows, m) array
+        Every row begins at a multiple of 16 bytes, as libraries are faster then.
     """
+    m = layout.columns
     first_tile, last_tile = layout.tiles_of_parts()[part]
-    chunks = -(-layout.columns // CHUNK)
-    weights = xp.empty(((last_tile - first_tile) * TILE_ROWS, chunks * CHUNK), dtype)
-    sizes = (chunks, layout.pairs_shift, part, first_tile, last_tile)
+    width, stride = -(-m // 8) * 8, _couple_stride(m)
+    weights = xp.empty(((last_tile - first_tile) * TILE_ROWS, width), dtype)
+    couples = couples_at_once(m, device.shared)
     launch(
         "dense.cu",
         f"dense_{_kind(np.dtype(dtype), layout)}",
-        (-(-2 * (last_tile - first_tile) // DENSE_WARPS), chunks),
-        32 * DENSE_WARPS,
-        0,
-        (*_arguments(layout), weights, *map(np.int32, sizes)),
+        ((last_tile - first_tile) * (TILE_ROWS // 2 // couples),),
+        DENSE_THREADS,
+        couples * stride * 4,
+        (
+            *_arguments(layout),
+            layout.permutation,
+            weights,
+            *map(np.int32, (m, width, stride, couples, layout.pairs_shift, part, first_tile)),
+        ),
     )
-    return weights[: layout.ends[part] - (layout.ends[part - 1] if part else 0)]
+    return weights[: layout.ends[part] - (layout.ends[part - 1] if part else 0), :m]
+
+
+def couples_at_once(m: int, shared: int) -> int:
+    """How many couples of rows a block of dense.cu takes: 8, 4, 2 or 1, or 0 if not even one fits.
+
+    As many as leave room for three blocks on a processor, so that one writes what it has while another
+    reads.
+    """
+    stride = 4 * _couple_stride(m)
+    for couples in (COUPLES, COUPLES // 2, COUPLES // 4):
+        if 3 * couples * stride <= shared:
+            return couples
+    return int(stride <= shared)
+
+
+def _couple_stride(m: int) -> int:
+    """Words of shared memory from one couple to the next, so that their first ones are in other banks."""
+    return -(-m // 8) * 8 + 4
 
 
 def _padded(ends: tuple[int, ...]) -> tuple[int, ...]:

@@ -110,24 +110,23 @@ __device__ inline Columns load_columns(const unsigned short *permutation, int wo
     return {eights[0], eights[1]};
 }
 
+__device__ inline unsigned column(const Columns &of_word, int i) {
+    const uint4 &eight = of_word.eights[i / 8];
+    const int place = i % 8 / 2;
+    const unsigned two = place == 0 ? eight.x : place == 1 ? eight.y : place == 2 ? eight.z : eight.w;
+    return i % 2 ? two >> 16 : two & 0xffff;
+}
+
 // Columns 16 word ... 16 word + 15 of a row of x in the order of trits: as pairs (i, i + 8), in which
 // `trits` gives them, and 0 beyond m. Returns their sum.
 template <class T>
 __device__ inline float gather_word(const unsigned short *row, const Columns &of_word, int m, int word,
                                     uint4 (&pairs)[2]) {
-    unsigned columns[WORD], values[WORD];
-    const int first = word * WORD;
-#pragma unroll
-    for (int i = 0; i < WORD; i += 8) {
-        const uint4 &eight = of_word.eights[i / 8];
-        const unsigned two[4] = {eight.x, eight.y, eight.z, eight.w};
-#pragma unroll
-        for (int k = 0; k < 4; k++) columns[i + 2 * k] = two[k] & 0xffff, columns[i + 2 * k + 1] = two[k] >> 16;
-    }
+    unsigned values[WORD];
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < WORD; i++) {
-        values[i] = first + i < m ? row[columns[i]] : 0;
+        values[i] = word * WORD + i < m ? row[column(of_word, i)] : 0;
         sum += widen(T{}, values[i]);
     }
 #pragma unroll

@@ -12,6 +12,9 @@
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct float2 {
     float x, y;
 };
@@ -29,6 +32,12 @@ A min(A a, A b) {
     return b < a ? b : a;
 }
 extern "C" float fmaf(float, float, float) noexcept;
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const unsigned long long bytes = static_cast<unsigned long long>(high) << 32 | low;
+    unsigned chosen = 0;
+    for (int i = 0; i < 4; i++) chosen |= (bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return chosen;
+}
 
 void __syncthreads();
 void __syncwarp();

@@ -54,11 +54,16 @@ def test_sources_compile_to_machine_code_without_spills(source, capability):
     assert kernels
     assert sorted(kernels) == sorted((name, str(capability)) for name in names)
     # Registers of a launch must fit the 65536 of a processor, or it fails.
-    threads = {"deco": tensor_cores.DECODE_THREADS, "arra": tensor_cores.ARRANGE_THREADS}
+    threads = {
+        "decode": tensor_cores.DECODE_THREADS,
+        "arrange": tensor_cores.ARRANGE_THREADS,
+        "prefill": tensor_cores.PREFILL_THREADS,
+        "dense": tensor_cores.DENSE_THREADS,
+    }
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log.decode())]
     for (name, _), count in zip(kernels, registers, strict=True):
         print(f"sm_{capability} {name}: {count} registers")
-        assert count * threads.get(name[:4], tensor_cores.PREFILL_THREADS) <= 65536
+        assert count * threads[re.match("[a-z]+", name)[0]] <= 65536
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", log.decode()) == [("0", "0")] * len(
         kernels
     )

@@ -6,11 +6,12 @@ import weakref
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from gpu import matmul
-from gpu.device import STANDIN
+from gpu.device import STANDIN, xp
 from gpu.kernels import tensor_cores
 from harness import layout, ops
 from harness.linear import use_kernels
@@ -133,9 +134,8 @@ def unpacked(monkeypatch, tmp_path):
     if COMPILER is None:
         pytest.skip("needs a device, or g++ to emulate one")
     monkeypatch.setattr(matmul, "is_fast", lambda x, layout: True)
-    for name in ("arrange", "unpack"):
-        kernel = partial(getattr(tensor_cores, name), launch=Emulator(tmp_path))
-        monkeypatch.setattr(tensor_cores, name, kernel)
+    monkeypatch.setattr(matmul, "_limits", lambda x: tensor_cores.Limits(90, 99 * 1024, 3))
+    monkeypatch.setattr(tensor_cores, "unpack", partial(tensor_cores.unpack, launch=Emulator(tmp_path)))
 
 
 @pytest.mark.usefixtures("unpacked")
@@ -183,6 +183,15 @@ def test_weights_beyond_float16_are_not_unpacked_in_it(backend, device, mu, fits
     for dtype in (torch.float16, torch.bfloat16):
         ops.multiply_by_kernels(torch.zeros(5, 577, device=device, dtype=dtype), packed, stream)
     assert ways == ["unpacked" if fits else "packed", "unpacked"]
+
+
+def test_rows_that_do_not_fit_into_shared_memory_are_not_unpacked(monkeypatch):
+    grids = xp.ones((2, 1, 3), np.float16)
+    layout = matmul.lay_out(xp.zeros((1, 60), np.uint8), *grids, xp.arange(300), 128)
+    monkeypatch.setattr(matmul, "is_fast", lambda x, layout: True)
+    for shared, fits in ((1200, False), (1300, True)):  # 300 couples of 2 bytes are 1200, and there are gaps
+        monkeypatch.setattr(matmul, "_limits", lambda x, shared=shared: tensor_cores.Limits(90, shared, 1))
+        assert matmul.can_unpack(xp.zeros((1, 300), np.float16), layout) == fits
 
 
 def test_constants_of_the_layout_are_those_of_the_kernels():

@@ -193,29 +193,56 @@ def test_a_wide_access_where_none_may_be_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+def test_activations_are_arranged_as_trits_lie(dtype, launch):
+    """They say which column is where, in two digits."""
+    cases = [random_case(rows, 700, 128) for rows in (40, 3)]
+    names = np.arange(1, 701)
+    x = to_bits(np.stack([names % 128, names // 128]), dtype)
+    arranged, span_sums = map(gpu.to_host, launch(tensor_cores.arrange, gpu.to_device(x), lay_out(*cases)))
+    for part, case in enumerate(cases):
+        low, high = values(arranged[part])
+        columns = (low + 128 * high).astype(int) - 1  # -1 beyond the last
+        words = np.pad(case.permutation, (0, 68), constant_values=-1).reshape(-1, 2, 8)
+        np.testing.assert_array_equal(columns, words.transpose(0, 2, 1).ravel())
+        spans = values(arranged[part]).reshape(2, -1, 64).sum(axis=2)
+        np.testing.assert_array_equal(span_sums[part], spans)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("make", [random_case, coded_case])
 @pytest.mark.parametrize("block_size", [64, 128, 256, 512])
 def test_unpacked_weights_are_those_of_the_reference(block_size, make, dtype, launch):
-    """And in the order of the activations: these say which column is where, in two digits."""
-    cases = [make(rows, 700, block_size) for rows in (150, 3)]
-    layout = lay_out(*cases)
-    names = np.arange(1, 701)
-    x = to_bits(np.stack([names % 128, names // 128]), dtype)
-    arranged, span_sums = map(gpu.to_host, launch(tensor_cores.arrange, gpu.to_device(x), layout))
-    for part, case in enumerate(cases):
-        matrix = TernaryMatrix(case.trits, case.scale, case.shift, case.permutation, block_size)
-        exact = torch.from_numpy(matrix.dequantize())
-        rounded = exact.to(torch.float16 if dtype == "float16" else torch.bfloat16).double().numpy()
-        weights = values(gpu.to_host(launch(tensor_cores.unpack, layout, part, x.dtype)))
-        low, high = values(arranged[part])
-        columns = (low + 128 * high).astype(int) - 1  # -1 beyond the last
-        assert sorted(columns[columns >= 0]) == list(range(700))
-        np.testing.assert_array_equal(weights[:, columns >= 0], rounded[:, columns[columns >= 0]])
-        # Trits lie in the order of quantization but for 16 at a time.
-        words = np.pad(case.permutation, (0, 68), constant_values=-1).reshape(-1, 16)
-        np.testing.assert_array_equal(np.sort(columns.reshape(-1, 16)), np.sort(words))
-        spans = values(arranged[part]).reshape(2, -1, 64).sum(axis=2)
-        np.testing.assert_array_equal(span_sums[part], spans)
+    for columns, couples in ((700, 8), (701, 4), (703, 2), (1030, 1), (1, 8)):
+        cases = [make(rows, columns, block_size) for rows in (150, 3)]
+        shared = next(
+            size
+            for size in range(0, MUCH_SHARED, 64)
+            if tensor_cores.couples_at_once(columns, size) == couples
+        )
+        device = tensor_cores.Limits(90, shared, PROCESSORS)
+        layout = lay_out(*cases)
+        for part, case in enumerate(cases):
+            matrix = TernaryMatrix(case.trits, case.scale, case.shift, case.permutation, block_size)
+            exact = torch.from_numpy(matrix.dequantize())
+            rounded = exact.to(torch.float16 if dtype == "float16" else torch.bfloat16).double().numpy()
+            weights = launch(tensor_cores.unpack, layout, part, np.dtype(dtype), device)
+            np.testing.assert_array_equal(values(gpu.to_host(weights)), rounded)
+
+
+@pytest.mark.parametrize(
+    ("shared", "m", "couples"),
+    [
+        (MOST_SHARED, 576, 8),
+        (MOST_SHARED, 4096, 4),  # of 16 KiB
+        (MOST_SHARED, 8192, 2),
+        (MOST_SHARED, 11008, 1),
+        (MOST_SHARED, 28672, 1),  # and no room for another block
+        (MUCH_SHARED, 4096, 2),
+        (MUCH_SHARED, 28672, 0),
+    ],
+)
+def test_couples_of_rows_share_a_block_as_far_as_they_fit(shared, m, couples):
+    assert tensor_cores.couples_at_once(m, shared) == couples
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -253,7 +280,8 @@ def test_every_kernel_was_launched(run, launch, emulators):
                 for shared in (LEAST_SHARED, MOST_SHARED):
                     run(case, case.activations(tokens, dtype), shared)
             run(make(4, 9000, 64), make(4, 9000, 64).activations(8, dtype))
-            launch(tensor_cores.unpack, lay_out(case), 0, np.dtype(dtype))
+            device = tensor_cores.Limits(90, MUCH_SHARED, PROCESSORS)
+            launch(tensor_cores.unpack, lay_out(case), 0, np.dtype(dtype), device)
     assert set(emulators[0].launched) == {name for source in SOURCES for name in tensor_cores.kernels(source)}
 
 
