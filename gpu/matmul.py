@@ -178,7 +178,8 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     and mu are float16 or codes, the block size is 64, 128, 256, ..., and a row of x fits into the shared
     memory of a block; sums are then float32, and all else is computed in float64. A row of y depends on its
     own row of x alone, to the bit as long as the same kernel is chosen, which is one up to 16 tokens and
-    another above. Infinity or NaN in a row of x makes its row of y infinite or NaN. Finite bfloat16 whose
+    another above; on Hopper it is a third above 64, if the type of x holds all weights, which it rounds to
+    that type. Infinity or NaN in a row of x makes its row of y infinite or NaN. Finite bfloat16 whose
     sum over a block leaves the range of float32 does the same. CuPy has all float32 sums and factors below
     2⁻¹²⁶ count as 0, which only bfloat16 and subnormal scales come near.
     """
@@ -207,7 +208,7 @@ def is_fast(x: Array, layout: Layout) -> bool:
 
 def can_unpack(x: Array, layout: Layout) -> bool:
     """Whether `unpacked` serves as well as `multiply`: a weight beyond the type of x is finite there only."""
-    if not is_fast(x, layout) or not (layout.in_float16 or x.dtype != np.float16):
+    if not is_fast(x, layout) or not tensor_cores.holds_weights(x.dtype, layout):
         return False
     return tensor_cores.couples_at_once(layout.columns, _limits(x).shared) > 0
 

@@ -71,7 +71,7 @@ PARTS = {
         # CuPy and torch ask the runtime what it may refuse to answer, and take no for an answer.
         "compute-sanitizer --report-api-errors no --error-exitcode 1 "
         "python -m pytest -x tests/gpu/test_matmul.py tests/gpu/test_tensor_cores.py "
-        "tests/gpu/test_fitting.py",
+        "tests/gpu/test_warpgroup.py tests/gpu/test_fitting.py",
     ),
     "memory": (
         "the shape of a 65B model in 40 GB of device memory",

@@ -6,14 +6,6 @@
 // rows go to memory side by side. Scattered to memory, every weight would cost a sector of 32 bytes.
 constexpr int THREADS = 256, COUPLES = ROWS / 2;
 
-// Of the four digits of a byte of trits, which bytes of a table of three 16-bit weights are theirs: 2q, 2q + 1.
-__device__ inline unsigned selectors(unsigned word, int byte) {
-    unsigned digits = word >> 8 * byte & 0xff;
-    digits = (digits | digits << 12) & 0x000f000f;
-    digits = (digits | digits << 6) & 0x03030303;
-    return digits * 0x22 + 0x10101010;
-}
-
 // `weights` begins with the first tile, and has `width` columns, m and up to 7 more; a couple has `stride`
 // words of shared memory.
 template <class T, class G>
@@ -36,16 +28,13 @@ __device__ inline void unpack(const uint4 *words, const typename G::Pair *grid, 
         for (int r = 0; r < SPANS; r++) {
             const int pair = pair_of(r, pairs_shift), word = chunk * WORDS + 4 * r + t;
             const unsigned *factors = block_factors + (part * chunks + chunk << pairs_shift) + pair;
-            unsigned trits[2], tables[2][2];
+            unsigned trits[2];
+            Table tables[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int below = row + 8 * half;
-                const auto grid_here = G::decoded(grid[(at * ROWS + below << pairs_shift) + pair], factors,
-                                                  row_factors + tile * TILE_ROWS + in_tile * ROWS + below);
-                unsigned weight[3];
-#pragma unroll
-                for (int q = 0; q < 3; q++) weight[q] = narrow(T{}, grid_here.alpha * (q - 1) + grid_here.mu);
-                tables[half][0] = weight[0] | weight[1] << 16, tables[half][1] = weight[2];
+                tables[half] = table<T, G>(grid[(at * ROWS + below << pairs_shift) + pair], factors,
+                                           row_factors + tile * TILE_ROWS + in_tile * ROWS + below);
                 const uint4 &four = of_row[half];
                 trits[half] = r == 0 ? four.x : r == 1 ? four.y : r == 2 ? four.z : four.w;
             }
@@ -56,11 +45,10 @@ __device__ inline void unpack(const uint4 *words, const typename G::Pair *grid, 
                     unsigned two[2];  // columns, of one row
 #pragma unroll
                     for (int half = 0; half < 2; half++)
-                        two[half] = __byte_perm(tables[half][0], tables[half][1],
-                                                selectors(trits[half], i / 4) >> i % 4 * 8);
-                    if (i < count) staged[couple * stride + column(columns, i)] = __byte_perm(two[0], two[1], 0x5410);
+                        two[half] = two_weights(tables[half], selectors(trits[half], i / 4) >> i % 4 * 8);
+                    if (i < count) staged[couple * stride + column(columns, i)] = bytes_of(two[0], two[1], 0x5410);
                     if (i + 1 < count)
-                        staged[couple * stride + column(columns, i + 1)] = __byte_perm(two[0], two[1], 0x7632);
+                        staged[couple * stride + column(columns, i + 1)] = bytes_of(two[0], two[1], 0x7632);
                 }
             };
             // Twice, as it needs no comparisons where all columns are there.

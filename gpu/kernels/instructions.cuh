@@ -32,6 +32,13 @@ __device__ inline unsigned short narrow(BFloat16, float value) {
     return bits;
 }
 
+// Four of the bytes of `low` (0 to 3) and `high` (4 to 7), by four bits of the selector each.
+__device__ inline unsigned bytes_of(unsigned low, unsigned high, unsigned selector) {
+    unsigned bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
+}
+
 // a b + c of two pairs.
 __device__ inline unsigned fma2(Float16, unsigned a, unsigned b, unsigned c) {
     unsigned d;
@@ -78,3 +85,61 @@ template <int N>
 __device__ inline void await_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+// ---- of a warpgroup: four warps, the first of which is a multiple of four. Only for sm_90a.
+
+constexpr int WARPGROUP_COLUMNS = 128;
+
+#define WARPGROUP_SUMS(d) \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+    "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+    "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+    "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
+    "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
+    "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
+    "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
+    "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+
+#define WARPGROUP_PRODUCT(TYPE) \
+    asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; " \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
+        "%59, %60, %61, %62, %63 " \
+        "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0; }" \
+        : WARPGROUP_SUMS(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(b)))
+
+// Where B is: from the first eight rows of a column, 16 bytes, to the others, and from eight columns to the next.
+__device__ inline unsigned long long described(const uint4 *b) {
+    const auto encoded = [](unsigned long long bytes) { return bytes / 16; };
+    return encoded(__cvta_generic_to_shared(b)) | encoded(WARPGROUP_COLUMNS * 16) << 16 | encoded(8 * 16) << 32;
+}
+
+// D += A B, 64x128 += 64x16 16x128, begun and not done. Every warp has 16 rows, A as for `mma`, of D
+// d[4j] to d[4j + 3] as for `mma` with the j-th 8 columns. B lies in shared memory as (2, 128, 8): the first
+// eight rows of all columns, then the others. Neither may change before the product is done.
+__device__ inline void multiply_async(Float16, float (&d)[64], const unsigned (&a)[4], const uint4 *b) {
+    WARPGROUP_PRODUCT("f16");
+}
+
+__device__ inline void multiply_async(BFloat16, float (&d)[64], const unsigned (&a)[4], const uint4 *b) {
+    WARPGROUP_PRODUCT("bf16");
+}
+
+// After registers of the products to come have been written.
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Products belong to the group that is closed next; all but the newest N groups are done after await_products.
+__device__ inline void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int N>
+__device__ inline void await_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// No compiler may read sums before this, for all that it knows of them.
+__device__ inline void settle(float (&d)[64]) { asm volatile("" : WARPGROUP_SUMS(d)::"memory"); }
+
+// What this thread has written to shared memory, for products that begin after a barrier.
+__device__ inline void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

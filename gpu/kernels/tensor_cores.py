@@ -1,8 +1,8 @@
 """The CUDA C++ kernels: which one runs, with which grid and shared memory, and their launch.
 
-`decode.cu` takes up to 16 tokens, `prefill.cu` more; `dense.cu` makes weights for a library's product. A
-kernel gets its sources in one piece, as CuPy's cache of compiled kernels does not look into headers, and is
-compiled alone, so that the first product waits for no other.
+`decode.cu` takes up to 16 tokens, `prefill.cu` more, and `warpgroup.cu` more than 64 on Hopper; `dense.cu`
+makes weights for a library's product. A kernel gets its sources in one piece, as CuPy's cache of compiled
+kernels does not look into headers, and is compiled alone, so that the first product waits for no other.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ TYPES = {"float16": "float16", "uint16": "bfloat16", "int16": "bfloat16"}
 # Tokens of decode.cu: two tiles of columns of B.
 MOST_DECODED = 16
 
+# From so many tokens on, 128 columns of warpgroup.cu are mostly used.
+LEAST_FOR_WARPGROUPS = 65
+# So many at a time, as its room for sums grows with them.
+MOST_FOR_WARPGROUPS = 512
+
 # The first tensor cores for bfloat16, and the first copies past the registers.
 CAPABILITY = 80
+
+# The one that has the instructions of warpgroup.cu, and its target with what no later one has.
+HOPPER, HOPPER_TARGET = 90, "sm_90a"
 
 # Products that are to be rounded before they are added are not contracted; what may be says fmaf.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -39,6 +47,8 @@ STAGE_BYTES = 2 * 512 + 256
 ARRANGE_THREADS = 256
 PREFILL_TILES, PREFILL_TOKENS, PREFILL_THREADS = 4, 64, 128
 DENSE_THREADS, COUPLES = 256, 8
+WARPGROUP_THREADS, WARPGROUP_ROWS, WARPGROUP_TOKENS, WARPGROUP_STAGES, GATHER_THREADS = 256, 128, 128, 3, 256
+MOST_SPLITS = 4
 
 # source, kernel, grid, threads, bytes of dynamic shared memory, arguments
 Launch = Callable[[str, str, tuple[int, ...], int, int, Sequence[Any]], None]
@@ -70,6 +80,9 @@ def kernels(name: str) -> dict[str, str]:
     for dtype, c_type in (("float16", "Float16"), ("bfloat16", "BFloat16")):
         if name == "prefill.cu":
             found[f"arrange_{dtype}"] = f"ARRANGE(arrange_{dtype}, {c_type})"
+        if name == "warpgroup.cu":
+            found["gather"] = "GATHER(gather)"  # of 16 bits, whatever they are
+            found[f"combine_{dtype}"] = f"COMBINE(combine_{dtype}, {c_type})"
         for kind, c_grid in ((dtype, "Float16Grid"), (f"{dtype}_int8", "Int8Grid")):
             if name != "decode.cu":
                 kernel = f"{name.removesuffix('.cu')}_{kind}"
@@ -97,9 +110,26 @@ def takes(layout: Layout, device: Limits) -> bool:
 
 @cache
 def _function(name: str, kernel: str, device: int) -> Any:
-    function = xp.RawModule(code=source(name, [kernel]), options=OPTIONS).get_function(kernel)
-    # Without this a launch may ask for no more than 48 KiB. How much is taken is said at the launch.
-    function.max_dynamic_shared_size_bytes = limits(device).shared
+    code = source(name, [kernel])
+    if name != "warpgroup.cu":
+        function = xp.RawModule(code=code, options=OPTIONS).get_function(kernel)
+        # Without this a launch may ask for no more than 48 KiB. How much is taken is said at the launch.
+        function.max_dynamic_shared_size_bytes = limits(device).shared
+        return function
+    # RawModule compiles for the device's own target, sm_90.
+    nvrtc, driver = xp.cuda.nvrtc, xp.cuda.driver
+    program = nvrtc.createProgram(code, name, (), ())
+    try:
+        nvrtc.compileProgram(program, (*OPTIONS, f"-arch={HOPPER_TARGET}", "-ftz=true"))
+        module = xp.cuda.function.Module()
+        module.load(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{name} does not compile: {nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    function = module.get_function(kernel)
+    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    driver.funcSetAttribute(function.ptr, attribute, limits(device).shared)
     return function
 
 
@@ -132,6 +162,11 @@ def multiply(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch 
         for first in range(0, tokens, some):
             _decode(x[first : first + some], layout, device, y[first : first + some], launch)
         return
+    if takes_warpgroups(x, layout, device):
+        for first in range(0, tokens, MOST_FOR_WARPGROUPS):
+            rows = slice(first, first + MOST_FOR_WARPGROUPS)
+            _multiply_by_warpgroups(x[rows], layout, device, y[rows], launch)
+        return
     arranged, span_sums = arrange(x, layout, launch)
     row = 0
     for part, (first_tile, last_tile) in enumerate(layout.tiles_of_parts()):
@@ -146,6 +181,52 @@ def multiply(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch 
             (arranged, span_sums, *_arguments(layout), y, *map(np.int32, sizes)),
         )
         row = end
+
+
+def takes_warpgroups(x: Array, layout: Layout, device: Limits) -> bool:
+    """Whether warpgroup.cu multiplies these, of a layout that `takes` holds for."""
+    on_hopper = device.capability == HOPPER and _warpgroup_shared() <= device.shared
+    return len(x) >= LEAST_FOR_WARPGROUPS and on_hopper and holds_weights(x.dtype, layout)
+
+
+def holds_weights(dtype: Any, layout: Layout) -> bool:
+    """Whether all weights are finite in a type of `TYPES`; bfloat16 has room for any alpha and mu."""
+    return layout.in_float16 or TYPES[dtype.name] != "float16"
+
+
+def _warpgroup_shared() -> int:
+    return WARPGROUP_STAGES * CHUNK * WARPGROUP_TOKENS * 2
+
+
+def _multiply_by_warpgroups(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch) -> None:
+    (tokens, m), parts = x.shape, len(layout.ends)
+    chunks, token_tiles = -(-m // CHUNK), -(-tokens // WARPGROUP_TOKENS)
+    gathered = xp.empty((parts, token_tiles, chunks * CHUNK // 8, WARPGROUP_TOKENS, 8), x.dtype)
+    arguments = (x, layout.permutation, gathered, *map(np.int32, (tokens, m, parts)))
+    launch("warpgroup.cu", "gather", (tokens,), GATHER_THREADS, 2 * m, arguments)
+    groups = sum(-(-(end - begin) // WARPGROUP_ROWS) for begin, end in zip((0, *layout.ends), layout.ends))  # noqa: B905
+    # Where there are few rows, columns are shared out among processors as well: not by the number of tokens,
+    # so that a row of y does not depend on how many there are.
+    splits = max(1, min(MOST_SPLITS, device.processors // groups, chunks))
+    sums = xp.empty((splits, tokens, layout.ends[-1]) if splits > 1 else 1, np.float32)
+    launch(
+        "warpgroup.cu",
+        f"warpgroup_{_kind(x.dtype, layout)}",
+        (groups, token_tiles * splits),
+        WARPGROUP_THREADS,
+        _warpgroup_shared(),
+        (
+            gathered,
+            *_arguments(layout),
+            y,
+            sums,
+            *map(np.int32, (tokens, m, layout.pairs_shift, splits, *_padded(layout.ends))),
+        ),
+    )
+    if splits > 1:
+        kernel = f"combine_{TYPES[x.dtype.name]}"
+        sizes = (np.int32(layout.ends[-1]), np.int32(splits))
+        launch("warpgroup.cu", kernel, (tokens,), GATHER_THREADS, 0, (sums, y, *sizes))
 
 
 def _decode(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch) -> None:

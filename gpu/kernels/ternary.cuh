@@ -100,6 +100,33 @@ struct Int8Grid {
     }
 };
 
+// The weights alpha (q - 1) + mu of a block and row, rounded to T, for the digits q = 0, 1, 2: in 16 bits each.
+struct Table {
+    unsigned lower, upper;
+};
+
+template <class T, class G>
+__device__ inline Table table(typename G::Pair pair, const unsigned *block_factors, const unsigned short *row_factor) {
+    const Grid grid = G::decoded(pair, block_factors, row_factor);
+    unsigned weights[3];
+#pragma unroll
+    for (int q = 0; q < 3; q++) weights[q] = narrow(T{}, grid.alpha * (q - 1) + grid.mu);
+    return {weights[0] | weights[1] << 16, weights[2]};
+}
+
+// For the four digits of a byte of trits, which bytes of a table are theirs, 2q and 2q + 1: four bits each.
+__device__ inline unsigned selectors(unsigned word, int byte) {
+    unsigned digits = word >> 8 * byte & 0xff;
+    digits = (digits | digits << 12) & 0x000f000f;
+    digits = (digits | digits << 6) & 0x03030303;
+    return digits * 0x22 + 0x10101010;
+}
+
+// The weights of the two digits whose selectors come first.
+__device__ inline unsigned two_weights(const Table &table, unsigned selectors) {
+    return bytes_of(table.lower, table.upper, selectors);
+}
+
 // The original columns of a word of trits, eight in 16 bytes. A permutation is filled up to a whole chunk.
 struct Columns {
     uint4 eights[2];

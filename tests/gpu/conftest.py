@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 
@@ -25,3 +26,29 @@ def device(backend):
     from harness.compute import compute_for
 
     return compute_for(backend).device
+
+
+@pytest.fixture(scope="module")
+def emulators(tmp_path_factory):
+    """Of the CUDA C++ kernels, in both orders of threads."""
+    from tests.gpu.emulation import Emulator
+
+    folder = tmp_path_factory.mktemp("emulated")
+    return Emulator(folder), Emulator(folder, reverse=True)
+
+
+@pytest.fixture
+def launch(emulators):
+    """Runs one of the functions of `tensor_cores`; emulated, in both orders of threads."""
+
+    from gpu.device import STANDIN
+
+    def run(function, *arguments):
+        if not STANDIN:
+            return function(*arguments)
+        first, second = (function(*arguments, emulator) for emulator in emulators)
+        for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (first, second)), strict=True):
+            np.testing.assert_array_equal(one, other)
+        return first
+
+    return run

@@ -3,8 +3,8 @@
 //
 // Hostile where the hardware may be: threads run in one order, each warp as far as it gets, or in the
 // reverse, warps in turn, so that what a barrier should have ordered is not in order; shared memory starts
-// out as NaN; arrays end at a page that may not be touched. mma rounds its sum towards zero, as tensor cores
-// are known to do.
+// out as NaN; arrays end at a page that may not be touched. Copies and products of warpgroups are done as late
+// as they may be. mma rounds its sum towards zero, as tensor cores are known to do.
 #include "emulation.hpp"
 
 #include <algorithm>
@@ -38,6 +38,10 @@ struct Thread {
     float value;
     int lane_mask;
     std::deque<std::vector<Copy>> groups;  // copies on their way; the last group is open
+    std::vector<const uint4 *> hidden;     // what this thread has copied, from tensor cores
+    float *sums;                           // of a product of a warpgroup
+    const uint4 *columns;
+    size_t left;  // groups of products that need not be done
 };
 static std::vector<Thread> threads;
 static std::vector<char> stacks;
@@ -82,8 +86,12 @@ void close_group() { threads[current].groups.emplace_back(); }
 void make_copies(size_t left) {
     auto &groups = threads[current].groups;
     for (; groups.size() > left; groups.pop_front())
-        for (const Copy &copy : groups.front()) *copy.to = *copy.from;
+        for (const Copy &copy : groups.front()) {
+            *copy.to = *copy.from;
+            threads[current].hidden.push_back(copy.to);
+        }
 }
+void show_to_tensor_cores() { threads[current].hidden.clear(); }
 
 // ---- 16-bit numbers
 template <class T>
@@ -169,6 +177,97 @@ static void multiply_fragments(int first) {
         }
 }
 
+// ---- products of a warpgroup, here of each of its warps: done when they are awaited
+struct Product {
+    double A[16][16];
+    const uint4 *b;
+    float *sums[32];
+    void (*multiply)(const Product &);
+};
+struct Products {
+    std::deque<std::vector<Product>> groups;  // the last is open
+    bool begun;                               // since the last group was closed
+};
+static std::vector<Products> products;  // of every warp
+
+template <class T>
+void multiply_async(T, float (&d)[64], const unsigned (&a)[4], const uint4 *b) {
+    Thread &own = threads[current];
+    own.meets = T::MANTISSA == 10 ? "product f16" : "product bf16";
+    std::copy(a, a + 4, own.a);
+    own.sums = d, own.columns = b;
+    wait(FOR_WARP);
+}
+template void multiply_async(Float16, float (&)[64], const unsigned (&)[4], const uint4 *);
+template void multiply_async(BFloat16, float (&)[64], const unsigned (&)[4], const uint4 *);
+static void meet_as(const char *what) {
+    threads[current].meets = what;
+    wait(FOR_WARP);
+}
+void begin_products() { meet_as("begin products"); }
+void close_products() { meet_as("close products"); }
+void finish_products(size_t left) {
+    threads[current].left = left;
+    meet_as("await products");
+}
+
+template <class T>
+static void multiply_columns(const Product &product) {
+    constexpr int COLUMNS = WARPGROUP_COLUMNS;
+    const auto *b = reinterpret_cast<const unsigned short *>(product.b);
+    for (int column = 0; column < COLUMNS; column++) {
+        double B[16];
+        for (int k = 0; k < 16; k++) B[k] = widen(T{}, b[(k / 8 * COLUMNS + column) * 8 + k % 8]);
+        for (int row = 0; row < 16; row++) {
+            // "Register fragments" of wgmma.m64nNk16 in the PTX manual.
+            const int lane = row % 8 * 4 + column % 8 / 2;
+            float &d = product.sums[lane][column / 8 * 4 + row / 8 * 2 + column % 2];
+            double sum = d;
+            for (int k = 0; k < 16; k++) sum += product.A[row][k] * B[k];
+            d = towards_zero(sum);
+        }
+    }
+}
+template <class T>
+static Product begin_product(int first) {
+    Product product;
+    product.b = threads[first].columns;
+    product.multiply = multiply_columns<T>;
+    for (int lane = 0; lane < 32; lane++) {
+        const Thread &from = threads[first + lane];
+        if (from.columns != product.b) return product.b = nullptr, product;
+        product.sums[lane] = from.sums;
+        for (int i = 0; i < 8; i++)
+            product.A[(lane >> 2) + i / 2 % 2 * 8][(lane & 3) * 2 + i % 2 + i / 4 * 8] =
+                widen(T{}, from.a[i / 2] >> 16 * (i % 2));
+    }
+    return product;
+}
+static bool hidden_from_tensor_cores(const uint4 *b) {
+    const auto among = [&](const uint4 *place) { return b <= place && place < b + 2 * WARPGROUP_COLUMNS; };
+    for (const Thread &thread : threads)
+        if (std::any_of(thread.hidden.begin(), thread.hidden.end(), among)) return true;
+    return false;
+}
+// What the lanes of a warp have met to do; a text if they may not.
+static std::string go_on_with_products(const std::string &what, int first) {
+    Products &own = products[first / 32];
+    if (what == "begin products") own.begun = true;
+    else if (what == "close products") own.groups.emplace_back(), own.begun = false;
+    else if (what == "await products") {
+        // The open group is none yet.
+        for (; own.groups.size() > threads[first].left + 1; own.groups.pop_front())
+            for (const Product &product : own.groups.front()) product.multiply(product);
+    } else {
+        const Product product = what == "product f16" ? begin_product<Float16>(first) : begin_product<BFloat16>(first);
+        if (!own.begun) return "a product that nothing has begun";
+        if (!product.b) return "lanes with other columns";
+        if (hidden_from_tensor_cores(product.b)) return "columns that tensor cores may not see yet";
+        own.groups.back().push_back(product);
+    }
+    return "";
+}
+
 // ---- a launch
 constexpr size_t PAGE = 4096, SHARED = 228 * 1024;  // whole pages; the most that devices have
 alignas(4096) uint4 shared[SHARED / 16];
@@ -225,7 +324,8 @@ static bool meet(int first) {
         for (int lane = 0; lane < 32; lane++) values[lane] = threads[first + lane].value;
         for (int lane = 0; lane < 32; lane++)
             threads[first + lane].value = values[lane ^ threads[first + lane].lane_mask];
-    } else if (what != "syncwarp") failure = what;
+    } else if (what.find("product") != std::string::npos) failure = go_on_with_products(what, first);
+    else if (what != "syncwarp") failure = what;
     for (int lane = 0; lane < 32; lane++) threads[first + lane].waits = FOR_NOTHING;
     return true;
 }
@@ -239,9 +339,11 @@ static void run_block(int count, bool reverse) {
         threads[i].begun = false;
         threads[i].waits = FOR_NOTHING;
         threads[i].groups.assign(1, {});
+        threads[i].hidden.clear();
         makecontext(&threads[i].context, enter, 0);
     }
     const int warps = count / 32;
+    products.assign(warps, {{{}}, false});
     while (failure.empty()) {
         // A warp goes on until all of its lanes are at a barrier, or at the end; in reverse, warps take turns.
         bool met = false;

@@ -32,7 +32,7 @@ A min(A a, A b) {
     return b < a ? b : a;
 }
 extern "C" float fmaf(float, float, float) noexcept;
-inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+inline unsigned bytes_of(unsigned low, unsigned high, unsigned selector) {
     const unsigned long long bytes = static_cast<unsigned long long>(high) << 32 | low;
     unsigned chosen = 0;
     for (int i = 0; i < 4; i++) chosen |= (bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
@@ -65,6 +65,19 @@ template <class T>
 unsigned fma2(T, unsigned a, unsigned b, unsigned c);
 template <class T>
 void mma(T, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+
+constexpr int WARPGROUP_COLUMNS = 128;
+template <class T>
+void multiply_async(T, float (&d)[64], const unsigned (&a)[4], const uint4 *b);
+void begin_products();
+void close_products();
+void finish_products(size_t left);
+template <int N>
+void await_products() {
+    finish_products(N);
+}
+inline void settle(float (&)[64]) {}
+void show_to_tensor_cores();
 
 // ---- arguments, in the order of a kernel's pointers and of its integers
 void *take_array();

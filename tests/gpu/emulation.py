@@ -15,7 +15,7 @@ import numpy as np
 
 from gpu.kernels import tensor_cores
 
-SOURCES = ("decode.cu", "prefill.cu", "dense.cu")
+SOURCES = ("decode.cu", "prefill.cu", "warpgroup.cu", "dense.cu")
 COMPILER = shutil.which("g++")
 # Fortified, a jump to the stack of another thread is taken for an error.
 OPTIONS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-w", "-fPIC")

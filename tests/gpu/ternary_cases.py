@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+import gpu
+from gpu import matmul as kernels
 from reference.matmul import matmul
 from reference.packing import pack_base3
-from reference.types import CodedGrid
+from reference.types import CodedGrid, TernaryMatrix
 
 # Types of activations; uint16 holds bfloat16.
 DTYPES = ["float16", "uint16", "float32", "float64"]
@@ -39,6 +42,12 @@ class Case:
     def grid(self):
         grids = (g.decode() if isinstance(g, CodedGrid) else g for g in (self.scale, self.shift))
         return tuple(grid.astype(np.float64) for grid in grids)
+
+    def rounded(self, dtype):
+        """Dense weights in a 16-bit type, columns in the original order, as float64."""
+        matrix = TernaryMatrix(self.trits, self.scale, self.shift, self.permutation, self.block_size)
+        exact = torch.from_numpy(matrix.dequantize())
+        return exact.to(torch.float16 if dtype == "float16" else torch.bfloat16).double().numpy()
 
     def activations(self, tokens, dtype):
         rng = np.random.default_rng([tokens, *self.trits.shape])
@@ -107,8 +116,25 @@ def values(bits):
     return bits.astype(np.float64)
 
 
-def assert_close(case, x, y):
+def lay_out(*cases):
+    """Matrices as the kernels read them, joined if there are several."""
+    layouts = []
+    for case in cases:
+        arrays = (pack_base3(case.trits), case.scale, case.shift, case.permutation)
+        layouts.append(kernels.lay_out(*map(_on_device, arrays), case.block_size))
+    return layouts[0] if len(layouts) == 1 else kernels.join(layouts)
+
+
+def _on_device(array):
+    if isinstance(array, CodedGrid):
+        return CodedGrid(*map(gpu.to_device, (array.codes, array.row, array.block)))
+    return gpu.to_device(array)
+
+
+def assert_close(case, x, y, rounded=False):
     """y is the product, but for the rounding of y and for sums in float32 of 16-bit activations.
+
+    `rounded` says that weights are rounded to the type of x first, which the answer then is as well.
 
     A sum of terms whose magnitudes add up to s is off by at most 2⁻²³ s for every addition on its way,
     tensor cores rounding towards zero. There are at most 16 in a block of 256 (16 products each), two
@@ -117,12 +143,16 @@ def assert_close(case, x, y):
     """
     kind = x.dtype.name
     exact_x = values(x)
-    arguments = pack_base3(case.trits), *case.grid, case.permutation, case.block_size
-    expected = matmul(exact_x, *arguments)
-    alpha, mu = (
-        np.repeat(abs(grid), case.block_size, axis=1)[:, : case.trits.shape[1]] for grid in case.grid
-    )
-    power = abs(exact_x[:, case.permutation]) @ (alpha * abs(case.trits) + mu).T
+    if rounded:
+        weights = case.rounded(kind)
+        expected, power = exact_x @ weights.T, abs(exact_x) @ abs(weights).T
+    else:
+        arguments = pack_base3(case.trits), *case.grid, case.permutation, case.block_size
+        expected = matmul(exact_x, *arguments)
+        alpha, mu = (
+            np.repeat(abs(grid), case.block_size, axis=1)[:, : case.trits.shape[1]] for grid in case.grid
+        )
+        power = abs(exact_x[:, case.permutation]) @ (alpha * abs(case.trits) + mu).T
     summed = 2.0**-16 * power if x.dtype.itemsize == 2 else 2.0**-52 * case.trits.shape[1] * power
     limit = summed + UNITS[kind] * (abs(expected) + summed) + SMALLEST[kind]
     got = values(y)

@@ -12,6 +12,7 @@ from gpu.kernels import tensor_cores
 from tests.gpu.emulation import SOURCES
 
 ROOT = Path(__file__).parents[2]
+HOPPERS = "warpgroup.cu"
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -31,15 +32,18 @@ def test_kernels_compile_to_ptx(capability):
     assert kernels == {line.split(".")[0] for line in done.stdout.splitlines()}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("source", SOURCES)
-def test_sources_compile_to_machine_code_without_spills(source, capability):
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(source, target) for source in SOURCES for target in ("sm_80", "sm_90", "sm_100") if source != HOPPERS]
+    + [(HOPPERS, tensor_cores.HOPPER_TARGET)],
+)
+def test_sources_compile_to_machine_code_without_spills(source, target):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     names = list(tensor_cores.kernels(source))
     text = tensor_cores.source(source, names).encode()
     _, program = nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], [])
     options = [
-        f"-arch=sm_{capability}".encode(),
+        f"-arch={target}".encode(),
         *(option.encode() for option in tensor_cores.OPTIONS),
         b"-ftz=true",  # CuPy adds it
         b"--ptxas-options=-v",
@@ -50,19 +54,23 @@ def test_sources_compile_to_machine_code_without_spills(source, capability):
     nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(program)
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", log.decode())
+    kernels = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", log.decode())
     assert kernels
-    assert sorted(kernels) == sorted((name, str(capability)) for name in names)
+    assert sorted(kernels) == sorted((name, target) for name in names)
+    assert "serialized" not in log.decode()  # products of warpgroups, which the compiler makes wait otherwise
     # Registers of a launch must fit the 65536 of a processor, or it fails.
     threads = {
         "decode": tensor_cores.DECODE_THREADS,
         "arrange": tensor_cores.ARRANGE_THREADS,
         "prefill": tensor_cores.PREFILL_THREADS,
         "dense": tensor_cores.DENSE_THREADS,
+        "warpgroup": tensor_cores.WARPGROUP_THREADS,
+        "gather": tensor_cores.GATHER_THREADS,
+        "combine": tensor_cores.GATHER_THREADS,
     }
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log.decode())]
     for (name, _), count in zip(kernels, registers, strict=True):
-        print(f"sm_{capability} {name}: {count} registers")
+        print(f"{target} {name}: {count} registers")
         assert count * threads[re.match("[a-z]+", name)[0]] <= 65536
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", log.decode()) == [("0", "0")] * len(
         kernels

@@ -2,16 +2,21 @@
 
 import numpy as np
 import pytest
-import torch
 
 import gpu
 from gpu import matmul
 from gpu.device import STANDIN, xp
 from gpu.kernels import tensor_cores
-from reference.packing import pack_base3
-from reference.types import CodedGrid, TernaryMatrix
 from tests.gpu.emulation import COMPILER, SOURCES, Emulator
-from tests.gpu.ternary_cases import assert_close, coded_case, hostile_cases, random_case, to_bits, values
+from tests.gpu.ternary_cases import (
+    assert_close,
+    coded_case,
+    hostile_cases,
+    lay_out,
+    random_case,
+    to_bits,
+    values,
+)
 
 pytestmark = pytest.mark.skipif(STANDIN and COMPILER is None, reason="needs a device, or g++ to emulate one")
 
@@ -23,27 +28,6 @@ MUCH_SHARED = 99 * 1024
 MOST_SHARED = 227 * 1024
 # Few processors, so that one takes several tiles, and begins in the middle of a part.
 PROCESSORS = 3
-
-
-@pytest.fixture(scope="module")
-def emulators(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated")
-    return Emulator(folder), Emulator(folder, reverse=True)
-
-
-@pytest.fixture
-def launch(emulators):
-    """Runs one of the functions of `tensor_cores`; emulated, in both orders of threads."""
-
-    def run(function, *arguments):
-        if not STANDIN:
-            return function(*arguments)
-        first, second = (function(*arguments, emulator) for emulator in emulators)
-        for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (first, second)), strict=True):
-            np.testing.assert_array_equal(one, other)
-        return first
-
-    return run
 
 
 @pytest.fixture
@@ -62,20 +46,6 @@ def run(launch):
         return launch(product)
 
     return multiply
-
-
-def lay_out(*cases):
-    layouts = []
-    for case in cases:
-        arrays = (pack_base3(case.trits), case.scale, case.shift, case.permutation)
-        layouts.append(matmul.lay_out(*map(on_device, arrays), case.block_size))
-    return layouts[0] if len(layouts) == 1 else matmul.join(layouts)
-
-
-def on_device(array):
-    if isinstance(array, CodedGrid):
-        return CodedGrid(*map(gpu.to_device, (array.codes, array.row, array.block)))
-    return gpu.to_device(array)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -222,11 +192,8 @@ def test_unpacked_weights_are_those_of_the_reference(block_size, make, dtype, la
         device = tensor_cores.Limits(90, shared, PROCESSORS)
         layout = lay_out(*cases)
         for part, case in enumerate(cases):
-            matrix = TernaryMatrix(case.trits, case.scale, case.shift, case.permutation, block_size)
-            exact = torch.from_numpy(matrix.dequantize())
-            rounded = exact.to(torch.float16 if dtype == "float16" else torch.bfloat16).double().numpy()
             weights = launch(tensor_cores.unpack, layout, part, np.dtype(dtype), device)
-            np.testing.assert_array_equal(values(gpu.to_host(weights)), rounded)
+            np.testing.assert_array_equal(values(gpu.to_host(weights)), case.rounded(dtype))
 
 
 @pytest.mark.parametrize(
@@ -279,6 +246,7 @@ def test_every_kernel_was_launched(run, launch, emulators):
             for tokens in (1, 12, 16, 17):
                 for shared in (LEAST_SHARED, MOST_SHARED):
                     run(case, case.activations(tokens, dtype), shared)
+            run(case, case.activations(65, dtype), MOST_SHARED)
             run(make(4, 9000, 64), make(4, 9000, 64).activations(8, dtype))
             device = tensor_cores.Limits(90, MUCH_SHARED, PROCESSORS)
             launch(tensor_cores.unpack, lay_out(case), 0, np.dtype(dtype), device)

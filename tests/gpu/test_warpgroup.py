@@ -1,0 +1,198 @@
+"""The kernel for a warpgroup of Hopper: on such a device, or on a CPU by `emulation.cpp`."""
+
+import numpy as np
+import pytest
+
+import gpu
+from gpu.device import STANDIN, xp
+from gpu.kernels import tensor_cores
+from tests.gpu.emulation import COMPILER, Emulator
+from tests.gpu.ternary_cases import (
+    assert_close,
+    coded_case,
+    hostile_cases,
+    lay_out,
+    random_case,
+    to_bits,
+    values,
+)
+
+TYPES = ["float16", "uint16"]
+SHARED = 227 * 1024
+HOPPER = tensor_cores.Limits(90, SHARED, 132)
+FEW = tensor_cores.Limits(90, SHARED, 1)  # processors, which leave all columns to one
+
+
+def _runs_here():
+    return COMPILER is not None if STANDIN else xp.cuda.Device().compute_capability == "90"
+
+
+needs_hopper = pytest.mark.skipif(not _runs_here(), reason="needs an H100 or H200, or g++ to emulate one")
+
+
+@pytest.fixture
+def run(launch):
+    def multiply(cases, x, device=HOPPER):
+        layout = lay_out(*(cases if isinstance(cases, list) else [cases]))
+        assert tensor_cores.takes_warpgroups(x, layout, device)
+
+        def product(*launcher):
+            y = xp.empty((len(x), layout.shape[0]), x.dtype)
+            tensor_cores.multiply(gpu.to_device(x), layout, device, y, *launcher)
+            return gpu.to_host(y)
+
+        return launch(product)
+
+    return multiply
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("device", [HOPPER, FEW], ids=["columns shared out", "columns together"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 127), (130, 577), (33, 2100)], ids=str)
+def test_product_is_that_of_rounded_weights(shape, device, dtype, run):
+    for tokens in (65, 128, 130) if shape == (2, 127) else (65,):
+        case = random_case(*shape, 128)
+        x = case.activations(tokens, dtype)
+        y = run(case, x, device)
+        assert y.dtype == x.dtype
+        assert_close(case, x, y, rounded=True)
+
+
+@needs_hopper
+@pytest.mark.parametrize("make", [random_case, coded_case])
+@pytest.mark.parametrize("block_size", [64, 128, 256, 512])
+def test_every_size_of_block(block_size, make, run):
+    case = make(20, 1030, block_size)
+    for dtype in TYPES:
+        x = case.activations(66, dtype)
+        assert_close(case, x, run(case, x), rounded=True)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", hostile_cases())
+def test_hostile_numbers(name, dtype, run):
+    case, x = hostile_cases()[name]
+    bits = to_bits(np.resize(x, (70, x.shape[1])), dtype)
+    if tensor_cores.takes_warpgroups(bits, lay_out(case), HOPPER):
+        assert_close(case, bits, run(case, bits), rounded=True)
+    else:  # a weight is beyond float16
+        assert dtype == "float16"
+        assert np.isinf(case.rounded(dtype).astype(dtype)).any()
+
+
+@needs_hopper
+@pytest.mark.parametrize("make", [random_case, coded_case])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_parts_are_multiplied_as_they_are_alone(splits, make, run):
+    cases = [make(rows, 600, 128) for rows in (150, 1, 260)]
+    x = cases[0].activations(67, "float16")
+
+    def product(some):
+        # As many processors for every group of rows, so that columns are shared out alike.
+        groups = sum(-(-len(case.trits) // 128) for case in some)
+        return run(some, x, HOPPER._replace(processors=splits * groups))
+
+    alone = [product([case]) for case in cases]
+    for count in (2, 3):
+        np.testing.assert_array_equal(product(cases[:count]), np.hstack(alone[:count]))
+
+
+@needs_hopper
+def test_a_row_does_not_depend_on_its_batch(run):
+    case = random_case(40, 1100, 128)
+    x = case.activations(200, "uint16")
+    y = run(case, x)
+    np.testing.assert_array_equal(run(case, x[70:140]), y[70:140])
+    np.testing.assert_array_equal(run(case, x[::-1].copy()), y[::-1])
+
+
+@needs_hopper
+def test_many_tokens_are_taken_some_at_a_time(run, emulators):
+    case = random_case(3, 60, 64)
+    x = case.activations(513, "float16")
+    emulators[0].launched.clear()
+    y = run(case, x)
+    assert_close(case, x, y, rounded=True)
+    if STANDIN:
+        assert [name for name in emulators[0].launched if name.startswith("warpgroup")] == 2 * [
+            "warpgroup_float16"
+        ]
+
+
+@needs_hopper
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_row(bad, run):
+    case = random_case(20, 300, 128)
+    case.scale[2] = case.shift[2] = 0
+    case.trits[3] = 0
+    x = case.activations(70, np.float32)
+    clean = run(case, to_bits(x, "float16"))
+    for column in (0, 299):
+        dirty = x.copy()
+        dirty[1, case.permutation[column]] = bad
+        y = run(case, to_bits(dirty, "float16"))
+        assert not np.isfinite(values(y[1])).any()
+        np.testing.assert_array_equal(np.delete(y, 1, axis=0), np.delete(clean, 1, axis=0))
+
+
+def test_what_it_takes():
+    case = random_case(3, 300, 128)
+    layout, x = lay_out(case), np.zeros((65, 300), np.float16)
+    assert tensor_cores.takes_warpgroups(x, layout, HOPPER)
+    assert not tensor_cores.takes_warpgroups(x[:64], layout, HOPPER)
+    for other in (
+        HOPPER._replace(capability=80),
+        HOPPER._replace(capability=100),
+        HOPPER._replace(shared=99 * 1024),
+    ):
+        assert not tensor_cores.takes_warpgroups(x, layout, other)
+    case.scale[0, 0], case.shift[0, 0] = 60000, 60000
+    assert not tensor_cores.takes_warpgroups(x, lay_out(case), HOPPER)
+    assert tensor_cores.takes_warpgroups(x.view(np.uint16), lay_out(case), HOPPER)
+
+
+@pytest.mark.skipif(not STANDIN or COMPILER is None, reason="sources are changed for the emulator only")
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (
+            "row[i] = x[static_cast<size_t>(token) * m + i];\n    __syncthreads();",
+            "row[i] = x[token * m + i];",
+        ),
+        ("await_groups<0>();", ""),
+        ("show_to_tensor_cores();", ""),
+        ("        __syncthreads();\n        Weights<G> next", "        Weights<G> next"),
+        ("STAGES = 3", "STAGES = 2"),
+        ("begin_products();", ""),
+        ("await_products<0>();", ""),
+        ("+ (r * 8 + byte * 2) * TOKENS", "+ (r * 8 + byte) * TOKENS"),
+        ("a[byte][2 + half] =", "a[byte][half] ="),
+    ],
+    ids=[
+        "gather barrier",
+        "copies on their way",
+        "hidden from tensor cores",
+        "chunk barrier",
+        "a place too few",
+        "registers",
+        "sums on their way",
+        "columns",
+        "fragments",
+    ],
+)
+def test_a_fault_is_seen(right, wrong, tmp_path):
+    case = random_case(30, 1500, 128)
+    x = case.activations(65, "float16")
+    y = np.empty((65, 30), np.float16)
+    assert right in tensor_cores.source("warpgroup.cu", [])
+    faulty = Emulator(tmp_path, edit=(right, wrong))
+
+    def both_orders():
+        for faulty.reverse in (False, True):
+            tensor_cores.multiply(x, lay_out(case), FEW, y, faulty)
+            assert_close(case, x, y, rounded=True)
+
+    with pytest.raises(AssertionError, match=r"of what is allowed|not finite|begun|may not see"):
+        both_orders()
