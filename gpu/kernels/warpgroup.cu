@@ -99,6 +99,7 @@ __device__ inline void multiply(const uint4 *gathered, const uint4 *words, const
         Table tables[2];
 #pragma unroll
         for (int r = 0; r < SPANS; r++) {
+            await_products<1>();  // those of the span before the last, whose registers are free then
             unsigned a[4][4];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -110,7 +111,7 @@ __device__ inline void multiply(const uint4 *gathered, const uint4 *words, const
                     tables[half] = table<T, G>(pair, factors + pair_of(r, pairs_shift), row_factors + row);
                 }
                 const uint4 &four = weights.words[half];
-                const unsigned word = r == 0 ? four.x : r == 1 ? four.y : r == 2 ? four.z : four.w;
+                unsigned word = r == 0 ? four.x : r == 1 ? four.y : r == 2 ? four.z : four.w;
 #pragma unroll
                 for (int byte = 0; byte < 4; byte++) {
                     const unsigned chosen = selectors(word, byte);
@@ -118,7 +119,6 @@ __device__ inline void multiply(const uint4 *gathered, const uint4 *words, const
                     a[byte][2 + half] = two_weights(tables[half], chosen >> 16);
                 }
             }
-            await_products<1>();
             begin_products();
 #pragma unroll
             for (int byte = 0; byte < 4; byte++)
