@@ -178,10 +178,11 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     and mu are float16 or codes, the block size is 64, 128, 256, ..., and a row of x fits into the shared
     memory of a block; sums are then float32, and all else is computed in float64. A row of y depends on its
     own row of x alone, to the bit as long as the same kernel is chosen, which is one up to 16 tokens and
-    another above; on Hopper it is a third above 64, if the type of x holds all weights, which it rounds to
-    that type. Infinity or NaN in a row of x makes its row of y infinite or NaN. Finite bfloat16 whose
-    sum over a block leaves the range of float32 does the same. CuPy has all float32 sums and factors below
-    2⁻¹²⁶ count as 0, which only bfloat16 and subnormal scales come near.
+    another above. On Hopper the latter rounds weights to the type of x, if that can hold them all.
+
+    Infinity or NaN in a row of x makes its row of y infinite or NaN. Finite bfloat16 whose sum over a block
+    leaves the range of float32 does the same. CuPy has all float32 sums and factors below 2⁻¹²⁶ count as 0,
+    which only bfloat16 and subnormal scales come near.
     """
     _check_activations(x, layout)
     n = layout.ends[-1]

@@ -1,5 +1,6 @@
-// y = x (alpha T + mu)^T for many tokens. Here a gather inside the product would read every element of x as
-// a sector of 32 bytes, once for each 128 rows of T; so `arrange` brings x into the order of trits first.
+// y = x (alpha T + mu)^T for many tokens, where warpgroup.cu cannot. A gather inside the product would read
+// every element of x as a sector of 32 bytes, once for each 128 rows of T; so `arrange` brings x into the order
+// of trits first.
 
 // One token a CUDA block, for one part after the other: (chunks, 256) elements of x as `gather_word` makes
 // them, sums of its spans. Shared memory: the row of x, as gathers from there are not paid by the sector.

@@ -1,8 +1,8 @@
 """The CUDA C++ kernels: which one runs, with which grid and shared memory, and their launch.
 
-`decode.cu` takes up to 16 tokens, `prefill.cu` more, and `warpgroup.cu` more than 64 on Hopper; `dense.cu`
-makes weights for a library's product. A kernel gets its sources in one piece, as CuPy's cache of compiled
-kernels does not look into headers, and is compiled alone, so that the first product waits for no other.
+`decode.cu` takes up to 16 tokens, `warpgroup.cu` more on Hopper, `prefill.cu` elsewhere; `dense.cu` makes
+weights for a library's product. A kernel gets its sources in one piece, as CuPy's cache of compiled kernels
+does not look into headers, and is compiled alone, so that the first product waits for no other.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ TYPES = {"float16": "float16", "uint16": "bfloat16", "int16": "bfloat16"}
 # Tokens of decode.cu: two tiles of columns of B.
 MOST_DECODED = 16
 
-# From so many tokens on, 128 columns of warpgroup.cu are mostly used.
-LEAST_FOR_WARPGROUPS = 65
-# So many at a time, as its room for sums grows with them.
+# Tokens of warpgroup.cu at a time, as its room for sums grows with them.
 MOST_FOR_WARPGROUPS = 512
 
 # The first tensor cores for bfloat16, and the first copies past the registers.
@@ -186,7 +184,7 @@ def multiply(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch 
 def takes_warpgroups(x: Array, layout: Layout, device: Limits) -> bool:
     """Whether warpgroup.cu multiplies these, of a layout that `takes` holds for."""
     on_hopper = device.capability == HOPPER and _warpgroup_shared() <= device.shared
-    return len(x) >= LEAST_FOR_WARPGROUPS and on_hopper and holds_weights(x.dtype, layout)
+    return len(x) > MOST_DECODED and on_hopper and holds_weights(x.dtype, layout)
 
 
 def holds_weights(dtype: Any, layout: Layout) -> bool:

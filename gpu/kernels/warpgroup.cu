@@ -1,5 +1,5 @@
-// y = x W^T for 65 tokens and more by the instructions of a whole warpgroup, which only Hopper (sm_90a) has:
-// the rate of `mma` there is some 60 % of theirs. W = alpha T + mu, rounded to T's type, is made in registers
+// y = x W^T for many tokens by the instructions of a whole warpgroup, which only Hopper (sm_90a) has: the rate
+// of `mma` there is some 60 % of theirs. W = alpha T + mu, rounded to T's type, is made in registers
 // from words of trits, so that there is one sum for all blocks. Rows of W are the rows of A, tokens the
 // columns of B, in shared memory as `multiply_async` of instructions.cuh reads them.
 
