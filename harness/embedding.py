@@ -23,9 +23,12 @@ def encode(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     The largest weight of every row has the largest code.
     """
     rows = weight.float()
-    factor = rows.abs().amax(1) / CODE_LIMIT
-    codes = torch.round(rows / torch.where(factor == 0, 1, factor)[:, None])
-    return {"weight": codes.to(torch.int8), "row_factor": factor}
+    factor = torch.linalg.vector_norm(rows, torch.inf, dim=1) / CODE_LIMIT
+    return {"weight": _codes(rows, factor).to(torch.int8), "row_factor": factor}
+
+
+def _codes(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return torch.div(rows, torch.where(factor == 0, 1, factor)[:, None]).round_()
 
 
 def decode(weight: torch.Tensor, row_factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -93,13 +96,12 @@ def expect_codes(module: Any) -> None:
 
 
 def take_codes(module: Any, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """Put the weight that the loaded codes stand for in their place; these are kept for `kept_codes`.
+    """Put the weight that the loaded codes stand for in their place; factors are kept for `kept_codes`.
 
     `stored` is what calibration saw it in, `dtype` what the model is loaded in.
     """
     codes, factor = module.weight.data, module.row_factor
     del module.row_factor
-    module.register_buffer("codes", codes, persistent=False)
     # Its bits, as what converts a model's floating-point tensors must leave it alone.
     module.register_buffer("row_factor_bits", factor.view(torch.int32), persistent=False)
     weight = decode(codes, factor, stored).to(dtype)
@@ -107,5 +109,21 @@ def take_codes(module: Any, stored: torch.dtype, dtype: torch.dtype) -> None:
 
 
 def kept_codes(module: Any) -> dict[str, torch.Tensor]:
-    """What `take_codes` was given, by the names in a checkpoint."""
-    return {"weight": module.codes, "row_factor": module.row_factor_bits.view(torch.float32)}
+    """What is stored of a module: what `take_codes` was given, but for rows that have changed or are new.
+
+    Those, and a module that has taken the place of the loaded one, are as `encode` makes them.
+    """
+    weight = module.weight.data
+    parts = encode(weight)
+    if not hasattr(module, "row_factor_bits"):
+        return parts
+    factor = module.row_factor_bits.view(torch.float32)[: len(weight)]
+    rows = weight[: len(factor)].float()
+    codes = _codes(rows, factor)
+    # A weight is off its code by the rounding to bfloat16 at the most, less than half a step: so codes are
+    # found again, and a row of other weights is seen.
+    on_grid = (rows - factor[:, None] * codes).abs() <= 2**-8 * rows.abs()
+    same = (on_grid & (codes.abs() <= CODE_LIMIT)).all(1).nonzero()[:, 0]
+    parts["weight"][same] = codes[same].to(torch.int8)
+    parts["row_factor"][same] = factor[same]
+    return parts

@@ -95,6 +95,34 @@ def test_changing_the_dtype_leaves_what_is_stored_alone(dtype: torch.dtype, tmp_
             assert torch.equal(tensors[f"{name}.{part}"], saved[f"{name}.{part}"])
 
 
+def test_rows_that_have_changed_are_saved_as_they_are(tmp_path: Path) -> None:
+    """And all others as they were: a model is given more tokens, and one has another embedding."""
+    model = tiny.make_model("qwen3", torch.bfloat16, ternary=False)
+    assert not model.config.tie_word_embeddings
+    workflow.quantize(options_for(tiny.save(model, tmp_path / "original"), tmp_path), say=lambda line: None)
+    loaded = harness.load(tmp_path / "out")
+    before = loaded.get_input_embeddings().weight.data.clone()
+    loaded.resize_token_embeddings(len(before) + 8)
+    for module in (loaded.get_input_embeddings(), loaded.get_output_embeddings()):
+        module.weight.data[3] = torch.linspace(-1, 1, module.weight.shape[1])
+    # As methods that train an embedding do.
+    head = torch.nn.Linear(
+        *loaded.get_output_embeddings().weight.shape[::-1], bias=False, dtype=torch.bfloat16
+    )
+    loaded.set_output_embeddings(head)
+    loaded.save_pretrained(tmp_path / "again")
+    again = harness.load(tmp_path / "again")
+    for was, now in (
+        (loaded.get_input_embeddings().weight, again.get_input_embeddings().weight),
+        (head.weight, again.get_output_embeddings().weight),
+    ):
+        assert now.shape == was.shape
+        step = was.abs().amax(1, keepdim=True).float() / 127
+        assert ((now - was).float().abs() <= step * (0.5 + 2**-2)).all()  # 127 steps are rounded to bfloat16
+    kept = torch.tensor([row for row in range(len(before)) if row != 3])
+    assert torch.equal(again.get_input_embeddings().weight[kept], before[kept])
+
+
 def test_codes_are_checked(tmp_path: Path) -> None:
     options = options_for(tiny.save(tiny.make_model("llama"), tmp_path / "original"), tmp_path)
     workflow.quantize(options, say=lambda line: None)
