@@ -64,13 +64,7 @@ __device__ inline void decode(const unsigned short *x, const float *span_sums,
     };
     for (int i = 0; i < STAGES - 1; i++) ask();
 
-    if (GATHER) {
-        // Eight at a time, if they lie so.
-        const int eights = reinterpret_cast<size_t>(x) % sizeof(uint4) ? 0 : tokens * m / 8;
-        for (int i = threadIdx.x; i < eights; i += THREADS)
-            reinterpret_cast<uint4 *>(came)[i] = reinterpret_cast<const uint4 *>(x)[i];
-        for (int i = eights * 8 + threadIdx.x; i < tokens * m; i += THREADS) came[i] = x[i];
-    }
+    if (GATHER) copy_numbers<THREADS>(came, x, tokens * m);
 
     const unsigned units_of_two = units<T>(m);
     // What of x is in shared memory: chunks from `staged_first` on, for `staged_part`.

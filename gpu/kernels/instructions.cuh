@@ -127,8 +127,13 @@ __device__ inline void multiply_async(BFloat16, float (&d)[64], const unsigned (
     WARPGROUP_PRODUCT("bf16");
 }
 
-// After registers of the products to come have been written.
-__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// After registers of the products to come, up to four, have been written: here, for all that a compiler knows.
+__device__ inline void begin_products(unsigned (&a)[4][4]) {
+    asm volatile("wgmma.fence.sync.aligned;"
+        : "+r"(a[0][0]), "+r"(a[0][1]), "+r"(a[0][2]), "+r"(a[0][3]), "+r"(a[1][0]), "+r"(a[1][1]), "+r"(a[1][2]),
+          "+r"(a[1][3]), "+r"(a[2][0]), "+r"(a[2][1]), "+r"(a[2][2]), "+r"(a[2][3]), "+r"(a[3][0]), "+r"(a[3][1]),
+          "+r"(a[3][2]), "+r"(a[3][3])::"memory");
+}
 
 // Products belong to the group that is closed next; all but the newest N groups are done after await_products.
 __device__ inline void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

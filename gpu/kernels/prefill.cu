@@ -12,7 +12,7 @@ __device__ inline void arrange(const unsigned short *x, const unsigned short *pe
     extern __shared__ uint4 shared[];
     unsigned short *row = reinterpret_cast<unsigned short *>(shared);
     const size_t token = blockIdx.x, tokens = gridDim.x;
-    for (int i = threadIdx.x; i < m; i += ARRANGE_THREADS) row[i] = x[token * m + i];
+    copy_numbers<ARRANGE_THREADS>(row, x + token * m, m);
     __syncthreads();
     const int words = (m + CHUNK - 1) / CHUNK * WORDS;
     for (int part = 0; part < parts; part++)

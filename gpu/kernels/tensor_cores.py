@@ -45,7 +45,8 @@ STAGE_BYTES = 2 * 512 + 256
 ARRANGE_THREADS = 256
 PREFILL_TILES, PREFILL_TOKENS, PREFILL_THREADS = 4, 64, 128
 DENSE_THREADS, COUPLES = 256, 8
-WARPGROUP_THREADS, WARPGROUP_ROWS, WARPGROUP_TOKENS, WARPGROUP_STAGES, GATHER_THREADS = 256, 128, 128, 3, 256
+WARPGROUP_THREADS, WARPGROUP_ROWS, WARPGROUP_TOKENS, WARPGROUP_STAGES = 256, 128, 128, 3
+GATHER_THREADS, COMBINE_THREADS = 1024, 256
 MOST_SPLITS = 4
 
 # source, kernel, grid, threads, bytes of dynamic shared memory, arguments
@@ -200,13 +201,14 @@ def _multiply_by_warpgroups(x: Array, layout: Layout, device: Limits, y: Array, 
     (tokens, m), parts = x.shape, len(layout.ends)
     chunks, token_tiles = -(-m // CHUNK), -(-tokens // WARPGROUP_TOKENS)
     gathered = xp.empty((parts, token_tiles, chunks * CHUNK // 8, WARPGROUP_TOKENS, 8), x.dtype)
-    arguments = (x, layout.permutation, gathered, *map(np.int32, (tokens, m, parts)))
-    launch("warpgroup.cu", "gather", (tokens,), GATHER_THREADS, 2 * m, arguments)
+    arguments = (x, layout.permutation, gathered, np.int32(tokens), np.int32(m))
+    launch("warpgroup.cu", "gather", (tokens, parts), GATHER_THREADS, 2 * m, arguments)
     groups = sum(-(-(end - begin) // WARPGROUP_ROWS) for begin, end in zip((0, *layout.ends), layout.ends))  # noqa: B905
     # Where there are few rows, columns are shared out among processors as well: not by the number of tokens,
     # so that a row of y does not depend on how many there are.
     splits = max(1, min(MOST_SPLITS, device.processors // groups, chunks))
-    sums = xp.empty((splits, tokens, layout.ends[-1]) if splits > 1 else 1, np.float32)
+    n = layout.ends[-1]
+    sums = xp.empty((splits, tokens, n) if splits > 1 else 1, np.float32)
     launch(
         "warpgroup.cu",
         f"warpgroup_{_kind(x.dtype, layout)}",
@@ -222,9 +224,8 @@ def _multiply_by_warpgroups(x: Array, layout: Layout, device: Limits, y: Array, 
         ),
     )
     if splits > 1:
-        kernel = f"combine_{TYPES[x.dtype.name]}"
-        sizes = (np.int32(layout.ends[-1]), np.int32(splits))
-        launch("warpgroup.cu", kernel, (tokens,), GATHER_THREADS, 0, (sums, y, *sizes))
+        kernel, grid = f"combine_{TYPES[x.dtype.name]}", (-(-n // COMBINE_THREADS), tokens)
+        launch("warpgroup.cu", kernel, grid, COMBINE_THREADS, 0, (sums, y, np.int32(n), np.int32(splits)))
 
 
 def _decode(x: Array, layout: Layout, device: Limits, y: Array, launch: Launch) -> None:

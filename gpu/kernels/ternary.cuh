@@ -127,6 +127,15 @@ __device__ inline unsigned two_weights(const Table &table, unsigned selectors) {
     return bytes_of(table.lower, table.upper, selectors);
 }
 
+// Of x to shared memory by all threads of a CUDA block, eight numbers at a time if they lie so.
+template <int THREADS>
+__device__ inline void copy_numbers(unsigned short *to, const unsigned short *from, int count) {
+    const int eights = reinterpret_cast<size_t>(from) % sizeof(uint4) ? 0 : count / 8;
+    for (int i = threadIdx.x; i < eights; i += THREADS)
+        reinterpret_cast<uint4 *>(to)[i] = reinterpret_cast<const uint4 *>(from)[i];
+    for (int i = eights * 8 + threadIdx.x; i < count; i += THREADS) to[i] = from[i];
+}
+
 // The original columns of a word of trits, eight in 16 bytes. A permutation is filled up to a whole chunk.
 struct Columns {
     uint4 eights[2];

@@ -8,31 +8,30 @@ constexpr int EIGHTS = CHUNK / 8;  // of columns of x: 16 bytes
 
 // x for all parts as (tiles of 128 tokens, chunks, 32 eights, 128 tokens, 8). A lane's four digits of a byte
 // of trits are columns 2t, 2t + 1, 2t + 8 and 2t + 9 of A: the first two of all four lanes make an eight, the
-// others the next. One token a CUDA block. Shared memory: the row of x.
-constexpr int GATHER_THREADS = 256;
+// others the next. One token and part a CUDA block. Shared memory: the row of x.
+constexpr int GATHER_THREADS = 1024;
 
 __device__ inline void gather_token(const unsigned short *x, const unsigned short *permutation, uint4 *gathered,
-                              int tokens, int m, int parts) {
+                                    int tokens, int m) {
     extern __shared__ uint4 shared[];
     unsigned short *row = reinterpret_cast<unsigned short *>(shared);
-    const int token = blockIdx.x;
-    for (int i = threadIdx.x; i < m; i += GATHER_THREADS) row[i] = x[static_cast<size_t>(token) * m + i];
+    const int token = blockIdx.x, part = blockIdx.y;
+    copy_numbers<GATHER_THREADS>(row, x + static_cast<size_t>(token) * m, m);
     __syncthreads();
     const int eights = (m + CHUNK - 1) / CHUNK * EIGHTS, token_tiles = (tokens + TOKENS - 1) / TOKENS;
-    for (int part = 0; part < parts; part++)
-        for (int eight = threadIdx.x; eight < eights; eight += GATHER_THREADS) {
-            const int first = eight / 8 * SPAN + eight % 8 * 2;
-            unsigned pairs[4];
+    const size_t tile = static_cast<size_t>(part) * token_tiles + token / TOKENS;
+    for (int eight = threadIdx.x; eight < eights; eight += GATHER_THREADS) {
+        const int first = eight / 8 * SPAN + eight % 8 * 2;
+        unsigned pairs[4];
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-                const int place = first + t * WORD;
-                const unsigned columns = *reinterpret_cast<const unsigned *>(permutation + part * eights * 8 + place);
-                pairs[t] = place < m ? row[columns & 0xffff] : 0;
-                if (place + 1 < m) pairs[t] |= row[columns >> 16] << 16;
-            }
-            const size_t tile = static_cast<size_t>(part) * token_tiles + token / TOKENS;
-            gathered[(tile * eights + eight) * TOKENS + token % TOKENS] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+        for (int t = 0; t < 4; t++) {
+            const int place = first + t * WORD;
+            const unsigned columns = *reinterpret_cast<const unsigned *>(permutation + part * eights * 8 + place);
+            pairs[t] = place < m ? row[columns & 0xffff] : 0;
+            if (place + 1 < m) pairs[t] |= row[columns >> 16] << 16;
         }
+        gathered[(tile * eights + eight) * TOKENS + token % TOKENS] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    }
 }
 
 // A CUDA block takes 128 rows of a part, 16 a warp, 128 tokens and a share of the chunks: all, or one of
@@ -119,7 +118,7 @@ __device__ inline void multiply(const uint4 *gathered, const uint4 *words, const
                     a[byte][2 + half] = two_weights(tables[half], chosen >> 16);
                 }
             }
-            begin_products();
+            begin_products(a);
 #pragma unroll
             for (int byte = 0; byte < 4; byte++)
                 multiply_async(T{}, total, a[byte], stage_of(chunk) + (r * 8 + byte * 2) * TOKENS);
@@ -143,22 +142,23 @@ __device__ inline void multiply(const uint4 *gathered, const uint4 *words, const
     }
 }
 
-// The sums of all splits of a token, in their order.
+// The sums of all splits, in their order. A thread has a row, for one token.
+constexpr int COMBINE_THREADS = 256;
+
 template <class T>
 __device__ inline void combine(const float *sums, unsigned short *y, int n, int splits) {
-    const size_t token = blockIdx.x, tokens = gridDim.x;
-    for (int row = threadIdx.x; row < n; row += GATHER_THREADS) {
-        float total = 0;
-        for (int split = 0; split < splits; split++) total += sums[(split * tokens + token) * n + row];
-        y[token * n + row] = narrow(T{}, total);
-    }
+    const size_t token = blockIdx.y, tokens = gridDim.y;
+    const int row = blockIdx.x * COMBINE_THREADS + threadIdx.x;
+    if (row >= n) return;
+    float total = 0;
+    for (int split = 0; split < splits; split++) total += sums[(split * tokens + token) * n + row];
+    y[token * n + row] = narrow(T{}, total);
 }
 
 #define GATHER(NAME)                                                                                              \
     extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                  \
-        NAME(const unsigned short *x, const unsigned short *permutation, uint4 *gathered, int tokens, int m,      \
-             int parts) {                                                                                         \
-        gather_token(x, permutation, gathered, tokens, m, parts);                                                       \
+        NAME(const unsigned short *x, const unsigned short *permutation, uint4 *gathered, int tokens, int m) {    \
+        gather_token(x, permutation, gathered, tokens, m);                                                        \
     }
 #define WARPGROUP(NAME, T, G)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                         \
@@ -169,7 +169,7 @@ __device__ inline void combine(const float *sums, unsigned short *y, int n, int 
                        splits, {end0, end1, end2});                                                               \
     }
 #define COMBINE(NAME, T)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(GATHER_THREADS)                                                  \
+    extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)                                                 \
         NAME(const float *sums, unsigned short *y, int n, int splits) {                                           \
         combine<T>(sums, y, n, splits);                                                                           \
     }

@@ -69,7 +69,7 @@ void mma(T, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 constexpr int WARPGROUP_COLUMNS = 128;
 template <class T>
 void multiply_async(T, float (&d)[64], const unsigned (&a)[4], const uint4 *b);
-void begin_products();
+void begin_products(unsigned (&a)[4][4]);
 void close_products();
 void finish_products(size_t left);
 template <int N>

@@ -66,7 +66,7 @@ def test_sources_compile_to_machine_code_without_spills(source, target):
         "dense": tensor_cores.DENSE_THREADS,
         "warpgroup": tensor_cores.WARPGROUP_THREADS,
         "gather": tensor_cores.GATHER_THREADS,
-        "combine": tensor_cores.GATHER_THREADS,
+        "combine": tensor_cores.COMBINE_THREADS,
     }
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log.decode())]
     for (name, _), count in zip(kernels, registers, strict=True):

@@ -155,7 +155,7 @@ def test_activations_may_begin_anywhere(run):
 def test_a_wide_access_where_none_may_be_is_seen(tmp_path):
     case = random_case(5, 301, 64)
     x = shifted(case.activations(3, "float16"))
-    faulty = Emulator(tmp_path, edit=("reinterpret_cast<size_t>(x) % sizeof(uint4) ? 0 : ", ""))
+    faulty = Emulator(tmp_path, edit=("reinterpret_cast<size_t>(from) % sizeof(uint4) ? 0 : ", ""))
     with pytest.raises(AssertionError, match="access outside"):
         tensor_cores.multiply(
             x, lay_out(case), tensor_cores.Limits(90, MOST_SHARED, 1), np.empty((3, 5), x.dtype), faulty
@@ -265,7 +265,7 @@ def test_every_kernel_was_launched(run, launch, emulators):
         (16, LEAST_SHARED, "await_groups<STAGES - 2>();", "await_groups<STAGES - 1>();"),
         (16, LEAST_SHARED, "__syncwarp();  // pairs", "// pairs"),
         (17, LEAST_SHARED, "if (chunk > 0) __syncthreads();", ""),
-        (17, LEAST_SHARED, "row[i] = x[token * m + i];\n    __syncthreads();", "row[i] = x[token * m + i];"),
+        (17, LEAST_SHARED, "x + token * m, m);\n    __syncthreads();", "x + token * m, m);"),
     ],
     ids=[
         "shift",

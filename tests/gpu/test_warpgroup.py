@@ -157,15 +157,12 @@ def test_what_it_takes():
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        (
-            "row[i] = x[static_cast<size_t>(token) * m + i];\n    __syncthreads();",
-            "row[i] = x[token * m + i];",
-        ),
+        ("* m, m);\n    __syncthreads();", "* m, m);"),
         ("await_groups<0>();", ""),
         ("show_to_tensor_cores();", ""),
         ("        __syncthreads();\n        Weights<G> next", "        Weights<G> next"),
         ("STAGES = 3", "STAGES = 2"),
-        ("begin_products();", ""),
+        ("begin_products(a);", ""),
         ("await_products<0>();", ""),
         ("+ (r * 8 + byte * 2) * TOKENS", "+ (r * 8 + byte) * TOKENS"),
         ("a[byte][2 + half] =", "a[byte][half] ="),
