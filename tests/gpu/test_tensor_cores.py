@@ -182,11 +182,12 @@ def test_activations_are_arranged_as_trits_lie(dtype, launch):
 @pytest.mark.parametrize("make", [random_case, coded_case])
 @pytest.mark.parametrize("block_size", [64, 128, 256, 512])
 def test_unpacked_weights_are_those_of_the_reference(block_size, make, dtype, launch):
-    for columns, couples in ((700, 8), (701, 4), (703, 2), (1030, 1), (1, 8)):
+    # The last are whole chunks, of more items than a block has threads.
+    for columns, couples in ((700, 8), (701, 4), (703, 2), (1030, 1), (1, 8), (2304, 8)):
         cases = [make(rows, columns, block_size) for rows in (150, 3)]
         shared = next(
             size
-            for size in range(0, MUCH_SHARED, 64)
+            for size in range(0, MOST_SHARED, 64)
             if tensor_cores.couples_at_once(columns, size) == couples
         )
         device = tensor_cores.Limits(90, shared, PROCESSORS)
