@@ -49,7 +49,8 @@ def run(launch):
 @needs_hopper
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("device", [HOPPER, FEW], ids=["columns shared out", "columns together"])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 127), (130, 577), (33, 2100)], ids=str)
+# The last are whole chunks, and more than a block of the gather has threads for.
+@pytest.mark.parametrize("shape", [(1, 1), (2, 127), (130, 577), (33, 2100), (3, 8448)], ids=str)
 def test_product_is_that_of_rounded_weights(shape, device, dtype, run):
     for tokens in (17, 128, 130) if shape == (2, 127) else (65,):
         case = random_case(*shape, 128)
@@ -84,10 +85,10 @@ def test_hostile_numbers(name, dtype, run):
 
 @needs_hopper
 @pytest.mark.parametrize("make", [random_case, coded_case])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_parts_are_multiplied_as_they_are_alone(splits, make, run):
-    cases = [make(rows, 600, 128) for rows in (150, 1, 260)]
-    x = cases[0].activations(67, "float16")
+@pytest.mark.parametrize(("splits", "tokens"), [(1, 130), (3, 67), (2, 128)])
+def test_parts_are_multiplied_as_they_are_alone(splits, tokens, make, run):
+    cases = [make(rows, 768, 128) for rows in (150, 1, 260)]
+    x = cases[0].activations(tokens, "float16")
 
     def product(some):
         # As many processors for every group of rows, so that columns are shared out alike.
@@ -95,6 +96,8 @@ def test_parts_are_multiplied_as_they_are_alone(splits, make, run):
         return run(some, x, HOPPER._replace(processors=splits * groups))
 
     alone = [product([case]) for case in cases]
+    for case, y in zip(cases, alone, strict=True):
+        assert_close(case, x, y, rounded=True)
     for count in (2, 3):
         np.testing.assert_array_equal(product(cases[:count]), np.hstack(alone[:count]))
 
