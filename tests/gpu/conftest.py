@@ -40,7 +40,6 @@ def emulators(tmp_path_factory):
 @pytest.fixture
 def launch(emulators):
     """Runs one of the functions of `tensor_cores`; emulated, in both orders of threads."""
-
     from gpu.device import STANDIN
 
     def run(function, *arguments):
@@ -52,3 +51,24 @@ def launch(emulators):
         return first
 
     return run
+
+
+@pytest.fixture
+def product_on(launch):
+    """Multiplies by the kernels that a device of such limits takes: one case, or several that are joined."""
+    import gpu
+    from gpu.device import xp
+    from gpu.kernels import tensor_cores
+    from tests.gpu.ternary_cases import lay_out
+
+    def multiply(device, cases, x):
+        layout = lay_out(*(cases if isinstance(cases, list) else [cases]))
+
+        def product(*launcher):
+            y = xp.empty((len(x), layout.shape[0]), x.dtype)
+            tensor_cores.multiply(gpu.to_device(x), layout, device, y, *launcher)
+            return gpu.to_host(y)
+
+        return launch(product)
+
+    return multiply

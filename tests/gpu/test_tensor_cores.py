@@ -31,19 +31,9 @@ PROCESSORS = 3
 
 
 @pytest.fixture
-def run(launch):
-    """Multiplies by the fast kernels with one case, or several that are joined."""
-
+def run(product_on):
     def multiply(cases, x, shared=MUCH_SHARED, processors=PROCESSORS):
-        layout = lay_out(*(cases if isinstance(cases, list) else [cases]))
-        device = tensor_cores.Limits(90, shared, processors)
-
-        def product(*launcher):
-            y = xp.empty((len(x), layout.shape[0]), x.dtype)
-            tensor_cores.multiply(gpu.to_device(x), layout, device, y, *launcher)
-            return gpu.to_host(y)
-
-        return launch(product)
+        return product_on(tensor_cores.Limits(90, shared, processors), cases, x)
 
     return multiply
 

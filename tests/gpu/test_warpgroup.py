@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-import gpu
 from gpu.device import STANDIN, xp
 from gpu.kernels import tensor_cores
 from tests.gpu.emulation import COMPILER, Emulator
@@ -31,17 +30,11 @@ needs_hopper = pytest.mark.skipif(not _runs_here(), reason="needs an H100 or H20
 
 
 @pytest.fixture
-def run(launch):
+def run(product_on):
     def multiply(cases, x, device=HOPPER):
-        layout = lay_out(*(cases if isinstance(cases, list) else [cases]))
-        assert tensor_cores.takes_warpgroups(x, layout, device)
-
-        def product(*launcher):
-            y = xp.empty((len(x), layout.shape[0]), x.dtype)
-            tensor_cores.multiply(gpu.to_device(x), layout, device, y, *launcher)
-            return gpu.to_host(y)
-
-        return launch(product)
+        for case in cases if isinstance(cases, list) else [cases]:
+            assert tensor_cores.takes_warpgroups(x, lay_out(case), device)
+        return product_on(device, cases, x)
 
     return multiply
 
