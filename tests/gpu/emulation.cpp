@@ -270,24 +270,27 @@ static std::string go_on_with_products(const std::string &what, int first) {
 
 // ---- a launch
 constexpr size_t PAGE = 4096, SHARED = 228 * 1024;  // whole pages; the most that devices have
-alignas(4096) uint4 shared[SHARED / 16];
+constexpr size_t FORBIDDEN = 16 << 20;              // bytes around what may be touched, for an index far off
+alignas(4096) uint4 shared[(SHARED + FORBIDDEN) / 16];
 static std::string failure;
 
-// A copy of an array that ends where the next page may not be touched, but for less than 16 bytes: it begins
+// A copy of an array that ends where the next pages may not be touched, but for less than 16 bytes: it begins
 // as far from a multiple of 16 as the array, since a device refuses wide accesses to what begins elsewhere.
 // What is beyond the array is 0xff.
 struct Guarded {
-    char *base, *data;
+    char *mapped, *base, *data;
     size_t bytes, room;
     Guarded(const void *source, size_t bytes) : bytes(bytes) {
         room = (bytes + 15 + PAGE - 1) / PAGE * PAGE;
-        base = static_cast<char *>(
-            mmap(nullptr, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        mprotect(base + room, PAGE, PROT_NONE);
+        mapped = static_cast<char *>(
+            mmap(nullptr, FORBIDDEN + room + FORBIDDEN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        base = mapped + FORBIDDEN;
+        mprotect(base, room, PROT_READ | PROT_WRITE);
         std::memset(base, 0xff, room);
         data = base + room - bytes - (0 - bytes - reinterpret_cast<size_t>(source)) % 16;
         std::memcpy(data, source, bytes);
     }
+    void release() const { munmap(mapped, FORBIDDEN + room + FORBIDDEN); }
     bool intact() const {
         const auto free = [](char c) { return c == char(0xff); };
         return std::all_of(base, data, free) && std::all_of(data + bytes, base + room, free);
@@ -377,7 +380,7 @@ static void run_grid(unsigned width, unsigned height, int count, size_t bytes, b
     gridDim = {width, height};
     char *const first = reinterpret_cast<char *>(shared);
     const size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
-    mprotect(first + room, SHARED - room, PROT_NONE);
+    mprotect(first + room, sizeof shared - room, PROT_NONE);
     for (unsigned y = 0; y < height; y++)
         for (unsigned x = 0; x < width && failure.empty(); x++) {
             blockIdx = {x, y};
@@ -404,12 +407,12 @@ extern "C" const char *emulate(unsigned width, unsigned height, int count, size_
     if (sigsetjmp(escape, 1)) failure = "an access outside an array";
     else run_grid(width, height, count, bytes, reverse);
     sigaction(SIGSEGV, &before, nullptr);
-    mprotect(shared, SHARED, PROT_READ | PROT_WRITE);
+    mprotect(shared, sizeof shared, PROT_READ | PROT_WRITE);
 
     for (int i = 0; i < array_count; i++) {
         if (!arrays[i].intact()) failure = "a write outside an array";
         std::memcpy(data[i], arrays[i].data, sizes[i]);
-        munmap(arrays[i].base, arrays[i].room + PAGE);
+        arrays[i].release();
     }
     arrays.clear();
     return failure.c_str();

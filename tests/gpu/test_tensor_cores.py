@@ -50,6 +50,14 @@ def test_product_is_that_of_the_reference(shape, tokens, dtype, run):
         assert_close(case, x, y)
 
 
+@pytest.mark.parametrize("tokens", [64, 128, 194])
+def test_blocks_take_all_of_their_tokens(tokens, run):
+    """Those of prefill.cu take 64, the last perhaps fewer."""
+    case = random_case(40, 300, 128)
+    x = case.activations(tokens, "float16")
+    assert_close(case, x, run(case, x))
+
+
 @pytest.mark.parametrize("block_size", [64, 128, 256, 512, 4096])
 @pytest.mark.parametrize("tokens", [1, 16, 17])
 def test_every_size_of_block(block_size, tokens, run):
