@@ -1,8 +1,8 @@
 // CUDA on one CPU thread: every CUDA thread is a coroutine that runs until it meets a barrier, a shuffle or
 // an mma, and goes on when the others have met it too. It replaces gpu/kernels/instructions.cuh.
 //
-// Hostile where the hardware may be: threads run in one order, each warp as far as it gets, or in the
-// reverse, warps in turn, so that what a barrier should have ordered is not in order; shared memory starts
+// Hostile where the hardware may be: blocks and threads run in one order, each warp as far as it gets, or in
+// the reverse, warps in turn, so that what a barrier should have ordered is not in order; shared memory starts
 // out as NaN; arrays end at a page that may not be touched. Copies and products of warpgroups are done as late
 // as they may be. mma rounds its sum towards zero, as tensor cores are known to do.
 #include "emulation.hpp"
@@ -381,14 +381,15 @@ static void run_grid(unsigned width, unsigned height, int count, size_t bytes, b
     char *const first = reinterpret_cast<char *>(shared);
     const size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
     mprotect(first + room, sizeof shared - room, PROT_NONE);
-    for (unsigned y = 0; y < height; y++)
-        for (unsigned x = 0; x < width && failure.empty(); x++) {
-            blockIdx = {x, y};
-            std::memset(first, 0xff, room);
-            run_block(count, reverse);
-            if (!std::all_of(first + bytes, first + room, [](char c) { return c == char(0xff); }))
-                failure = "a write beyond the shared memory asked for";
-        }
+    const unsigned blocks = width * height;
+    for (unsigned i = 0; i < blocks && failure.empty(); i++) {
+        const unsigned block = reverse ? blocks - 1 - i : i;
+        blockIdx = {block % width, block / width};
+        std::memset(first, 0xff, room);
+        run_block(count, reverse);
+        if (!std::all_of(first + bytes, first + room, [](char c) { return c == char(0xff); }))
+            failure = "a write beyond the shared memory asked for";
+    }
 }
 
 // Runs the kernel; returns what went wrong, or an empty string.

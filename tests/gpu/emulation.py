@@ -68,7 +68,7 @@ class Emulator:
     folder : Path
         Where compiled kernels go.
     reverse : bool
-        Whether threads run from the last to the first, and warps in turn.
+        Whether blocks and threads run from the last to the first, and warps in turn.
     edit : tuple of str, optional
         A text of the sources, and what to put in its place: a fault that tests must see.
     launched : list of str
