@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -44,7 +45,7 @@ struct Thread {
     size_t left;  // groups of products that need not be done
 };
 static std::vector<Thread> threads;
-static std::vector<char> stacks;
+static std::unique_ptr<char[]> stacks;  // for a launch, and no zeros: every kernel has a device of its own
 static jmp_buf scheduler;
 static int current;
 constexpr size_t STACK = 64 * 1024;
@@ -397,7 +398,8 @@ extern "C" const char *emulate(unsigned width, unsigned height, int count, size_
                                int array_count, void **data, const size_t *sizes, const int *numbers) {
     failure = bytes > SHARED ? "more shared memory than there is" : "";
     if (!failure.empty()) return failure.c_str();
-    if (threads.size() < size_t(count)) threads.resize(count), stacks.resize(count * STACK);
+    if (threads.size() < size_t(count)) threads.resize(count);
+    stacks.reset(new char[count * STACK]);
     for (int i = 0; i < array_count; i++) arrays.emplace_back(data[i], sizes[i]);
     integers = numbers;
 
@@ -416,5 +418,6 @@ extern "C" const char *emulate(unsigned width, unsigned height, int count, size_
         arrays[i].release();
     }
     arrays.clear();
+    stacks.reset();
     return failure.c_str();
 }
