@@ -60,7 +60,11 @@ def advance(
 
 @torch.no_grad()
 def capture_inputs(
-    model: nn.Module, decoder: DecoderLayers, windows: torch.Tensor, compute: Compute = Compute()
+    model: nn.Module,
+    decoder: DecoderLayers,
+    windows: torch.Tensor,
+    compute: Compute = Compute(),
+    step: Callable[[], object] = lambda: None,
 ) -> tuple[list[torch.Tensor], list[LayerCall]]:
     """The hidden states that reach the first layer for every window, and how every layer is called.
 
@@ -73,7 +77,9 @@ def capture_inputs(
     windows : (samples, seqlen) int64 tensor
         Token ids.
     compute : Compute
-        Where the first layer is run once, to see what it returns.
+        Where the first layer is run, to see what it returns and what that depends on.
+    step : callable
+        Is called after every window.
 
     Returns
     -------
@@ -85,9 +91,12 @@ def capture_inputs(
     Raises
     ------
     UserError
-        If the model does not simply pass the hidden states from layer to layer.
+        If the model does not simply pass the hidden states from layer to layer, or looks ahead.
     """
-    hidden = [_enter_layers(model, decoder, window)[0] for window in windows]
+    hidden = []
+    for window in windows:
+        hidden.append(_enter_layers(model, decoder, window)[0])
+        step()
     extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute)
     calls = _record_pass(model, decoder, windows[0], extra)
     if len(windows) > 1:
@@ -151,10 +160,27 @@ def _enter_layers(
 def _extra_output(
     hidden: torch.Tensor, call: LayerCall, decoder: DecoderLayers, compute: Compute
 ) -> int | None:
-    """How many things the layers return in a tuple after the hidden states, if they return one."""
+    """How many things the layers return in a tuple after the hidden states, if they return one.
+
+    Raises
+    ------
+    UserError
+        If what a layer makes of a token depends on later ones, as in an encoder.
+    """
     call = call.to(compute)
     layer = decoder.working_copy(0, compute)
-    output = layer(hidden.to(compute.device, compute.dtype), *call.args, **call.kwargs)
+    hidden = brought(hidden, compute)
+    half = hidden.shape[1] // 2
+    other_end = torch.cat([hidden[:, :half], -hidden[:, half:]], dim=1)
+    output = layer(hidden, *call.args, **call.kwargs)
+    first = (output[0] if isinstance(output, tuple) else output)[:, :half].float()
+    changed = call(layer, other_end)[:, :half].float()
+    # What is masked contributes zeros, so that nothing changes but by a kernel's whim.
+    if (first - changed).abs().max() > 16 * torch.finfo(hidden.dtype).eps * first.abs().max():
+        raise UserError(
+            "the model is no causal language model: what its first layer makes of a token depends on later "
+            "tokens. Encoders have no perplexity, and are not ternarized"
+        )
     return len(output) - 1 if isinstance(output, tuple) else None
 
 

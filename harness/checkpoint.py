@@ -11,11 +11,12 @@ everything else is as transformers writes it.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +40,10 @@ QUANT_METHOD = "pt2_llm"
 CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STAGING = ".incomplete"
-WEIGHT_FILES = "model*.safetensors"
+# Names of files of weights, as transformers and this program give them.
+WEIGHT_FILES = (SINGLE, "model-[0-9]*-of-[0-9]*.safetensors")
+# Room for what comes beside the weights: tokenizer (the largest have 35 MB), index, report, config.
+BESIDE_WEIGHTS = 64 << 20
 
 # What transformers reads chat templates from, and writes only for a tokenizer that has some.
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
@@ -72,7 +76,8 @@ class CheckpointWriter:
     """Writes a checkpoint shard by shard, and makes it visible only once it is whole.
 
     Files go to a folder inside `out`, on the disk they will stay on; without a config.json it does
-    not load. `finish` moves them into place; leaving the context without it removes them.
+    not load. `finish` moves them into place; leaving the context without it removes them. Meanwhile `out`
+    is locked, so that a second run does not mix its layers with these.
 
     Parameters
     ----------
@@ -86,7 +91,8 @@ class CheckpointWriter:
     Raises
     ------
     UserError
-        On every method, if a file cannot be written (a full disk, say).
+        On every method, if a file cannot be written (a full disk, say); on entering, if another run is
+        writing there.
     """
 
     def __init__(self, out: Path, shards: int, backend: Backend) -> None:
@@ -102,8 +108,10 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         self._made = not self.out.exists()
         try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.out)
             shutil.rmtree(self.folder, ignore_errors=True)  # left behind by a run that was killed
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir()
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made: {error.strerror}") from None
         return self
@@ -113,7 +121,9 @@ class CheckpointWriter:
     ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._made and kind is not None:
-            shutil.rmtree(self.out, ignore_errors=True)
+            with suppress(OSError):  # somebody has put something there
+                self.out.rmdir()
+        os.close(self._lock)
 
     def add(
         self, tensors: dict[str, torch.Tensor], matrices: Mapping[str, TernaryMatrix] | None = None
@@ -169,7 +179,7 @@ class CheckpointWriter:
                 "weight_dtype": str(original.model.dtype).removeprefix("torch."),
             }
             write_json(self.folder / CONFIG, config)
-            move_into(self.folder, self.out, stale=(WEIGHT_FILES, INDEX))
+            move_into(self.folder, self.out, stale=(*WEIGHT_FILES, INDEX))
         except Exception as error:  # the tokenizer raises plain Exception where the disk is full
             raise UserError(f"{self.out} could not be written: {_reason(error, self.folder)}") from None
 
@@ -193,19 +203,46 @@ def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
         os.replace(file, out / file.name)
 
 
+def _locked(folder: Path) -> int:
+    """A descriptor that holds the lock of a folder until it is closed, however the process ends.
+
+    Raises
+    ------
+    UserError
+        If another run holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another run is writing to {folder}; wait until it is done, or choose another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
 def require_free(out: Path, force: bool) -> None:
-    """Refuse an output folder that holds something already, unless it may be overwritten."""
+    """Refuse an output folder that holds something already, unless it may be overwritten.
+
+    Also where another run is writing, which is found again when this one begins to.
+    """
     existing = next(p for p in [out, *out.absolute().parents] if p.exists() or p.is_symlink())
     if not existing.is_dir():
         raise UserError(f"{existing} exists and is not a folder")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{existing} may not be written to")
+    if out.is_dir():
+        os.close(_locked(out))
     if out.is_dir() and any(entry.name != STAGING for entry in out.iterdir()) and not force:
         raise UserError(f"{out} exists and is not empty; choose another --out, or --force to overwrite")
 
 
-def require_space(out: Path, needed: int) -> None:
-    """Refuse to start where the checkpoint will not fit."""
+def require_space(out: Path, weights: int) -> None:
+    """Refuse to start where a checkpoint with so many bytes of weights will not fit."""
+    needed = weights + BESIDE_WEIGHTS
     existing = next(p for p in [out, *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -254,7 +291,9 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
     """
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{where} has format version {version}; this program reads version {FORMAT_VERSION}")
+        raise UserError(
+            f"{where} has format version {version!r}; this program reads version {FORMAT_VERSION}"
+        )
     modules, unpermuted = quantization.get("modules"), quantization.get("unpermuted")
     block_size = quantization.get("block_size")
     coded = quantization.get("coded", [])  # there were none at first
@@ -394,5 +433,7 @@ def _require_sound(name: str, part: str, tensor: torch.Tensor, expected: torch.T
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    free = shutil.disk_usage(folder).free if folder.exists() else 0
-    return f"{str(error).strip()} ({free / 1e6:.0f} MB free on that disk)"
+    what = str(error).strip()
+    if not folder.exists():
+        return f"{what}: {folder} is gone"
+    return f"{what} ({shutil.disk_usage(folder).free / 1e6:.0f} MB free on that disk)"

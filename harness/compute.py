@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,13 +45,21 @@ class Compute:
 
     @contextmanager
     def explaining_lack_of_memory(self) -> Iterator[None]:
-        """End a run that does not fit on the device with what to do."""
+        """End a run that does not fit on the device, or in the host's memory, with what to do."""
         try:
             yield
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the memory of {self.describe()} is too small ({str(error).partition('. ')[0]}); free some "
                 "of it, take fewer or shorter windows (--nsamples, --seqlen), or use --backend reference"
+            ) from None
+        except (MemoryError, RuntimeError) as error:
+            # torch has no class of its own for the host's.
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            raise UserError(
+                "the memory of this machine is too small; free some of it, or take fewer or shorter windows "
+                "(--nsamples, --seqlen)"
             ) from None
 
     def wait(self) -> None:
@@ -80,6 +89,11 @@ class Compute:
         if size + reserved <= self.memory:
             return [states.to(self.device) for states in hidden]
         return [states.pin_memory() for states in hidden]
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def default_compute(limit: int | None = None) -> Compute:

@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="what a GGUF is loaded in"
     )
+    parser.add_argument(
+        "--packed", action="store_true", help="keep no dense weights of a ternary checkpoint: slow, and small"
+    )
     parser.add_argument("--cpu", action="store_true", help="do not use a CUDA device that torch has")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -85,10 +88,11 @@ def main() -> int:
     """Run the command line."""
     arguments = parser().parse_args()
     stream = text.read_text(arguments.data, text.EVALUATION, arguments.text_column)
-    path = Path(arguments.model) if arguments.model else None
+    path = Path(arguments.model) if arguments.model else None  # an empty name is refused as it is loaded
     if path is not None and is_ternary(path):
-        trusted = arguments.trust_remote_code
-        original = Original(load(path, trust_remote_code=trusted), load_tokenizer(path, trusted), str(path))
+        dense, trusted = False if arguments.packed else None, arguments.trust_remote_code
+        loaded = load(path, dense=dense, trust_remote_code=trusted)
+        original = Original(loaded, load_tokenizer(path, trusted), str(path))
     else:
         original = load_original(arguments.model, arguments.gguf_dtype, arguments.trust_remote_code)
     compute = Compute() if arguments.cpu else default_compute()

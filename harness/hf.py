@@ -26,6 +26,9 @@ from harness.embedding import expect_codes, kept_codes, take_codes
 from harness.linear import TernaryLinear
 from harness.models import quiet_transformers, read_config, read_json, require_complete
 
+# What weights of a model may be.
+MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 # Projections that models call one after the other with the same tensor. Where a model does not, their
 # outputs are right all the same, and computed more than once.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -109,7 +112,21 @@ class TernaryQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        """What is saved: codes in the place of the weights that were made of them."""
+        """What is saved: codes in the place of the weights that were made of them.
+
+        Raises
+        ------
+        UserError
+            If dense weights of a ternary layer have been edited, which its packed tensors do not show.
+        """
+        for name, layer in model.named_modules():
+            if not isinstance(layer, TernaryLinear) or layer.weight is None:
+                continue
+            if not torch.equal(layer.weight, layer.dequantize().to(layer.weight.dtype)):
+                raise UserError(
+                    f"the weights of {name} have been edited, which trits cannot hold: it would be lost. "
+                    "Edit the original model and ternarize it again"
+                )
         if not self.quantization_config.coded:
             return None, {}
         tied = getattr(model, "all_tied_weights_keys", {})
@@ -135,10 +152,10 @@ class TernaryQuantizer(HfQuantizer):
 
 
 def _named_dtype(name: Any) -> torch.dtype:
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"config.json: dtype is {name!r}, which torch does not know")
-    return dtype
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in MODEL_DTYPES}
+    if name not in dtypes:
+        raise UserError(f"config.json: dtype is {name!r}, which is none of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 def swap(model: nn.Module, name: str, stored: checkpoint.StoredLayers, dtype: torch.dtype) -> None:
@@ -164,7 +181,10 @@ def swap(model: nn.Module, name: str, stored: checkpoint.StoredLayers, dtype: to
             dtype,
         )
     layer.bias = plain.bias  # in the dtype of the model
-    setattr(model.get_submodule(parent), own, layer)
+    holder = model.get_submodule(parent)
+    setattr(holder, own, layer)
+    # Some models initialize the weights of their projections by name, and here there are none.
+    holder._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def load(

@@ -146,7 +146,9 @@ class TernaryLinear(nn.Module):
             y = self.packed(x, self.part)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         weight = self.dequantize() if self.weight is None else self.weight
-        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+        return nn.functional.linear(
+            x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

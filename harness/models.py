@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from harness.cli import UserError
+from harness.compute import host_memory
 from harness.layers import DecoderLayers, Reader, find_decoder_layers
 
 # Carries SmolLM2-135M-Instruct as a GGUF file; its own dependencies are not needed.
@@ -37,12 +37,15 @@ class Original:
     """A model as it came, and where it came from.
 
     `read` is there if its decoder layers are not in memory; it reads tensors from disk by their names.
+    `ignored` are tensors of its files that the model has no use for, such as layers that predict further
+    tokens.
     """
 
     model: Any
     tokenizer: Any
     name: str
     read: Reader | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def load_original(
@@ -64,9 +67,12 @@ def load_original(
     UserError
         If there is no such model or it cannot be read.
     """
-    source = source or str(embedded_gguf())
+    if source is None:
+        source = str(embedded_gguf())
+    elif not source:
+        raise UserError("MODEL is empty: a variable that is not set?")
     path = Path(source)
-    if path.suffix.lower() == ".gguf":
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         return _load_gguf(path, GGUF_DTYPES[gguf_dtype])
     if path.is_dir():
         quantization = read_config(path).get("quantization_config")
@@ -100,8 +106,8 @@ def load_original(
         raise UserError(
             f"{source} could not be loaded as a causal language model{elsewhere}: {_summary(error)}"
         ) from None
-    require_complete(info, source)
-    return Original(model.eval(), tokenizer, source)
+    ignored = _require_all_found(info, source)
+    return Original(model.eval(), tokenizer, source, ignored=ignored)
 
 
 def quiet_transformers() -> Any:
@@ -159,13 +165,22 @@ def require_complete(info: dict[str, Any], source: str) -> None:
         raise UserError(f"{source}: {info['error_msgs'][0]}")
 
 
+def _require_all_found(info: dict[str, Any], source: str) -> tuple[str, ...]:
+    """Refuse a load that left weights at random; returns the tensors that it ignored.
+
+    Those do no harm as long as nothing is missing, and some originals have them.
+    """
+    require_complete({**info, "unexpected_keys": ()}, source)
+    return tuple(sorted(str(key) for key in info.get("unexpected_keys", ())))
+
+
 def require_fits(model: Any, tokens: torch.Tensor, seqlen: int) -> None:
     """Refuse windows longer than the model has positions for, and tokens it has no embedding of."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and seqlen > positions:
         raise UserError(f"windows of {seqlen} tokens are longer than the {positions} positions of the model")
-    if int(tokens.max()) >= config.vocab_size:
+    if tokens.numel() and int(tokens.max()) >= config.vocab_size:
         raise UserError(
             f"the tokenizer gives token {int(tokens.max())}, the model has {config.vocab_size}; "
             "they do not belong together"
@@ -184,8 +199,10 @@ def _require_whole_shards(folder: Path) -> None:
 
 def _is_larger_than_memory(folder: Path) -> bool:
     """Whether the weights of a model folder leave too little of this machine's memory."""
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return size > MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
+        return False  # in files that cannot be read tensor by tensor
+    files = [folder / name for name in set(_files(folder).values())]
+    return sum(file.stat().st_size for file in files if file.exists()) > MEMORY_SHARE * host_memory()
 
 
 def _load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
@@ -228,18 +245,38 @@ def _load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
             f"its files have no tensor {lacking[0]}"
         )
     info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
-    require_complete(info, str(folder))
-    return Original(model.eval(), tokenizer, str(folder), _reader(folder, files))
+    ignored = _require_all_found(info, str(folder))
+    return Original(model.eval(), tokenizer, str(folder), _reader(folder, files), ignored)
 
 
 def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False) -> DecoderLayers:
-    """Put `depth` decoder layers without weights, on torch's meta device, in the place of a model's own."""
+    """Put `depth` decoder layers without weights, on torch's meta device, in the place of a model's own.
+
+    What layers compute for themselves and no file holds (causal masks, tables of positions) is that of the
+    model's first layer.
+
+    Raises
+    ------
+    UserError
+        If a layer has such a tensor that the first has not.
+    """
     model.config.get_text_config().num_hidden_layers = depth
     with torch.device("meta"):
         shapes = quiet_transformers().AutoModelForCausalLM.from_config(
             model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
         )
     decoder = find_decoder_layers(shapes)
+    computed = dict(model.get_submodule(decoder.prefix)[0].named_buffers())
+    for index, layer in enumerate(decoder.layers):
+        stored = layer.state_dict()
+        for buffer in [name for name, _ in layer.named_buffers() if name not in stored]:
+            if buffer not in computed:
+                raise UserError(
+                    f"{type(model).__name__} cannot be read layer by layer: its first layer has no {buffer}, "
+                    f"which layer {index} computes"
+                )
+            owner, _, own = buffer.rpartition(".")
+            layer.get_submodule(owner).register_buffer(own, computed[buffer], persistent=False)
     parent, _, name = decoder.prefix.rpartition(".")
     setattr(model.get_submodule(parent), name, decoder.layers.eval())
     return decoder

@@ -61,7 +61,7 @@ class Plan:
             f"  {self.matrices} matrices, {self.weights / 1e6:.1f} M weights, "
             f"{self.bits_per_weight:.3f} bits a weight with alpha, mu and permutation",
             f"  checkpoint {size / 1e6:.0f} MB ({self.packed_bytes / 1e6:.0f} MB ternary, "
-            f"{self.other_bytes / 1e6:.0f} MB embeddings, head and norms as they are)",
+            f"{self.other_bytes / 1e6:.0f} MB embeddings, head and norms)",
             f"  about {self.memory_bytes / 1e9:.1f} GB of memory, "
             + (f"{self.device_bytes / 1e9:.1f} GB of the device's, " if self.device_bytes else "")
             + f"{duration(self.seconds)} without evaluation",
@@ -71,7 +71,8 @@ class Plan:
 def make_plan(
     original: Original,
     decoder: DecoderLayers,
-    hidden: list[torch.Tensor],
+    window: torch.Tensor,
+    windows: int,
     call: LayerCall,
     backend: Backend,
     compute: Compute,
@@ -82,7 +83,8 @@ def make_plan(
 ) -> Plan:
     """Estimate a run from the shapes and from one timed pass of the first layer.
 
-    `saved_bytes` is what is stored less of embedding and head than they take in memory.
+    `window` holds the hidden states of one of the `windows`; `saved_bytes` is what is stored less of
+    embedding and head than they take in memory.
     """
     model = original.model
     linears = list(decoder.named_linears().values())
@@ -96,8 +98,8 @@ def make_plan(
     packed = sum(
         packed_bytes(rows, columns, config.block_size, config.grid, permuted) for rows, columns in shapes
     )
-    seqlen = hidden[0].shape[1]
-    states = sum(states.numel() * states.element_size() for states in hidden)
+    seqlen = window.shape[1]
+    states = windows * window.numel() * window.element_size()
 
     # Gram matrices of a layer in float64 with a float32 chunk: most layers have two or three of the width.
     grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
@@ -107,7 +109,7 @@ def make_plan(
     host_fits = 8 * 6 * widest**2 * min(torch.get_num_threads(), len(decoder.linears[0]))
     host_layer = 12 * layer + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
 
-    forward, gram = _time_layer(decoder, hidden[0], call, compute)
+    forward, gram = _time_layer(decoder, window, call, compute)
     passes = 5 if true_sequential else 2  # q/k/v, o, gate/up and down are collected one by one
     if device:
         fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
@@ -125,7 +127,7 @@ def make_plan(
         + item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0),
         # The layer, its weights before and after, and a window on its way through it.
         device_bytes=2 * item * layer + grams + fit + 16 * item * seqlen * widest if device else 0,
-        seconds=len(decoder.layers) * len(hidden) * (passes * forward + gram) + fitting,
+        seconds=len(decoder.layers) * windows * (passes * forward + gram) + fitting,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from harness import checkpoint, gram, report, text
 from harness.backends import Backend, load_backend
 from harness.capture import LayerCall, capture_inputs
 from harness.cli import UserError
-from harness.compute import Compute, compute_for
+from harness.compute import Compute, compute_for, host_memory
 from harness.embedding import CodedMatrix, round_embeddings, unrounded
 from harness.evaluate import measure_on
 from harness.hf import load
@@ -99,9 +99,11 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
 
     compute = compute_for(backend)
     begin = time.perf_counter()
-    ready = _prepare(options, backend, compute, calibration_text, evaluation_text)
-    for line in _announcement(options, ready, calibration_text):
-        say(line)
+    with compute.explaining_lack_of_memory():
+        ready = _prepare(options, backend, compute, calibration_text, evaluation_text)
+        for line in _announcement(options, ready, calibration_text):
+            say(line)
+        ready = _with_all_windows(ready)
     record = _record(options, ready, calibration_text)
     record["seconds"]["load"] = time.perf_counter() - begin
 
@@ -146,13 +148,17 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
 
 @dataclass(frozen=True)
 class _Ready:
-    """A model and its calibration inputs; `tokens` is the length of the whole calibration text."""
+    """A model and its calibration inputs; `tokens` is the length of the whole calibration text.
+
+    Hidden states are those of the first window until `_with_all_windows`.
+    """
 
     original: Original
     decoder: DecoderLayers
     backend: Backend
     compute: Compute
     tokens: int
+    windows: torch.Tensor
     hidden: list[torch.Tensor]
     calls: list[LayerCall]
     plan: Plan
@@ -188,11 +194,12 @@ def _prepare(
         text.evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
         require_fits(original.model, evaluated, options.evaluation_seqlen)
     coded = round_embeddings(original.model) if options.embedding == INT8 else {}
-    hidden, calls = capture_inputs(original.model, decoder, windows, compute)
+    hidden, calls = capture_inputs(original.model, decoder, windows[:1], compute)
     plan = make_plan(
         original,
         decoder,
-        hidden,
+        hidden[0],
+        len(windows),
         calls[0],
         backend,
         compute,
@@ -203,8 +210,16 @@ def _prepare(
     )
     if options.method == PT2_LLM and options.out is not None:
         checkpoint.require_space(options.out, plan.packed_bytes + plan.other_bytes)
-    hidden = compute.place(hidden, reserved=plan.device_bytes)
-    return _Ready(original, decoder, backend, compute, len(tokens), hidden, calls, plan, coded)
+    return _Ready(original, decoder, backend, compute, len(tokens), windows, hidden, calls, plan, coded)
+
+
+def _with_all_windows(ready: _Ready) -> _Ready:
+    """The same with the hidden states of every window, where they wait between the layers."""
+    with tqdm(total=len(ready.windows), desc="windows", unit="window", disable=None, leave=False) as bar:
+        hidden, calls = capture_inputs(
+            ready.original.model, ready.decoder, ready.windows, ready.compute, bar.update
+        )
+    return replace(ready, hidden=ready.compute.place(hidden, reserved=ready.plan.device_bytes), calls=calls)
 
 
 def _announcement(options: Options, ready: _Ready, calibration_text: text.Text) -> list[str]:
@@ -216,6 +231,14 @@ def _announcement(options: Options, ready: _Ready, calibration_text: text.Text) 
     ]
     if ready.tokens < wanted:
         lines.append(f"  warning: the text has {ready.tokens} tokens for {wanted} asked for; windows overlap")
+    if ignored := ready.original.ignored:
+        some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
+        lines.append(f"  warning: {len(ignored)} tensors of the files are not used by the model: {some}")
+    if ready.plan.memory_bytes > host_memory():
+        lines.append(
+            f"  warning: this machine has {host_memory() / 1e9:.1f} GB of memory for the "
+            f"{ready.plan.memory_bytes / 1e9:.1f} GB expected; fewer or shorter windows take less"
+        )
     return lines + (ready.plan.lines() if options.method == PT2_LLM else [])
 
 
@@ -389,7 +412,8 @@ def _result_lines(options: Options, record: dict[str, Any]) -> list[str]:
     for when, result in record["perplexity"].items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
     if options.method == PT2_LLM and options.out is not None:
-        size = sum(file.stat().st_size for file in options.out.glob(checkpoint.WEIGHT_FILES))
+        weights = [file for pattern in checkpoint.WEIGHT_FILES for file in options.out.glob(pattern)]
+        size = sum(file.stat().st_size for file in weights)
         lines.append(f"{options.out}: {size / 1e6:.1f} MB of weights")
     seconds = sum(record["seconds"].values())
     device = record["peak_device_bytes"]

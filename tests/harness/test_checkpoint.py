@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -282,6 +283,30 @@ def test_files_are_staged_on_the_disk_they_stay_on(tmp_path: Path) -> None:
         assert writer.folder.parent == tmp_path / "out"
 
 
+def test_a_second_run_does_not_write_where_one_is_writing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with checkpoint.CheckpointWriter(out, 2, REFERENCE) as writer:
+        writer.add({"a": torch.zeros(3)})
+        with pytest.raises(UserError, match=r"another run is writing to .*out; wait"):
+            checkpoint.require_free(out, force=True)
+        with (
+            pytest.raises(UserError, match="another run is writing to"),
+            checkpoint.CheckpointWriter(out, 2, REFERENCE),
+        ):
+            pass
+        assert len(list(writer.folder.iterdir())) == 1
+    with checkpoint.CheckpointWriter(out, 2, REFERENCE):
+        pass
+
+
+def test_a_failed_run_deletes_only_what_is_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), checkpoint.CheckpointWriter(out, 2, REFERENCE):  # noqa: PT012
+        (out / "mine.txt").write_text("mine")
+        raise KeyboardInterrupt
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+
+
 def test_others_may_read_the_weights(quantized: Path) -> None:
     for file in quantized.glob("*.safetensors"):
         assert file.stat().st_mode & 0o044 == 0o044, file.name
@@ -319,6 +344,12 @@ def test_too_little_space_is_refused_before_the_start(tmp_path: Path) -> None:
     checkpoint.require_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk"):
         checkpoint.require_space(tmp_path, 1 << 62)
+
+
+def test_the_tokenizer_needs_space_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=40_000_000))
+    with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk, 40\.0 MB are free"):
+        checkpoint.require_space(tmp_path, 35_000_000)
 
 
 def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

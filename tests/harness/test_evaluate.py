@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,14 +95,28 @@ def test_originals_and_ternary_checkpoints_are_measured_alike(
     llama: Path, quantized: Path, words_file: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = []
-    for model in (llama, quantized):
-        arguments = (model, "--data", words_file, "--seqlen", "50", "--windows", "3", "--json")
+    for model in (llama, quantized, (quantized, "--packed")):
+        options = model if isinstance(model, tuple) else (model,)
+        arguments = (*options, "--data", words_file, "--seqlen", "50", "--windows", "3", "--json")
         assert run_main(evaluate.main, *arguments) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["windows"] == 3
         assert "400 tokens, 3 of 8 windows of 50 without overlap" in result["protocol"]
         values.append(result["value"])
     assert values[0] == pytest.approx(values[1])  # weights on the grid: the same model
+    assert values[1] == values[2]
+
+
+def test_text_that_gives_no_tokens_is_refused(
+    llama: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[^w0-9 ]"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "text.txt").write_text("\u65e5\u672c")
+    assert run_main(evaluate.main, folder, "--data", tmp_path / "text.txt", "--seqlen", "50") == EXIT_USAGE
+    assert "less than one window of 50" in capsys.readouterr().err
 
 
 def test_the_protocol_is_printed_with_the_number(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -137,6 +138,45 @@ def test_saved_in_another_dtype_weights_are_still_those_that_calibration_saw(
         config = json.loads((first / "config.json").read_text())
         config["quantization_config"].pop("weight_dtype", None)
         (first / "config.json").write_text(json.dumps(config))
+
+
+def test_edited_weights_are_not_lost_without_a_word(quantized: Path, tmp_path: Path) -> None:
+    model = harness.load(quantized)
+    model.to(torch.float16).to(torch.float32).save_pretrained(tmp_path / "moved")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj have been edited"):
+        model.save_pretrained(tmp_path / "edited")
+
+
+def test_a_model_that_initializes_projections_by_name_is_loaded(tmp_path: Path) -> None:
+    """GPTBigCode's `_init_weights` takes `c_proj.weight`, which a ternary layer does not have yet."""
+    config = transformers.GPTBigCodeConfig(
+        vocab_size=tiny.VOCABULARY, n_positions=64, n_embd=tiny.WIDTH, n_layer=2, n_head=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    (tmp_path / "words.txt").write_text(tiny.words(400))
+    run_workflow(model, tmp_path / "out", tmp_path / "words.txt", TernaryConfig(block_size=tiny.BLOCK))
+    loaded = harness.load(tmp_path / "out")
+    assert torch.equal(loaded(PROMPT).logits, with_plain_layers(tmp_path / "out")(PROMPT).logits)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "no_such", 3])
+def test_weights_of_a_type_that_no_model_has_are_refused(damaged: Path, dtype: object) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    config["quantization_config"]["weight_dtype"] = dtype
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="which is none of bfloat16, float16, float32"):
+        harness.load(damaged)
+
+
+@pytest.mark.parametrize("ternarized", ["opt"], indirect=True)
+def test_a_layer_with_a_bias_answers_in_the_type_of_its_input(ternarized: Path) -> None:
+    layer = next(m for m in harness.load(ternarized).modules() if isinstance(m, TernaryLinear))
+    x = torch.ones(1, layer.in_features)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, torch.nn.functional.linear(x, layer.weight.float(), layer.bias.float()))
 
 
 def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:

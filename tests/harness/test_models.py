@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from harness import layers, models
+from harness import compute, layers, models, perplexity
 from harness.cli import UserError
 from harness.compute import Compute
 from tests.harness import tiny
@@ -215,8 +216,56 @@ def test_layers_stay_on_disk_if_the_weights_take_more_than_three_fifths_of_the_m
 ) -> None:
     memory = int(times * (llama / "model.safetensors").stat().st_size)
     pages = {"SC_PHYS_PAGES": memory // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(models.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(compute.os, "sysconf", pages.__getitem__)
     assert (models.load_original(str(llama)).read is not None) == streamed
+
+
+def test_only_weights_that_are_loaded_count_as_taking_memory(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some folders hold all weights once more, in one file by another name."""
+    folder = shutil.copytree(llama, tmp_path / "twice")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    size = (llama / "model.safetensors").stat().st_size
+    monkeypatch.setattr(models, "host_memory", lambda: 1.8 * size)
+    assert models.load_original(str(folder)).read is None
+
+
+def test_tables_that_layers_compute_are_there_when_layers_are_read_from_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-J's layers have tables of positions that no file holds."""
+    config = transformers.GPTJConfig(
+        vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2, rotary_dim=8
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tiny.save(model, tmp_path)
+    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    streamed = models.load_original(str(tmp_path))
+    decoder = layers.find_decoder_layers(streamed.model, streamed.read)
+    tokens = torch.randint(3, 90, (2, 12))
+    measured = perplexity.measure_by_layers(streamed.model, decoder, tokens, 24, "words", Compute())
+    assert measured.value == pytest.approx(perplexity.measure(model, tokens, 24, "words").value)
+
+
+def test_tensors_that_a_model_does_not_use_are_named_and_do_no_harm(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(llama, tmp_path / "more")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.eh_proj.weight"] = torch.zeros(2, 2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert models.load_original(str(folder)).ignored == ("model.layers.3.eh_proj.weight",)
+
+
+def test_an_empty_name_is_not_the_embedded_model() -> None:
+    with pytest.raises(UserError, match="MODEL is empty"):
+        models.load_original("")
+
+
+def test_a_folder_may_be_called_like_a_gguf_file(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "model.gguf")
+    assert models.load_original(str(folder)).model.config.model_type == "llama"
 
 
 def test_a_sharded_model_is_read_by_its_index(

@@ -189,6 +189,18 @@ def test_a_model_that_changes_hidden_states_between_layers_is_refused() -> None:
         capture_inputs(model, decoder, windows())
 
 
+def test_an_encoder_is_refused() -> None:
+    config = transformers.BertConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    model = transformers.BertLMHeadModel(config).eval()
+    with pytest.raises(UserError, match="depends on later tokens"):
+        capture_inputs(model, find_decoder_layers(model), windows())
+    config.is_decoder = True
+    model = transformers.BertLMHeadModel(config).eval()
+    capture_inputs(model, find_decoder_layers(model), windows())
+
+
 def test_recording_leaves_the_layers_as_they_were() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)

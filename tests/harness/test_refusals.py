@@ -56,6 +56,24 @@ def test_a_device_that_is_too_small_ends_the_run_with_what_to_do(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
+    llama: Path,
+    words_file: Path,
+    tmp_path: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(workflow, "host_memory", lambda: 1_000_000)
+    monkeypatch.setattr(pipeline, "_collect_grams", lambda *arguments: torch.empty(1 << 60))
+    arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
+    assert run_main(quantize.main, llama, *arguments) == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert "warning: this machine has 0.0 GB of memory for the 0." in printed.out
+    assert "the memory of this machine is too small; free some of it" in printed.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -97,9 +115,11 @@ def test_force_replaces_an_earlier_checkpoint_and_leaves_other_files(
 ) -> None:
     (damaged / "mine.txt").write_text("mine")
     (damaged / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    (damaged / "model_backup.safetensors").write_bytes(b"mine")
     arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
     assert run_main(quantize.main, *arguments) == 0
     assert (damaged / "mine.txt").read_text() == "mine"
+    assert (damaged / "model_backup.safetensors").read_bytes() == b"mine"
     assert not (damaged / "model-00009-of-00009.safetensors").exists()
     assert json.loads((damaged / REPORT).read_text())["config"]["block_size"] == 128
     harness.load(damaged)
