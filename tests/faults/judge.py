@@ -365,7 +365,7 @@ class Judge:
         return {"by": said, "seconds": round(time.perf_counter() - started, 2)}
 
     def _run(self, file: str, files: list[str], order: dict[str, Rank | None]) -> str:
-        """What becomes of some test files in a fork, with a fault in `file`; empty if nothing could be run."""
+        """What some test files say in a fork, with a fault in `file`; empty if none could be run."""
         reading, writing = os.pipe()
         plugin = FirstFailure(
             writing, order, self.recorder.seconds, self.patience, compiled=not file.endswith(".py")
