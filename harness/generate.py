@@ -66,7 +66,13 @@ class _Clock(TextStreamer):
 
 
 def generate(
-    original: Original, prompt: str, tokens: int, temperature: float, seed: int, compiled: bool = False
+    original: Original,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    chat: bool = False,
+    compiled: bool = False,
 ) -> Speed:
     """Print the continuation of a prompt.
 
@@ -82,6 +88,8 @@ def generate(
         0 takes the likeliest token; above, tokens are drawn.
     seed : int
         Of the draw.
+    chat : bool
+        Give the prompt as a user's message, by the model's template.
     compiled : bool
         Use a cache of fixed size, for which transformers compiles the model on a CUDA device.
 
@@ -93,11 +101,13 @@ def generate(
     ------
     UserError
         If the prompt is empty or no Unicode text, or longer with what is to be written than the model has
-        positions for.
+        positions for; or if there is no template for `chat`.
     """
     require_unicode(prompt, "the prompt")
     model = original.model
-    inputs = original.tokenizer(prompt, return_tensors="pt")
+    text = _in_template(original, prompt) if chat else prompt
+    # A template writes the special tokens itself; those of the tokenizer would come on top.
+    inputs = original.tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     ids = inputs["input_ids"]
     if ids.numel() == 0:
         raise UserError("the prompt is empty")
@@ -159,9 +169,14 @@ def main() -> int:
     else:
         original = load_original(arguments.model, trust_remote_code=arguments.trust_remote_code)
         original.model.to(device)
-    prompt = _in_template(original, arguments.prompt) if arguments.chat else arguments.prompt
     speed = generate(
-        original, prompt, arguments.tokens, arguments.temperature, arguments.seed, arguments.compile
+        original,
+        arguments.prompt,
+        arguments.tokens,
+        arguments.temperature,
+        arguments.seed,
+        arguments.chat,
+        arguments.compile,
     )
     print(f"{speed}, on {original.model.device}", file=sys.stderr)
     return 0

@@ -1,0 +1,51 @@
+"""What harness.generate gives the model to read, and how it ends where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from harness import generate
+from harness.models import Original
+from tests.harness import tiny
+
+Run = Callable[..., int]
+
+# The tiny tokenizer has a word a token: 1 is <s>, 2 is </s>.
+CHAT = "{{ bos_token }} w9 {{ messages[0].content }} {{ eos_token }}"
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Original:
+    """What the program loads where no model is named: small, with a tokenizer that begins with <s>."""
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.chat_template = CHAT
+    original = Original(tiny.make_model("llama"), tokenizer, "the model")
+    monkeypatch.setattr(generate, "load_original", lambda source, **options: original)
+    return original
+
+
+@pytest.fixture
+def read(model: Original, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens that the model is given at every call."""
+    seen: list[list[int]] = []
+
+    def note(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(input_ids[0].tolist())
+        return input_ids
+
+    monkeypatch.setattr(model.model, "generate", note)
+    return seen
+
+
+def test_a_template_s_special_tokens_are_not_added_once_more(read: list[list[int]], run_main: Run) -> None:
+    for chat in ((), ("--chat",)):
+        assert run_main(generate.main, "--prompt", "w5 w6", "--cpu", *chat) == 0
+    assert read == [[1, 5, 6], [1, 9, 5, 6, 2]]
