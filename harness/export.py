@@ -40,18 +40,19 @@ def parser() -> argparse.ArgumentParser:
     add("--format", choices=("gguf", "hqq"), required=True, help="what to write")
     add("--out", type=Path, required=True, metavar="PATH", help="the GGUF file or the HQQ folder to write")
     add("--force", action="store_true", help="overwrite PATH if it exists")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     return parser
 
 
 def main() -> int:
     """Run the command line."""
     arguments = parser().parse_args()
-    if arguments.format == "gguf":
-        exported = export_gguf(arguments.checkpoint, arguments.out, arguments.force)
-        print(exported.summary("mu - alpha"))
-    else:
-        exported = export_hqq(arguments.checkpoint, arguments.out, arguments.force)
-        print(exported.summary("1 - mu / alpha"))
+    write, rounded = {
+        "gguf": (export_gguf, "mu - alpha"),
+        "hqq": (export_hqq, "1 - mu / alpha"),
+    }[arguments.format]
+    exported = write(arguments.checkpoint, arguments.out, arguments.force, arguments.trust_remote_code)
+    print(exported.summary(rounded))
     return 0
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from harness.checkpoint import is_ternary
+from harness.checkpoint import is_ternary, load_tokenizer
 from harness.cli import UserError
 from harness.hf import load
 from harness.linear import TernaryLinear, unpack_base3
@@ -118,8 +118,10 @@ class Stored:
     ----------
     folder : Path
         Where it is.
-    config : transformers.PreTrainedConfig
-        The original model's.
+    model : transformers.PreTrainedModel
+        What it is read into; its config is the original model's.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The one that was saved with it.
     layers : dict of str to TernaryLinear
         Its ternary layers.
     tensors : dict of str to torch.Tensor
@@ -127,9 +129,15 @@ class Stored:
     """
 
     folder: Path
-    config: Any
+    model: Any
+    tokenizer: Any
     layers: dict[str, TernaryLinear]
     tensors: dict[str, torch.Tensor]
+
+    @property
+    def config(self) -> Any:
+        """The original model's settings."""
+        return self.model.config
 
     def matrix(self, name: str) -> TernaryMatrix:
         """The weights of one ternary layer."""
@@ -139,13 +147,15 @@ class Stored:
         return TernaryMatrix(trits, scale, shift, np.arange(layer.in_features), layer.block_size)
 
 
-def read_unpermuted(folder: Path) -> Stored:
+def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
     """Read a checkpoint that has float16 grids and was not reordered.
 
     Parameters
     ----------
     folder : Path
         What `python -m harness.quantize --reorder none` wrote.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
 
     Returns
     -------
@@ -154,9 +164,10 @@ def read_unpermuted(folder: Path) -> Stored:
     Raises
     ------
     UserError
-        As `harness.load` does; or if columns were reordered, or alpha and mu are in 8 bits.
+        As `harness.load` does; or if columns were reordered, alpha and mu are in 8 bits, or there is no
+        tokenizer.
     """
-    model = load(folder, dense=False)
+    model = load(folder, dense=False, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
     reordered = [name for name, layer in layers.items() if layer.permutation is not None]
     if reordered:
@@ -175,10 +186,9 @@ def read_unpermuted(folder: Path) -> Stored:
     ternary = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
     left_out = ternary | getattr(model, "all_tied_weights_keys", {}).keys()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return Stored(folder, config, layers, tensors)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return Stored(folder, model, load_tokenizer(folder, trust_remote_code), layers, tensors)
 
 
 def half_unit(values: Float64) -> Float64:

@@ -21,7 +21,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from harness.checkpoint import load_tokenizer, require_space
+from harness.checkpoint import require_space
 from harness.cli import UserError
 from harness.exporting import Exported, Rounding, Stored, half_unit, progress, read_unpermuted
 from harness.gguf_tokenizer import add_tokenizer
@@ -70,7 +70,7 @@ class _Entry:
         return gguf.quant_shape_to_byte_shape(self.shape, self.kind)
 
 
-def export_gguf(folder: Path, out: Path, force: bool = False) -> Exported:
+def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code: bool = False) -> Exported:
     """Write a checkpoint that was made without reordering as a GGUF file.
 
     Parameters
@@ -81,6 +81,8 @@ def export_gguf(folder: Path, out: Path, force: bool = False) -> Exported:
         The file; it appears only once it is whole.
     force : bool
         Whether it may exist.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
 
     Returns
     -------
@@ -102,13 +104,13 @@ def export_gguf(folder: Path, out: Path, force: bool = False) -> Exported:
         raise UserError(f"{out} is a folder; --out names the file to write")
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another --out, or --force to overwrite")
-    stored = read_unpermuted(folder)
+    stored = read_unpermuted(folder, trust_remote_code)
     architecture = _architecture(stored)
     rounding = Rounding()
     entries = _entries(stored, architecture, rounding)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
     _add_settings(writer, stored.config, folder)
-    add_tokenizer(writer, load_tokenizer(folder), stored.config)
+    add_tokenizer(writer, stored.tokenizer, stored.config)
     require_space(out, sum(int(np.prod(entry.byte_shape)) for entry in entries))
 
     partial = out.with_name(out.name + ".partial")
@@ -192,6 +194,7 @@ def _architecture(stored: Stored) -> Architecture:
         (rope.get("rope_type", "default") != "default", f"its rope scaling ({rope.get('rope_type')})"),
         (rope.get("partial_rotary_factor") not in (None, 1), "its partial rotary embedding"),
         (window and window < config.max_position_embeddings, f"its attention in windows of {window} tokens"),
+        (getattr(stored.model, "_auto_class", None) is not None, "the code that comes with it"),
         (config.hidden_act != "silu", f"its activation {config.hidden_act}"),
     )
     for fault, what in faults:

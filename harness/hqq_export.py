@@ -32,11 +32,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from transformers.dynamic_module_utils import custom_object_save
 
 from harness.checkpoint import (
     CONFIG,
     STAGING,
-    load_tokenizer,
     move_into,
     require_free,
     require_space,
@@ -74,7 +74,7 @@ _STATE: dict[str, Any] = {
 }
 
 
-def export_hqq(folder: Path, out: Path, force: bool = False) -> Exported:
+def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: bool = False) -> Exported:
     """Write a checkpoint that was made without reordering as a folder in HQQ's layout.
 
     Parameters
@@ -85,6 +85,8 @@ def export_hqq(folder: Path, out: Path, force: bool = False) -> Exported:
         The folder; it has a config.json only once it is whole.
     force : bool
         Whether it may hold something already; what has the name of a file of the export is replaced.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
 
     Returns
     -------
@@ -104,7 +106,7 @@ def export_hqq(folder: Path, out: Path, force: bool = False) -> Exported:
     """
     require_no_checkpoint(out)
     require_free(out, force)
-    stored = read_unpermuted(folder)
+    stored = read_unpermuted(folder, trust_remote_code)
     rounding = Rounding()
     layers = {module: _group_size(stored, module) for module in stored.layers}
     tensors = {name: tensor.contiguous() for name, tensor in stored.tensors.items()}
@@ -217,16 +219,18 @@ def _tag(module: str) -> str:
 
 
 def _write(stored: Stored, layers: dict[str, int], tensors: dict[str, torch.Tensor], out: Path) -> None:
-    tokenizer = load_tokenizer(stored.folder)
-    config = stored.config.to_dict()
-    config["quantization_config"] = _quantization(layers)
     staging, made = out / STAGING, not out.exists()
     try:
         shutil.rmtree(staging, ignore_errors=True)  # left behind by a run that was killed
         staging.mkdir(parents=True)
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         (staging / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
-        tokenizer.save_pretrained(staging)
+        stored.tokenizer.save_pretrained(staging)
+        for part in (stored.model, stored.config):
+            if getattr(part, "_auto_class", None) is not None:  # code that came with the model
+                custom_object_save(part, staging, config=stored.config)
+        config = stored.config.to_dict()
+        config["quantization_config"] = _quantization(layers)
         write_json(staging / CONFIG, config)
         move_into(staging, out)
     except Exception as error:  # the tokenizer raises plain Exception where the disk is full

@@ -47,13 +47,15 @@ class Layer:
         return 8 * self.bytes / (self.rows * self.columns)
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """Sizes and layers of a checkpoint.
 
     Parameters
     ----------
     folder : Path
         A ternary checkpoint.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
 
     Returns
     -------
@@ -66,7 +68,7 @@ def describe(folder: Path) -> dict[str, Any]:
     UserError
         If the folder is no such checkpoint, or a file or tensor of it is missing or damaged.
     """
-    model = load(folder, dense=False)
+    model = load(folder, dense=False, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
     sizes = dict.fromkeys(KINDS, 0)
     for name, tensor in checkpoint.tensors_of(folder):
@@ -125,8 +127,9 @@ def main() -> int:
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="folder of a ternary checkpoint")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     arguments = parser.parse_args()
-    found = describe(arguments.path)
+    found = describe(arguments.path, arguments.trust_remote_code)
     if arguments.json:
         print(json_text({**found, "layers": [vars(layer) for layer in found["layers"]]}))
     else:

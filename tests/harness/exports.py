@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from transformers import dynamic_module_utils
 
 from harness.backends import load_backend
 from harness.checkpoint import CheckpointWriter
@@ -149,6 +154,51 @@ def write(
         writer.add(kept, matrices)
         writer.finish(Original(model, tokenizer or byte_level(), "random"), settings, list(linears), [], {})
     return folder
+
+
+def with_own_code(checkpoint: Path, folder: Path, model_type: str = "own") -> Path:
+    """A copy of a checkpoint of a LLaMA, with classes of its own that come with it."""
+    shutil.copytree(checkpoint, folder)
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n"
+        "from .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (folder / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n"
+        f"class OwnConfig(LlamaConfig):\n    model_type = {model_type!r}\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    config.update(model_type=model_type, architectures=["OwnForCausalLM"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@contextmanager
+def code_cache(folder: Path) -> Iterator[None]:
+    """A cache of its own for code that comes with models.
+
+    Python would not look into a second one: it keeps the package that it has imported from the first.
+    """
+    package = dynamic_module_utils.TRANSFORMERS_DYNAMIC_MODULE_NAME
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / package).is_dir()])
+        for name in _modules_of(package):
+            patch.delitem(sys.modules, name)
+        try:
+            yield
+        finally:
+            for name in _modules_of(package):
+                del sys.modules[name]
+
+
+def _modules_of(package: str) -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] == package]
 
 
 def to_gguf(run_main: Run, folder: Path, out: Path, *arguments: object) -> Path:

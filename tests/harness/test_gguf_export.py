@@ -28,12 +28,14 @@ from tests.harness.exports import (
     TEXT,
     Run,
     byte_level,
+    code_cache,
     config_of,
     raw,
     raw_grid,
     read_gguf,
     sentencepiece,
     to_gguf,
+    with_own_code,
     write,
 )
 
@@ -206,6 +208,18 @@ def test_what_gguf_cannot_hold_is_refused(
     assert message in error
     assert error.count("\n") == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_code_that_comes_with_a_model_cannot_go_into_gguf(
+    plain: Path, run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it goes by the name of an architecture that GGUF has."""
+    folder, out = with_own_code(plain, tmp_path / "own", "llama"), tmp_path / "a.gguf"
+    arguments = (folder, "--format", "gguf", "--out", out, "--trust-remote-code")
+    with code_cache(tmp_path / "modules"):
+        assert run_main(export.main, *arguments) == EXIT_USAGE
+    assert "the code that comes with it would be lost" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_perplexity_of_an_export_is_the_checkpoint_s(plain: Path, run_main: Run, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from harness import export
 from harness.checkpoint import load_tokenizer
 from harness.cli import EXIT_USAGE
 from tests.harness import tiny
-from tests.harness.exports import Run, config_of, raw, raw_grid, write
+from tests.harness.exports import Run, code_cache, config_of, raw, raw_grid, with_own_code, write
 
 
 def hqq_weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -80,6 +80,26 @@ def test_hqq_takes_models_that_gguf_does_not(run_main: Run, tmp_path: Path) -> N
         hqq_weight(held, name), harness.load(folder).get_submodule(name).weight.detach(), atol=3e-4
     )
     assert torch.equal(held[f"{name}.bias"], harness.load(folder).get_submodule(name).bias)
+
+
+def test_code_that_comes_with_a_model_goes_into_the_export(
+    plain: Path, run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = with_own_code(plain, tmp_path / "own"), tmp_path / "out"
+    assert run_main(export.main, folder, "--format", "hqq", "--out", out) == EXIT_USAGE
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert not out.exists()
+    with code_cache(tmp_path / "modules"):
+        assert run_main(export.main, folder, "--format", "hqq", "--out", out, "--trust-remote-code") == 0
+    export.export_hqq(plain, tmp_path / "without")
+    held, expected = (load_file(path / "qmodel.safetensors") for path in (out, tmp_path / "without"))
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], expected[name]) for name in held)
+    for file in ("modeling_own.py", "configuration_own.py"):
+        assert (out / file).read_text() == (folder / file).read_text()
+    with code_cache(tmp_path / "others"):
+        config = transformers.AutoConfig.from_pretrained(out, trust_remote_code=True)
+    assert (type(config).__name__, config.hidden_size) == ("OwnConfig", 128)
 
 
 def test_chat_templates_are_those_of_the_last_export(plain: Path, run_main: Run, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from harness.cli import EXIT_USAGE
 from harness.models import Original
 from reference.packing import unpack_base3
 from tests.harness import tiny
+from tests.harness.exports import code_cache, with_own_code
 
 Run = Callable[..., int]
 
@@ -53,6 +54,19 @@ def test_the_table_has_a_line_for_every_layer(
     assert out.count("_proj ") == 21
     assert "128 x 176" in out
     assert "21 ternary layers" in out
+
+
+def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
+    plain: Path, run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_own_code(plain, tmp_path / "own")
+    assert run_main(inspect.main, folder) == EXIT_USAGE
+    assert "trust_remote_code" in capsys.readouterr().err
+    with code_cache(tmp_path / "modules"):
+        assert run_main(inspect.main, folder, "--trust-remote-code") == 0
+    found = capsys.readouterr().out
+    assert run_main(inspect.main, plain) == 0
+    assert found == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("program", [inspect, generate])
