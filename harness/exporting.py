@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from harness.checkpoint import is_ternary, load_tokenizer
+from harness.checkpoint import load_tokenizer
 from harness.cli import UserError
 from harness.hf import load
 from harness.linear import TernaryLinear, unpack_base3
@@ -198,10 +198,10 @@ def half_unit(values: Float64) -> Float64:
     return np.ldexp(1.0, np.maximum(exponent - 1, -14) - 11)
 
 
-def require_no_checkpoint(out: Path) -> None:
-    """Refuse to write over the checkpoint itself, or over another."""
-    if is_ternary(out):
-        raise UserError(f"{out} is a ternary checkpoint; choose another --out")
+def require_outside(folder: Path, out: Path) -> None:
+    """Refuse to write into the checkpoint that is read."""
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{out} is inside the checkpoint {folder}, which is read; choose another --out")
 
 
 @contextmanager

@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 
 from harness.checkpoint import require_space
 from harness.cli import UserError
-from harness.exporting import Exported, Rounding, Stored, half_unit, progress, read_unpermuted
+from harness.exporting import (
+    Exported,
+    Rounding,
+    Stored,
+    half_unit,
+    progress,
+    read_unpermuted,
+    require_outside,
+)
 from harness.gguf_tokenizer import add_tokenizer
 from reference.types import TernaryMatrix
 
@@ -92,8 +100,8 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
     ------
     UserError
         If the checkpoint is damaged or reordered, GGUF or transformers' reader of it lacks what the
-        model needs, its columns do not fall into groups of 32 with one alpha, or the file cannot be
-        written.
+        model needs, its columns do not fall into groups of 32 with one alpha, or the file lies inside the
+        checkpoint or cannot be written.
 
     Notes
     -----
@@ -102,6 +110,7 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder; --out names the file to write")
+    require_outside(folder, out)
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another --out, or --force to overwrite")
     stored = read_unpermuted(folder, trust_remote_code)

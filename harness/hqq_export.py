@@ -50,11 +50,13 @@ from harness.exporting import (
     half_unit,
     progress,
     read_unpermuted,
-    require_no_checkpoint,
+    require_outside,
 )
 from reference.types import TernaryMatrix
 
 WEIGHTS = "qmodel.safetensors"
+# A GGUF file is a whole model by itself: a config.json beside it takes nothing from it.
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 GROUP_MULTIPLE = 8  # hqq takes no other groups
 PACKED_GROUPS = 4
 
@@ -95,8 +97,8 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
     Raises
     ------
     UserError
-        If the checkpoint is damaged or reordered, its blocks are no groups that HQQ has, or a file
-        cannot be written.
+        If the checkpoint is damaged or reordered, its blocks are no groups that HQQ has, or the folder lies
+        inside the checkpoint, holds another model, or cannot be written.
 
     Notes
     -----
@@ -104,8 +106,9 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
     abs(zero - (1 - mu / alpha)) is at most half a unit in the last place of float16. hqq itself
     computes this in float16, or in the type it is told, and rounds again.
     """
-    require_no_checkpoint(out)
+    require_outside(folder, out)
     require_free(out, force)
+    _require_no_other_model(out)
     stored = read_unpermuted(folder, trust_remote_code)
     rounding = Rounding()
     layers = {module: _group_size(stored, module) for module in stored.layers}
@@ -171,6 +174,17 @@ def pack_hqq(matrix: TernaryMatrix, group_size: int, rounding: Rounding) -> dict
         "scale": scale[:, block].reshape(-1, 1),
         "zero": zero[:, block].reshape(-1, 1),
     }
+
+
+def _require_no_other_model(out: Path) -> None:
+    """Refuse to put this model's config.json and tokenizer in the place of those of other weights."""
+    entries = sorted(out.iterdir()) if out.is_dir() else []
+    others = [entry.name for entry in entries if entry.suffix in OTHER_WEIGHTS and entry.name != WEIGHTS]
+    if others:
+        raise UserError(
+            f"{out} holds another model's weights ({others[0]}), whose config.json would be replaced; "
+            "choose another --out"
+        )
 
 
 def _group_size(stored: Stored, module: str) -> int:

@@ -161,14 +161,36 @@ def test_an_existing_output_is_kept_unless_forced(
     assert file.read_bytes() == before
 
 
-def test_a_checkpoint_is_never_written_over(
-    plain: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("format_", "inside", "message"),
+    [
+        ("hqq", "", "is inside the checkpoint"),
+        ("hqq", "new/folder", "is inside the checkpoint"),
+        ("gguf", "", "is a folder"),
+        ("gguf", "model.safetensors.index.json", "is inside the checkpoint"),
+        ("gguf", "new.gguf", "is inside the checkpoint"),
+    ],
+)
+def test_the_checkpoint_that_is_read_is_never_written_over(
+    format_: str,
+    inside: str,
+    message: str,
+    plain: Path,
+    run_main: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = sorted(entry.name for entry in plain.iterdir())
-    for format_, message in (("hqq", "is a ternary checkpoint"), ("gguf", "is a folder")):
-        assert run_main(export.main, plain, "--format", format_, "--out", plain, "--force") == EXIT_USAGE
+    link = tmp_path / "link"
+    link.symlink_to(plain)
+    before = contents(plain)
+    for folder, out in ((plain, plain / inside), (plain, link / inside), (link, plain / inside)):
+        assert run_main(export.main, folder, "--format", format_, "--out", out, "--force") == EXIT_USAGE
         assert message in capsys.readouterr().err
-    assert sorted(entry.name for entry in plain.iterdir()) == before
+    assert contents(plain) == before
 
 
 def test_an_interrupted_export_leaves_what_was_there(

@@ -117,6 +117,37 @@ def test_chat_templates_are_those_of_the_last_export(plain: Path, run_main: Run,
         assert load_tokenizer(tmp_path / "out").chat_template == template
 
 
+@pytest.mark.parametrize("weights", ["safetensors", "ternary", "bin", "pt"])
+def test_a_folder_of_another_model_is_not_written_into(
+    weights: str,
+    plain: Path,
+    quantized: Path,
+    llama: Path,
+    run_main: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = shutil.copytree(quantized if weights == "ternary" else llama, tmp_path / "other")
+    if weights in ("bin", "pt"):
+        name = {"bin": "pytorch_model.bin", "pt": "qmodel.pt"}[weights]
+        (out / "model.safetensors").rename(out / name)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert run_main(export.main, plain, "--format", "hqq", "--out", out, "--force") == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "holds another model's weights (" in error
+    assert "choose another --out" in error
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_folder_without_weights_may_be_written_into(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for _ in range(2):
+        export.export_hqq(plain, tmp_path, force=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
+
+
 def test_groups_that_hqq_does_not_have_are_refused(
     run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
