@@ -36,6 +36,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from harness.checkpoint import (
     CONFIG,
+    GENERATION,
     STAGING,
     move_into,
     require_free,
@@ -240,13 +241,15 @@ def _write(stored: Stored, layers: dict[str, int], tensors: dict[str, torch.Tens
         save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         (staging / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
         stored.tokenizer.save_pretrained(staging)
+        if (stored.folder / GENERATION).is_file():
+            shutil.copyfile(stored.folder / GENERATION, staging / GENERATION)
         for part in (stored.model, stored.config):
             if getattr(part, "_auto_class", None) is not None:  # code that came with the model
                 custom_object_save(part, staging, config=stored.config)
         config = stored.config.to_dict()
         config["quantization_config"] = _quantization(layers)
         write_json(staging / CONFIG, config)
-        move_into(staging, out)
+        move_into(staging, out, stale=(GENERATION,))
     except Exception as error:  # the tokenizer raises plain Exception where the disk is full
         raise UserError(f"{out} could not be written: {error}") from None
     finally:

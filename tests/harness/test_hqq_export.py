@@ -148,6 +148,19 @@ def test_a_folder_without_weights_may_be_written_into(plain: Path, tmp_path: Pat
     assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
 
 
+def test_settings_of_generation_are_those_of_the_last_export(plain: Path, tmp_path: Path) -> None:
+    """A model that ends its answers by a token of its own would otherwise never end them."""
+    with_some, with_none = (shutil.copytree(plain, tmp_path / name) for name in ("some", "none"))
+    settings = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True}
+    (with_some / "generation_config.json").write_text(json.dumps(settings))
+    (with_none / "generation_config.json").unlink()
+    out = tmp_path / "out"
+    export.export_hqq(with_some, out)
+    assert json.loads((out / "generation_config.json").read_text()) == settings
+    export.export_hqq(with_none, out, force=True)
+    assert not (out / "generation_config.json").exists()
+
+
 def test_groups_that_hqq_does_not_have_are_refused(
     run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
