@@ -41,10 +41,6 @@ STYLE: dict[Any, Any] = {
 }
 
 
-class MatplotlibMissing(UserError):
-    """There is nothing to draw with."""
-
-
 def draw(file: Path, target: Path | None = None) -> Path:
     """Draw what fits a file of results.
 
@@ -88,13 +84,13 @@ def draw(file: Path, target: Path | None = None) -> Path:
 
 
 def draw_beside(file: Path) -> None:
-    """Draw a file that was just measured; where there is no matplotlib, say how to get it.
+    """Draw a file that was just measured; where that fails, say why.
 
     It is said on stderr, because stdout has the results as JSON.
     """
     try:
         print(f"plot: {draw(file)}", file=sys.stderr)
-    except MatplotlibMissing as error:
+    except Exception as error:  # what took hours to measure is whole, whatever becomes of its plot
         print(f"no plot: {error}", file=sys.stderr)
 
 
@@ -136,9 +132,7 @@ def _style() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        raise MatplotlibMissing(
-            "plots are drawn with the package matplotlib: pip install matplotlib"
-        ) from None
+        raise UserError("plots are drawn with the package matplotlib: pip install matplotlib") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)

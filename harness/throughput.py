@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.generation.streamers import BaseStreamer
 
 from harness.checkpoint import StoredLayers
 from harness.compute import Compute
@@ -112,34 +113,53 @@ def fill(module: nn.Module) -> None:
             parameter.fill_(1)
 
 
+class _Stamps(BaseStreamer):
+    """Notes when the prompt was taken, and when each token was there.
+
+    Writing is timed within a run: the difference of a long run and a short one is noise where few tokens
+    are written, and may be below 0.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with what has been copied to the host, so a device is done with it."""
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
 def _speed(model: Any, compute: Compute, lengths: Lengths) -> dict[str, float]:
     prompt = torch.randint(0, model.config.vocab_size, (1, lengths.prefill), device=compute.device)
-
-    def seconds(tokens: int) -> float:
-        spent = []
-        for _ in range(REPEATS + 1):  # the first compiles
-            compute.wait()
-            begin = time.perf_counter()
-            with torch.no_grad():
-                model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    min_new_tokens=tokens,
-                    max_new_tokens=tokens,
-                    do_sample=False,
-                    cache_implementation="static",
-                    pad_token_id=0,
-                )
-            compute.wait()
-            spent.append(time.perf_counter() - begin)
-        return median(spent[1:])
-
-    first, both = seconds(1), seconds(lengths.decode + 1)
+    tokens = lengths.decode + 1  # the first one comes with the prompt
+    reading, writing, both = [], [], []
+    for _ in range(REPEATS + 1):  # the first compiles
+        compute.wait()
+        stamps = _Stamps()
+        begin = time.perf_counter()
+        with torch.no_grad():
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                do_sample=False,
+                cache_implementation="static",
+                pad_token_id=0,
+                streamer=stamps,
+            )
+        compute.wait()
+        both.append(time.perf_counter() - begin)
+        _, first, *_, last = stamps.seconds
+        reading.append(first - begin)
+        writing.append(last - first)
     tensors = (*model.parameters(), *model.buffers())
     return {
-        "prefill": _rounded(lengths.prefill / first),
-        "decode": _rounded(lengths.decode / (both - first)),
-        "both": _rounded((lengths.prefill + lengths.decode) / both),
+        "prefill": _rounded(lengths.prefill / median(reading[1:])),
+        "decode": _rounded(lengths.decode / median(writing[1:])),
+        "both": _rounded((lengths.prefill + lengths.decode) / median(both[1:])),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from harness import benchmark
+from harness import benchmark, plot, throughput
 from harness.checkpoint import packed_bytes
-from harness.cli import EXIT_USAGE
+from harness.cli import EXIT_USAGE, UserError
 from harness.compute import Compute
 from harness.linear import TernaryLinear, require_base3
 from harness.products import gemlite_product
 from harness.scale import SHAPES, Scale, column_gptq, random_model
-from harness.throughput import fill, random_network
+from harness.throughput import Lengths, fill, random_network
 from reference import baselines
 
 Run = Callable[..., int]
@@ -179,6 +181,59 @@ def test_tokens_a_second_of_a_dense_and_a_ternary_model(tmp_path: Path, run_main
     assert result["ternary_over_dense"]["decode"] == pytest.approx(
         result["ternary"]["decode"] / result["dense"]["decode"], rel=1e-3
     )
+
+
+def test_writing_is_timed_by_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock and a model that agree: starting takes longer at some calls than all writing does."""
+    now, starts = [0.0], itertools.cycle([90.0, 7.0, 1.0, 4.0])
+
+    def write(prompt: torch.Tensor, max_new_tokens: int, streamer: Any = None, **options: object) -> None:
+        def put(seconds: float) -> None:
+            now[0] += seconds
+            if streamer is not None:
+                streamer.put(prompt)
+
+        put(next(starts))
+        for seconds in [2.0] + [0.25] * (max_new_tokens - 1):
+            put(seconds)
+        now[0] += 3.0
+
+    model = SimpleNamespace(
+        config=SimpleNamespace(vocab_size=9),
+        generate=write,
+        parameters=lambda: [torch.zeros(1)],
+        buffers=lambda: [],
+    )
+    monkeypatch.setattr(throughput, "random_network", lambda *arguments: model)
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    # Dense runs start after 7, 1, 4, 90 and 7 seconds, ternary ones after 4, 90, 7, 1 and 4.
+    result = throughput.generation_speed("tiny", Compute(), lengths=Lengths(prefill=18, decode=8))
+    assert (result["dense"]["prefill"], result["ternary"]["prefill"]) == (2.0, 3.0)
+    assert result["dense"]["decode"] == result["ternary"]["decode"] == 4.0
+    both = result["dense"]["both"], result["ternary"]["both"]
+    assert both == pytest.approx((26 / 14, 26 / 11), rel=1e-4)
+
+
+@pytest.mark.parametrize("fault", [UserError("cannot be drawn"), RuntimeError("no font")])
+def test_a_plot_that_fails_leaves_what_was_measured(
+    fault: Exception,
+    tmp_path: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "matmul.json"
+
+    def fail(record: dict[str, Any]) -> None:
+        assert json.loads(file.read_text()) == record
+        raise fault
+
+    monkeypatch.setattr(benchmark, "product_speed", lambda *arguments: {"products": []})
+    monkeypatch.setattr(plot, "svg_of", fail)
+    assert run_main(benchmark.main, "matmul", file, "--shape", "tiny") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"tiny": {"products": []}}
+    assert printed.err == f"no plot: {fault}\n"
 
 
 def test_products_are_timed_for_every_matrix_and_batch(tmp_path: Path, run_main: Run) -> None:
