@@ -170,6 +170,8 @@ def compare_methods(
 
     `save` gets the results so far after every method, so that a run that is killed loses only one.
     """
+    if options.evaluation == NO_EVALUATION:
+        raise UserError("methods are compared by their perplexity on a text; give --eval one")
     results: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
         for name in methods:

@@ -134,6 +134,14 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
     assert "windows of 24" in results["protocol"]["evaluation"]
 
 
+def test_methods_are_not_compared_without_a_text(
+    llama: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "quantize", lambda *arguments, **options: pytest.fail("quantized"))
+    assert run_main(benchmark.main, "methods", "--model", llama, "--eval", "none") == EXIT_USAGE
+    assert "compared by their perplexity on a text; give --eval one" in capsys.readouterr().err
+
+
 def test_layers_of_a_shape_go_through_the_whole_pipeline(tmp_path: Path, run_main: Run) -> None:
     file = tmp_path / "quantize.json"
     size = ("--nsamples", "3", "--seqlen", "64", "--backend", "reference")
