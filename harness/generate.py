@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from harness.checkpoint import is_ternary, load_tokenizer
+from harness.checkpoint import GENERATION, is_ternary, load_tokenizer
 from harness.cli import HelpFormatter, UserError, positive, run
 from harness.compute import default_compute
 from harness.hf import load
@@ -101,7 +101,8 @@ def generate(
     ------
     UserError
         If the prompt is empty or no Unicode text, or longer with what is to be written than the model has
-        positions for; or if there is no template for `chat`.
+        positions for; or if the template for `chat` is missing or fails, or a setting of the model's
+        generation is not what transformers takes.
     """
     require_unicode(prompt, "the prompt")
     model = original.model
@@ -116,15 +117,23 @@ def generate(
     streamer = _Clock(original.tokenizer)
     torch.manual_seed(seed)
     begin = time.perf_counter()
-    with torch.no_grad():
-        output = model.generate(
-            **inputs.to(model.device),
-            max_new_tokens=tokens,
-            streamer=streamer,
-            pad_token_id=original.tokenizer.pad_token_id or original.tokenizer.eos_token_id,
-            **({"cache_implementation": "static"} if compiled else {}),
-            **sampling,
-        )
+    try:
+        with torch.no_grad():
+            output = model.generate(
+                **inputs.to(model.device),
+                max_new_tokens=tokens,
+                streamer=streamer,
+                pad_token_id=original.tokenizer.pad_token_id or original.tokenizer.eos_token_id,
+                **({"cache_implementation": "static"} if compiled else {}),
+                **sampling,
+            )
+    except (TypeError, ValueError) as error:  # transformers looks at a setting only when it needs it
+        settings = model.generation_config.to_diff_dict()
+        settings.pop("transformers_version", None)
+        raise UserError(
+            f"{original.name} cannot write with the settings in its {GENERATION}, {settings}: "
+            f"{_in_one_line(error)}"
+        ) from None
     end = time.perf_counter()
     first = streamer.first or end
     return Speed(ids.shape[1], output.shape[1] - ids.shape[1], first - begin, end - first)
@@ -186,7 +195,17 @@ def _in_template(original: Original, message: str) -> str:
     if not original.tokenizer.chat_template:
         raise UserError(f"{original.name} has no chat template; leave out --chat")
     chat = [{"role": "user", "content": message}]
-    return original.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    try:
+        return original.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and can fail in every way
+        raise UserError(
+            f"the chat template of {original.name} failed; mend it, or leave out --chat: "
+            f"{_in_one_line(error)}"
+        ) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 if __name__ == "__main__":

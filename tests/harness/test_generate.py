@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from harness import generate
+from harness.cli import EXIT_USAGE
 from harness.models import Original
 from tests.harness import tiny
 
@@ -49,3 +53,34 @@ def test_a_template_s_special_tokens_are_not_added_once_more(read: list[list[int
     for chat in ((), ("--chat",)):
         assert run_main(generate.main, "--prompt", "w5 w6", "--cpu", *chat) == 0
     assert read == [[1, 5, 6], [1, 9, 5, 6, 2]]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no messages\nof users') }}", "TemplateError: no messages of users"),
+        ("{% if %}", "TemplateSyntaxError: "),
+        ("{{ messages[0].content + 1 }}", "TypeError: "),
+    ],
+)
+def test_a_template_that_fails_is_told_in_one_line(
+    template: str, message: str, model: Original, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.tokenizer.chat_template = template
+    assert run_main(generate.main, "--prompt", "w5", "--cpu", "--chat") == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "the chat template of the model failed; mend it, or leave out --chat: " + message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("setting", ["eos_token_id", "repetition_penalty"])
+def test_settings_that_are_none_are_told_in_one_line(
+    setting: str, quantized: Path, run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(quantized, tmp_path / "folder")
+    (folder / "generation_config.json").write_text(json.dumps({setting: "x"}))
+    assert run_main(generate.main, folder, "--prompt", "w5", "--tokens", 2, "--cpu") == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert f"{folder} cannot write with the settings in its generation_config.json, " in error
+    assert f"'{setting}': 'x'" in error
+    assert error.count("\n") == 1
