@@ -112,7 +112,8 @@ def generate(
     ids = inputs["input_ids"]
     if ids.numel() == 0:
         raise UserError("the prompt is empty")
-    require_fits(model, ids, ids.shape[1] + tokens)
+    _require_room(original, ids.shape[1], tokens)
+    require_fits(model, ids, ids.shape[1])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = _Clock(original.tokenizer)
     torch.manual_seed(seed)
@@ -189,6 +190,16 @@ def main() -> int:
     )
     print(f"{speed}, on {original.model.device}", file=sys.stderr)
     return 0
+
+
+def _require_room(original: Original, read: int, written: int) -> None:
+    """Refuse to write beyond the model's context."""
+    positions = getattr(original.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and read + written > positions:
+        raise UserError(
+            f"a prompt of {read} tokens and --tokens {written} are {read + written} tokens, more than the "
+            f"{positions} positions of {original.name}; shorten the prompt or lower --tokens"
+        )
 
 
 def _in_template(original: Original, message: str) -> str:

@@ -124,7 +124,10 @@ def test_without_a_path_the_embedded_model_writes(
     [
         (("--prompt", ""), "the prompt is empty"),
         (("--prompt", "w3 \udcff"), "the prompt is not Unicode text: character 3 is U+DCFF"),
-        (("--prompt", "w3", "--tokens", "4000"), "longer than the 2048 positions"),
+        (
+            ("--prompt", "w3 w4", "--tokens", "2047"),
+            "a prompt of 2 tokens and --tokens 2047 are 2049 tokens, more than the 2048 positions of",
+        ),
         (("--prompt", "w3", "--chat"), "has no chat template; leave out --chat"),
         (("--prompt", "w3", "--temperature", "-1"), "must be 0, or a number from 1e-06 on"),
         (("--prompt", "w3", "--temperature", "1e-320"), "must be 0, or a number from 1e-06 on"),
