@@ -14,7 +14,7 @@ import numpy as np
 from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
 from harness import verification
 from harness.backends import Backend, MissingOperation, load_backend
-from harness.cli import EXIT_MISS, json_text, run
+from harness.cli import EXIT_MISS, UserError, json_text, run
 from harness.tolerances import TOLERANCES, Finding, check
 from reference.types import TernaryConfig
 
@@ -253,6 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     first = load_backend(options.backend, options.precision)
     if first.note:
         print(first.note, file=sys.stderr)
+    if options.record and not first.on_device:
+        raise UserError(
+            f"--record is for what passes on a CUDA device, and the backend {first.name} does not run on one "
+            "here; leave it out, or run --backend gpu where there is a device"
+        )
     backends = [first] if options.precision else [replace(first, precision=p) for p in first.precisions]
     if options.model:
         from harness.compare import compare_on_model  # torch and transformers take seconds to load

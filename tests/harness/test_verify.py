@@ -251,6 +251,16 @@ def test_a_precision_that_the_backend_lacks_is_refused():
         verify.main(["--backend", "reference", "--precision", "float32"])
 
 
+def test_what_does_not_run_on_a_device_is_not_recorded(backend, tmp_path, monkeypatch):
+    """It is said before any case is run, which takes minutes."""
+    monkeypatch.setattr(verify, "load_cases", lambda folder: pytest.fail("read"))
+    for name in ("reference", backend("standing_in", package="STANDIN = True\n")):
+        for model in ([], ["--model"]):
+            with pytest.raises(UserError, match=f"the backend {name} does not run on one here; leave it out"):
+                verify.main(["--backend", name, "--record", str(tmp_path / "record.json"), *model])
+    assert not (tmp_path / "record.json").exists()
+
+
 def test_rows_for_float32_are_rows_of_the_table():
     known = {(operation, output) for operation, rows in TOLERANCES.items() for output in rows}
     assert known >= {(operation, output) for operation, rows in _FLOAT32.items() for output in rows}
