@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from harness.checkpoint import require_space
+from harness.checkpoint import require_free, require_space
 from harness.cli import UserError
 from harness.exporting import (
     Exported,
@@ -86,7 +87,7 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
     folder : Path
         The checkpoint.
     out : Path
-        The file; it appears only once it is whole.
+        The file; it appears only once it is whole. Its folder is made if it is not there.
     force : bool
         Whether it may exist.
     trust_remote_code : bool
@@ -111,6 +112,7 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
     if out.is_dir():
         raise UserError(f"{out} is a folder; --out names the file to write")
     require_outside(folder, out)
+    require_free(out.parent, force=True)
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another --out, or --force to overwrite")
     stored = read_unpermuted(folder, trust_remote_code)
@@ -122,8 +124,9 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
     add_tokenizer(writer, stored.tokenizer, stored.config)
     require_space(out, sum(int(np.prod(entry.byte_shape)) for entry in entries))
 
-    partial = out.with_name(out.name + ".partial")
+    partial, made = out.with_name(out.name + ".partial"), not out.parent.exists()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         _write(writer, entries, partial)
         os.replace(partial, out)
     except OSError as error:
@@ -131,6 +134,9 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
+        if made and not out.exists():
+            with suppress(OSError):  # it was not made, or somebody else has put something into it
+                out.parent.rmdir()
     quantized = [entry for entry in entries if entry.kind == Type.Q4_1]
     return Exported(
         out,

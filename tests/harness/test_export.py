@@ -214,6 +214,25 @@ def test_an_interrupted_export_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_the_folder_of_a_gguf_file_is_made(
+    plain: Path,
+    run_main: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gguf_export, "read_unpermuted", lambda *arguments: pytest.fail("read"))
+    out = tmp_path / "file" / "a.gguf"
+    assert run_main(export.main, plain, "--format", "gguf", "--out", out) == EXIT_USAGE
+    assert f"{tmp_path / 'file'} exists and is not a folder" in capsys.readouterr().err
+    monkeypatch.undo()
+    for out in (tmp_path / "one" / "two" / "a.gguf", Path("here.gguf")):
+        monkeypatch.chdir(tmp_path)
+        assert run_main(export.main, plain, "--format", "gguf", "--out", out) == 0
+        assert (tmp_path / out).read_bytes()[:4] == b"GGUF"
+
+
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("format_", ["gguf", "hqq"])
 def test_a_full_disk_leaves_nothing_behind(
@@ -228,7 +247,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    out = tmp_path / "out"
+    out = tmp_path / ("folder/out" if format_ == "gguf" else "out")
     if existing:
         assert run_main(export.main, plain, "--format", format_, "--out", out) == 0
     before = sorted(tmp_path.rglob("*"))
