@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from harness import checkpoint, plot, report, text
+from harness import plot, report, text, writing
 from harness.backends import load_backend
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
 from harness.compute import compute_for, default_compute
-from harness.pipeline import FitError
+from harness.pipeline import BASELINES, FitError
 from harness.products import product_speed
 from harness.scale import SHAPES, Scale, quantize_shape
 from harness.throughput import Lengths, generation_speed
-from harness.workflow import BASELINES, NO_EVALUATION, PT2_LLM, Options, quantize
+from harness.workflow import NO_EVALUATION, PT2_LLM, Options, quantize
 from reference.types import TernaryConfig
 
 DESCRIPTION = """\
@@ -237,7 +237,7 @@ def main() -> int:
 
     def save(results: dict[str, Any]) -> None:
         if arguments.file is not None:
-            checkpoint.write_json(arguments.file, {**described, "results": results})
+            writing.write_json(arguments.file, {**described, "results": results})
 
     if arguments.kind == "run":
         results = _run_figures(arguments)

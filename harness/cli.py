@@ -54,6 +54,11 @@ positive = at_least(1)
 window_length = at_least(2)
 
 
+def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
+    """The option that lets code which comes with a model run."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
 def json_text(value: Any) -> str:
     """JSON that every parser reads: what is not finite becomes the text "nan", "inf" or "-inf"."""
 

@@ -91,6 +91,11 @@ class Compute:
         return [states.pin_memory() for states in hidden]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json has it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def host_memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from harness import perplexity, text
 from harness.checkpoint import is_ternary, load_tokenizer
-from harness.cli import HelpFormatter, json_text, positive, run, window_length
+from harness.cli import HelpFormatter, add_trust_remote_code, json_text, positive, run, window_length
 from harness.compute import HOST, Compute, default_compute
 from harness.hf import load
 from harness.layers import locate_layers
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--packed", action="store_true", help="keep no dense weights of a ternary checkpoint: slow, and small"
     )
     parser.add_argument("--cpu", action="store_true", help="do not use a CUDA device that torch has")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_trust_remote_code(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli import HelpFormatter, run
+from harness.cli import HelpFormatter, add_trust_remote_code, run
 from harness.gguf_export import export_gguf
 from harness.hqq_export import export_hqq
 
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--format", choices=("gguf", "hqq"), required=True, help="what to write")
     add("--out", type=Path, required=True, metavar="PATH", help="the GGUF file or the HQQ folder to write")
     add("--force", action="store_true", help="overwrite PATH if it exists")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_trust_remote_code(parser)
     return parser
 
 

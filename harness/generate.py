@@ -13,7 +13,7 @@ import torch
 from transformers import TextStreamer
 
 from harness.checkpoint import GENERATION, is_ternary, load_tokenizer
-from harness.cli import HelpFormatter, UserError, positive, run
+from harness.cli import HelpFormatter, UserError, add_trust_remote_code, positive, run
 from harness.compute import default_compute
 from harness.hf import load
 from harness.models import MODEL_HELP, Original, load_original, require_fits
@@ -163,7 +163,7 @@ def main() -> int:
         help="on a CUDA device, compile the model with CUDA graphs: a slow start, and fast writing after it",
     )
     add("--cpu", action="store_true", help="do not use a CUDA device that torch has")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_trust_remote_code(parser)
     arguments = parser.parse_args()
     if not (arguments.temperature == 0 or LEAST_TEMPERATURE <= arguments.temperature < float("inf")):
         parser.error(f"--temperature must be 0, or a number from {LEAST_TEMPERATURE} on")

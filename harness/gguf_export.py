@@ -22,7 +22,6 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from harness.checkpoint import require_free, require_space
 from harness.cli import UserError
 from harness.exporting import (
     Exported,
@@ -34,6 +33,7 @@ from harness.exporting import (
     require_outside,
 )
 from harness.gguf_tokenizer import add_tokenizer
+from harness.writing import require_free, require_space
 from reference.types import TernaryMatrix
 
 COLUMNS = gguf.GGML_QUANT_SIZES[Type.Q4_1][0]

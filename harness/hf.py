@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from harness import checkpoint, linear
 from harness.backends import Backend, load_backend
 from harness.cli import UserError
-from harness.compute import share_memory
+from harness.compute import dtype_name, share_memory
 from harness.embedding import expect_codes, kept_codes, take_codes
 from harness.linear import TernaryLinear
 from harness.models import quiet_transformers, read_config, read_json, require_complete
@@ -89,7 +89,7 @@ class TernaryQuantizer(HfQuantizer):
         # Weights are what calibration saw, also for a model that is loaded or was saved in another dtype.
         config = self.quantization_config
         if config.weight_dtype is None:
-            own = str(model.dtype).removeprefix("torch.")
+            own = dtype_name(model.dtype)
             config.weight_dtype = read_config(folder).get("dtype") if folder else own
         dtype = _named_dtype(config.weight_dtype)
         self.stored_dtype = dtype
@@ -152,7 +152,7 @@ class TernaryQuantizer(HfQuantizer):
 
 
 def _named_dtype(name: Any) -> torch.dtype:
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in MODEL_DTYPES}
+    dtypes = {dtype_name(dtype): dtype for dtype in MODEL_DTYPES}
     if name not in dtypes:
         raise UserError(f"config.json: dtype is {name!r}, which is none of {', '.join(dtypes)}")
     return dtypes[name]

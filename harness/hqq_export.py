@@ -32,17 +32,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from transformers.dynamic_module_utils import custom_object_save
 
-from harness.checkpoint import (
-    CONFIG,
-    GENERATION,
-    STAGING,
-    move_into,
-    require_free,
-    require_space,
-    write_json,
-)
+from harness.checkpoint import CONFIG, GENERATION
 from harness.cli import UserError
 from harness.exporting import (
     Exported,
@@ -53,6 +44,7 @@ from harness.exporting import (
     read_unpermuted,
     require_outside,
 )
+from harness.writing import move_into, require_free, require_space, save_code, staged, write_json
 from reference.types import TernaryMatrix
 
 WEIGHTS = "qmodel.safetensors"
@@ -234,23 +226,17 @@ def _tag(module: str) -> str:
 
 
 def _write(stored: Stored, layers: dict[str, int], tensors: dict[str, torch.Tensor], out: Path) -> None:
-    staging, made = out / STAGING, not out.exists()
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # left behind by a run that was killed
-        staging.mkdir(parents=True)
-        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-        (staging / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
-        stored.tokenizer.save_pretrained(staging)
-        if (stored.folder / GENERATION).is_file():
-            shutil.copyfile(stored.folder / GENERATION, staging / GENERATION)
-        for part in (stored.model, stored.config):
-            if getattr(part, "_auto_class", None) is not None:  # code that came with the model
-                custom_object_save(part, staging, config=stored.config)
-        config = stored.config.to_dict()
-        config["quantization_config"] = _quantization(layers)
-        write_json(staging / CONFIG, config)
-        move_into(staging, out, stale=(GENERATION,))
-    except Exception as error:  # the tokenizer raises plain Exception where the disk is full
-        raise UserError(f"{out} could not be written: {error}") from None
-    finally:
-        shutil.rmtree(staging if (out / CONFIG).exists() or not made else out, ignore_errors=True)
+    with staged(out) as folder:
+        try:
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
+            stored.tokenizer.save_pretrained(folder)
+            if (stored.folder / GENERATION).is_file():
+                shutil.copyfile(stored.folder / GENERATION, folder / GENERATION)
+            save_code(stored.model, stored.config, folder)
+            config = stored.config.to_dict()
+            config["quantization_config"] = _quantization(layers)
+            write_json(folder / CONFIG, config)
+            move_into(folder, out, stale=(GENERATION,))
+        except Exception as error:  # the tokenizer raises plain Exception where the disk is full
+            raise UserError(f"{out} could not be written: {error}") from None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from harness import checkpoint
-from harness.cli import HelpFormatter, json_text, run
+from harness.cli import HelpFormatter, add_trust_remote_code, json_text, run
 from harness.hf import load
 from harness.linear import PACKED, TernaryLinear, unpack_base3
 
@@ -127,7 +127,7 @@ def main() -> int:
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="folder of a ternary checkpoint")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_trust_remote_code(parser)
     arguments = parser.parse_args()
     found = describe(arguments.path, arguments.trust_remote_code)
     if arguments.json:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -23,6 +24,7 @@ from harness.cli import UserError
 from harness.compute import Compute
 from harness.gram import GramSum
 from harness.layers import DecoderLayers, require_finite
+from reference import baselines
 from reference.types import TernaryConfig, TernaryMatrix
 
 # Maps weights (n, m), as the layer holds them, and the float64 Gram matrix (m, m) of their inputs, both
@@ -38,6 +40,33 @@ def ternarizer(backend: Backend, compute: Compute, config: TernaryConfig) -> Met
     def method(W: torch.Tensor, C: torch.Tensor) -> TernaryMatrix:
         with compute.queue(backend):
             return backend.ternarize(W.to(precision), C, config)
+
+    return method
+
+
+BASELINES = {
+    "rtn-2bit": "round to nearest on a min-max grid",
+    "gptq-2bit": "GPTQ as its paper has it: min-max grid, columns in their order",
+    "gptq-2bit-best": "GPTQ at its best: activation order, MSE-clipped grid",
+}
+
+
+def baseline(name: str, config: TernaryConfig) -> Method:
+    """One of `BASELINES`, in groups of the block size; gives dense arrays."""
+
+    def method(weight: torch.Tensor, products: torch.Tensor) -> np.ndarray:
+        W, C = (tensor.double().cpu().numpy() for tensor in (weight, products))
+        if name == "rtn-2bit":
+            return baselines.round_to_nearest(W, group_size=config.block_size)
+        best = name == "gptq-2bit-best"
+        return baselines.gptq(
+            W,
+            C,
+            group_size=config.block_size,
+            damping=config.damping,
+            activation_order=best,
+            clip=best,
+        )
 
     return method
 

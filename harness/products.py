@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from harness.backends import load_backend
-from harness.compute import Compute, share_memory
+from harness.compute import Compute, dtype_name, share_memory
 from harness.linear import TernaryLinear, use_kernels
 from harness.scale import SHAPES
 from harness.throughput import fill
@@ -105,7 +105,7 @@ def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch
             )
     return {
         "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "device": compute.describe(),
         "copy_gb_s": round(bandwidth / 1e9, 2),
         "products": rows,

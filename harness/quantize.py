@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from harness import text
-from harness.cli import HelpFormatter, UserError, positive, run, window_length
+from harness.cli import HelpFormatter, UserError, add_trust_remote_code, positive, run, window_length
 from harness.models import GGUF_DTYPES, MODEL_HELP
-from harness.workflow import AS_IT_IS, BASELINES, INT8, NO_EVALUATION, PT2_LLM, Options, quantize
+from harness.pipeline import BASELINES
+from harness.workflow import AS_IT_IS, INT8, NO_EVALUATION, PT2_LLM, Options, quantize
 from reference.types import ALIGNMENTS, GRIDS, REORDERINGS, STARTS, TernaryConfig
 
 DESCRIPTION = """\
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         help="auto takes the GPU where there is a CUDA device with CuPy and numba-cuda, and says so",
     )
     add("--gguf-dtype", choices=GGUF_DTYPES, default=defaults.gguf_dtype, help="what a GGUF is loaded in")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_trust_remote_code(parser)
 
     add = parser.add_argument_group("calibration").add_argument
     add(

@@ -17,12 +17,12 @@ import torch
 from harness import report
 from harness.backends import Backend
 from harness.capture import capture_inputs
-from harness.checkpoint import CheckpointWriter
 from harness.compute import Compute
 from harness.layers import DecoderLayers, Reader
 from harness.models import attach_empty_layers, quiet_transformers
 from harness.pipeline import FittedMatrix, quantize_layers, ternarizer
 from harness.plan import seconds_of
+from harness.writing import CheckpointWriter
 from reference.types import TernaryConfig
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary

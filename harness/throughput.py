@@ -12,7 +12,7 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 from harness.checkpoint import StoredLayers
-from harness.compute import Compute
+from harness.compute import Compute, dtype_name
 from harness.hf import swap, use_kernels
 from harness.linear import TernaryLinear
 from harness.models import attach_empty_layers, quiet_transformers
@@ -65,7 +65,7 @@ def generation_speed(
         "layers": min(layers or SHAPES[shape][3], SHAPES[shape][3]),
         "layers_of_the_model": SHAPES[shape][3],
         "tokens": f"{lengths.prefill} read, {lengths.decode} written",
-        "dtype": str(DTYPE).removeprefix("torch."),
+        "dtype": dtype_name(DTYPE),
         "device": compute.describe(),
         **figures,
         "ternary_over_dense": {figure: _rounded(ternary[figure] / dense[figure]) for figure in dense},

@@ -9,31 +9,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness import checkpoint, gram, report, text
+from harness import checkpoint, gram, report, text, writing
 from harness.backends import Backend, load_backend
 from harness.capture import LayerCall, capture_inputs
 from harness.cli import UserError
-from harness.compute import Compute, compute_for, host_memory
+from harness.compute import Compute, compute_for, dtype_name, host_memory
 from harness.embedding import CodedMatrix, round_embeddings, unrounded
 from harness.evaluate import measure_on
 from harness.hf import load
 from harness.layers import DecoderLayers, find_decoder_layers
 from harness.models import Original, load_original, require_fits
-from harness.pipeline import FittedMatrix, Method, quantize_layers, ternarizer
+from harness.pipeline import FittedMatrix, Method, baseline, quantize_layers, ternarizer
 from harness.plan import Plan, duration, make_plan
-from reference import baselines
 from reference.types import TernaryConfig
 
 PT2_LLM = "pt2-llm"
-BASELINES = {
-    "rtn-2bit": "round to nearest on a min-max grid",
-    "gptq-2bit": "GPTQ as its paper has it: min-max grid, columns in their order",
-    "gptq-2bit-best": "GPTQ at its best: activation order, MSE-clipped grid",
-}
 NO_EVALUATION = "none"
 AS_IT_IS, INT8 = "as-it-is", "int8"
 
@@ -88,7 +81,7 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     if options.out is None and options.method == PT2_LLM:
         raise UserError("--out DIR is missing: where should the checkpoint go?")
     if options.out is not None:
-        checkpoint.require_free(options.out, options.force)
+        writing.require_free(options.out, options.force)
         _require_other_folder(options, options.out)
     backend = load_backend(options.backend)
     if backend.note:
@@ -127,7 +120,8 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
         loaded = load(options.out, dense=not streamed, trust_remote_code=options.trust_remote_code)
         evaluate("after", Original(loaded, tokenizer, str(options.out)))
     else:
-        _run_layers(options, ready, _baseline(options), lambda index, matrices: None, record, say)
+        method = baseline(options.method, options.config)
+        _run_layers(options, ready, method, lambda index, matrices: None, record, say)
         evaluate("after", ready.original)
     record["peak_memory_bytes"] = report.peak_memory()
     record["peak_device_bytes"] = compute.peak_memory()
@@ -136,7 +130,7 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     if options.out is not None:
         try:
             options.out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(options.out / checkpoint.REPORT, record)
+            writing.write_json(options.out / checkpoint.REPORT, record)
         except OSError as error:
             whole = "; the checkpoint is whole, its report lacks the perplexity"
             raise UserError(
@@ -209,7 +203,7 @@ def _prepare(
         saved_bytes=sum(matrix.saved_bytes for matrix in coded.values()),
     )
     if options.method == PT2_LLM and options.out is not None:
-        checkpoint.require_space(options.out, plan.packed_bytes + plan.other_bytes)
+        writing.require_space(options.out, plan.packed_bytes + plan.other_bytes)
     return _Ready(original, decoder, backend, compute, len(tokens), windows, hidden, calls, plan, coded)
 
 
@@ -251,7 +245,7 @@ def _ternarize(
 ) -> None:
     """Ternarize the model and write the checkpoint layer by layer."""
     method = ternarizer(ready.backend, ready.compute, options.config)
-    with checkpoint.CheckpointWriter(out, len(ready.decoder.layers) + 1, ready.backend) as writer:
+    with writing.CheckpointWriter(out, len(ready.decoder.layers) + 1, ready.backend) as writer:
 
         def write(index: int, matrices: list[FittedMatrix]) -> None:
             results = {matrix.name: matrix.result for matrix in matrices}
@@ -276,26 +270,6 @@ def _texts(options: Options) -> tuple[text.Text, text.Text | None]:
         if evaluation == NO_EVALUATION
         else text.read_text(evaluation, text.EVALUATION, options.text_column),
     )
-
-
-def _baseline(options: Options) -> Method:
-    config = options.config
-    best = options.method == "gptq-2bit-best"
-
-    def method(weight: torch.Tensor, products: torch.Tensor) -> np.ndarray:
-        W, C = (tensor.double().cpu().numpy() for tensor in (weight, products))
-        if options.method == "rtn-2bit":
-            return baselines.round_to_nearest(W, group_size=config.block_size)
-        return baselines.gptq(
-            W,
-            C,
-            group_size=config.block_size,
-            damping=config.damping,
-            activation_order=best,
-            clip=best,
-        )
-
-    return method
 
 
 def _run_layers(
@@ -376,7 +350,7 @@ def _record(options: Options, ready: _Ready, calibration_text: text.Text) -> dic
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": ready.original.name,
-        "dtype": _dtype_name(ready.original.model.dtype),
+        "dtype": dtype_name(ready.original.model.dtype),
         "method": options.method,
         "backend": ready.backend.name,
         "config": asdict(options.config),
@@ -388,8 +362,8 @@ def _record(options: Options, ready: _Ready, calibration_text: text.Text) -> dic
             "seqlen": options.seqlen,
             "seed": options.config.seed,
             "true_sequential": options.true_sequential,
-            "computed_in": _dtype_name(layers_in),
-            "activations_kept_in": _dtype_name(ready.hidden[0].dtype),
+            "computed_in": dtype_name(layers_in),
+            "activations_kept_in": dtype_name(ready.hidden[0].dtype),
             "gram": gram.SUMS,
         },
         **report.environment(),
@@ -400,10 +374,6 @@ def _record(options: Options, ready: _Ready, calibration_text: text.Text) -> dic
     }
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _result_lines(options: Options, record: dict[str, Any]) -> list[str]:
     lines = ["", *report.table(record["layers"]), ""]
     lines.append(f"mean relative output error of the layers {record['mean_relative_output_error']:.4f}")
@@ -412,7 +382,7 @@ def _result_lines(options: Options, record: dict[str, Any]) -> list[str]:
     for when, result in record["perplexity"].items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
     if options.method == PT2_LLM and options.out is not None:
-        weights = [file for pattern in checkpoint.WEIGHT_FILES for file in options.out.glob(pattern)]
+        weights = [file for pattern in writing.WEIGHT_FILES for file in options.out.glob(pattern)]
         size = sum(file.stat().st_size for file in weights)
         lines.append(f"{options.out}: {size / 1e6:.1f} MB of weights")
     seconds = sum(record["seconds"].values())

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import dynamic_module_utils
 
 from harness.backends import load_backend
-from harness.checkpoint import CheckpointWriter
 from harness.models import Original
+from harness.writing import CheckpointWriter
 from reference.types import TernaryConfig, TernaryMatrix
 from tests.harness import tiny
 

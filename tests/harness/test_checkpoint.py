@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import harness
-from harness import checkpoint
+from harness import checkpoint, writing
 from harness.backends import load_backend
 from harness.cli import UserError
 from harness.linear import TernaryLinear
@@ -269,7 +269,7 @@ def test_nothing_is_left_of_a_checkpoint_that_was_not_finished(tmp_path: Path) -
     out = tmp_path / "out"
     with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
-        checkpoint.CheckpointWriter(out, 2, REFERENCE) as writer,
+        writing.CheckpointWriter(out, 2, REFERENCE) as writer,
     ):
         writer.add({"a": torch.zeros(3)})
         assert not checkpoint.is_ternary(writer.folder)
@@ -279,29 +279,29 @@ def test_nothing_is_left_of_a_checkpoint_that_was_not_finished(tmp_path: Path) -
 
 def test_files_are_staged_on_the_disk_they_stay_on(tmp_path: Path) -> None:
     """A folder beside a mount point is on another disk, and a rename from there fails."""
-    with checkpoint.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
+    with writing.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
         assert writer.folder.parent == tmp_path / "out"
 
 
 def test_a_second_run_does_not_write_where_one_is_writing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with checkpoint.CheckpointWriter(out, 2, REFERENCE) as writer:
+    with writing.CheckpointWriter(out, 2, REFERENCE) as writer:
         writer.add({"a": torch.zeros(3)})
         with pytest.raises(UserError, match=r"another run is writing to .*out; wait"):
-            checkpoint.require_free(out, force=True)
+            writing.require_free(out, force=True)
         with (
             pytest.raises(UserError, match="another run is writing to"),
-            checkpoint.CheckpointWriter(out, 2, REFERENCE),
+            writing.CheckpointWriter(out, 2, REFERENCE),
         ):
             pass
         assert len(list(writer.folder.iterdir())) == 1
-    with checkpoint.CheckpointWriter(out, 2, REFERENCE):
+    with writing.CheckpointWriter(out, 2, REFERENCE):
         pass
 
 
 def test_a_failed_run_deletes_only_what_is_its_own(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), checkpoint.CheckpointWriter(out, 2, REFERENCE):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), writing.CheckpointWriter(out, 2, REFERENCE):  # noqa: PT012
         (out / "mine.txt").write_text("mine")
         raise KeyboardInterrupt
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
@@ -315,15 +315,15 @@ def test_others_may_read_the_weights(quantized: Path) -> None:
 def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file exists and is not a folder"):
-        checkpoint.require_free(tmp_path / "file" / "out", force=False)
+        writing.require_free(tmp_path / "file" / "out", force=False)
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
-    left = tmp_path / "out" / checkpoint.STAGING
+    left = tmp_path / "out" / writing.STAGING
     left.mkdir(parents=True)
-    checkpoint.require_free(tmp_path / "out", force=False)
+    writing.require_free(tmp_path / "out", force=False)
     (left / "model-00001-of-00009.safetensors").write_bytes(b"old")
-    with checkpoint.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
+    with writing.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
         assert list(writer.folder.iterdir()) == []
 
 
@@ -331,30 +331,30 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.M
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(writing, "save_file", full)
     with (
         pytest.raises(UserError, match=r"model-00001-of-00002.*No space left on device"),
-        checkpoint.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer,
+        writing.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer,
     ):
         writer.add({"a": torch.zeros(3)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_space_is_refused_before_the_start(tmp_path: Path) -> None:
-    checkpoint.require_space(tmp_path / "not" / "yet", 1)
+    writing.require_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk"):
-        checkpoint.require_space(tmp_path, 1 << 62)
+        writing.require_space(tmp_path, 1 << 62)
 
 
 def test_the_tokenizer_needs_space_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=40_000_000))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=40_000_000))
     with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk, 40\.0 MB are free"):
-        checkpoint.require_space(tmp_path, 35_000_000)
+        writing.require_space(tmp_path, 35_000_000)
 
 
 def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "report.json"
-    checkpoint.write_json(file, {"a": 1})
+    writing.write_json(file, {"a": 1})
 
     def killed(self: Path, *args: object, **kwargs: object) -> None:
         self.touch()
@@ -362,7 +362,7 @@ def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Path, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_json(file, {"a": 2})
+        writing.write_json(file, {"a": 2})
     assert json.loads(file.read_bytes()) == {"a": 1}
 
 

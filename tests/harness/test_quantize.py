@@ -14,7 +14,7 @@ import torch
 from transformers import dynamic_module_utils
 
 import harness
-from harness import models, quantize, workflow
+from harness import models, pipeline, quantize, workflow
 from harness.checkpoint import REPORT
 from harness.cli import EXIT_USAGE, UserError
 from harness.models import Original
@@ -135,7 +135,7 @@ def test_the_report_holds_figures_settings_and_versions(quantized: Path) -> None
             assert matrix["output_errors"]["aga"] <= matrix["output_errors"]["itf"] + 1e-12
 
 
-@pytest.mark.parametrize("method", sorted(workflow.BASELINES))
+@pytest.mark.parametrize("method", sorted(pipeline.BASELINES))
 def test_baselines_give_a_report_and_no_checkpoint(
     method: str, llama: Path, words_file: Path, tmp_path: Path, run_main: Run
 ) -> None:

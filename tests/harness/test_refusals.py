@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import harness
-from harness import checkpoint, pipeline, quantize, workflow
+from harness import checkpoint, pipeline, quantize, workflow, writing
 from harness.backends import Backend
-from harness.checkpoint import REPORT, STAGING
+from harness.checkpoint import REPORT
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from harness.writing import STAGING
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
 
@@ -153,7 +154,7 @@ def test_a_run_interrupted_while_files_move_leaves_nothing_that_loads(
             raise KeyboardInterrupt
         move(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupt)
+    monkeypatch.setattr(writing.os, "replace", interrupt)
     arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
     assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
     with pytest.raises(UserError, match=r"no config\.json"):
@@ -255,14 +256,14 @@ def test_a_report_that_cannot_be_written_at_the_end_is_said_after_the_result(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write = checkpoint.write_json
+    write = writing.write_json
 
     def full(file: Path, value: object) -> None:
         if file == tmp_path / "out" / REPORT:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, value)
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(writing, "write_json", full)
     arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize.main, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
