@@ -132,8 +132,8 @@ def generate(
         settings = model.generation_config.to_diff_dict()
         settings.pop("transformers_version", None)
         raise UserError(
-            f"{original.name} cannot write with the settings in its {GENERATION}, {settings}: "
-            f"{_in_one_line(error)}"
+            f"{original.name} cannot write: {_in_one_line(error)}. The settings in its {GENERATION} are "
+            f"{settings}"
         ) from None
     end = time.perf_counter()
     first = streamer.first or end

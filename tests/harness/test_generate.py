@@ -81,6 +81,7 @@ def test_settings_that_are_none_are_told_in_one_line(
     (folder / "generation_config.json").write_text(json.dumps({setting: "x"}))
     assert run_main(generate.main, folder, "--prompt", "w5", "--tokens", 2, "--cpu") == EXIT_USAGE
     error = capsys.readouterr().err
-    assert f"{folder} cannot write with the settings in its generation_config.json, " in error
+    assert f"{folder} cannot write: " in error
+    assert "The settings in its generation_config.json are {" in error
     assert f"'{setting}': 'x'" in error
     assert error.count("\n") == 1
