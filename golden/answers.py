@@ -27,10 +27,11 @@ ORIGINS = {
         "atq.weight_error_gradient": "central differences, exact for a quadratic function, in rational "
         "arithmetic",
         "atq.build_optimal_grid": "normal equations of Eq. 8 by Cramer's rule in rational arithmetic",
-        "atq.flexible_round": "the best of all 3^m assignments of trits to the row, in rational "
-        "arithmetic; of equal ones that with the fewest non-zero trits",
+        "atq.flexible_round": "the best of all 3^m assignments of trits to the row, up to 7 columns, else of "
+        "the three values for each weight, in rational arithmetic; of equal ones that with the fewest "
+        "non-zero trits",
         "atq.iterative_ternary_fitting": "Algorithm 1 in rational arithmetic, each weight given the best of "
-        "the three trits; no decision is near its threshold",
+        "the three trits; decisions are exact ties, or far from their thresholds",
         "aga.output_error": "quadratic form in rational arithmetic",
         "aga.output_error_gradient": "central differences, exact for a quadratic function, in rational "
         "arithmetic",

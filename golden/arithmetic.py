@@ -2,8 +2,8 @@
 
 `Exact` takes rational numbers (`fractions.Fraction` in NumPy object arrays): its answers are exact.
 `Dense` takes float64 and goes by dense least squares and direct sums where `reference` uses closed
-forms and updates. Both note how close every decision came to its threshold, so that no answer is
-kept that rounding could turn.
+forms and updates. Both note how close every rounding and choice came to its threshold, so that no answer
+is kept that rounding could turn.
 """
 
 from __future__ import annotations

@@ -55,8 +55,10 @@ class Case:
     outputs : dict of str to ndarray
         What must come out, in the order the function returns it.
     margins : dict of str to ndarray
-        For trits of measured cases: how far the decision on each was from its threshold, in units of
-        |Z|; one value a row or one in all where decisions build on each other.
+        For trits of measured cases: how far the decision on each was from its threshold, of |Z| for
+        rounding (Eq. 10), as a share of the threshold for Eq. 2; one value a row or one in all where
+        decisions build on each other, and then the least, the gaps between similarities and those of
+        rounding to float16 counted as well.
     raises : str, optional
         The exception that must come instead of an answer.
     """

@@ -88,7 +88,7 @@ def _grids(drafts: Drafts) -> None:
         "aga.align_grid", "alpha-negative", {"W": -W5, "T": np.sign(W5).astype(np.int8), "C": np.eye(5)}
     )
     drafts.add("aga.output_error", "no-error", {"W": W5, "W_hat": W5, "C": correlated(56, 5)})
-    # Row sums of C below zero: what Eq. 13 as printed minimizes has no lower bound.
+    # Row sums of C below zero: for the third row, what Eq. 13 as printed minimizes has no lower bound.
     C = np.array([[9.0, -6, 0, 0, 0], [-6, 5, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 3]])
     inputs = {"W": W5, "T": trits(59, 4, 5), "C": C}
     drafts.add("aga.align_grid_printed", "negative-row-sums", inputs)

@@ -15,7 +15,7 @@ from golden.arithmetic import Array, Dense, Exact
 
 Kit = Exact | Dense
 
-# As in the paper; the settings of a case override them.
+# Those of `reference.types.TernaryConfig`, said again; the settings of a case override them.
 DEFAULTS: dict[str, Any] = {
     "block_size": 128,
     "start": "asymmetric",

@@ -32,7 +32,8 @@ def row_factor(W: Array) -> Array:
         factor = size.astype(np.float16)
     if not xp.isfinite(factor).all():
         row = int(xp.argmax(size))
-        raise ValueError(f"the weights of row {row} are {float(size[row, 0]):.6g} on average, beyond float16")
+        largest = float(size[row, 0])
+        raise ValueError(f"the weights of row {row} have a root mean square of {largest:.6g}, beyond float16")
     return factor
 
 

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--true-sequential", action="store_true", help="collect inputs again inside each layer")
 
-    add = parser.add_argument_group("method", "the defaults are the paper's").add_argument
+    add = parser.add_argument_group("method", "the defaults are the paper's where it names one").add_argument
     add(
         "--method",
         choices=(PT2_LLM, *BASELINES),

@@ -15,11 +15,12 @@ symbol      shape        meaning
 ``mu``      (n, 1)       shift of each row; the grid of row i is {mu-alpha, mu, mu+alpha}
 ``W_hat``   (n, m)       dequantized weights, ``alpha * T + mu``
 ``X``       (tokens, m)  calibration inputs of the layer
-``C``       (m, m)       Gram matrix of the inputs, XᵀX (the paper's C, and its S in Eq. 13)
+``C``       (m, m)       Gram matrix of the inputs, XᵀX (what Eq. 13 calls S)
 ``H``       (m, m)       damped Gram matrix, C + damping · mean(diag C) · I
 ``B``, ``R``             columns of the block in hand, and the columns that remain after it
 ``k``                    columns in a block, 128 in the paper
 ==========  ===========  ==================================================================
 
-Weights and Gram matrices of real layers carry no units; errors are squared Frobenius norms.
+Weights and Gram matrices of real layers carry no units; errors are squared Frobenius norms. Numbers whose
+squares leave float64's range (above 1e150, or below 1e-150 and not 0) are not provided for.
 """

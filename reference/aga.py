@@ -14,7 +14,7 @@ SINGULAR = 1e-12
 
 
 def output_error(W: ArrayLike, W_hat: ArrayLike, C: ArrayLike) -> float:
-    r"""Error of the layer's outputs, :math:`E_x = \|WX - \hat W X\|_F^2` (Eq. 11).
+    r"""Error of the layer's outputs, :math:`E_x = \|(W - \hat W) X^T\|_F^2` for tokens in rows (Eq. 11).
 
     Parameters
     ----------
@@ -80,6 +80,8 @@ def output_error_gradient(
 
 def align_grid(W: ArrayLike, T: ArrayLike, C: ArrayLike) -> tuple[Floats, Floats]:
     r"""The grid that minimizes E_x for fixed trits: the exact solution of Eq. 12 (AGA).
+
+    C is taken to be positive semidefinite, as Gram matrices are.
 
     Parameters
     ----------
@@ -160,10 +162,12 @@ def align_grid_printed(W: ArrayLike, T: ArrayLike, C: ArrayLike) -> tuple[Floats
 
     Eq. 12 has the quadratic forms w C tᵀ and t C tᵀ, that is ((W S) ∘ T)1 and ((T S) ∘ T)1, where
     this prints (W ∘ T)S1 and T²S1: only the row sums of S are left of it. The result is a least
-    squares fit in which column j weighs as much as the j-th row sum of S. For every W and T it
-    agrees with Eq. 12 only if S is diagonal. Row sums of a real Gram matrix can be negative; then
-    what is "minimized" has no lower bound, the denominator can come arbitrarily close to 0, and the
-    grid with it to infinity. Use `align_grid`; this is here so that the difference can be shown.
+    squares fit in which column j weighs as much as the j-th row sum of S. For trits that are not all
+    equal it agrees with Eq. 12 where S is diagonal, or a diagonal plus a multiple of
+    :math:`S 1 (S 1)^T` (equal variances and equal correlations, say); in general it does not. Row sums of a
+    real Gram matrix can be negative; then what is "minimized" may have no lower bound, the denominator
+    can come arbitrarily close to 0, and the grid with it to infinity. Use `align_grid`; this is here so
+    that the difference can be shown.
     """
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape)

@@ -184,7 +184,8 @@ def iterative_ternary_fitting(
     T : (n, m) int8
         Trits; a fixed point of Eq. 10 unless the limit was hit.
     errors : list of float
-        E_w at the start and after every half-step (grid, rounding, grid, ...). It never rises.
+        E_w at the start and after every half-step (grid, rounding, grid, ...). It never rises by more
+        than rounding.
 
     Raises
     ------
@@ -193,9 +194,10 @@ def iterative_ternary_fitting(
 
     Notes
     -----
-    Both half-steps are exact minimizations over one of two arguments, so E_w cannot rise; there are
-    finitely many T, so the loop ends. The paper sees about 10 rounds. Rows do not depend on each
-    other: one whose trits did not change is at its fixed point and is not visited again.
+    Both half-steps are exact minimizations over one of two arguments, so E_w cannot rise, and where it
+    stays the same, ties have turned trits to 0; there are finitely many T, so the loop ends. The paper
+    sees about 10 rounds. Rows do not depend on each other: one whose trits did not change is at its fixed
+    point and is not visited again.
     """
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")

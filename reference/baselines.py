@@ -10,8 +10,8 @@ from reference import checks
 from reference.checks import Floats
 from reference.gptq import invert_damped
 
-# The search of GPTQ's code for a clipped grid: shrink the range in steps of a hundredth down to a
-# fifth, and keep for every row what has the least sum of |error|^2.4.
+# The search of GPTQ's code for a clipped grid: shrink the range in steps of a hundredth, the last of which
+# is above a fifth, and keep for every row what has the least sum of |error|^2.4.
 CLIP_STEPS = 100
 SMALLEST_RANGE = 0.2
 CLIP_NORM = 2.4

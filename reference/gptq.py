@@ -16,7 +16,9 @@ DAMPING_LIMIT = 1.0
 
 
 def gram(X: ArrayLike) -> Floats:
-    r"""Gram matrix of calibration inputs, :math:`C = \sum X^T X` (under Eq. 12).
+    r"""Gram matrix of calibration inputs, :math:`C = X^T X` (under Eq. 12).
+
+    GPTQ's Hessian is twice this; no result depends on a factor of C.
 
     Parameters
     ----------
@@ -38,14 +40,14 @@ def gram(X: ArrayLike) -> Floats:
 
 
 def damp(C: ArrayLike, damping: float) -> Floats:
-    """Damped Gram matrix, ``H = C + damping * mean(diag C) * I`` (GPTQ, Section 3.3).
+    """Damped Gram matrix, ``H = C + damping * mean(diag C) * I`` (GPTQ, which Section 3.3 follows).
 
     Parameters
     ----------
     C : (m, m) array_like
         Gram matrix.
     damping : float
-        Share of the mean of the diagonal, not negative; 0.01 as in the paper's lineage.
+        Share of the mean of the diagonal, not negative; GPTQ takes 0.01, and the paper names none.
 
     Returns
     -------
@@ -54,7 +56,7 @@ def damp(C: ArrayLike, damping: float) -> Floats:
     Raises
     ------
     ValueError
-        If damping is negative or not finite, or C is not a Gram matrix.
+        If damping is negative or not finite, or C is not symmetric or has a negative diagonal.
     """
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping must be a finite number that is not negative, got {damping}")
@@ -76,7 +78,7 @@ def invert_damped(C: ArrayLike, damping: float) -> tuple[Floats, float]:
     -------
     Hinv : (m, m) float64
         Inverse of H. Dead inputs (zero diagonal of C) are uncoupled from all others; their
-        diagonal is 1, which no result depends on.
+        diagonal is 1, on which no result depends unless C is some 1e15 times larger or smaller.
     damping : float
         What was used: the first of damping, 10 damping, 100 damping, ..., up to 1, for which H has
         a Cholesky factor.
@@ -84,7 +86,7 @@ def invert_damped(C: ArrayLike, damping: float) -> tuple[Floats, float]:
     Raises
     ------
     ValueError
-        If damping is negative or not finite, or C is not a Gram matrix.
+        If damping is negative or not finite, or C is not symmetric or has a negative diagonal.
     numpy.linalg.LinAlgError
         If no step has a factor; the message lists what was tried.
     """

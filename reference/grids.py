@@ -38,7 +38,9 @@ def row_factor(W: ArrayLike) -> np.ndarray:
         factor = size.astype(np.float16)
     if not np.isfinite(factor).all():
         row = int(np.argmax(size))
-        raise ValueError(f"the weights of row {row} are {size[row, 0]:.6g} on average, beyond float16")
+        raise ValueError(
+            f"the weights of row {row} have a root mean square of {size[row, 0]:.6g}, beyond float16"
+        )
     return factor
 
 
@@ -55,8 +57,8 @@ def encode(value: ArrayLike, row: np.ndarray) -> CodedGrid:
     Returns
     -------
     CodedGrid
-        Of one block: every value to the nearest of 255 that its row has there, the largest of which
-        the row that needs it most reaches.
+        Of one block: every value to the nearest of 255 that its row has there. The row that needs
+        most has them up to its value, but for the rounding of the factor to float16.
 
     Raises
     ------

@@ -50,7 +50,7 @@ def matmul(
 
     .. math:: y_i = \sum_b \Big( \alpha_{ib} \sum_{j \in b} T_{ij} x_j + \mu_{ib} \sum_{j \in b} x_j \Big)
 
-    and the block sums of x serve every row.
+    where x is permuted as the columns of T are, and the block sums of x serve every row.
     """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")

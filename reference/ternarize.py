@@ -41,7 +41,7 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
     ------
     ValueError
         If shapes do not fit, a value is not finite, C is not symmetric or has a negative diagonal,
-        or a scale or shift is beyond what float16 holds.
+        or a scale or shift is beyond what ``config.grid`` holds.
     numpy.linalg.LinAlgError
         If the damped Gram matrix has no inverse (`reference.gptq.invert_damped`).
 
@@ -51,7 +51,8 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
     9-10), align its grid (Eq. 12), round alpha and mu to what is stored, move the error of the rounded
     block into the remaining columns, and eliminate B from the inverse of H. The order of the
     columns inside a block changes none of this; they ascend. Weights of dead inputs (zero diagonal
-    of C) meet only zeros and are set to 0 first.
+    of C) meet only zeros and are set to 0 first. A scale or shift below the least step of what is stored
+    (6e-8 for float16) becomes 0, which the errors in the report show.
     """
     W = checks.matrix(W, "W")
     C = checks.gram(C, W.shape[1])

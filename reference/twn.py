@@ -49,6 +49,6 @@ def symmetric_ternarize(W: ArrayLike) -> tuple[Floats, Trits]:
     delta = THRESHOLD * np.abs(W).mean(axis=1, keepdims=True)
     T = ((W > delta).astype(np.int8) - (W < -delta)).astype(np.int8)
     kept = np.abs(T).sum(axis=1, keepdims=True)
-    # No weight is beyond the threshold only where all are zero; then alpha is 0 as well.
+    # No weight is beyond the threshold only where all are zero (or subnormal); then alpha is 0 as well.
     alpha = (T * W).sum(axis=1, keepdims=True) / np.maximum(kept, 1)
     return alpha, T

@@ -19,7 +19,11 @@ CODE_LIMIT = 127
 
 @dataclass(frozen=True)
 class TernaryConfig:
-    """Settings of `ternarize`; the defaults are the paper's, the rest its ablations.
+    """Settings of `ternarize`; the defaults are the paper's where it names one.
+
+    It names no damping, for which GPTQ's is taken, no limit of rounds, and not what alpha and mu are stored
+    in. ``start="twn"``, ``compensation=False`` and the alignments "printed" and "conditional" are for
+    comparison.
 
     Attributes
     ----------
@@ -33,7 +37,7 @@ class TernaryConfig:
         Whether iterative ternary fitting runs (Eq. 9-10).
     aga : {"none", "exact", "printed", "conditional"}
         Grid alignment: none, Eq. 12, Eq. 13 as printed, or Eq. 12 with (H⁻¹_BB)⁻¹ in place of
-        C_BB, which is the cost a block causes once its error has been compensated.
+        C_BB, which is the cost a block causes once its error has been compensated, if it is.
     compensation : bool
         Whether the error of a block is moved into the remaining columns.
     damping : float
@@ -77,7 +81,8 @@ class FitReport:
     """How one matrix was fitted; the figures behind Fig. 3.
 
     Errors per stage are sums over blocks, each block against the weights it was fitted to (those
-    compensated for the blocks before it), before alpha and mu are rounded to what is stored.
+    compensated for the blocks before it), before alpha and mu are rounded to what is stored. W here has the
+    weights of dead inputs at 0.
 
     Attributes
     ----------
@@ -95,7 +100,7 @@ class FitReport:
     output_errors : dict of str to float
         E_x / tr(W C Wᵀ) after "init", "itf" and "aga", with C_BB.
     variance_before, variance_after : float
-        Mean variance within blocks of W as it came, and in quantization order.
+        Mean variance within blocks of W in its own order, and in quantization order.
     relative_output_error : float
         E_x / tr(W C Wᵀ) of the whole matrix as stored.
     """

@@ -107,7 +107,7 @@ def test_singular_gram_matrix_without_damping_is_refused_only_where_its_inverse_
     with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
         ternarize(W, C, TernaryConfig(2, damping=0, compensation=False, aga="conditional"))
     result = ternarize(W, C, TernaryConfig(2, damping=0, compensation=False))
-    assert result.report.damping == 0
+    assert result.report.damping == 0  # and nothing is factored
 
 
 def test_regular_gram_matrix_needs_no_damping():

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reference.grids import encode, row_factor
@@ -18,7 +18,7 @@ def test_the_factor_of_a_row_is_its_root_mean_square():
 
 
 def test_weights_beyond_float16_are_refused():
-    with pytest.raises(ValueError, match="the weights of row 1 are 1e\\+06 on average"):
+    with pytest.raises(ValueError, match="the weights of row 1 have a root mean square of 1e\\+06"):
         row_factor([[1.0, 1.0], [1e6, -1e6]])
     with pytest.raises(ValueError, match="1e\\+09 times its row's weights, beyond float16"):
         encode([[1e9]], np.array([[1.0]], dtype=np.float16))
@@ -41,11 +41,14 @@ def test_values_are_read_back_as_products_in_order():
 def test_every_value_goes_to_the_nearest_code(values, sizes):
     row = np.array(sizes[: len(values)], dtype=np.float16)[:, None]
     value = np.array(values)[:, None] * row.astype(float)
+    # A subnormal factor of the block is rounded by more: `test_codes_end_where_the_factor_is_rounded_down`.
+    largest = max(map(abs, values))
+    assume(largest == 0 or largest >= CODE_LIMIT * 2.0**-14)
     grid = encode(value, row)
     assert np.abs(grid.codes).max() <= CODE_LIMIT
     step = row.astype(float) * grid.block.astype(float)
     if grid.block[0, 0] > 0:
-        # The factor of the block is rounded to float16, which may cut the largest by half of 2^-11 of it.
+        # The factor of the block is rounded to float16, which may cut the largest by 2^-11 of it.
         slack = np.abs(value) * 2.0**-11
         assert (np.abs(grid.decode() - value) <= step / 2 * (1 + 1e-6) + slack).all()
     assert (np.abs(grid.codes).max() >= CODE_LIMIT - 1) == (grid.block[0, 0] > 0)

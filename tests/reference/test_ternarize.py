@@ -179,14 +179,12 @@ def test_weights_on_a_ternary_grid_come_back_unchanged():
         assert result.report.relative_output_error == 0
 
 
-def test_input_is_left_alone_and_settings_have_the_papers_defaults():
+def test_input_is_left_alone():
     W, C = layer(3, 9, 13, "dead")
     before = W.copy(), C.copy()
-    result = ternarize(W, C)
+    ternarize(W, C)
     assert np.array_equal(W, before[0])
     assert np.array_equal(C, before[1])
-    explicit = TernaryConfig(128, "asymmetric", "ssr", True, "exact", True, 0.01, 100, 0)
-    assert np.array_equal(result.dequantize(), ternarize(W, C, explicit).dequantize())
 
 
 @settings(max_examples=40)

@@ -30,7 +30,7 @@ def test_settings_that_mean_nothing_are_refused(changes, message):
         TernaryConfig(**changes)
 
 
-def test_defaults_are_those_of_the_paper():
+def test_defaults_are_those_of_the_paper_and_of_gptq():
     assert TernaryConfig() == TernaryConfig(128, "asymmetric", "ssr", True, "exact", True, 0.01, 100, 0)
 
 
