@@ -200,6 +200,17 @@ def test_torch_tensors_come_through_dlpack(dtype):
     )
 
 
+def test_activations_of_any_strides_are_multiplied():
+    case = random_case(9, 40, 16)
+    arrays = [gpu.to_device(a) for a in (pack_base3(case.trits), case.scale, case.shift, case.permutation)]
+    x = np.random.default_rng(0).normal(size=(7, 80))
+    strided = gpu.to_device(np.asfortranarray(x))[:, ::2]
+    expected = expected_product(
+        x[:, ::2], pack_base3(case.trits), case.scale, case.shift, case.permutation, 16
+    )
+    np.testing.assert_allclose(gpu.to_host(matmul.matmul(strided, *arrays, 16)), expected, rtol=1e-12)
+
+
 def test_no_tokens_give_no_rows():
     case = random_case(9, 200, 128)
     assert multiply(case, case.activations(0, np.float16)).shape == (0, 9)
