@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import gpu
+from gpu import matmul
 from gpu.device import xp
 from gpu.kernels.layout import order_type
+from reference.packing import pack_base3
 from tests.gpu.ternary_cases import coded_case, lay_out, random_case
 
 ROWS = (70, 1, 33)
@@ -45,3 +47,11 @@ def test_factors_of_another_type_are_refused(name):
     wide = getattr(layout, name).astype(xp.float32)
     with pytest.raises(TypeError, match=f"{name} must be float16, got float32"):
         replace(layout, **{name: wide})
+
+
+@pytest.mark.parametrize("order", [np.arange(200)[None], np.arange(200)[:, None]])
+def test_an_order_of_two_dimensions_is_refused(order):
+    case = random_case(9, 200, 128)
+    arrays = map(gpu.to_device, (pack_base3(case.trits), case.scale, case.shift, order))
+    with pytest.raises(ValueError, match="permutation"):
+        matmul.lay_out(*arrays, 128)
