@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -156,11 +157,14 @@ def use_allocator(allocate: Callable[[int, int], int], release: Callable[[int, i
 
 def stream() -> Any:
     """CuPy's current stream, as a Numba kernel is launched on it."""
-    if STANDIN:
-        return 0
+    return 0 if STANDIN else _numba_stream(xp.cuda.get_current_stream().ptr)
+
+
+@cache
+def _numba_stream(pointer: int) -> Any:
+    """One object for one stream, by which Numba finds how it has launched there before."""
     from numba import cuda
 
-    pointer = xp.cuda.get_current_stream().ptr
     # By its name, as DLPack has no stream 0 and CuPy warns where Numba asks for it at a launch.
     return cuda.external_stream(pointer) if pointer else cuda.legacy_default_stream()
 

@@ -8,6 +8,9 @@ from gpu import checks
 from gpu.device import Array, xp
 from gpu.kernels.similarity import choose_columns, compare_columns
 
+# Weights whose variance is taken at a time: few launches, and little beside the matrix.
+VARIANCE_ELEMENTS = 1 << 21
+
 
 def permute(A: Array, permutation: Array) -> Array:
     """Reorder columns, ``A P`` (Eq. 14).
@@ -112,9 +115,15 @@ def block_variance(W: Array, block_size: int) -> float:
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     W = checks.matrix(W, "W")
+    n, m = W.shape
+    whole = m // block_size * block_size
+    rows = -(-VARIANCE_ELEMENTS // m)
     total = xp.zeros(())
-    for first in range(0, W.shape[1], block_size):
+    for first in range(0, n, rows):
         # Not `var(dtype=...)`, for which CuPy takes the mean in the type of W.
-        block = W[:, first : first + block_size].astype(np.float64)
-        total += block.var(axis=1).mean() * block.shape[1]
-    return float(total) / W.shape[1]
+        slab = W[first : first + rows].astype(np.float64)
+        if whole:
+            total += slab[:, :whole].reshape(len(slab), -1, block_size).var(axis=2).sum() * block_size
+        if whole < m:
+            total += slab[:, whole:].var(axis=1).sum() * (m - whole)
+    return float(total) / (n * m)

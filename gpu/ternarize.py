@@ -138,7 +138,9 @@ def _fit_block(
         aligned = residual(W_B, alpha, mu, T)
     # One product for the three stages.
     E = xp.concatenate([init, itf, aligned])
-    figures.output_errors[b] = ((E @ C_BB) * E).reshape(len(STAGES), -1).sum(axis=1)
+    # Rows first: a sum of a whole stage would be left to one processor each.
+    of_rows = ((E @ C_BB) * E).sum(axis=1)
+    figures.output_errors[b] = of_rows.reshape(len(STAGES), -1).sum(axis=1)
     figures.aligned += squared_norm(aligned)
     errors.sum(axis=1, out=figures.curve[b])
     figures.steps = xp.maximum(figures.steps, steps.max())

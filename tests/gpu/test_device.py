@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -269,8 +270,11 @@ def test_arrays_go_to_the_device_and_back(cupy):
 def test_kernels_are_queued_on_the_stream_of_another_library(cupy, monkeypatch):
     monkeypatch.setattr("numba.cuda.external_stream", lambda pointer: f"stream {pointer}")
     monkeypatch.setattr("numba.cuda.legacy_default_stream", lambda: "default", raising=False)
+    # The kept streams of a device are not to be these.
+    monkeypatch.setattr(device, "_numba_stream", cache(device._numba_stream.__wrapped__))
     with gpu.on_stream(7):
         assert stream() == "stream 7"
+        assert stream() is stream()
         with gpu.on_stream(0):
             assert stream() == "default"
     assert cupy.streams == []

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 import gpu
+from gpu import ssr
 from gpu.device import STANDIN, stream
 from gpu.kernels.lanes import LANES
 from gpu.kernels.similarity import (
+    RIVALS,
     SLAB,
     _build,
     add_products_kernel,
@@ -15,6 +17,7 @@ from gpu.kernels.similarity import (
     compare_columns,
 )
 from gpu.ssr import select_block
+from reference.ssr import block_variance
 from reference.ssr import select_block as reference
 from tests.gpu.ordered_lanes import ORDERS, OrderedLanes
 from tests.gpu.test_memory import peak_of
@@ -146,7 +149,8 @@ def test_a_similarity_that_is_no_number_counts_as_one_of_zeros(simulate):
 
 @pytest.mark.parametrize(
     ("columns", "simulate"),
-    [(c, STANDIN) for c in (1, 2, 31, 32, 33, 127, 128, 129)] + [(c, False) for c in (1, 129, 577)],
+    [(c, STANDIN) for c in (1, 2, 31, 32, 33, 127, 128, 129, RIVALS + 1)]
+    + [(c, False) for c in (1, 129, RIVALS, 577)],
 )
 def test_the_highest_are_chosen_and_the_lower_index_on_a_tie(columns, simulate):
     rng = np.random.default_rng(columns)
@@ -176,7 +180,7 @@ def test_strides_do_not_matter(dtype):
 @pytest.mark.parametrize("columns", [1, 4, 5, 6, 16, 23])
 def test_lanes_share_a_row_and_the_choice_in_any_order(order, columns):
     lanes = OrderedLanes(order)
-    add_row, _, _, _, rank, collect = _build(lanes.target)
+    add_row, _, _, _, count_ahead, collect = _build(lanes.target)
     rng = np.random.default_rng(columns)
     W = rng.integers(-9, 10, size=(3, columns)).astype(np.float64)
     row_sums, partial = np.full(3, np.nan), np.full(len(order), np.nan)
@@ -184,14 +188,24 @@ def test_lanes_share_a_row_and_the_choice_in_any_order(order, columns):
         lanes.run(lambda lane, lanes_, row=row: add_row(W, row_sums, row, partial, lane, lanes_))
     assert row_sums.tolist() == W.sum(axis=1).tolist()
 
-    ranks = np.empty(columns, np.int32)
+    ranks = np.zeros(columns, np.int32)
     for column in range(columns):
-        rank(W[0], ranks, column)
+        for first, last in ((0, columns // 2), (columns // 2, columns)):
+            ranks[column] += count_ahead(W[0], column, first, last)
     highest = np.argsort(-W[0], kind="stable")
     for k in {1, columns // 2, columns} - {0}:
         indices, found = np.full(k, -1), np.full(len(order), 10**6)
         lanes.run(lambda lane, lanes_, k=indices, f=found: collect(ranks, k, f, lane, lanes_))
         assert indices.tolist() == sorted(highest[:k].tolist())
+
+
+@pytest.mark.parametrize("elements", [1, 40, 1 << 21])
+@pytest.mark.parametrize(("columns", "block_size"), [(8, 4), (10, 4), (3, 8), (5, 1)])
+def test_the_variance_of_slabs_of_rows_is_that_of_the_matrix(columns, block_size, elements, monkeypatch):
+    monkeypatch.setattr(ssr, "VARIANCE_ELEMENTS", elements)
+    W = weights(7, columns)
+    got = ssr.block_variance(gpu.to_device(W), block_size)
+    assert got == pytest.approx(block_variance(W, block_size), rel=1e-14, abs=0)
 
 
 def test_no_temporary_has_the_size_of_the_matrix():

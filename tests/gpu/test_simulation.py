@@ -73,7 +73,7 @@ def test_columns_get_a_thread_each_in_blocks_of_a_warp(monkeypatch, columns):
         "add_squares_kernel": ((warps, slabs), warp),
         "add_products_kernel": ((warps, slabs), warp),
         "compare_kernel": (warps, warp),
-        "rank_kernel": (warps, warp),
+        "rank_kernel": ((warps, math.ceil(columns / similarity.RIVALS)), warp),
         "collect_kernel": (1, warp),
     }
 
