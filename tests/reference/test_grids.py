@@ -65,6 +65,15 @@ def test_rows_of_zeros_and_blocks_of_zeros_are_zero():
     assert zero.codes.tolist() == [[0], [0]]
 
 
+def test_a_block_whose_factor_vanishes_is_zero_and_one_of_factor_one_is_its_codes():
+    row = np.ones((2, 1), np.float16)
+    small, exact = encode([[1e-7], [-1e-7]], row), encode([[127.0], [-64.0]], row)
+    assert small.block == 0
+    assert small.codes.tolist() == [[0], [0]]
+    assert exact.block == 1
+    assert exact.codes.tolist() == [[127], [-64]]
+
+
 def test_codes_end_where_the_factor_is_rounded_down():
     # The factor of the block is 1.4 of float16's least step and rounded to one.
     least = 2.0**-24
