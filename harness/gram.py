@@ -32,11 +32,11 @@ class GramSum:
         self._rows = 0
 
     def add(self, X: torch.Tensor) -> None:
-        """Add the rows of X, (rows, m) float32 or 16-bit."""
+        """Add the rows of X, (rows, m) 16-bit or float32; float64 is rounded to it."""
         for part in X.split(CHUNK_TOKENS):
             if self._rows + len(part) > CHUNK_TOKENS:
                 self._flush()
-            if part.is_cuda and part.dtype != torch.float32:
+            if part.is_cuda and part.element_size() == 2:
                 self._chunk += torch.mm(part.T, part, out_dtype=torch.float32)
             else:
                 part = part.float()

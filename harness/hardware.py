@@ -12,6 +12,7 @@ from pathlib import Path
 
 from harness.backends import load_backend
 from harness.cli import EXIT_MISS, HelpFormatter, UserError, run
+from harness.models import EMBEDDED_PACKAGE
 from harness.plan import duration
 
 RECORD = "golden/gpu-verified.json"
@@ -121,13 +122,21 @@ def require_device() -> None:
         raise UserError(f"there is no {FULL_SIZE} here; run this in a clone of the repository")
 
 
+def _lacking(command: list[str]) -> str | None:
+    """What a command needs that not every machine with a device has."""
+    if command[0] != "python" and shutil.which(command[0]) is None:
+        return command[0]
+    needed = (EMBEDDED_PACKAGE, "gguf") if "--model" in command else ()
+    return next((package for package in needed if importlib.util.find_spec(package) is None), None)
+
+
 def run_parts(commands: dict[str, list[str]]) -> int:
     """Run commands one after the other; the exit code says whether all that could be run passed."""
     outcomes = []
     for part, command in commands.items():
         print(f"== {part}: {' '.join(command)}", flush=True)
-        if command[0] != "python" and shutil.which(command[0]) is None:
-            outcomes.append((part, 0, f"not run: {command[0]} is not installed"))
+        if lacking := _lacking(command):
+            outcomes.append((part, 0, f"not run: {lacking} is not installed"))
             continue
         begin = time.perf_counter()
         here = [sys.executable if word == "python" else word for word in command]

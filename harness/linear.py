@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from harness.backends import Backend
+from harness.compute import Compute
 from harness.layout import Matrix
 from harness.packed import PackedWeights
 from reference.types import CodedGrid
@@ -201,8 +202,9 @@ def use_kernels(layers: list[TernaryLinear], backend: Backend) -> None:
     """
     if not backend.function("kernels.layout.can_be_tiled")(layers[0].block_size):
         return
-    # The backend works on the current device, whichever the layers are on.
-    with torch.cuda.device_of(next(layers[0].buffers())):
+    first = next(layers[0].buffers())
+    # The backend works on the current device, whichever the layers are on, and on torch's stream there.
+    with torch.cuda.device_of(first), Compute(first.device).queue(backend):
         layouts = [_lay_out(layer, backend) for layer in layers]
         packed = PackedWeights(backend.function("matmul.join")(layouts))
     for part, layer in enumerate(layers):

@@ -133,13 +133,13 @@ def quantize_shape(
     }
 
 
-def make_config(shape: str, positions: int = 2048) -> Any:
-    """The transformers configuration of a shape, with one layer."""
+def make_model(shape: str, layers: int, dtype: torch.dtype, positions: int = 2048) -> Any:
+    """A random model of a shape with one layer, to which `attach_empty_layers` may give so many."""
     family, hidden, intermediate, _, heads, groups, vocabulary = SHAPES[shape]
-    return getattr(quiet_transformers(), f"{family}Config")(
+    config = getattr(quiet_transformers(), f"{family}Config")(
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,  # for which Qwen3's has a list of settings
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=128 if family == "Qwen3" else hidden // heads,
@@ -147,14 +147,16 @@ def make_config(shape: str, positions: int = 2048) -> Any:
         max_position_embeddings=positions,
         tie_word_embeddings=True,  # a head of its own would only take memory
     )
+    config.num_hidden_layers = 1
+    return quiet_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def random_model(scale: Scale, compute: Compute) -> tuple[Any, DecoderLayers, int]:
     """A model of a shape whose layers are made when they are asked for, and the number it really has."""
     depth = SHAPES[scale.shape][3]
-    config = make_config(scale.shape, max(2048, scale.seqlen))
-    model = quiet_transformers().AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    empty = attach_empty_layers(model, min(scale.layers or depth, depth))
+    layers = min(scale.layers or depth, depth)
+    model = make_model(scale.shape, layers, torch.bfloat16, max(2048, scale.seqlen))
+    empty = attach_empty_layers(model, layers)
     shapes = {f"{empty.prefix}.{name}": t.shape for name, t in empty.layers.state_dict().items()}
     decoder = DecoderLayers(empty.prefix, empty.layers, empty.linears, _random_reader(shapes, compute.device))
     return model, decoder, depth

@@ -15,8 +15,8 @@ from harness.checkpoint import StoredLayers
 from harness.compute import Compute, dtype_name
 from harness.hf import swap, use_kernels
 from harness.linear import TernaryLinear
-from harness.models import attach_empty_layers, quiet_transformers
-from harness.scale import SHAPES, make_config
+from harness.models import attach_empty_layers
+from harness.scale import SHAPES, make_model
 
 DTYPE = torch.bfloat16
 REPEATS = 5
@@ -75,7 +75,7 @@ def generation_speed(
 def random_network(shape: str, layers: int | None, ternary: bool, compute: Compute) -> Any:
     """A model of a shape with random weights, made on the device it runs on."""
     depth = min(layers or SHAPES[shape][3], SHAPES[shape][3])
-    model: Any = quiet_transformers().AutoModelForCausalLM.from_config(make_config(shape), dtype=DTYPE).eval()
+    model = make_model(shape, depth, DTYPE)
     decoder = attach_empty_layers(model, depth)
     if ternary:
         names = list(decoder.named_linears())

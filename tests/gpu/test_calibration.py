@@ -59,7 +59,7 @@ def test_work_is_queued_on_the_stream_of_torch(compute):
     np.testing.assert_array_equal(backend.to_host(result).trits, expected.trits)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_gram_matrix_of_262144_correlated_rows_stays_positive_definite(compute, dtype):
     generator = torch.Generator().manual_seed(0)
     columns = 64
@@ -77,7 +77,7 @@ def test_a_gram_matrix_of_262144_correlated_rows_stays_positive_definite(compute
     # float32 sums of 8192 exact or once rounded products, then float64: some ε√8192 = 5e-6. Tensor cores add
     # 16-bit products without rounding, two bits beyond float32 at the least: each of 2048 may lose 2⁻²⁵ of
     # the sum so far, 3e-5 at the most, all in one direction.
-    limit = 1e-5 if dtype == torch.float32 or compute.device.type == HOST.type else 4e-5
+    limit = 1e-5 if dtype.itemsize > 2 or compute.device.type == HOST.type else 4e-5
     assert ((C - exact).abs() / scale).max() < limit
     assert torch.equal(C, C.T)
     smallest = torch.linalg.eigvalsh(exact)[0].item()

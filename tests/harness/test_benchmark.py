@@ -158,6 +158,16 @@ def test_layers_of_a_shape_go_through_the_whole_pipeline(tmp_path: Path, run_mai
     assert result["bytes_a_layer"] > trits
 
 
+@pytest.mark.parametrize("family", sorted({shape[0] for shape in SHAPES.values()}))
+def test_layers_of_every_family_are_made(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some configurations have a setting for every layer, made for as many as there are."""
+    monkeypatch.setitem(SHAPES, "small", (family, 96, 256, 3, 4, 2, 64))
+    model, decoder, depth = random_model(Scale("small"), Compute())
+    assert depth == len(decoder.layers) == model.config.num_hidden_layers == 3
+    network = random_network("small", 2, ternary=False, compute=Compute())
+    assert network(torch.tensor([[1, 2]])).logits.shape == (1, 2, 64)
+
+
 def test_random_layers_are_the_same_at_every_call_and_have_outliers() -> None:
     _, decoder, depth = random_model(Scale("tiny"), Compute())
     assert depth == len(decoder.layers) == 3

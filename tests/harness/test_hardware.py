@@ -59,6 +59,16 @@ def test_every_test_of_full_size_is_in_one_part() -> None:
     assert [single, *(name for name in names if keyword in name)] == names
 
 
+def test_a_part_whose_model_is_not_installed_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hardware, "EMBEDDED_PACKAGE", "no_such_package")
+    assert hardware.run_parts({"model": hardware.command_of("model"), "none": ["python", "-c", ""]}) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^model +not run: no_such_package is not installed$", printed, re.M)
+    assert re.search(r"^none +passed in", printed, re.M)
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_tests_run_side_by_side_where_they_can(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object() if installed else None)
