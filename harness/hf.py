@@ -181,10 +181,10 @@ def swap(model: nn.Module, name: str, stored: checkpoint.StoredLayers, dtype: to
             dtype,
         )
     layer.bias = plain.bias  # in the dtype of the model
-    holder = model.get_submodule(parent)
+    holder: Any = model.get_submodule(parent)
     setattr(holder, own, layer)
     # Some models initialize the weights of their projections by name, and here there are none.
-    holder._is_hf_initialized = True  # type: ignore[assignment]
+    holder._is_hf_initialized = True
 
 
 def load(
