@@ -31,6 +31,10 @@ STANDIN = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 Array = Any
 
+# Bytes up to which arrays come from a pool of CuPy's own: those of a block of columns, of which a matrix
+# takes thousands. What a whole matrix needs goes back at once to the library it was taken from.
+POOLED = 64 << 20
+
 # Rows of a Cholesky factor have the length of the matrix's diagonal to about m·ε, 1e-11 at most.
 FACTOR_TOLERANCE = 1e-6
 
@@ -151,8 +155,11 @@ def use_allocator(allocate: Callable[[int, int], int], release: Callable[[int, i
     release : callable
         Takes an address and the number of the device.
     """
-    if not STANDIN:
-        xp.cuda.set_allocator(xp.cuda.PythonFunctionAllocator(allocate, release).malloc)
+    if STANDIN:
+        return
+    direct = xp.cuda.PythonFunctionAllocator(allocate, release).malloc
+    pooled = xp.cuda.MemoryPool(direct).malloc
+    xp.cuda.set_allocator(lambda size: pooled(size) if size <= POOLED else direct(size))
 
 
 def stream() -> Any:
@@ -183,14 +190,14 @@ def cholesky(A: Array) -> Array:
 
 
 def is_factor(L: Array, diagonal: Array) -> Array:
-    """Whether L can be the Cholesky factor of a matrix with this diagonal, as a device scalar.
+    """Whether L (..., m, m) can be Cholesky factors of matrices with these diagonals, as a device scalar.
 
     The status that cuSOLVER returns is not read, which would stop the host. A failed factorization
     leaves a matrix whose rows do not have the lengths that the diagonal gives them.
     """
-    lengths = xp.square(L).sum(axis=1)
+    lengths = xp.square(L).sum(axis=-1)
     close = abs(lengths - diagonal) <= FACTOR_TOLERANCE * diagonal
-    return ((xp.diagonal(L) > 0) & close).all()  # comparisons with NaN are False
+    return ((xp.diagonal(L, axis1=-2, axis2=-1) > 0) & close).all()  # comparisons with NaN are False
 
 
 def solve_lower(L: Array, B: Array) -> Array:

@@ -83,7 +83,11 @@ def invert_damped(C: Array, damping: float) -> tuple[Array, float]:
     Three (m, m) float64 matrices are alive at most, C among them. The device is asked once a step.
     """
     _check_damping(damping)
-    C = checks.gram(C, C.shape[-1])
+    return damped_inverse(checks.gram(C, C.shape[-1]), damping)
+
+
+def damped_inverse(C: Array, damping: float) -> tuple[Array, float]:
+    """`invert_damped` of input that has been checked."""
     dead = xp.diagonal(C) == 0
     tried = []
     while True:

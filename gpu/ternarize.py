@@ -1,9 +1,9 @@
 """One weight matrix from start to end on the device; see `reference.ternarize`.
 
-Columns keep their places: `rest` holds the remaining columns of W, compensated in place, with zeros
-where a block is done, and so does the inverse of H in rows and columns. Every block then has the same
-shapes, and the host queues the whole loop without waiting for the device. What went wrong on the way
-(a factorization, a scale beyond float16) is read once at the end.
+What is left of W and of the inverse of H changes in place, with zeros where a block is done, and is moved
+together once a share of it is (`_Remaining`). The host knows all shapes, and queues the whole loop without
+waiting for the device. What went wrong on the way (a factorization, a scale beyond float16) is read once
+at the end.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from gpu import checks
 from gpu.aga import aligned_grid, quadratic_form
 from gpu.atq import residual, squared_norm
 from gpu.device import Array, cholesky, is_factor, subtract_product, xp
-from gpu.gptq import halved, invert_damped
+from gpu.gptq import damped_inverse, halved
 from gpu.grids import coded, require_coded, row_factor
 from gpu.kernels.fitting import fit_rows
 from gpu.ssr import block_variance, most_similar
 from reference.types import FitReport, TernaryConfig, TernaryMatrix
 
 STAGES = ("init", "itf", "aga")
+
+# Columns are moved together once this share of them is done: copies cost less than products with zeros.
+DONE_SHARE = 0.25
 
 
 def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> TernaryMatrix:
@@ -62,31 +65,30 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     Hinv: Array | None = None
     damping = 0.0
     if config.compensation or config.aga == "conditional":
-        Hinv, damping = invert_damped(C, config.damping)
+        Hinv, damping = damped_inverse(C, config.damping)
 
-    # Of thousands of columns some are nearly as similar as the last of a block: float32 would let other
-    # ones in than the reference, and all that follows would differ.
-    rest = W.astype(np.float64)
-    remaining = xp.ones(m, bool)
+    remaining = _Remaining(W, Hinv)
+    del Hinv  # it changes, and is freed when columns are moved together
     trits = xp.empty((n, m), np.int8)
     grids = xp.empty((2, n, blocks))  # alpha and mu as computed
     W_hat = xp.empty((n, m), np.float32)
     permutation = xp.empty(m, np.intp)
-    factored = xp.ones((), bool)
+    factors: list[tuple[Array, Array]] = []  # of every block, with the diagonal that they are to have
     row = row_factor(W) if config.grid == "int8" else None
     figures = _Figures(config, blocks)
     for b in range(blocks):
         block = slice(b * config.block_size, min((b + 1) * config.block_size, m))
         width = block.stop - block.start
-        B = most_similar(rest, remaining, width) if order is None else xp.sort(order[block])
-        W_B = rest[:, B]
-        C_BB = C[B[:, None], B]
+        B = remaining.most_similar(width) if order is None else remaining.places(order[block])
+        columns = remaining.columns[B]
+        W_B = remaining.W[:, B]
+        C_BB = C[columns[:, None], columns]
         cost = C_BB
-        if Hinv is not None:
-            Hinv_B = Hinv[B]
+        if remaining.Hinv is not None:
+            Hinv_B = remaining.Hinv[B]
             Hinv_BB = Hinv_B[:, B]
             L = cholesky(Hinv_BB)
-            factored &= is_factor(L, xp.diagonal(Hinv_BB))
+            factors.append((L, xp.diagonal(Hinv_BB)))
             whitening, half = halved(L, Hinv_B)
             if config.aga == "conditional":
                 cost = whitening.T @ whitening
@@ -94,21 +96,19 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
         grid, T = _fit_block(W_B, C_BB, cost, config, figures, b)
         grids[:, :, b : b + 1] = grid
         alpha, mu = _read_back(grid, row)
-        trits[:, block], permutation[block] = T, B
+        trits[:, block], permutation[block] = T, columns
         with np.errstate(invalid="ignore"):  # an infinite scale is refused in the end
             W_hat_B = alpha * T + mu
-        W_hat[:, B] = W_hat_B
+        W_hat[:, columns] = W_hat_B
 
-        if Hinv is not None and b + 1 < blocks:
-            if config.compensation:
-                subtract_product(rest, (W_B - W_hat_B) @ whitening.T, half)
-            subtract_product(Hinv, half.T, half)
-            Hinv[B] = 0
-            Hinv[:, B] = 0
-        rest[:, B] = 0
-        remaining[B] = False
+        if b + 1 < blocks:
+            if remaining.Hinv is not None:
+                if config.compensation:
+                    subtract_product(remaining.W, (W_B - W_hat_B) @ whitening.T, half)
+                subtract_product(remaining.Hinv, half.T, half)
+            remaining.take(B)
 
-    if not factored:
+    if not _all_are_factors(factors):
         raise np.linalg.LinAlgError(f"the inverse of H lost its factor on the way, with damping {damping:g}")
     scale, shift = _stored(grids, row)
     return TernaryMatrix(
@@ -119,6 +119,64 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
         block_size=config.block_size,
         report=figures.report(W, W_hat, C, permutation, damping),
     )
+
+
+class _Remaining:
+    """The columns of W that are not done, compensated, and the inverse of H over them.
+
+    Attributes
+    ----------
+    W : (n, r) float64
+        Of thousands of columns some are nearly as similar as the last of a block: float32 would let other
+        ones in than the reference, and all that follows would differ.
+    Hinv : (r, r) float64, or None
+    columns : (r,) array of int
+        Where the columns are in the whole matrix, ascending.
+    """
+
+    def __init__(self, W: Array, Hinv: Array | None) -> None:
+        self.W = W.astype(np.float64)
+        self.Hinv = Hinv
+        self.columns = xp.arange(W.shape[1])
+        self._waiting = xp.ones(W.shape[1], bool)
+        self._done = 0
+
+    def most_similar(self, k: int) -> Array:
+        """Places of the k columns of Eq. 16."""
+        return most_similar(self.W, self._waiting, k)
+
+    def places(self, columns: Array) -> Array:
+        """Places of columns of the whole matrix, ascending."""
+        return xp.searchsorted(self.columns, xp.sort(columns))
+
+    def take(self, B: Array) -> None:
+        """Let the columns at these places be done."""
+        self._waiting[B] = False
+        self._done += len(B)
+        held = len(self.columns)
+        if self._done < DONE_SHARE * held:
+            self.W[:, B] = 0
+            if self.Hinv is not None:
+                self.Hinv[B] = 0
+                self.Hinv[:, B] = 0
+            return
+        # By a sort, as the device would be asked how many `flatnonzero` finds.
+        kept = xp.sort(xp.where(self._waiting, xp.arange(held), held))[: held - self._done]
+        self.W = xp.take(self.W, kept, axis=1)
+        if self.Hinv is not None:
+            self.Hinv = self.Hinv[kept[:, None], kept]
+        self.columns = self.columns[kept]
+        self._waiting, self._done = xp.ones(len(kept), bool), 0
+
+
+def _all_are_factors(factors: list[tuple[Array, Array]]) -> bool:
+    """Whether all are what `is_factor` says, only the last of another width; asks the device."""
+    checked = [
+        is_factor(*(xp.stack(part) for part in zip(*some, strict=True)))
+        for some in (factors[:-1], factors[-1:])
+        if some
+    ]
+    return all(map(bool, checked))
 
 
 def _fit_block(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,13 @@ class DecoderLayers:
 
     def working_copy(self, index: int, compute: Compute) -> nn.Module:
         """A layer to compute with, on the device and in the type that layers run in."""
-        layer = copy.deepcopy(self.layers[index])
+        moved: dict[int, Any] = {}
+        if self.read is None:
+            # Matrices go straight to where they are wanted: a copy on the host would take as long again.
+            for linear in self.linears[index].values():
+                weight = linear.weight.detach().to(compute.device, compute.dtype)
+                moved[id(linear.weight)] = nn.Parameter(weight, requires_grad=False)
+        layer = copy.deepcopy(self.layers[index], moved)
         if self.read is not None:
             layer.load_state_dict(self.tensors(index, list(layer.state_dict())), assign=True)
         return layer.to(compute.device, compute.dtype)

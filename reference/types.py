@@ -167,16 +167,15 @@ class TernaryMatrix:
 
     def dequantize(self) -> Any:
         """``float32(alpha) * t + float32(mu)``, as (n, m) float32 in the original column order."""
-        m = self.trits.shape[1]
-        # These NumPy functions hand device arrays on to their own library.
-        alpha, mu = (
-            np.repeat(
-                grid.decode() if isinstance(grid, CodedGrid) else grid.astype(np.float32),
-                self.block_size,
-                axis=1,
-            )[:, :m]
-            for grid in (self.scale, self.shift)
-        )
+        n, m = self.trits.shape
+
+        def every_column(grid: Any) -> Any:
+            blocks = grid.decode() if isinstance(grid, CodedGrid) else grid.astype(np.float32)
+            # These NumPy functions hand device arrays on to their own library.
+            spread = np.broadcast_to(blocks[:, :, None], (*blocks.shape, self.block_size))
+            return spread.reshape(n, -1)[:, :m]
+
+        alpha, mu = every_column(self.scale), every_column(self.shift)
         ordered = alpha * self.trits + mu
         W_hat = np.empty_like(ordered)
         W_hat[:, self.permutation] = ordered

@@ -168,7 +168,10 @@ class FakeCuPy(ModuleType):
         self.cuda = SimpleNamespace(
             Stream=SimpleNamespace(null=self.entered(0), from_external=self.from_external),
             get_current_stream=lambda: SimpleNamespace(ptr=self.streams[-1]),
-            PythonFunctionAllocator=lambda *functions: SimpleNamespace(malloc=functions),
+            PythonFunctionAllocator=lambda *functions: SimpleNamespace(
+                malloc=lambda size: (*functions, size)
+            ),
+            MemoryPool=lambda malloc: SimpleNamespace(malloc=lambda size: ("pool", *malloc(size))),
             set_allocator=lambda malloc: setattr(self, "allocator", malloc),
             runtime=SimpleNamespace(
                 CUDARuntimeError=NoDevice,
@@ -288,7 +291,8 @@ def test_memory_is_taken_from_another_library(cupy):
         pass
 
     gpu.use_allocator(allocate, release)
-    assert cupy.allocator == (allocate, release)
+    assert cupy.allocator(1000) == ("pool", allocate, release, 1000)
+    assert cupy.allocator(device.POOLED + 1) == (allocate, release, device.POOLED + 1)
 
 
 def test_factors_and_products_are_those_of_the_libraries_on_the_device(cupy, monkeypatch):

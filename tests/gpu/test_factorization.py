@@ -35,6 +35,16 @@ def test_an_impossible_diagonal_is_none(value):
     assert not is_factor(gpu.to_device(L), gpu.to_device(np.square(L).sum(axis=1)))
 
 
+def test_of_many_factors_all_must_be_some():
+    L = np.linalg.cholesky([SYMMETRIC, 4 * SYMMETRIC, SYMMETRIC / 4])
+    diagonals = np.square(L).sum(axis=2)
+    assert is_factor(gpu.to_device(L), gpu.to_device(diagonals))
+    L[1, 2, 2] *= -1
+    assert not is_factor(gpu.to_device(L), gpu.to_device(diagonals))
+    L[1, 2, 2] *= -1.1
+    assert not is_factor(gpu.to_device(L), gpu.to_device(diagonals))
+
+
 def test_an_indefinite_matrix_has_no_factor():
     A = gpu.to_device(SYMMETRIC - 3 * np.eye(3))
     assert not is_factor(cholesky(A), A.diagonal())

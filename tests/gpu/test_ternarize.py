@@ -24,6 +24,10 @@ CONFIGS = {
     "no compensation": TernaryConfig(compensation=False),
     "conditional, no compensation": TernaryConfig(aga="conditional", compensation=False),
     "narrow blocks": TernaryConfig(block_size=50),
+    # Ten blocks: columns are moved together after some of them only.
+    "narrowest blocks": TernaryConfig(block_size=16),
+    "narrowest blocks, random": TernaryConfig(block_size=16, reorder="random"),
+    "narrowest blocks, no compensation": TernaryConfig(block_size=16, compensation=False),
     "one wide block": TernaryConfig(block_size=1000),
     "few rounds": TernaryConfig(max_iterations=2),
 }
