@@ -21,10 +21,11 @@ from harness.backends import load_backend
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
 from harness.compute import compute_for, default_compute
 from harness.pipeline import BASELINES, FitError
+from harness.preparation import NO_EVALUATION, PT2_LLM, Options
 from harness.products import product_speed
 from harness.scale import SHAPES, Scale, quantize_shape
 from harness.throughput import Lengths, generation_speed
-from harness.workflow import NO_EVALUATION, PT2_LLM, Options, quantize
+from harness.workflow import quantize
 from reference.types import TernaryConfig
 
 DESCRIPTION = """\

@@ -7,7 +7,7 @@ is on the device that computes; hidden states between layers are kept in the mod
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +102,7 @@ def quantize_layers(
     method: Method,
     compute: Compute = Compute(),
     *,
+    first: int = 0,
     true_sequential: bool = False,
     progress: Callable[[int, str], None] = lambda steps, stage: None,
 ) -> Iterator[FittedLayer]:
@@ -120,6 +121,8 @@ def quantize_layers(
         Maps weights and Gram matrix to what takes the weights' place.
     compute : Compute
         Where layers run.
+    first : int
+        Index of the layer to begin with.
     true_sequential : bool
         Whether inputs are collected again inside a layer, after each group of matrices that share
         one, so that o_proj is fitted to what the ternarized q/k/v give it.
@@ -133,7 +136,8 @@ def quantize_layers(
     UserError
         If a matrix is used more than once in its layer, or not at all.
     """
-    for index, call in enumerate(call.to(compute) for call in calls):
+    for index in range(first, len(calls)):
+        call = calls[index].to(compute)
         clock = _Clock(compute)
         with clock("load"):
             working = decoder.working_copy(index, compute)
@@ -177,11 +181,42 @@ def _fit(
         jobs += [(decoder.full_name(index, name), linears[name].weight.detach(), gram) for name in group]
     names = [name for group in grams for name in group]
     for name, (matrix, dense) in zip(names, _quantize_together(jobs, method, compute), strict=True):
-        # What the checkpoint holds is read back in the dtype of the model.
-        dense = dense.to(decoder.linears[index][name].weight.dtype)
-        decoder.replace(index, name, dense)
-        linears[name].weight.data = dense.to(linears[name].weight.device, linears[name].weight.dtype)
+        _put(decoder, index, name, linears[name], dense)
         yield matrix
+
+
+def _put(decoder: DecoderLayers, index: int, name: str, linear: nn.Linear, dense: torch.Tensor) -> None:
+    """Put dense weights in the place of a matrix, in the model and in the layer that is computed with."""
+    # What the checkpoint holds is read back in the dtype of the model.
+    dense = dense.to(decoder.linears[index][name].weight.dtype)
+    decoder.replace(index, name, dense)
+    linear.weight.data = dense.to(linear.weight.device, linear.weight.dtype)
+
+
+@torch.no_grad()
+def pass_again(
+    decoder: DecoderLayers,
+    hidden: list[torch.Tensor],
+    calls: list[LayerCall],
+    weights: Iterable[dict[str, torch.Tensor]],
+    compute: Compute,
+) -> Iterator[None]:
+    """Take hidden states through layers that have been quantized before, as `quantize_layers` did.
+
+    Parameters
+    ----------
+    decoder, hidden, calls, compute
+        As for `quantize_layers`.
+    weights : iterable of dict
+        Dense weights by their names in the layer, of every layer from the first.
+    """
+    for index, (call, layer_weights) in enumerate(zip(calls, weights, strict=False)):
+        working = decoder.working_copy(index, compute)
+        for name, dense in layer_weights.items():
+            _put(decoder, index, name, cast(nn.Linear, working.get_submodule(name)), dense)
+        advance(working, call.to(compute), hidden, compute)
+        compute.wait()
+        yield
 
 
 def _quantize_together(

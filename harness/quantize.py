@@ -10,7 +10,8 @@ from harness import text
 from harness.cli import HelpFormatter, UserError, add_trust_remote_code, positive, run, window_length
 from harness.models import GGUF_DTYPES, MODEL_HELP
 from harness.pipeline import BASELINES
-from harness.workflow import AS_IT_IS, INT8, NO_EVALUATION, PT2_LLM, Options, quantize
+from harness.preparation import AS_IT_IS, INT8, NO_EVALUATION, PT2_LLM, Options
+from harness.workflow import quantize
 from reference.types import ALIGNMENTS, GRIDS, REORDERINGS, STARTS, TernaryConfig
 
 DESCRIPTION = """\
@@ -38,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     add("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     add("--out", type=Path, metavar="DIR", help="folder to write; may be left out for a baseline")
     add("--force", action="store_true", help="write into DIR though it is not empty")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with a run into DIR that was stopped, given otherwise the same command",
+    )
     add(
         "--backend",
         choices=("auto", "reference", "gpu"),
@@ -164,6 +170,7 @@ def main() -> int:
             model=arguments.model,
             out=arguments.out,
             force=arguments.force,
+            resume=arguments.resume,
             backend=arguments.backend,
             embedding=arguments.embedding,
             gguf_dtype=arguments.gguf_dtype,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,50 +12,27 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from harness import checkpoint, gram, report, text, writing
-from harness.backends import Backend, load_backend
-from harness.capture import LayerCall, capture_inputs
+from harness import checkpoint, gram, report, resume, text, writing
+from harness.backends import load_backend
 from harness.cli import UserError
-from harness.compute import Compute, compute_for, dtype_name, host_memory
-from harness.embedding import CodedMatrix, round_embeddings, unrounded
+from harness.compute import compute_for, dtype_name
+from harness.embedding import unrounded
 from harness.evaluate import measure_on
 from harness.hf import load
-from harness.layers import DecoderLayers, find_decoder_layers
-from harness.models import Original, load_original, require_fits
-from harness.pipeline import FittedMatrix, Method, baseline, quantize_layers, ternarizer
-from harness.plan import Plan, duration, make_plan
-from reference.types import TernaryConfig
-
-PT2_LLM = "pt2-llm"
-NO_EVALUATION = "none"
-AS_IT_IS, INT8 = "as-it-is", "int8"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is asked for; the command line of `harness.quantize` explains the fields.
-
-    `measure_original` is for runs that follow others on the same model.
-    """
-
-    model: str | None = None
-    out: Path | None = None
-    force: bool = False
-    backend: str = "auto"
-    embedding: str = AS_IT_IS
-    gguf_dtype: str = "bfloat16"
-    trust_remote_code: bool = False
-    calibration: str | None = None
-    text_column: str | None = None
-    nsamples: int = 128
-    seqlen: int = 2048
-    true_sequential: bool = False
-    method: str = PT2_LLM
-    config: TernaryConfig = field(default_factory=TernaryConfig)
-    evaluation: str | None = None
-    evaluation_seqlen: int = 2048
-    evaluation_windows: int | None = None
-    measure_original: bool = True
+from harness.layers import DecoderLayers
+from harness.models import Original
+from harness.pipeline import FitError, Method, baseline, pass_again, quantize_layers, ternarizer
+from harness.plan import duration
+from harness.preparation import (
+    PT2_LLM,
+    Options,
+    Ready,
+    announcement,
+    prepare,
+    read_texts,
+    require_other_folder,
+    with_all_windows,
+)
 
 
 def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[str, Any]:
@@ -80,25 +57,33 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     """
     if options.out is None and options.method == PT2_LLM:
         raise UserError("--out DIR is missing: where should the checkpoint go?")
+    if options.resume and options.method != PT2_LLM:
+        raise UserError(f"{options.method} writes nothing that could be gone on with; leave out --resume")
+    earlier = None
     if options.out is not None:
-        writing.require_free(options.out, options.force)
-        _require_other_folder(options, options.out)
+        writing.require_free(options.out, options.force, options.resume)
+        require_other_folder(options, options.out)
+        earlier = writing.unfinished(options.out) if options.resume else None
+        if options.resume and earlier is None:
+            say(f"{options.out} holds no run that was stopped: beginning with the first layer")
     backend = load_backend(options.backend)
     if backend.note:
         say(backend.note)
     if options.config.aga == "printed" and "aga.align_grid_printed" in backend.refused:
         raise UserError(f"backend {backend.name} leaves out Eq. 13 as printed; use --backend reference")
-    calibration_text, evaluation_text = _texts(options)
+    calibration_text, evaluation_text = read_texts(options)
 
     compute = compute_for(backend)
     begin = time.perf_counter()
     with compute.explaining_lack_of_memory():
-        ready = _prepare(options, backend, compute, calibration_text, evaluation_text)
-        for line in _announcement(options, ready, calibration_text):
+        ready = prepare(options, backend, compute, calibration_text, evaluation_text)
+        for line in announcement(options, ready, calibration_text):
             say(line)
-        ready = _with_all_windows(ready)
+        ready = with_all_windows(ready)
     record = _record(options, ready, calibration_text)
-    record["seconds"]["load"] = time.perf_counter() - begin
+    if earlier is not None and options.out is not None:
+        resume.continued(record, earlier, options.out)
+    _add_seconds(record, "load", begin)
 
     def evaluate(when: str, model: Original) -> None:
         if evaluation_text is not None:
@@ -107,9 +92,9 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
             record["perplexity"][when] = asdict(
                 measure_on(model, evaluation_text, options.evaluation_seqlen, windows, compute)
             )
-            record["seconds"][f"perplexity {when}"] = time.perf_counter() - begin
+            _add_seconds(record, f"perplexity {when}", begin)
 
-    if options.measure_original:
+    if options.measure_original and "before" not in record["perplexity"]:
         with unrounded(ready.coded):
             evaluate("before", ready.original)
     if options.method == PT2_LLM and options.out is not None:
@@ -121,7 +106,7 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
         evaluate("after", Original(loaded, tokenizer, str(options.out)))
     else:
         method = baseline(options.method, options.config)
-        _run_layers(options, ready, method, lambda index, matrices: None, record, say)
+        _run_layers(options, ready, method, record, say)
         evaluate("after", ready.original)
     record["peak_memory_bytes"] = report.peak_memory()
     record["peak_device_bytes"] = compute.peak_memory()
@@ -140,154 +125,53 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
     return record
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """A model and its calibration inputs; `tokens` is the length of the whole calibration text.
-
-    Hidden states are those of the first window until `_with_all_windows`.
-    """
-
-    original: Original
-    decoder: DecoderLayers
-    backend: Backend
-    compute: Compute
-    tokens: int
-    windows: torch.Tensor
-    hidden: list[torch.Tensor]
-    calls: list[LayerCall]
-    plan: Plan
-    coded: dict[str, CodedMatrix]
-
-
-def _require_other_folder(options: Options, out: Path) -> None:
-    """Refuse to write over what is read, and to put a baseline's report over a checkpoint's."""
-    source = Path(options.model).resolve() if options.model is not None else None
-    if source is not None and out.resolve() in (source, source.parent if source.is_file() else source):
-        raise UserError(f"{out} is where the original model lies; choose another --out")
-    if options.method != PT2_LLM and checkpoint.is_ternary(out):
-        raise UserError(f"{out} holds a checkpoint, and a baseline gives none; choose another --out")
-
-
-def _prepare(
-    options: Options,
-    backend: Backend,
-    compute: Compute,
-    calibration_text: text.Text,
-    evaluation_text: text.Text | None,
-) -> _Ready:
-    """Everything that can fail early: load, look for what to quantize, cut windows, look for space."""
-    original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
-    if original.read is not None and options.method != PT2_LLM:
-        raise UserError(f"{options.method} needs the whole model in memory, and {original.name} is too large")
-    decoder = find_decoder_layers(original.model, original.read)
-    tokens = text.tokenize(calibration_text, original.tokenizer)
-    windows = text.calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed)
-    require_fits(original.model, tokens, options.seqlen)
-    if evaluation_text is not None:
-        evaluated = text.tokenize(evaluation_text, original.tokenizer)
-        text.evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
-        require_fits(original.model, evaluated, options.evaluation_seqlen)
-    coded = round_embeddings(original.model) if options.embedding == INT8 else {}
-    hidden, calls = capture_inputs(original.model, decoder, windows[:1], compute)
-    plan = make_plan(
-        original,
-        decoder,
-        hidden[0],
-        len(windows),
-        calls[0],
-        backend,
-        compute,
-        options.config,
-        true_sequential=options.true_sequential,
-        evaluation_seqlen=options.evaluation_seqlen if evaluation_text is not None else 0,
-        saved_bytes=sum(matrix.saved_bytes for matrix in coded.values()),
-    )
-    if options.method == PT2_LLM and options.out is not None:
-        writing.require_space(options.out, plan.packed_bytes + plan.other_bytes)
-    return _Ready(original, decoder, backend, compute, len(tokens), windows, hidden, calls, plan, coded)
-
-
-def _with_all_windows(ready: _Ready) -> _Ready:
-    """The same with the hidden states of every window, where they wait between the layers."""
-    with tqdm(total=len(ready.windows), desc="windows", unit="window", disable=None, leave=False) as bar:
-        hidden, calls = capture_inputs(
-            ready.original.model, ready.decoder, ready.windows, ready.compute, bar.update
-        )
-    return replace(ready, hidden=ready.compute.place(hidden, reserved=ready.plan.device_bytes), calls=calls)
-
-
-def _announcement(options: Options, ready: _Ready, calibration_text: text.Text) -> list[str]:
-    backend = ready.backend
-    wanted = options.nsamples * options.seqlen
-    lines = [
-        f"{ready.original.name}: {options.method} on the {backend.name} backend",
-        f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
-    ]
-    if ready.tokens < wanted:
-        lines.append(f"  warning: the text has {ready.tokens} tokens for {wanted} asked for; windows overlap")
-    if ignored := ready.original.ignored:
-        some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
-        lines.append(f"  warning: {len(ignored)} tensors of the files are not used by the model: {some}")
-    if ready.plan.memory_bytes > host_memory():
-        lines.append(
-            f"  warning: this machine has {host_memory() / 1e9:.1f} GB of memory for the "
-            f"{ready.plan.memory_bytes / 1e9:.1f} GB expected; fewer or shorter windows take less"
-        )
-    return lines + (ready.plan.lines() if options.method == PT2_LLM else [])
-
-
 def _ternarize(
     options: Options,
     out: Path,
-    ready: _Ready,
+    ready: Ready,
     record: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
     """Ternarize the model and write the checkpoint layer by layer."""
     method = ternarizer(ready.backend, ready.compute, options.config)
-    with writing.CheckpointWriter(out, len(ready.decoder.layers) + 1, ready.backend) as writer:
-
-        def write(index: int, matrices: list[FittedMatrix]) -> None:
-            results = {matrix.name: matrix.result for matrix in matrices}
-            writer.add(_unpacked_tensors(ready.decoder, index), results)
-
-        _run_layers(options, ready, method, write, record, say)
-        writer.add(_outside_layers(ready))
-        modules = list(ready.decoder.named_linears())
-        writer.finish(ready.original, options.config, modules, list(ready.coded), record)
-
-
-def _texts(options: Options) -> tuple[text.Text, text.Text | None]:
-    """Text for calibration and evaluation; the defaults hang together."""
-    calibration = options.calibration or (text.BUILTIN if options.model is None else "wikitext2")
-    evaluation = options.evaluation
-    if evaluation is None:
-        named = calibration in (*text.DATA_SETS, text.BUILTIN)
-        evaluation = calibration if named else NO_EVALUATION
-    return (
-        text.read_text(calibration, text.CALIBRATION, options.text_column),
-        None
-        if evaluation == NO_EVALUATION
-        else text.read_text(evaluation, text.EVALUATION, options.text_column),
-    )
+    count = len(ready.decoder.layers)
+    with writing.CheckpointWriter(out, count + 1, ready.backend, done=len(record["layers"])) as writer:
+        try:
+            _run_layers(options, ready, method, record, say, writer)
+            writer.add(_outside_layers(ready))
+            modules = list(ready.decoder.named_linears())
+            writer.finish(ready.original, options.config, modules, list(ready.coded), record)
+        except FitError:
+            writer.forget()  # it would fail again
+            raise
+        except BaseException:
+            kept = writing.unfinished(out)
+            if kept is not None and len(kept["layers"]) > writer.done:
+                layers = len(kept["layers"])
+                say(f"{layers} of {count} layers are kept: the same command with --resume goes on from there")
+            raise
 
 
 def _run_layers(
     options: Options,
-    ready: _Ready,
+    ready: Ready,
     method: Method,
-    write: Callable[[int, list[FittedMatrix]], None],
     record: dict[str, Any],
     say: Callable[[str], None],
+    writer: writing.CheckpointWriter | None = None,
 ) -> None:
     """Quantize every layer with a progress bar, write it, and say and record its figures."""
     begin = time.perf_counter()
-    layers: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = record["layers"]
     count = len(ready.decoder.layers)
     with (
         tqdm(total=count, disable=None, leave=False, bar_format=_BAR) as bar,
         ready.compute.explaining_lack_of_memory(),
     ):
+        if writer is not None and 0 < len(layers) < count:
+            say(f"{len(layers)} of {count} layers are there; what they make of the text is computed again")
+            for _ in _pass_again(options, ready, layers, writer):
+                bar.update()
 
         def progress(steps: int, stage: str) -> None:
             bar.set_postfix_str(stage, refresh=False)
@@ -300,11 +184,19 @@ def _run_layers(
             ready.calls,
             method,
             ready.compute,
+            first=len(layers),
             true_sequential=options.true_sequential,
             progress=progress,
         ):
-            write(len(layers), layer.matrices)
-            layers.append(report.layer_record(len(layers), layer))
+            index = len(layers)
+            if writer is not None:
+                results = {matrix.name: matrix.result for matrix in layer.matrices}
+                writer.add(_unpacked_tensors(ready.decoder, index), results)
+            checksum = resume.checksum(ready.hidden)
+            layers.append({**report.layer_record(index, layer), "outputs_checksum": checksum})
+            begin = _add_seconds(record, "layers", begin)
+            if writer is not None:
+                writer.note(record)
             bar.update(len(layers) - bar.n)
             say(
                 f"layer {len(layers):3d}/{count}  {len(layer.matrices)} matrices  "
@@ -315,9 +207,36 @@ def _run_layers(
                 if matrix.get("damping", 0.0) > options.config.damping:
                     say(f"  warning: {matrix['name']}: damping raised to {matrix['damping']:g}")
             del layer  # or its float64 matrices would live beside those of the next
-    record["layers"] = layers
     record["mean_relative_output_error"] = report.mean_layer_error(layers)
-    record["seconds"]["layers"] = time.perf_counter() - begin
+    _add_seconds(record, "layers", begin)
+
+
+def _pass_again(
+    options: Options, ready: Ready, layers: list[dict[str, Any]], writer: writing.CheckpointWriter
+) -> Iterator[None]:
+    """Take the hidden states through the layers of a run that was stopped."""
+    weights = (
+        resume.stored_weights(
+            writer.shard(index + 1), ready.decoder, index, options.config, ready.compute.device
+        )
+        for index in range(len(layers))
+    )
+    passes = pass_again(ready.decoder, ready.hidden, ready.calls, weights, ready.compute)
+    for index, _ in enumerate(passes):
+        if resume.checksum(ready.hidden) != layers[index]["outputs_checksum"]:
+            raise UserError(
+                f"layer {index + 1} does not give what it gave when it was ternarized, so this machine "
+                "(its number of threads, say) is not the same; go on where the run was, or begin anew with "
+                "--force"
+            )
+        yield
+
+
+def _add_seconds(record: dict[str, Any], stage: str, begin: float) -> float:
+    """Add the time since `begin` to that of a stage; returns the time now."""
+    now = time.perf_counter()
+    record["seconds"][stage] = record["seconds"].get(stage, 0.0) + now - begin
+    return now
 
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
@@ -330,7 +249,7 @@ def _unpacked_tensors(decoder: DecoderLayers, index: int) -> dict[str, torch.Ten
     return {decoder.full_name(index, name): tensor for name, tensor in decoder.tensors(index, names).items()}
 
 
-def _outside_layers(ready: _Ready) -> dict[str, torch.Tensor]:
+def _outside_layers(ready: Ready) -> dict[str, torch.Tensor]:
     """What is outside the decoder layers, without the tensors that are tied to another."""
     model = ready.original.model
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -344,7 +263,7 @@ def _outside_layers(ready: _Ready) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _record(options: Options, ready: _Ready, calibration_text: text.Text) -> dict[str, Any]:
+def _record(options: Options, ready: Ready, calibration_text: text.Text) -> dict[str, Any]:
     """What is known of a run before its first layer."""
     layers_in = ready.compute.dtype or ready.original.model.dtype
     return {
@@ -365,12 +284,15 @@ def _record(options: Options, ready: _Ready, calibration_text: text.Text) -> dic
             "computed_in": dtype_name(layers_in),
             "activations_kept_in": dtype_name(ready.hidden[0].dtype),
             "gram": gram.SUMS,
+            "inputs_checksum": resume.checksum(ready.hidden),
         },
         **report.environment(),
         "device": ready.compute.describe(),
         "plan": {**asdict(ready.plan), "bits_per_weight": ready.plan.bits_per_weight},
         "perplexity": {},
         "seconds": {},
+        "layers": [],
+        "resumed_after": [],
     }
 
 

@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import custom_object_save
 
 from harness.backends import Backend
 from harness.checkpoint import CONFIG, GENERATION, INDEX, QUANT_METHOD, REPORT, SINGLE, packed_tensors
 from harness.cli import UserError, json_text
 from harness.compute import dtype_name
-from harness.models import Original
+from harness.models import Original, read_json
 from reference.packing import FORMAT_VERSION
 from reference.types import TernaryConfig, TernaryMatrix
 
 STAGING = ".incomplete"
+# In there once a layer is done: what report.json will hold, as far as the run has come.
+PROGRESS = "progress.json"
 # Names of files of weights, as transformers and this program give them.
 WEIGHT_FILES = (SINGLE, "model-[0-9]*-of-[0-9]*.safetensors")
 # Room for what comes beside the weights: tokenizer (the largest have 35 MB), index, report, config.
@@ -38,28 +40,31 @@ class CheckpointWriter:
     """Writes a checkpoint shard by shard, and makes it visible only once it is whole.
 
     Files are `staged`, in a folder that has no config.json and so does not load. `finish` moves them into
-    place; leaving the context without it removes them.
+    place; leaving the context without it removes them, unless `note` has said how far the run has come.
 
     Parameters
     ----------
     out : Path
         Folder of the checkpoint.
     shards : int
-        How many times `add` will be called.
+        How many there will be.
     backend : Backend
         Whose arrays the matrices are made of; it packs them.
+    done : int
+        How many of them a run that was stopped has left.
 
     Raises
     ------
     UserError
         On every method, if a file cannot be written (a full disk, say); on entering, if another run is
-        writing there.
+        writing there, or a shard that should be there is not.
     """
 
-    def __init__(self, out: Path, shards: int, backend: Backend) -> None:
+    def __init__(self, out: Path, shards: int, backend: Backend, done: int = 0) -> None:
         self.out = out
         self.shards = shards
         self.backend = backend
+        self.done = done
         self._files: dict[str, str] = {}
         self._bytes = 0
         self._written = 0
@@ -67,20 +72,33 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         self._staged = ExitStack()
-        self.folder = self._staged.enter_context(staged(self.out))
+        self.folder = self._staged.enter_context(staged(self.out, resumed=self.done > 0))
+        for number in range(1, self.done + 1):
+            shard = self.shard(number)
+            tensors = load_shard(shard)
+            names = [name.removesuffix(".trits") for name in tensors if name.endswith(".trits")]
+            self._unpermuted += [name for name in names if f"{name}.permutation" not in tensors]
+            self._count(shard.name, tensors)
         return self
+
+    def shard(self, number: int) -> Path:
+        """The file of a shard, the first of which is number 1."""
+        file = self.folder / f"model-{number:05d}-of-{self.shards:05d}.safetensors"
+        moved = self.out / file.name
+        if number <= self.done and not file.exists() and moved.exists():
+            os.replace(moved, file)  # the run was stopped while it moved them into place
+        return file
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._staged.close()
+        self._staged.__exit__(kind, error, trace)
 
     def add(
         self, tensors: dict[str, torch.Tensor], matrices: Mapping[str, TernaryMatrix] | None = None
     ) -> None:
         """Write one shard: tensors as they are, and matrices by the name of their layer, packed."""
-        self._written += 1
-        file = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
+        file = self.shard(self._written + 1)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         for name, matrix in (matrices or {}).items():
             packed = packed_tensors(name, matrix, self.backend)
@@ -88,14 +106,24 @@ class CheckpointWriter:
                 self._unpermuted.append(name)
             tensors.update(packed)
         try:
-            save_file(tensors, self.folder / file, metadata={"format": "pt"})
-            (self.folder / file).chmod(0o644)  # safetensors leaves it to the owner alone
+            save_file(tensors, file, metadata={"format": "pt"})
+            file.chmod(0o644)  # safetensors leaves it to the owner alone
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self.folder / file} could not be written: {_reason(error, self.folder)}"
-            ) from None
+            raise UserError(f"{file} could not be written: {_reason(error, self.folder)}") from None
+        self._count(file.name, tensors)
+
+    def _count(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
+        self._written += 1
         self._files.update(dict.fromkeys(tensors, file))
         self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def note(self, report: dict[str, Any]) -> None:
+        """Write down how far the run has come: the shards so far are kept if it is stopped."""
+        write_json(self.folder / PROGRESS, report)
+
+    def forget(self) -> None:
+        """Let the shards so far not be kept."""
+        (self.folder / PROGRESS).unlink(missing_ok=True)
 
     def finish(
         self,
@@ -122,7 +150,7 @@ class CheckpointWriter:
                 "block_size": matrices.block_size,
                 "grid": matrices.grid,
                 "modules": modules,
-                "unpermuted": self._unpermuted,
+                "unpermuted": sorted(self._unpermuted),
                 "coded": coded,
                 "weight_dtype": dtype_name(original.model.dtype),
             }
@@ -139,12 +167,33 @@ def save_code(model: Any, config: Any, folder: Path) -> None:
             custom_object_save(part, folder, config=config)
 
 
+def load_shard(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a shard that a run which was stopped has left.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read.
+    """
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is missing or damaged ({error}); begin anew with --force") from None
+
+
+def unfinished(out: Path) -> dict[str, Any] | None:
+    """The report of a run that was stopped, as far as it came; None if there is nothing to go on with."""
+    file = out / STAGING / PROGRESS
+    return read_json(file) if file.is_file() else None
+
+
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, resumed: bool = False) -> Iterator[Path]:
     """A folder inside `out`, on the disk that files stay on, for what `move_into` puts into place.
 
     Meanwhile `out` is locked, so that a second run does not mix its files with these. What is left in the
-    folder goes afterwards, and `out` with it if it was made for this and is empty.
+    folder goes afterwards, and `out` with it if it was made for this and is empty; after a failure a folder
+    with `PROGRESS` stays. With `resumed` it is taken as it is.
 
     Raises
     ------
@@ -157,15 +206,23 @@ def staged(out: Path) -> Iterator[Path]:
         lock = _locked(out)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
+    kept = resumed
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # left behind by a run that was killed
+        if not resumed:
+            shutil.rmtree(folder, ignore_errors=True)  # left behind by a run that was killed
         try:
-            folder.mkdir()
+            folder.mkdir(exist_ok=resumed)
         except OSError as error:
             raise UserError(f"{folder} cannot be made: {error.strerror}") from None
-        yield folder
+        try:
+            yield folder
+            kept = False
+        except BaseException:
+            kept = (folder / PROGRESS).is_file()
+            raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
         if made:
             with suppress(OSError):
                 out.rmdir()
@@ -181,7 +238,7 @@ def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
     (out / CONFIG).unlink(missing_ok=True)
     for left in [file for pattern in stale for file in out.glob(pattern)]:
         left.unlink()
-    arrived = sorted(folder.iterdir(), key=lambda f: f.name == CONFIG)
+    arrived = sorted((f for f in folder.iterdir() if f.name != PROGRESS), key=lambda f: f.name == CONFIG)
     for name in {*TEMPLATES, *(file.name for file in arrived)}:
         if (out / name).is_dir():
             shutil.rmtree(out / name)
@@ -212,8 +269,8 @@ def _locked(folder: Path) -> int:
     return descriptor
 
 
-def require_free(out: Path, force: bool) -> None:
-    """Refuse an output folder that holds something already, unless it may be overwritten.
+def require_free(out: Path, force: bool, resume: bool = False) -> None:
+    """Refuse an output folder that holds something already, unless it may be overwritten or gone on with.
 
     Also where another run is writing, which is found again when this one begins to.
     """
@@ -222,9 +279,15 @@ def require_free(out: Path, force: bool) -> None:
         raise UserError(f"{existing} exists and is not a folder")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{existing} may not be written to")
-    if out.is_dir():
-        os.close(_locked(out))
-    if out.is_dir() and any(entry.name != STAGING for entry in out.iterdir()) and not force:
+    if not out.is_dir():
+        return
+    os.close(_locked(out))
+    if (out / STAGING / PROGRESS).is_file():
+        if not (force or resume):
+            raise UserError(
+                f"{out} holds a run that was stopped; --resume goes on with it, --force begins anew"
+            )
+    elif any(entry.name != STAGING for entry in out.iterdir()) and not force:
         raise UserError(f"{out} exists and is not empty; choose another --out, or --force to overwrite")
 
 
@@ -232,7 +295,9 @@ def require_space(out: Path, weights: int) -> None:
     """Refuse to start where a checkpoint with so many bytes of weights will not fit."""
     needed = weights + BESIDE_WEIGHTS
     existing = next(p for p in [out, *out.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
+    # What a run that was stopped has left is either a part of it or goes before.
+    left = sum(file.stat().st_size for file in (out / STAGING).glob("*.safetensors"))
+    free = shutil.disk_usage(existing).free + left
     if free < needed:
         raise UserError(
             f"{out} needs {needed / 1e6:.1f} MB of disk, {free / 1e6:.1f} MB are free; "

@@ -12,9 +12,10 @@ from harness.compute import HOST, Compute, compute_for
 from harness.gram import GramSum
 from harness.layers import find_decoder_layers
 from harness.pipeline import quantize_layers, ternarizer
+from harness.preparation import Options
 from harness.scale import Scale, quantize_shape
 from harness.tolerances import OUTPUT_ERROR
-from harness.workflow import Options, quantize
+from harness.workflow import quantize
 from reference.packing import unpack_base3
 from reference.types import TernaryConfig
 from tests.harness import tiny

@@ -15,6 +15,7 @@ import harness.hf
 from harness import checkpoint, workflow
 from harness.cli import UserError
 from harness.embedding import decode, encode, round_embeddings, unrounded
+from harness.preparation import Options
 from reference.types import TernaryConfig
 from tests.harness import tiny
 
@@ -52,7 +53,7 @@ def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -
     options = options_for(folder, tmp_path, evaluation=str(tmp_path / "words.txt"), evaluation_seqlen=24)
     report = workflow.quantize(options, say=lambda line: None)
     whole = workflow.quantize(
-        workflow.Options(**{**vars(options), "embedding": "as-it-is", "out": tmp_path / "whole"}),
+        Options(**{**vars(options), "embedding": "as-it-is", "out": tmp_path / "whole"}),
         say=lambda line: None,
     )
     assert report["perplexity"]["before"] == whole["perplexity"]["before"]
@@ -139,10 +140,10 @@ def test_codes_are_checked(tmp_path: Path) -> None:
         harness.load(tmp_path / "out")
 
 
-def options_for(folder: Path, tmp_path: Path, **more: object) -> workflow.Options:
+def options_for(folder: Path, tmp_path: Path, **more: object) -> Options:
     words = tmp_path / "words.txt"
     words.write_text(tiny.words(400))
-    return workflow.Options(
+    return Options(
         model=str(folder),
         out=tmp_path / "out",
         backend="reference",

@@ -14,10 +14,11 @@ import torch
 from transformers import dynamic_module_utils
 
 import harness
-from harness import models, pipeline, quantize, workflow
+from harness import models, pipeline, preparation, quantize, workflow
 from harness.checkpoint import REPORT
 from harness.cli import EXIT_USAGE, UserError
 from harness.models import Original
+from harness.preparation import Options
 from reference.types import TernaryConfig
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
@@ -222,7 +223,7 @@ def run_workflow(
 ) -> dict:
     """Quantize a model that is in memory, as it would be from a folder."""
     folder = tiny.save(model, out.parent / "original")
-    options = workflow.Options(
+    options = Options(
         model=str(folder),
         out=out,
         backend="reference",
@@ -235,7 +236,7 @@ def run_workflow(
     )
     with pytest.MonkeyPatch.context() as patch:
         original = Original(model, tiny.make_tokenizer(), "tiny")
-        patch.setattr(workflow, "load_original", lambda *args: original)
+        patch.setattr(preparation, "load_original", lambda *args: original)
         record = workflow.quantize(options, say=lambda line: None)
     shutil.rmtree(folder)
     return record

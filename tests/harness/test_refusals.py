@@ -6,10 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +14,10 @@ import pytest
 import torch
 
 import harness
-from harness import checkpoint, pipeline, quantize, workflow, writing
+from harness import checkpoint, pipeline, preparation, quantize, workflow, writing
 from harness.backends import Backend
 from harness.checkpoint import REPORT
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
-from harness.writing import STAGING
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
 
@@ -65,7 +60,7 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(workflow, "host_memory", lambda: 1_000_000)
+    monkeypatch.setattr(preparation, "host_memory", lambda: 1_000_000)
     monkeypatch.setattr(pipeline, "_collect_grams", lambda *arguments: torch.empty(1 << 60))
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize.main, llama, *arguments) == EXIT_USAGE
@@ -140,8 +135,11 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
     monkeypatch.setattr(workflow, "_outside_layers", interrupt)
     arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
-    assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err.strip().endswith("interrupted")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        harness.load(tmp_path / "out")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("3 of 3 layers are kept: the same command with --resume")
+    assert printed.err.strip().endswith("interrupted")
 
 
 def test_a_run_interrupted_while_files_move_leaves_nothing_that_loads(
@@ -159,37 +157,6 @@ def test_a_run_interrupted_while_files_move_leaves_nothing_that_loads(
     assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
     with pytest.raises(UserError, match=r"no config\.json"):
         harness.load(damaged)
-
-
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_process_leaves_nothing_that_loads(
-    kill: signal.Signals, llama: Path, words_file: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "harness.quantize", llama, "--out", out, "--calibration", words_file]
-    process = subprocess.Popen(
-        [*map(str, command), "--nsamples", "300", "--seqlen", "24", "--backend", "reference"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What a shell starts in the background, as it may these tests, ignores Ctrl-C, like its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    incomplete = out / STAGING
-    deadline = time.monotonic() + 120
-    while not list(incomplete.glob("*.safetensors")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(kill)
-    error = process.communicate(timeout=60)[1]
-    if kill == signal.SIGINT:
-        assert process.returncode == EXIT_INTERRUPTED
-        assert "Traceback" not in error
-        assert not out.exists()
-    else:
-        for folder in (out, incomplete):
-            with pytest.raises(UserError, match=r"no config\.json"):
-                harness.load(folder)
 
 
 def test_the_original_is_not_written_over(

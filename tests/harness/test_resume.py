@@ -1,0 +1,339 @@
+"""Runs that were stopped, and go on to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import harness
+from harness import evaluate, models, quantize, resume, workflow, writing
+from harness.checkpoint import CONFIG, REPORT
+from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from harness.writing import PROGRESS, STAGING, CheckpointWriter
+from tests.harness import tiny
+from tests.harness.conftest import SMALL
+
+Run = Callable[..., int]
+
+LAYERS = 3
+ANYWHERE = ("--true-sequential", "--grid", "int8", "--embedding", "int8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model off any ternary grid, so that every layer changes what the next one sees."""
+    return tiny.save(tiny.make_model("qwen3", ternary=False), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def command(model: Path, words_file: Path, tmp_path: Path) -> list[object]:
+    """Arguments of a run into tmp_path / "out"."""
+    return [model, "--out", tmp_path / "out", "--calibration", words_file, "--eval", words_file, *SMALL]
+
+
+def stop_after(
+    layers: int, patch: pytest.MonkeyPatch, error: type[BaseException] = KeyboardInterrupt
+) -> None:
+    """Stop the next run once it has noted so many layers."""
+    note = CheckpointWriter.note
+
+    def stop(self: CheckpointWriter, report: dict[str, object]) -> None:
+        note(self, report)
+        if len(report["layers"]) == layers:
+            raise error
+
+    patch.setattr(CheckpointWriter, "note", stop)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files but the report."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != REPORT}
+
+
+def figures_of(folder: Path) -> dict[str, object]:
+    """The report without times and what tells that a run was stopped."""
+    report = json.loads((folder / REPORT).read_text())
+    for layer in report["layers"]:
+        del layer["seconds"]
+        for matrix in layer["matrices"]:
+            del matrix["seconds"]
+    kept = ("layers", "perplexity", "mean_relative_output_error", "calibration", "config")
+    return {name: report[name] for name in kept}
+
+
+@pytest.mark.parametrize("layers", range(1, LAYERS + 1))
+@pytest.mark.parametrize("switches", [(), ANYWHERE, ("--reorder", "none")])
+def test_a_run_stopped_after_any_layer_goes_on_to_the_same_bytes(
+    layers: int,
+    switches: tuple[str, ...],
+    command: list[object],
+    tmp_path: Path,
+    run_main: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(layers, patch)
+        assert run_main(quantize.main, *command, *switches) == EXIT_INTERRUPTED
+    out = capsys.readouterr().out
+    assert f"{layers} of {LAYERS} layers are kept: the same command with --resume goes on" in out
+    with pytest.raises(UserError, match=r"no config\.json"):
+        harness.load(tmp_path / "out")
+
+    assert run_main(quantize.main, *command, *switches, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("relative output error 0") == LAYERS - layers
+    whole = tmp_path / "whole"
+    command[command.index(tmp_path / "out")] = whole
+    assert run_main(quantize.main, *command, *switches) == 0
+    assert files_of(tmp_path / "out") == files_of(whole)
+    assert figures_of(tmp_path / "out") == figures_of(whole)
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == [layers]
+    assert json.loads((whole / REPORT).read_text())["resumed_after"] == []
+
+
+def test_a_run_may_be_stopped_again_and_read_its_layers_from_disk(
+    command: list[object], tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    for layers in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(layers, patch)
+            assert run_main(quantize.main, *command, "--resume") == EXIT_INTERRUPTED
+    assert run_main(quantize.main, *command, "--resume") == 0
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == [1, 2]
+    stopped = files_of(tmp_path / "out")
+    assert run_main(quantize.main, *command, "--force") == 0
+    assert stopped == files_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_leaves_what_goes_on_and_does_not_load(
+    kill: signal.Signals, model: Path, words_file: Path, tmp_path: Path, run_main: Run
+) -> None:
+    out = tmp_path / "out"
+    more = ("--nsamples", "300", "--seqlen", "24", "--backend", "reference")
+    arguments = [model, "--out", out, "--calibration", words_file, *more]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness.quantize", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process
+        # What a shell starts in the background, as it may these tests, ignores Ctrl-C, like its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not (out / STAGING / PROGRESS).exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(kill)
+    error = process.communicate(timeout=60)[1]
+    assert "Traceback" not in error
+    if kill == signal.SIGINT:
+        assert process.returncode == EXIT_INTERRUPTED
+    for folder in (out, out / STAGING):
+        with pytest.raises(UserError, match=r"no config\.json"):
+            harness.load(folder)
+
+    assert run_main(quantize.main, *arguments, "--resume") == 0
+    stopped = files_of(out)
+    assert run_main(quantize.main, *arguments, "--force") == 0
+    assert stopped == files_of(out)
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3, 6, 8])
+def test_a_run_killed_while_its_files_move_goes_on(
+    moves: int, command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is as a killed process leaves it: nothing is tidied up."""
+    out, moved = tmp_path / "out", []
+    replace = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        if Path(target).parent == out:
+            if len(moved) == moves:
+                shutil.copytree(out, tmp_path / "killed")
+                raise KeyboardInterrupt
+            moved.append(target)
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing.os, "replace", stop)
+        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    shutil.rmtree(out)
+    (tmp_path / "killed").rename(out)
+    assert run_main(quantize.main, *command, "--resume") == 0
+    resumed = files_of(out)
+    assert run_main(quantize.main, *command, "--force") == 0
+    assert resumed == files_of(out)
+    assert not (out / STAGING).exists()
+
+
+def test_a_stopped_run_is_not_thrown_away_unasked(
+    command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch)
+        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    before = (tmp_path / "out" / STAGING / PROGRESS).read_bytes()
+    assert run_main(quantize.main, *command) == EXIT_USAGE
+    assert "--resume goes on with it, --force begins anew" in capsys.readouterr().err
+    assert (tmp_path / "out" / STAGING / PROGRESS).read_bytes() == before
+    assert run_main(quantize.main, *command, "--force") == 0
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == []
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        (("--seed", "1"), "config.seed was 0 and is 1"),
+        (("--nsamples", "7"), "calibration.nsamples was 8 and is 7"),
+        (("--embedding", "int8"), "options.embedding was as-it-is and is int8"),
+        (("--true-sequential",), "calibration.true_sequential was False and is True"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(
+    switches: tuple[str, ...],
+    message: str,
+    command: list[object],
+    tmp_path: Path,
+    run_main: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(1, patch)
+        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    capsys.readouterr()
+    assert run_main(quantize.main, *command, *switches, "--resume") == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "repeat its command with --resume, or begin anew with --force" in printed.err
+    assert "layers are kept" not in printed.out
+    assert run_main(quantize.main, *command, "--resume") == 0
+
+
+def test_other_text_is_found_by_what_reaches_the_first_layer(
+    command: list[object], words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(words_file.read_text())
+    command[command.index(words_file)] = text
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(1, patch)
+        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    text.write_text(" ".join(reversed(words_file.read_text().split())))
+    assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
+    assert "calibration.inputs_checksum was " in capsys.readouterr().err
+
+
+def test_a_layer_that_gives_something_else_is_noticed(
+    command: list[object], model: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its norms, which are read from the original."""
+    folder = command[0] = shutil.copytree(model, tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch)
+        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    changed = tiny.make_model("qwen3", ternary=False)
+    with torch.no_grad():
+        changed.model.layers[1].input_layernorm.weight[0] += 0.5
+    tiny.save(changed, folder)
+    capsys.readouterr()
+    assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert "layer 2 does not give what it gave when it was ternarized" in printed.err
+    assert (tmp_path / "out" / STAGING / PROGRESS).exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "lacking", "progress"])
+def test_what_is_damaged_is_not_gone_on_with(
+    damage: str, command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch)
+        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    shard = tmp_path / "out" / STAGING / "model-00001-of-00004.safetensors"
+    if damage == "gone":
+        shard.unlink()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "lacking":
+        tensors = writing.load_shard(shard)
+        del tensors["model.layers.0.mlp.up_proj.scale"]
+        writing.save_file(tensors, shard)
+    else:
+        shard = shard.with_name(PROGRESS)
+        shard.write_text("{")
+    capsys.readouterr()
+    assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
+    error = capsys.readouterr().err.strip()
+    assert str(shard) in error
+    assert "damaged" in error
+    assert "Traceback" not in error
+
+
+def test_a_matrix_that_cannot_be_fitted_leaves_nothing(
+    command: list[object], tmp_path: Path, run_main: Run
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch, workflow.FitError)
+        assert run_main(quantize.main, *command) == EXIT_USAGE
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_was_stopped_a_run_begins(
+    command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(quantize.main, *command, "--resume") == 0
+    assert "holds no run that was stopped: beginning with the first layer" in capsys.readouterr().out
+    assert (tmp_path / "out" / CONFIG).is_file()
+    assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_a_baseline_is_not_gone_on_with(
+    command: list[object], run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(quantize.main, *command, "--method", "rtn-2bit", "--resume") == EXIT_USAGE
+    assert "rtn-2bit writes nothing that could be gone on with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("switches", "times"), [((), 1), (("--eval-windows", "1"), 2)])
+def test_perplexity_before_is_measured_once(
+    switches: tuple[str, ...],
+    times: int,
+    command: list[object],
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(1, patch)
+        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    measured = []
+
+    def measure(*arguments: object) -> object:
+        measured.append(arguments)
+        return evaluate.measure_on(*arguments)
+
+    monkeypatch.setattr(workflow, "measure_on", measure)
+    assert run_main(quantize.main, *command, *switches, "--resume") == 0
+    assert len(measured) == times
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_checksum_sees_any_bit(dtype: torch.dtype) -> None:
+    hidden = [torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    before = resume.checksum(hidden)
+    assert resume.checksum([states.clone() for states in hidden]) == before
+    hidden[2][0, 2, 3] = torch.nextafter(hidden[2][0, 2, 3].float() * 1.01, torch.tensor(9.0)).to(dtype)
+    assert resume.checksum(hidden) != before
