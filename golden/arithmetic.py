@@ -23,6 +23,7 @@ HALF = Fraction(1, 2)
 THRESHOLD = Fraction(3, 4)
 # Eigenvalues of Eq. 12's system count as zero below 1e-12; these are their square roots.
 LEAST_SQUARES_CUTOFF = 1e-6
+LARGEST_CODE = 127
 
 
 def rational(values: Any) -> Array:
@@ -62,6 +63,29 @@ class Arithmetic(ABC):
         self.note(gap / np.maximum(np.abs(exact), 2.0**-24))
         return rounded
 
+    def row_factor(self, W: Array) -> Array:
+        """The root mean square of every row as float16."""
+        return self.stored(self.root_mean_squares(W))
+
+    def coded(self, value: Array, row: Array) -> Grid:
+        """8-bit codes of the values (n, 1) of a block and its factor as float16, by the factors of rows."""
+        shares = np.array([[v / r if r else v * 0] for v, r in zip(value[:, 0], row[:, 0], strict=True)])
+        block = self.stored(np.abs(shares).max(keepdims=True) / LARGEST_CODE)
+        if not block[0, 0]:
+            return np.zeros(shares.shape, dtype=np.int8), block
+        steps = shares / self.numbers(block)
+        self.note(np.abs((np.abs(steps) % 1 - HALF).astype(np.float64)))
+        codes = [[max(-LARGEST_CODE, min(LARGEST_CODE, round(step)))] for step in steps[:, 0]]
+        return np.array(codes, dtype=np.int8), block
+
+    @abstractmethod
+    def numbers(self, values: Any) -> Array:
+        """An array of the numbers of this arithmetic."""
+
+    @abstractmethod
+    def root_mean_squares(self, W: Array) -> Array:
+        """The root of the mean square of every row, (n, 1)."""
+
     @abstractmethod
     def row_means(self, W: Array) -> Array:
         """The mean of every row, (n, 1)."""
@@ -79,6 +103,16 @@ class Exact(Arithmetic):
 
     def row_means(self, W: Array) -> Array:
         return _columns([sum(w) / Fraction(len(w)) for w in W])
+
+    def root_mean_squares(self, W: Array) -> Array:
+        """To 60 digits."""
+        squares = [w @ w / Fraction(len(w)) for w in W]
+        return _columns(
+            [
+                Fraction(math.isqrt(s.numerator * s.denominator * 10**120), s.denominator * 10**60)
+                for s in squares
+            ]
+        )
 
     def symmetric(self, W: Array) -> tuple[Array, Array]:
         """Eq. 1-3 as they stand."""
@@ -208,6 +242,9 @@ class Dense(Arithmetic):
 
     def row_means(self, W: Array) -> Array:
         return np.array([[math.fsum(w) / len(w)] for w in W])
+
+    def root_mean_squares(self, W: Array) -> Array:
+        return np.array([[math.sqrt(math.fsum(w * w) / len(w))] for w in W])
 
     def symmetric(self, W: Array) -> tuple[Array, Array]:
         """Eq. 1-3 with sums that are rounded once."""

@@ -22,6 +22,7 @@ def cases() -> list[Case]:
     drafts = Drafts("degenerate")
     _rows(drafts)
     _grids(drafts)
+    _codes(drafts)
     _columns(drafts)
     _gram(drafts)
     _whole(drafts)
@@ -98,6 +99,20 @@ def _grids(drafts: Drafts) -> None:
         drafts.add("aga.align_grid_printed", label, {"W": W5, "T": equal, "C": matrices[label]}, why=why)
 
 
+def _codes(drafts: Drafts) -> None:
+    rows = np.array([[1], [0.5], [0], [2]], dtype=np.float16)
+    drafts.add("grids.row_factor", "zero-row", {"W": [[3, 4, 0, 0], [0, 0, 0, 0], [-2, 2, 2, -2]]}, ties=True)
+    drafts.add("grids.row_factor", "tiny", {"W": [[2.0**-23, 2.0**-23], [2.0**-30, 0]]})
+    # The factor is 1 exactly; halves go to the even code.
+    ties = [[127], [1.25], [5], [-5]]
+    drafts.add("grids.encode", "ties", {"value": ties, "row": rows}, ties=True)
+    drafts.add("grids.encode", "all-zero", {"value": np.zeros((4, 1)), "row": rows}, ties=True)
+    # So small that float16 rounds the factor down by a third: codes are cut off.
+    small = 127 * 1.4 * 2.0**-24
+    drafts.add("grids.encode", "cut-off", {"value": [[small], [small / 8], [0], [-small]], "row": rows})
+    drafts.add("grids.encode", "vanishing", {"value": [[2.0**-20], [0], [0], [0]], "row": rows})
+
+
 def _columns(drafts: Drafts) -> None:
     # Columns of four ±1 have the norm 2: cosines with equal values are equal to the last bit.
     signs = np.array([[1, 1, -1, 1, 0, 1, -1, 0], [1, 1, 1, 1, 0, -1, 1, 0]] * 2, dtype=np.float64)
@@ -155,6 +170,8 @@ def _whole(drafts: Drafts) -> None:
         "one-row": (W[:1], C, {"block_size": 6, "reorder": "none"}),
         "block-wider-than-matrix": (W, C, {}),
         "blocks-of-one": (W, C, {"block_size": 1, "reorder": "none"}),
+        "constant-rows-int8": (constant, C, {"block_size": 6, "grid": "int8"}),
+        "dead-inputs-int8": (W, _with_dead(C, [0, 5]), {"block_size": 6, "grid": "int8"}),
         "zero-columns": (zero_columns, C, {"block_size": 6}),
         "dead-inputs": (W, _with_dead(C, [0, 5]), {"block_size": 6}),
         "dead-inputs-conditional": (W, _with_dead(C, [0, 5]), {"block_size": 6, "aga": "conditional"}),
@@ -168,7 +185,7 @@ def _whole(drafts: Drafts) -> None:
         "damping-raised": (W[:, :2], np.array([[1, 1.0625], [1.0625, 1]]), {"damping": 1 / 128}),
     }
     # Rows of equal or absent weights: nothing is rounded on the way to these ties.
-    tied = ("constant-rows", "zero-matrix", "one-column", "blocks-of-one", "all-dead")
+    tied = ("constant-rows", "constant-rows-int8", "zero-matrix", "one-column", "blocks-of-one", "all-dead")
     for label, (w, c, config) in matrices.items():
         drafts.add("ternarize.ternarize", label, {"W": w, "C": c}, ties=label in tied, **config)
 
@@ -210,6 +227,11 @@ def _refused(drafts: Drafts) -> None:
     refuse("ternarize.ternarize", "singular-undamped", {"W": W, "C": singular}, "LinAlgError", damping=0.0)
     refuse("ternarize.ternarize", "nan", {"W": nan, "C": C}, "ValueError")
     refuse("ternarize.ternarize", "beyond-float16", {"W": W * 2.0**20, "C": C}, "ValueError")
+    refuse("ternarize.ternarize", "beyond-8-bits", {"W": W * 2.0**20, "C": C}, "ValueError", grid="int8")
+    refuse("grids.row_factor", "beyond-float16", {"W": W * 2.0**20}, "ValueError")
+    ones = np.ones((2, 1), dtype=np.float16)
+    refuse("grids.encode", "beyond-float16", {"value": [[0], [2.0**24]], "row": ones}, "ValueError")
+    refuse("grids.encode", "nan", {"value": [[0], [np.nan]], "row": ones}, "ValueError")
     refuse("ssr.permute", "not-a-permutation", {"A": W, "permutation": np.array([0, 0, 1])}, "ValueError")
     refuse("ssr.select_block", "k0", {"W": W}, "ValueError", k=0)
     product = {

@@ -23,6 +23,8 @@ CONFIGS: dict[str, dict] = {
     "twn": {"start": "twn"},
     "no-compensation": {"compensation": False},
     "undamped": {"damping": 0.0},
+    "int8": {"grid": "int8"},
+    "int8-hessian": {"grid": "int8", "reorder": "hessian"},
 }
 
 
@@ -130,6 +132,12 @@ def _per_matrix(drafts: Drafts) -> None:
     whole = {"W": sixteenths(21, 4, 8, 1000), "C": correlated(22, 8)}
     for label, config in CONFIGS.items():
         drafts.add("ternarize.ternarize", label, whole, block_size=3, **config)
+
+    drafts.add("grids.row_factor", "small", {"W": W})
+    drafts.add("grids.row_factor", "wide", {"W": sixteenths(23, 6, 5, 4000)})
+    rows = (sixteenths(24, 6, 1) / 4 + 2).astype(np.float16)
+    for label, value in (("small", sixteenths(25, 6, 1)), ("large", sixteenths(26, 6, 1, 9000))):
+        drafts.add("grids.encode", label, {"value": value, "row": rows})
 
     x, T = np.rint(sixteenths(31, 3, 8, 64)), trits(32, 4, 8)
     packed = answer(Exact(), "packing.pack_base3", {"trits": T}, {})["packed"]

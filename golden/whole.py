@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "compensation": True,
     "damping": 0.01,
     "max_iterations": 100,
+    "grid": "float16",
 }
 
 
@@ -89,7 +90,8 @@ def ternarize(kit: Kit, W: Array, C: Array, **settings: Any) -> dict[str, Array]
         H, damping = damped(kit, C, config["damping"])
 
     W_hat = np.zeros(W.shape, dtype=np.float32)
-    trits, scales, shifts, fits = [], [], [], []
+    stored = _Float16(kit) if config["grid"] == "float16" else _EightBits(kit, W)
+    trits, fits = [], []
     done: list[int] = []
     rest = list(range(columns))
     if config["reorder"] == "hessian":
@@ -110,11 +112,9 @@ def ternarize(kit: Kit, W: Array, C: Array, **settings: Any) -> dict[str, Array]
             if rest:
                 cost = cost - H[np.ix_(B, rest)] @ kit.solve(H[np.ix_(rest, rest)], H[np.ix_(rest, B)])
         result = _fit_block(kit, W_B, C[np.ix_(B, B)], cost, config)
-        alpha, mu = kit.stored(result["alpha"]), kit.stored(result["mu"])
-        W_hat[:, B] = alpha.astype(np.float32) * result["T"] + mu.astype(np.float32)
+        alpha, mu = stored.add("scale", result["alpha"]), stored.add("shift", result["mu"])
+        W_hat[:, B] = alpha * result["T"] + mu
         trits.append(result["T"])
-        scales.append(alpha)
-        shifts.append(mu)
         fits.append(result)
         done += B
 
@@ -126,8 +126,7 @@ def ternarize(kit: Kit, W: Array, C: Array, **settings: Any) -> dict[str, Array]
     error = kit.output_error(W - kit.numbers(W_hat), C)
     return {
         "trits": np.hstack(trits),
-        "scale": np.hstack(scales),
-        "shift": np.hstack(shifts),
+        **stored.arrays(),
         "permutation": np.array(done, dtype=np.int64),
         "weights": W_hat,
         "report.damping": np.array(damping),
@@ -141,6 +140,48 @@ def ternarize(kit: Kit, W: Array, C: Array, **settings: Any) -> dict[str, Array]
         "report.variance_after": _shares(block_variance(kit, W[:, done], k), 1),
         "report.relative_output_error": _shares(error, power),
     }
+
+
+class _Float16:
+    """alpha and mu of the blocks as float16."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit = kit
+        self.blocks: dict[str, list[Array]] = {"scale": [], "shift": []}
+
+    def add(self, name: str, value: Array) -> Array:
+        """Store the values of a block; returns them as they are read back, in float32."""
+        self.blocks[name].append(self.kit.stored(value))
+        return self.blocks[name][-1].astype(np.float32)
+
+    def arrays(self) -> dict[str, Array]:
+        """What is stored of all blocks, by the names of a `TernaryMatrix`."""
+        return {name: np.hstack(blocks) for name, blocks in self.blocks.items()}
+
+
+class _EightBits:
+    """The same in 8-bit codes, with a factor of every row and of every block."""
+
+    def __init__(self, kit: Kit, W: Array) -> None:
+        self.kit = kit
+        self.row = kit.row_factor(W)
+        self.blocks: dict[str, list[tuple[Array, Array]]] = {"scale": [], "shift": []}
+
+    def add(self, name: str, value: Array) -> Array:
+        codes, block = self.kit.coded(value, self.kit.numbers(self.row))
+        self.blocks[name].append((codes, block))
+        return self.row.astype(np.float32) * block.astype(np.float32) * codes
+
+    def arrays(self) -> dict[str, Array]:
+        arrays = {}
+        for name, blocks in self.blocks.items():
+            codes, factors = zip(*blocks, strict=True)
+            arrays |= {
+                f"{name}.codes": np.hstack(codes),
+                f"{name}.row": self.row,
+                f"{name}.block": np.hstack(factors),
+            }
+        return arrays
 
 
 def _fit_block(kit: Kit, W: Array, C: Array, cost: Array, config: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ EQUAL = "nothing is rounded: integers, or bytes"
 SUMS = "sums over a row in another order: about m·ε, m·2e-16 for m columns, with room for 100 m"
 DECIDED = "a decision nearer to its threshold than rounding is not determined; golden ties are exact"
 STORED = "computed to 1e-9 or better, and no golden value is that near to where float16 rounds up or down"
+CODED = "computed to 1e-9 or better, and no golden value is that near to the middle of two codes, or is there"
 ALIGNED = "sums over C, amplified by the condition of Eq. 12's 2x2 system, up to 1e3 on the slices"
 PRINTED = "as for align_grid, and a row sum of C is a difference of larger numbers"
 INVERTED = "ε times the condition of H: 3e-12, as it is 1.3e4 on the worst slice; with room for 30 of these"
@@ -118,6 +119,9 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
         ("share of other trits", "one", 0, "in float64 no golden decision is near enough to turn"),
         ("scale", "equal", 0, STORED),
         ("shift", "equal", 0, STORED),
+        *((f"{part}.codes", "equal", 0, CODED) for part in ("scale", "shift")),
+        *((f"{part}.row", "equal", 0, STORED) for part in ("scale", "shift")),
+        *((f"{part}.block", "equal", 0, STORED) for part in ("scale", "shift")),
         ("permutation", "equal", 0, "golden similarities at every cut differ by 1e-8, or are tied exactly"),
         ("weights", "equal", 0, "two float32 operations on what is stored"),
         (
@@ -137,6 +141,8 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
         ("report.variance_after", "answer", 1e-10, FIGURES),
         ("report.relative_output_error", "answer", 1e-10, FIGURES),
     ],
+    "grids.row_factor": [("row", "equal", 0, STORED)],
+    "grids.encode": [("codes", "equal", 0, CODED), ("block", "equal", 0, STORED)],
     "packing.pack_base3": [("packed", "equal", 0, EQUAL)],
     "packing.unpack_base3": [("trits", "equal", 0, EQUAL)],
     "packing.pack_2bit": [("packed", "equal", 0, EQUAL)],

@@ -16,7 +16,7 @@ from harness import verification
 from harness.backends import Backend, MissingOperation, load_backend
 from harness.cli import EXIT_MISS, UserError, json_text, run
 from harness.tolerances import TOLERANCES, Finding, check
-from reference.types import TernaryConfig
+from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
 DESCRIPTION = """\
 Check that a backend computes the paper.
@@ -32,8 +32,8 @@ those of bytes and indices count the entries that differ."""
 
 EPILOG = """\
 examples:
-  python -m harness.verify                          the reference, all cases
-  python -m harness.verify --operation atq          one module
+  python -m harness.verify --backend reference      the reference, all cases
+  python -m harness.verify --operation atq          one module, by the GPU where there is one
   python -m harness.verify --operation aga.align_grid --kind real
   python -m harness.verify --backend mybackend      any package with the modules and functions of reference/
   python -m harness.verify --json > verify.json     the same for a program
@@ -137,9 +137,9 @@ def _narrowed(weights: np.ndarray) -> np.ndarray:
 
 def _by_name(backend: Backend, case: Case, result: Any) -> dict[str, Any]:
     """What the function returned, under the names of the case's outputs."""
-    if case.operation == "ternarize.ternarize":
-        matrix = backend.to_host(result)
-        return {name: np.asarray(_attribute(matrix, name)) for name in case.outputs}
+    if isinstance(result, TernaryMatrix | CodedGrid):
+        result = backend.to_host(result)
+        return {name: np.asarray(_attribute(result, name)) for name in case.outputs}
     if len(case.outputs) == 1:
         named = dict(zip(case.outputs, [result], strict=True))
     else:
@@ -244,11 +244,11 @@ def main(arguments: list[str] | None = None) -> int:
         "(golden/gpu-verified.json)",
     )
     options = parser.parse_args(arguments)
-    if options.record and (options.operation or options.kind or options.precision):
-        parser.error("--record is for all cases: leave out --operation, --kind and --precision")
-
-    if options.model and (options.operation or options.kind):
-        parser.error("--operation and --kind choose among golden cases: leave them out with --model")
+    other_cases = options.golden != FOLDER
+    if options.record and (options.operation or options.kind or options.precision or other_cases):
+        parser.error("--record is for all cases: leave out --operation, --kind, --precision and --golden")
+    if options.model and (options.operation or options.kind or other_cases):
+        parser.error("--operation, --kind and --golden choose golden cases: leave them out with --model")
 
     first = load_backend(options.backend, options.precision)
     if first.note:

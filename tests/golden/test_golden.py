@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import pkgutil
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from golden import cases, generate, model, real
 from golden.cases import FOLDER, KINDS, MANIFEST, GoldenError
 from reference.types import TernaryConfig
 
-MODULES = ("twn", "atq", "aga", "ssr", "gptq", "ternarize", "packing", "matmul")
+# Baselines are others' methods; the rest is no operation.
+WITHOUT_CASES = {"baselines", "checks", "types"}
+MODULES = {module.name for module in pkgutil.iter_modules(reference.__path__)} - WITHOUT_CASES
 FILES = [MANIFEST, *sorted(path.name for path in FOLDER.glob("*.safetensors"))]
 
 

@@ -14,7 +14,7 @@ from harness.backends import MissingOperation, load_backend
 from harness.cli import UserError
 from harness.tolerances import _FLOAT32, SCALES, TOLERANCES
 
-MODULES = ("twn", "atq", "aga", "ssr", "gptq", "ternarize", "packing", "matmul")
+MODULES = sorted({operation.partition(".")[0] for operation in TOLERANCES})
 
 
 @pytest.fixture
