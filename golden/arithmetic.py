@@ -106,13 +106,12 @@ class Exact(Arithmetic):
 
     def root_mean_squares(self, W: Array) -> Array:
         """To 60 digits."""
-        squares = [w @ w / Fraction(len(w)) for w in W]
-        return _columns(
-            [
-                Fraction(math.isqrt(s.numerator * s.denominator * 10**120), s.denominator * 10**60)
-                for s in squares
-            ]
-        )
+        roots = []
+        for w in W:
+            square = w @ w / Fraction(len(w))
+            digits = math.isqrt(square.numerator * square.denominator * 10**120)
+            roots.append(Fraction(digits, square.denominator * 10**60))
+        return _columns(roots)
 
     def symmetric(self, W: Array) -> tuple[Array, Array]:
         """Eq. 1-3 as they stand."""

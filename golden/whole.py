@@ -173,7 +173,7 @@ class _EightBits:
         return self.row.astype(np.float32) * block.astype(np.float32) * codes
 
     def arrays(self) -> dict[str, Array]:
-        arrays = {}
+        arrays: dict[str, Array] = {}
         for name, blocks in self.blocks.items():
             codes, factors = zip(*blocks, strict=True)
             arrays |= {

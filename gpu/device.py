@@ -58,7 +58,7 @@ def describe() -> str:
         import numba.cuda  # noqa: F401
     except ModuleNotFoundError as error:
         raise DeviceError(
-            f"{error.name} is not installed: pip install 'pt2-llm[cuda13]' (or cuda12)"
+            f"{error.name} is not installed: pip install '.[cuda13]' (or cuda12) in the clone"
         ) from None
     except ImportError as error:  # of a library that is missing, or of a version that does not fit
         raise DeviceError(f"CuPy or Numba cannot be imported: {error}") from None

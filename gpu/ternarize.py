@@ -157,8 +157,7 @@ class _Remaining:
         if self._done < DONE_SHARE * held:
             self.W[:, B] = 0
             if self.Hinv is not None:
-                self.Hinv[B] = 0
-                self.Hinv[:, B] = 0
+                self.Hinv[:, B] = 0  # their rows are not read again
             return
         # By a sort, as the device would be asked how many `flatnonzero` finds.
         kept = xp.sort(xp.where(self._waiting, xp.arange(held), held))[: held - self._done]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ import torch
 from harness import plot, report, text, writing
 from harness.backends import load_backend
 from harness.cli import HelpFormatter, UserError, json_text, positive, run, window_length
-from harness.compute import compute_for, default_compute
+from harness.compute import compute_for, default_compute, host_memory
 from harness.pipeline import BASELINES, FitError
 from harness.preparation import NO_EVALUATION, PT2_LLM, Options
 from harness.products import product_speed
@@ -48,18 +48,30 @@ Measure on this machine and write the figures to a file, with command, machine a
 """
 
 NO_ORDER = TernaryConfig(reorder="none")
-METHODS: dict[str, tuple[str, TernaryConfig]] = {
-    "SSR + ITF + AGA (PT²-LLM)": (PT2_LLM, TernaryConfig()),
-    "SSR + ITF + AGA, alpha and mu in 8 bits": (PT2_LLM, TernaryConfig(grid="int8")),
-    "SSR + ITF + conditional AGA": (PT2_LLM, TernaryConfig(aga="conditional")),
-    "Hessian order + ITF + AGA": (PT2_LLM, TernaryConfig(reorder="hessian")),
-    "random order + ITF + AGA": (PT2_LLM, TernaryConfig(reorder="random")),
-    "ITF + AGA": (PT2_LLM, NO_ORDER),
-    "ITF + AGA, no compensation": (PT2_LLM, replace(NO_ORDER, compensation=False)),
-    "ITF": (PT2_LLM, replace(NO_ORDER, aga="none")),
-    "initialization only": (PT2_LLM, replace(NO_ORDER, itf=False, aga="none")),
-    "SSR + ITF + Eq. 13 as printed": (PT2_LLM, TernaryConfig(aga="printed")),
-    **{f"{name} ({what})": (name, TernaryConfig()) for name, what in BASELINES.items()},
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of `METHODS`: what results call it, and the settings of its run."""
+
+    words: str
+    method: str = PT2_LLM
+    config: TernaryConfig = field(default_factory=TernaryConfig)
+
+
+METHODS: dict[str, Method] = {
+    "pt2-llm": Method("SSR + ITF + AGA (PT²-LLM)"),
+    "int8-grid": Method("SSR + ITF + AGA, alpha and mu in 8 bits", config=TernaryConfig(grid="int8")),
+    "conditional": Method("SSR + ITF + conditional AGA", config=TernaryConfig(aga="conditional")),
+    "hessian": Method("Hessian order + ITF + AGA", config=TernaryConfig(reorder="hessian")),
+    "random": Method("random order + ITF + AGA", config=TernaryConfig(reorder="random")),
+    "no-order": Method("ITF + AGA", config=NO_ORDER),
+    "no-compensation": Method("ITF + AGA, no compensation", config=replace(NO_ORDER, compensation=False)),
+    "itf-only": Method("ITF", config=replace(NO_ORDER, aga="none")),
+    "aga-only": Method("AGA", config=replace(NO_ORDER, itf=False)),
+    "init-only": Method("initialization only", config=replace(NO_ORDER, itf=False, aga="none")),
+    "eq13": Method("SSR + ITF + Eq. 13 as printed", config=TernaryConfig(aga="printed")),
+    **{name: Method(f"{name} ({what})", name) for name, what in BASELINES.items()},
 }
 
 
@@ -78,13 +90,18 @@ def parser() -> argparse.ArgumentParser:
 
     defaults = Options()
     sub = kind("run", "a whole quantization, stage by stage, against two plain passes of the same tokens")
-    sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
+    model = sub.add_mutually_exclusive_group()
+    model.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
     sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="windows")
     sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens in a window")
-    sub.add_argument("--report", type=Path, metavar="FILE", help="report.json of a run made on this machine")
+    model.add_argument(
+        "--report", type=Path, metavar="FILE", help="report.json of a run made on this machine"
+    )
 
     sub = kind("methods", "the paper's ablations and 2-bit baselines side by side, on one text")
+    listed = "\n".join(f"  {key:16} {method.words}" for key, method in METHODS.items())
+    sub.epilog = f"methods, and what the results call them:\n{listed}"
     sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
     sub.add_argument("--eval", default=text.BUILTIN, metavar="TEXT", help="text for perplexity")
@@ -92,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seqlen", type=window_length, default=1024, help="tokens in a window")
     sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens in an evaluation window")
     sub.add_argument("--eval-windows", type=positive, default=8, help="evaluation windows")
-    sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="some of the methods")
+    sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="only these methods")
 
     scale = Scale("")
     sub = kind("quantize", "random layers of the shapes of large models through the whole pipeline")
@@ -155,7 +172,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
         "ratio": round(total / passes, 3),
         "seconds_by_stage": {stage: round(spent, 1) for stage, spent in seconds.items()},
         "peak_memory_gb": round(record["peak_memory_bytes"] / 1e9, 2),
-        "bits_per_weight": round(record["plan"]["bits_per_weight"], 3),
+        "bits_per_weight": round(record["bits_per_weight"], 3),
         "mean_relative_output_error": record["mean_relative_output_error"],
         "perplexity": record["perplexity"],
     }
@@ -176,37 +193,36 @@ def compare_methods(
     results: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
         for name in methods:
-            method, config = METHODS[name]
-            say(name)
+            method = METHODS[name]
+            say(method.words)
             try:
                 record = quantize(
                     replace(
                         options,
-                        method=method,
-                        config=config,
-                        out=Path(folder) / "out" if method == PT2_LLM else None,
+                        method=method.method,
+                        config=method.config,
+                        out=Path(folder) / "out" if method.method == PT2_LLM else None,
                         force=True,
                         measure_original="original" not in results,
                     ),
                     say=lambda line: None,
                 )
             except FitError as error:  # a method that diverges is a result, too
-                results[name] = {"error": str(error)}
-                say(f"  {error}")
-                continue
-            if "original" not in results:
-                results["original"] = {"perplexity": record["perplexity"]["before"]["value"]}
-                results["protocol"] = {
-                    "calibration": record["calibration"],
-                    "evaluation": record["perplexity"]["before"]["protocol"],
+                results[method.words] = {"error": str(error)}
+            else:
+                before = record["perplexity"].get("before")
+                if before is not None:
+                    results["original"] = {"perplexity": before["value"]}
+                    results["protocol"] = {
+                        "calibration": record["calibration"],
+                        "evaluation": before["protocol"],
+                    }
+                results[method.words] = {
+                    "bits_per_weight": round(record["bits_per_weight"], 3),
+                    "perplexity": record["perplexity"]["after"]["value"],
+                    "mean_relative_output_error": record["mean_relative_output_error"],
                 }
-            bits = record["plan"]["bits_per_weight"] if method == PT2_LLM else 2 + 18 / config.block_size
-            results[name] = {
-                "bits_per_weight": round(bits, 3),
-                "perplexity": record["perplexity"]["after"]["value"],
-                "mean_relative_output_error": record["mean_relative_output_error"],
-            }
-            say(f"  {results[name]}")
+            say(f"  {results[method.words]}")
             save(results)
     return results
 
@@ -218,8 +234,7 @@ def machine() -> dict[str, Any]:
     if cpuinfo.is_file():
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return {"cpu": name, "memory_gb": round(memory, 1), **report.environment()}
+    return {"cpu": name, "memory_gb": round(host_memory() / 1e9, 1), **report.environment()}
 
 
 def main() -> int:
@@ -231,7 +246,7 @@ def main() -> int:
     if arguments.file is not None:
         _require_writable(arguments.file)
     described = {
-        "command": " ".join(["python -m harness.benchmark", *map(_without_folders, sys.argv[1:])]),
+        "command": f"python -m harness.benchmark {shlex.join(map(_without_folders, sys.argv[1:]))}",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
     }

@@ -93,11 +93,11 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
     modules, unpermuted = quantization.get("modules"), quantization.get("unpermuted")
     block_size = quantization.get("block_size")
     coded = quantization.get("coded", [])  # there were none at first
-    for names in (modules, unpermuted, coded):
+    for entry, names in (("modules", modules), ("unpermuted", unpermuted), ("coded", coded)):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
+            raise UserError(f"{where}: {entry} of quantization_config is no list of names")
     if not isinstance(block_size, int) or block_size < 1:
-        raise UserError(f"{where}: quantization_config lacks modules, unpermuted or block_size")
+        raise UserError(f"{where}: block_size of quantization_config is no number from 1 on")
     grid = quantization.get("grid", "float16")  # the only one there was at first
     if grid not in GRIDS:
         raise UserError(f"{where}: the grid {grid!r} of quantization_config is none of {', '.join(GRIDS)}")

@@ -74,8 +74,28 @@ def json_text(value: Any) -> str:
     return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
+def _lack_of_memory(error: Exception) -> str | None:
+    """What to do about a lack of memory; None if the error says something else."""
+    less = "ask for less at a time (fewer or shorter windows, fewer tokens or rows)"
+    torch = sys.modules.get("torch")  # which takes seconds to import
+    full = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if full or type(error).__module__.startswith("cupy"):
+        first = str(error).partition(". ")[0]
+        return (
+            f"the memory of the GPU is too small ({first}); free some of it, {less}, or do without it "
+            "(--backend reference, or --cpu)"
+        )
+    # torch has no class of its own for the host's.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"the memory of this machine is too small; free some of it, or {less}"
+    return None
+
+
 def run(main: Callable[[], int]) -> None:
-    """Run a command line and exit: bad input and Ctrl-C end in one line, never in a stack trace."""
+    """Run a command line and exit: bad input and Ctrl-C end in one line, never in a stack trace.
+
+    So does a lack of memory, on the host or on a device.
+    """
     # Quantization reads local files and says itself what it does; a hub's bars would hide that.
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -94,6 +114,12 @@ def run(main: Callable[[], int]) -> None:
         # The reader of a pipe (head, say) has gone; nothing more can be printed to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_MISS
+    except (MemoryError, RuntimeError) as error:
+        reason = _lack_of_memory(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        status = EXIT_USAGE
     except OSError as error:  # a path that may not be looked at, or is too long to be one
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"error: {what}", file=sys.stderr)

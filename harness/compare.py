@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from harness import text
 from harness.backends import Backend, load_backend
 from harness.capture import capture_inputs
 from harness.compute import Compute, compute_for
-from harness.evaluate import measure_on
 from harness.layers import find_decoder_layers
 from harness.models import load_original
+from harness.perplexity import measure_on
 from harness.pipeline import FittedMatrix, Method, quantize_layers, ternarizer
 from harness.tolerances import OUTPUT_ERROR
 from reference.aga import output_error
@@ -58,15 +59,17 @@ def compare_on_model(
         return reference.ternarize(W.double().cpu(), C.cpu(), config)
 
     rows: list[dict[str, Any]] = []
-    perplexity: dict[str, float] = {}
-    for name, method in (("reference", theirs), (backend.name, ours)):
-        for matrix in _ternarized(source, method, compute, nsamples, seqlen, name, perplexity):
-            if method is theirs:
-                rows.append(_compare(matrix, backend.to_host(ours(matrix.weight, matrix.gram))))
+
+    def compare(matrix: FittedMatrix) -> None:
+        rows.append(_compare(matrix, backend.to_host(ours(matrix.weight, matrix.gram))))
+
+    size = (nsamples, seqlen)
+    name, before, of_reference = _ternarized(source, theirs, compute, *size, compare, "reference")
+    _, _, of_backend = _ternarized(source, ours, compute, *size, lambda matrix: None, backend.name)
     misses = [row for row in rows if not abs(row["difference"]) <= OUTPUT_ERROR]
     return {
         "passed": not misses,
-        "model": source or "SmolLM2-135M-Instruct",
+        "model": name,
         "device": compute.describe(),
         "tokens": f"{nsamples} x {seqlen}",
         "matrices": len(rows),
@@ -74,7 +77,7 @@ def compare_on_model(
         "largest_difference": max(rows, key=lambda row: abs(row["difference"])),
         "fewest_equal_trits": min(rows, key=lambda row: row["equal_trits"]),
         "mean_share_of_equal_trits": float(np.mean([row["equal_trits"] for row in rows])),
-        "perplexity": perplexity,
+        "perplexity": {"original": before, "by the reference": of_reference, "by the backend": of_backend},
         "misses": misses,
     }
 
@@ -85,25 +88,25 @@ def _ternarized(
     compute: Compute,
     nsamples: int,
     seqlen: int,
-    name: str,
-    perplexity: dict[str, float],
-) -> Any:
-    """Every matrix of the model, fitted by a method; adds the perplexity before and after."""
+    take: Callable[[FittedMatrix], None],
+    title: str,
+) -> tuple[str, float, float]:
+    """Fit every matrix of the model by a method: its name, and the perplexity before and after."""
     original = load_original(source)
     decoder = find_decoder_layers(original.model, original.read)
     stream = text.read_text(text.BUILTIN, text.CALIBRATION)
     held_out = text.read_text(text.BUILTIN, text.EVALUATION)
     windows = text.calibration_windows(text.tokenize(stream, original.tokenizer), nsamples, seqlen, seed=0)
     measure = (held_out, min(seqlen, 2048), EVALUATION_WINDOWS, compute)
-    if "original" not in perplexity:
-        perplexity["original"] = measure_on(original, *measure).value
+    before = measure_on(original, *measure).value
     hidden, calls = capture_inputs(original.model, decoder, windows, compute)
     hidden = compute.place(hidden, reserved=compute.memory // 2 if compute.memory else 0)
-    with tqdm(total=len(calls), desc=name, unit="layer", disable=None, leave=False) as bar:
+    with tqdm(total=len(calls), desc=title, unit="layer", disable=None, leave=False) as bar:
         for layer in quantize_layers(decoder, hidden, calls, method, compute):
-            yield from layer.matrices
+            for matrix in layer.matrices:
+                take(matrix)
             bar.update()
-    perplexity[name] = measure_on(original, *measure).value
+    return original.name, before, measure_on(original, *measure).value
 
 
 def _compare(matrix: FittedMatrix, ours: TernaryMatrix) -> dict[str, Any]:

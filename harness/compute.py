@@ -43,25 +43,6 @@ class Compute:
         """Most bytes of the device that torch and the backend have had at a time; 0 for the host."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    @contextmanager
-    def explaining_lack_of_memory(self) -> Iterator[None]:
-        """End a run that does not fit on the device, or in the host's memory, with what to do."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the memory of {self.describe()} is too small ({str(error).partition('. ')[0]}); free some "
-                "of it, take fewer or shorter windows (--nsamples, --seqlen), or use --backend reference"
-            ) from None
-        except (MemoryError, RuntimeError) as error:
-            # torch has no class of its own for the host's.
-            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
-                raise
-            raise UserError(
-                "the memory of this machine is too small; free some of it, or take fewer or shorter windows "
-                "(--nsamples, --seqlen)"
-            ) from None
-
     def wait(self) -> None:
         """Return once the device has done all that is queued, so that clocks can be read."""
         if self.device.type == "cuda":

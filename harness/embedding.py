@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.cli import UserError
 from reference.types import CODE_LIMIT
 
 
@@ -90,7 +91,15 @@ def unrounded(coded: dict[str, CodedMatrix]) -> Iterator[None]:
 
 
 def expect_codes(module: Any) -> None:
-    """Let a module be loaded that has codes in the place of its weight."""
+    """Let a module be loaded that has codes in the place of its weight.
+
+    Raises
+    ------
+    UserError
+        If it has no matrix of weights.
+    """
+    if getattr(module, "weight", None) is None or module.weight.ndim != 2:
+        raise UserError(f"config.json: coded names a {type(module).__name__}, which has no matrix to code")
     with torch.device(module.weight.device):
         module.register_buffer("row_factor", torch.zeros(len(module.weight), dtype=torch.float32))
 

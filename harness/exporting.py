@@ -177,7 +177,10 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
             "this format's groups are neighbouring columns; quantize with --reorder none"
         )
     if model.config.quantization_config.coded:
-        raise UserError(f"{folder} cannot be exported: its embedding is in 8 bits with factors of rows")
+        raise UserError(
+            f"{folder} cannot be exported: its embedding is in 8 bits with factors of rows; "
+            "quantize with --embedding as-it-is"
+        )
     if any(layer.row_factor is not None for layer in layers.values()):
         raise UserError(
             f"{folder} cannot be exported: its alpha and mu are in 8 bits with factors, and this format "

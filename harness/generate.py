@@ -6,17 +6,16 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
-from harness.checkpoint import GENERATION, is_ternary, load_tokenizer
+from harness.checkpoint import GENERATION
 from harness.cli import HelpFormatter, UserError, add_trust_remote_code, positive, run
 from harness.compute import default_compute
-from harness.hf import load
-from harness.models import MODEL_HELP, Original, load_original, require_fits
+from harness.hf import open_model
+from harness.models import MODEL_HELP, Original, require_fits
 from harness.text import require_unicode
 
 # Logits that are divided by less are no finite float32 any more.
@@ -171,14 +170,18 @@ def main() -> int:
         parser.error("--seed must be a number of 64 bits")
 
     device = "cpu" if arguments.cpu else default_compute().device
-    path = Path(arguments.model) if arguments.model else None
-    if path is not None and is_ternary(path):
-        dense, trusted = False if arguments.packed else None, arguments.trust_remote_code
-        model = load(path, device, dense, trusted)
-        original = Original(model, load_tokenizer(path, trusted), str(path))
-    else:
-        original = load_original(arguments.model, trust_remote_code=arguments.trust_remote_code)
-        original.model.to(device)
+    original = open_model(
+        arguments.model,
+        device,
+        dense=False if arguments.packed else None,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    if original.read is not None:
+        raise UserError(
+            f"{original.name} is too large for the memory of this machine, and writing takes all of it; "
+            "harness.evaluate takes it layer by layer"
+        )
+    original.model.to(device)
     speed = generate(
         original,
         arguments.prompt,

@@ -216,7 +216,7 @@ def _architecture(stored: Stored) -> Architecture:
         if fault:
             raise UserError(f"{stored.folder}: {what} would be lost on reading the GGUF file back")
     for name in stored.tensors:
-        if name.endswith(".bias") and not name.endswith(architecture.biases or "no bias"):
+        if name.endswith(".bias") and not name.endswith(architecture.biases):
             raise UserError(f"{stored.folder}: {name} would be lost on reading the GGUF file back")
     return architecture
 

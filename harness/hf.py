@@ -24,7 +24,14 @@ from harness.cli import UserError
 from harness.compute import dtype_name, share_memory
 from harness.embedding import expect_codes, kept_codes, take_codes
 from harness.linear import TernaryLinear
-from harness.models import quiet_transformers, read_config, read_json, require_complete
+from harness.models import (
+    Original,
+    load_original,
+    quiet_transformers,
+    read_config,
+    read_json,
+    require_complete,
+)
 
 # What weights of a model may be.
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -264,8 +271,31 @@ def load(
         try:
             use_kernels(model)
         except UserError as error:
-            raise UserError(f"{error}; with dense=True a model needs no kernels") from None
+            raise UserError(f"{error}; on a CPU (--cpu), or with dense=True, no kernels are needed") from None
     return model.eval()
+
+
+def open_model(
+    source: str | None,
+    device: str | torch.device = "cpu",
+    dense: bool | None = None,
+    gguf_dtype: str = "bfloat16",
+    trust_remote_code: bool = False,
+) -> Original:
+    """A ternary checkpoint by `load`, or an original model by `harness.models.load_original`.
+
+    Raises
+    ------
+    UserError
+        As these do; or if an original model is asked to keep no dense weights.
+    """
+    path = Path(source) if source else None  # an empty name is refused as it is loaded
+    if path is not None and checkpoint.is_ternary(path):
+        model = load(path, device, dense, trust_remote_code)
+        return Original(model, checkpoint.load_tokenizer(path, trust_remote_code), str(path))
+    if dense is False:
+        raise UserError(f"{source or 'the embedded model'} is no ternary checkpoint; leave out --packed")
+    return load_original(source, gguf_dtype, trust_remote_code)
 
 
 def use_kernels(model: nn.Module, backend: Backend | None = None) -> None:

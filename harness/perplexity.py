@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from harness import text
 from harness.capture import advance, brought, capture_inputs, logits_after
-from harness.compute import Compute
-from harness.layers import DecoderLayers
+from harness.compute import HOST, Compute, dtype_name
+from harness.layers import DecoderLayers, locate_layers
+from harness.models import Original, require_fits
 
 # Rows of logits turned into float32 at a time; a vocabulary is wide.
 LOGIT_ROWS = 256
@@ -45,7 +48,7 @@ def measure(
     model: Any,
     windows: torch.Tensor,
     tokens: int,
-    text: str,
+    source: str,
     progress: Callable[[], None] = lambda: None,
 ) -> Perplexity:
     """Perplexity over windows that do not overlap.
@@ -58,7 +61,7 @@ def measure(
         Token ids.
     tokens : int
         Tokens of the stream that the windows were cut from.
-    text : str
+    source : str
         What the stream is, for the protocol.
     progress : callable
         Called after every window.
@@ -77,7 +80,7 @@ def measure(
         window = window.to(model.device)
         losses.append(_mean_loss(model(window[None], use_cache=False).logits, window))
         progress()
-    return _perplexity(losses, windows, tokens, text, model.dtype)
+    return _perplexity(losses, windows, tokens, source, model.dtype)
 
 
 @torch.no_grad()
@@ -86,7 +89,7 @@ def measure_by_layers(
     decoder: DecoderLayers,
     windows: torch.Tensor,
     tokens: int,
-    text: str,
+    source: str,
     compute: Compute,
     progress: Callable[[], None] = lambda: None,
 ) -> Perplexity:
@@ -94,7 +97,7 @@ def measure_by_layers(
 
     Parameters
     ----------
-    model, windows, tokens, text
+    model, windows, tokens, source
         As for `measure`; the decoder layers of the model need not be in memory.
     decoder : DecoderLayers
         The decoder layers.
@@ -114,7 +117,42 @@ def measure_by_layers(
             _mean_loss(logits_after(model, decoder, calls, window, brought(states, compute)), window)
             for window, states in zip(windows, hidden, strict=True)
         ]
-    return _perplexity(losses, windows, tokens, text, model.dtype)
+    return _perplexity(losses, windows, tokens, source, model.dtype)
+
+
+def measure_on(
+    original: Original, stream: text.Text, seqlen: int, windows: int | None, compute: Compute
+) -> Perplexity:
+    """Perplexity of a model on a text by the text's protocol, with a progress bar.
+
+    A model that fits on the device is moved there and back; of one that does not, or that is not in
+    memory, one decoder layer at a time is.
+
+    Raises
+    ------
+    UserError
+        If the text is shorter than one window, or a window is longer than the model allows.
+    """
+    model = original.model
+    tokens = text.tokenize(stream, original.tokenizer)
+    require_fits(model, tokens, seqlen)
+    limit = min(filter(None, (windows, stream.windows)), default=None)
+    chosen = text.evaluation_windows(tokens, seqlen, limit)
+    arguments = (chosen, len(tokens), stream.protocol)
+    if original.read is not None or not compute.holds(model, seqlen):
+        decoder = locate_layers(model, original.read)
+        with _bar(len(decoder.layers), "layer") as bar:
+            return measure_by_layers(model, decoder, *arguments, compute, bar.update)
+    model.to(compute.device)
+    try:
+        with _bar(len(chosen), "window") as bar:
+            return measure(model, *arguments, bar.update)
+    finally:
+        model.to(HOST)
+
+
+def _bar(total: int, unit: str) -> Any:
+    return tqdm(total=total, desc="perplexity", unit=unit, disable=None, leave=False)
 
 
 def _mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
@@ -127,13 +165,13 @@ def _mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
 
 
 def _perplexity(
-    losses: list[float], windows: torch.Tensor, tokens: int, text: str, dtype: torch.dtype
+    losses: list[float], windows: torch.Tensor, tokens: int, source: str, dtype: torch.dtype
 ) -> Perplexity:
     count, seqlen = windows.shape
-    mean = sum(loss * seqlen for loss in losses) / (count * seqlen)
-    value = math.exp(mean) if mean < 700 else math.inf  # NaN stays NaN
+    mean = sum(losses) / count
+    value = math.inf if mean >= 700 else math.exp(mean)
     protocol = (
-        f"{text}; {tokens} tokens, {count} of {tokens // seqlen} windows of {seqlen} without overlap, "
-        f"computed in {str(dtype).removeprefix('torch.')}"
+        f"{source}; {tokens} tokens, {count} of {tokens // seqlen} windows of {seqlen} without overlap, "
+        f"computed in {dtype_name(dtype)}"
     )
-    return Perplexity(math.nan if math.isnan(mean) else value, count, seqlen, tokens, protocol)
+    return Perplexity(value, count, seqlen, tokens, protocol)

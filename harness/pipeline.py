@@ -51,6 +51,11 @@ BASELINES = {
 }
 
 
+def baseline_bits(config: TernaryConfig) -> float:
+    """Bits a weight of a baseline: 2, and for every group a step of 16 bits and a zero of 2."""
+    return 2 + 18 / config.block_size
+
+
 def baseline(name: str, config: TernaryConfig) -> Method:
     """One of `BASELINES`, in groups of the block size; gives dense arrays."""
 

@@ -82,11 +82,14 @@ def require_other_folder(options: Options, out: Path) -> None:
 
 def read_texts(options: Options) -> tuple[text.Text, text.Text | None]:
     """Text for calibration and evaluation; the defaults hang together."""
-    calibration = options.calibration or (text.BUILTIN if options.model is None else "wikitext2")
+    calibration = options.calibration
+    if calibration is None:
+        calibration = text.BUILTIN if options.model is None else "wikitext2"
     evaluation = options.evaluation
     if evaluation is None:
         named = calibration in (*text.DATA_SETS, text.BUILTIN)
         evaluation = calibration if named else NO_EVALUATION
+    text.require_rows(options.text_column, calibration, evaluation)
     return (
         text.read_text(calibration, text.CALIBRATION, options.text_column),
         None
@@ -144,10 +147,10 @@ def with_all_windows(ready: Ready) -> Ready:
 
 
 def announcement(options: Options, ready: Ready, calibration_text: text.Text) -> list[str]:
-    backend = ready.backend
+    fits = ready.backend.name if options.method == PT2_LLM else "reference"
     wanted = options.nsamples * options.seqlen
     lines = [
-        f"{ready.original.name}: {options.method} on the {backend.name} backend",
+        f"{ready.original.name}: {options.method} on the {fits} backend",
         f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
     ]
     if ready.tokens < wanted:

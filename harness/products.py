@@ -39,10 +39,10 @@ class Matrices:
 
 def matrices_of(shape: str) -> list[Matrices]:
     """The different matrices of a decoder layer of one of `harness.scale.SHAPES`, alone and together."""
-    _, hidden, intermediate, _, heads, groups, _ = SHAPES[shape]
-    narrow = hidden // heads * groups
+    size = SHAPES[shape]
+    hidden, intermediate, narrow = size.hidden, size.intermediate, size.head_width * size.groups
     found = [Matrices("q and o", (hidden,), hidden)]
-    if groups != heads:
+    if narrow != hidden:
         found.append(Matrices("k and v", (narrow,), hidden))
     return [
         *found,

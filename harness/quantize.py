@@ -18,8 +18,9 @@ DESCRIPTION = """\
 Ternarize the linear layers of a language model with PT²-LLM and write a packed checkpoint.
 
 Layer by layer, calibration text is run through the layers ternarized so far, and each weight matrix
-is fitted to the inputs it really gets. Embeddings, norms and lm_head stay as they are. The result is
-a Hugging Face folder with a report.json; read it back with harness.load(DIR).
+is fitted to the inputs it really gets. Embeddings, norms and lm_head stay as they are, unless
+--embedding says otherwise. The result is a Hugging Face folder with a report.json; read it back with
+harness.load(DIR).
 
   python -m harness.quantize --out smollm2-ternary
   python -m harness.quantize meta-llama/Llama-2-7b-hf --out llama2-ternary

@@ -6,16 +6,14 @@ import os
 import platform
 import sys
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from harness.pipeline import FittedLayer, FittedMatrix
+from harness.versions import versions
 from reference.aga import output_error
 from reference.types import TernaryMatrix
-
-LIBRARIES = ("pt2-llm", "numpy", "scipy", "torch", "transformers", "tokenizers", "safetensors", "gguf")
 
 
 def matrix_record(fitted: FittedMatrix) -> dict[str, Any]:
@@ -87,13 +85,11 @@ def table(layers: list[dict[str, Any]]) -> list[str]:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, as far as they can change a result."""
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"versions": versions, "machine": platform.machine(), "cores": os.cpu_count()}
+    return {
+        "versions": {"python": platform.python_version(), **versions()},
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
 
 
 def peak_memory() -> int:

@@ -25,16 +25,38 @@ from harness.plan import seconds_of
 from harness.writing import CheckpointWriter
 from reference.types import TernaryConfig
 
-# hidden, intermediate, layers, heads, key/value heads, vocabulary
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a model is."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    groups: int  # heads of keys and values
+    vocabulary: int
+    family: str = "Llama"
+
+    @property
+    def head_width(self) -> int:
+        """Features of a head."""
+        return self.hidden // self.heads
+
+    def depth(self, most: int | None) -> int:
+        """Its number of layers, or that most of them; None is all."""
+        return min(most or self.layers, self.layers)
+
+
 SHAPES = {
-    "tiny": ("Llama", 96, 256, 3, 4, 2, 512),
-    "smollm2-135m": ("Llama", 576, 1536, 30, 9, 3, 49152),
-    "llama-7b": ("Llama", 4096, 11008, 32, 32, 32, 32000),
-    "llama-13b": ("Llama", 5120, 13824, 40, 40, 40, 32000),
-    "llama-30b": ("Llama", 6656, 17920, 60, 52, 52, 32000),
-    "llama-65b": ("Llama", 8192, 22016, 80, 64, 64, 32000),
-    "llama3-8b": ("Llama", 4096, 14336, 32, 32, 8, 128256),
-    "qwen3-14b": ("Qwen3", 5120, 17408, 40, 40, 8, 151936),
+    "tiny": Shape(96, 256, 3, 4, 2, 512),
+    "smollm2-135m": Shape(576, 1536, 30, 9, 3, 49152),
+    "llama-7b": Shape(4096, 11008, 32, 32, 32, 32000),
+    "llama-13b": Shape(5120, 13824, 40, 40, 40, 32000),
+    "llama-30b": Shape(6656, 17920, 60, 52, 52, 32000),
+    "llama-65b": Shape(8192, 22016, 80, 64, 64, 32000),
+    "llama3-8b": Shape(4096, 14336, 32, 32, 8, 128256),
+    "qwen3-14b": Shape(5120, 17408, 40, 40, 8, 151936, "Qwen3"),
 }
 
 # Of the random weights and norms: the share of columns that stand out, and by how much. Language
@@ -135,15 +157,15 @@ def quantize_shape(
 
 def make_model(shape: str, layers: int, dtype: torch.dtype, positions: int = 2048) -> Any:
     """A random model of a shape with one layer, to which `attach_empty_layers` may give so many."""
-    family, hidden, intermediate, _, heads, groups, vocabulary = SHAPES[shape]
-    config = getattr(quiet_transformers(), f"{family}Config")(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
+    size = SHAPES[shape]
+    config = getattr(quiet_transformers(), f"{size.family}Config")(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
         num_hidden_layers=layers,  # for which Qwen3's has a list of settings
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=128 if family == "Qwen3" else hidden // heads,
-        vocab_size=vocabulary,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.groups,
+        head_dim=size.head_width,
+        vocab_size=size.vocabulary,
         max_position_embeddings=positions,
         tie_word_embeddings=True,  # a head of its own would only take memory
     )
@@ -153,8 +175,8 @@ def make_model(shape: str, layers: int, dtype: torch.dtype, positions: int = 204
 
 def random_model(scale: Scale, compute: Compute) -> tuple[Any, DecoderLayers, int]:
     """A model of a shape whose layers are made when they are asked for, and the number it really has."""
-    depth = SHAPES[scale.shape][3]
-    layers = min(scale.layers or depth, depth)
+    depth = SHAPES[scale.shape].layers
+    layers = SHAPES[scale.shape].depth(scale.layers)
     model = make_model(scale.shape, layers, torch.bfloat16, max(2048, scale.seqlen))
     empty = attach_empty_layers(model, layers)
     shapes = {f"{empty.prefix}.{name}": t.shape for name, t in empty.layers.state_dict().items()}

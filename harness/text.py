@@ -6,7 +6,7 @@ import itertools
 import json
 import platform
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,8 @@ def read_text(source: str, use: str, column: str | None = None) -> Text:
         If the file is missing, empty, of an unknown kind or has no such column, or a data set
         cannot be downloaded.
     """
+    if not source:
+        raise UserError("the name of a text is empty: a variable that is not set?")
     if source == BUILTIN:
         text = _builtin(use)
     elif source in DATA_SETS:
@@ -121,11 +123,22 @@ def read_text(source: str, use: str, column: str | None = None) -> Text:
         name, colon, path = source.partition(":")
         if not (colon and name in DATA_SETS):
             name, path = "", source
+        elif not path:
+            raise UserError(f"{source} names no file after the colon: a variable that is not set?")
         text = _local(name, Path(path), use, column)
     if not text.stream.strip():
         raise UserError(f"{source} holds no text")
     require_unicode(text.stream, source)
     return text
+
+
+def require_rows(column: str | None, *sources: str) -> None:
+    """Refuse the name of a field where no text comes in rows with fields."""
+    if column is not None and not any(Path(source).suffix.lower() in READERS for source in sources):
+        raise UserError(
+            f"--text-column {column} is for rows of {', '.join(READERS)} files, and there are none here; "
+            "leave it out"
+        )
 
 
 def require_unicode(text: str, source: str) -> None:
@@ -205,7 +218,7 @@ def _downloaded(name: str, use: str) -> Text:
         import datasets
     except ImportError:
         raise UserError(
-            f"{name} is downloaded with the package `datasets`: pip install 'pt2-llm[eval]', "
+            f"{name} is downloaded with the package `datasets`: pip install '.[eval]' in the clone, "
             f"or give a local copy as {name}:FILE"
         ) from None
     data_set = DATA_SETS[name]
@@ -228,16 +241,15 @@ def _local(name: str, path: Path, use: str, column: str | None) -> Text:
         raise UserError(f"{path} is not a file; text is one of {known}, or a file that exists")
     column = column or (DATA_SETS[name].column if name else "text")
     suffix = path.suffix.lower()
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
     try:
-        if suffix in readers:
-            rows = list(readers[suffix](path, column))
+        if suffix in READERS:
+            rows = list(READERS[suffix](path, column))
         elif name:
             rows = list(_text_rows(path, DATA_SETS[name].keeps_newline))
         elif suffix in PLAIN:
             return Text(path.read_bytes().decode("utf-8-sig"), f"{path.name} as it is")
         else:
-            raise UserError(f"{path}: text files end in {', '.join(filter(None, (*PLAIN, *readers)))}")
+            raise UserError(f"{path}: text files end in {', '.join(filter(None, (*PLAIN, *READERS)))}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
@@ -300,6 +312,13 @@ def _arrow_rows(path: Path, column: str) -> Iterable[str]:
     return _table_rows(path, column, read)
 
 
+READERS: dict[str, Callable[[Path, str], Iterable[str]]] = {
+    ".jsonl": _jsonl_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+}
+
+
 def _table_rows(path: Path, column: str, read: Any) -> Iterable[str]:
     import pyarrow
 
@@ -325,7 +344,7 @@ def _pyarrow(module: str) -> Any:
         return importlib.import_module(f"pyarrow.{module}")
     except ImportError:
         raise UserError(
-            "parquet and arrow files are read with the package `pyarrow`: pip install 'pt2-llm[eval]'"
+            "parquet and arrow files are read with the package `pyarrow`: pip install '.[eval]' in the clone"
         ) from None
 
 

@@ -62,8 +62,8 @@ def generation_speed(
     dense, ternary = figures["dense"], figures["ternary"]
     return {
         "shape": shape,
-        "layers": min(layers or SHAPES[shape][3], SHAPES[shape][3]),
-        "layers_of_the_model": SHAPES[shape][3],
+        "layers": SHAPES[shape].depth(layers),
+        "layers_of_the_model": SHAPES[shape].layers,
         "tokens": f"{lengths.prefill} read, {lengths.decode} written",
         "dtype": dtype_name(DTYPE),
         "device": compute.describe(),
@@ -74,7 +74,7 @@ def generation_speed(
 
 def random_network(shape: str, layers: int | None, ternary: bool, compute: Compute) -> Any:
     """A model of a shape with random weights, made on the device it runs on."""
-    depth = min(layers or SHAPES[shape][3], SHAPES[shape][3])
+    depth = SHAPES[shape].depth(layers)
     model = make_model(shape, depth, DTYPE)
     decoder = attach_empty_layers(model, depth)
     if ternary:

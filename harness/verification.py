@@ -8,15 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from harness.backends import Backend
 from harness.cli import UserError, json_text
+from harness.versions import versions
 
 FORMAT_VERSION = 1
-LIBRARIES = ("numpy", "scipy", "cupy-cuda12x", "cupy-cuda13x", "numba", "numba-cuda", "torch")
 SUFFIXES = (".py", ".cu", ".cuh")
 
 
@@ -58,13 +57,10 @@ def add_to_record(file: Path, backend: Backend, part: str, results: dict[str, An
         raise UserError(
             f"nothing to record: backend {backend.name} did not run on a device: {error}"
         ) from None
-    installed = {
-        distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()
-    }
     state = {
         "format_version": FORMAT_VERSION,
         **identity,
-        "libraries": {name: installed[name] for name in LIBRARIES if name in installed},
+        "libraries": versions(),
         "files": hashes(Path(str(backend.package.__file__)).parent),
     }
     previous = _read(file) if file.exists() else {}

@@ -17,11 +17,19 @@ from harness.backends import load_backend
 from harness.cli import UserError
 from harness.compute import compute_for, dtype_name
 from harness.embedding import unrounded
-from harness.evaluate import measure_on
 from harness.hf import load
 from harness.layers import DecoderLayers
 from harness.models import Original
-from harness.pipeline import FitError, Method, baseline, pass_again, quantize_layers, ternarizer
+from harness.perplexity import measure_on
+from harness.pipeline import (
+    FitError,
+    Method,
+    baseline,
+    baseline_bits,
+    pass_again,
+    quantize_layers,
+    ternarizer,
+)
 from harness.plan import duration
 from harness.preparation import (
     PT2_LLM,
@@ -75,11 +83,10 @@ def quantize(options: Options, say: Callable[[str], None] = tqdm.write) -> dict[
 
     compute = compute_for(backend)
     begin = time.perf_counter()
-    with compute.explaining_lack_of_memory():
-        ready = prepare(options, backend, compute, calibration_text, evaluation_text)
-        for line in announcement(options, ready, calibration_text):
-            say(line)
-        ready = with_all_windows(ready)
+    ready = prepare(options, backend, compute, calibration_text, evaluation_text)
+    for line in announcement(options, ready, calibration_text):
+        say(line)
+    ready = with_all_windows(ready)
     record = _record(options, ready, calibration_text)
     if earlier is not None and options.out is not None:
         resume.continued(record, earlier, options.out)
@@ -164,10 +171,7 @@ def _run_layers(
     begin = time.perf_counter()
     layers: list[dict[str, Any]] = record["layers"]
     count = len(ready.decoder.layers)
-    with (
-        tqdm(total=count, disable=None, leave=False, bar_format=_BAR) as bar,
-        ready.compute.explaining_lack_of_memory(),
-    ):
+    with tqdm(total=count, disable=None, leave=False, bar_format=_BAR) as bar:
         if writer is not None and 0 < len(layers) < count:
             say(f"{len(layers)} of {count} layers are there; what they make of the text is computed again")
             for _ in _pass_again(options, ready, layers, writer):
@@ -271,8 +275,7 @@ def _record(options: Options, ready: Ready, calibration_text: text.Text) -> dict
         "model": ready.original.name,
         "dtype": dtype_name(ready.original.model.dtype),
         "method": options.method,
-        "backend": ready.backend.name,
-        "config": asdict(options.config),
+        **_of_method(options, ready),
         "options": {name: value for name, value in asdict(options).items() if name != "config"},
         "calibration": {
             "text": calibration_text.protocol,
@@ -288,12 +291,22 @@ def _record(options: Options, ready: Ready, calibration_text: text.Text) -> dict
         },
         **report.environment(),
         "device": ready.compute.describe(),
-        "plan": {**asdict(ready.plan), "bits_per_weight": ready.plan.bits_per_weight},
         "perplexity": {},
         "seconds": {},
         "layers": [],
         "resumed_after": [],
     }
+
+
+def _of_method(options: Options, ready: Ready) -> dict[str, Any]:
+    """What computes the matrices, with which settings, and what comes of it."""
+    config = asdict(options.config)
+    if options.method == PT2_LLM:
+        plan = asdict(ready.plan)
+        bits = ready.plan.bits_per_weight
+        return {"backend": ready.backend.name, "config": config, "plan": plan, "bits_per_weight": bits}
+    used = {name: config[name] for name in ("block_size", "damping")}
+    return {"backend": "reference", "config": used, "bits_per_weight": baseline_bits(options.config)}
 
 
 def _result_lines(options: Options, record: dict[str, Any]) -> list[str]:

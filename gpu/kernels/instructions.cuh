@@ -108,7 +108,7 @@ constexpr int WARPGROUP_COLUMNS = 128;
         "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
         "%59, %60, %61, %62, %63 " \
         "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0; }" \
-        : WARPGROUP_SUMS(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(b)))
+        : WARPGROUP_SUMS(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(b)) : "memory")
 
 // Where B is: from the first eight rows of a column, 16 bytes, to the others, and from eight columns to the next.
 __device__ inline unsigned long long described(const uint4 *b) {
@@ -143,7 +143,7 @@ __device__ inline void await_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// No compiler may read sums before this, for all that it knows of them.
+// No compiler may move what reads or writes sums across this, for all that it knows of them.
 __device__ inline void settle(float (&d)[64]) { asm volatile("" : WARPGROUP_SUMS(d)::"memory"); }
 
 // What this thread has written to shared memory, for products that begin after a barrier.

@@ -84,6 +84,7 @@ __device__ inline void multiply(const uint4 *gathered, const uint4 *words, const
     float total[TOKENS / 2] = {};
     copy(first);
     Weights<G> weights = load<G>(words, grid, sixteens + first * (TILE_ROWS / ROWS), pairs_shift);
+    settle(total);  // the zeros come before the first fence
     for (int chunk = first; chunk < last; chunk++) {
         await_groups<0>();
         show_to_tensor_cores();

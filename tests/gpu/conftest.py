@@ -57,11 +57,13 @@ def launch(emulators):
 def product_on(launch):
     """Multiplies by the kernels that a device of such limits takes: one case, or several that are joined."""
     import gpu
-    from gpu.device import xp
+    from gpu.device import STANDIN, xp
     from gpu.kernels import tensor_cores
     from tests.gpu.ternary_cases import lay_out
 
     def multiply(device, cases, x):
+        if not STANDIN and device.shared > tensor_cores.limits(0).shared:
+            pytest.skip(f"this device has no {device.shared} bytes of shared memory for a block")
         layout = lay_out(*(cases if isinstance(cases, list) else [cases]))
 
         def product(*launcher):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from harness.cli import EXIT_USAGE, UserError
 from harness.compute import Compute
 from harness.linear import TernaryLinear, require_base3
 from harness.products import gemlite_product
-from harness.scale import SHAPES, Scale, column_gptq, random_model
+from harness.scale import SHAPES, Scale, Shape, column_gptq, random_model
 from harness.throughput import Lengths, fill, random_network
 from reference import baselines
 
@@ -83,7 +84,7 @@ def test_the_ratio_is_the_total_over_two_passes_that_make_outputs(tmp_path: Path
         "seconds": {"load": 2.0, "layers": 53.0, "perplexity before": 99.0},
         "layers": [layer, layer],
         "peak_memory_bytes": 2_000_000_000,
-        "plan": {"bits_per_weight": 1.9},
+        "bits_per_weight": 1.9,
         "mean_relative_output_error": 0.04,
         "perplexity": {},
     }
@@ -108,8 +109,7 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
 ) -> None:
     file = tmp_path / "methods.json"
     names = ["ITF + AGA", "rtn-2bit (round to nearest on a min-max grid)"]
-    diverging = ("no-such-method", benchmark.NO_ORDER)
-    monkeypatch.setitem(benchmark.METHODS, "diverging", diverging)
+    monkeypatch.setitem(benchmark.METHODS, "diverging", benchmark.Method("diverging", "no-such-method"))
     quantize = benchmark.quantize
 
     def fail(options: benchmark.Options, **rest: object) -> dict:
@@ -120,11 +120,21 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
     monkeypatch.setattr(benchmark, "quantize", fail)
     text = ("--calibration", words_file, "--eval", words_file, "--nsamples", "8", "--seqlen", "24")
     size = ("--eval-seqlen", "24", "--eval-windows", "2", "--model", llama)
-    assert (
-        run_main(benchmark.main, "methods", file, *text, *size, "--only", names[0], "diverging", names[1])
-        == 0
-    )
-    results = json.loads(file.read_text())["results"]
+    saved: list[set[str]] = []
+    write = benchmark.writing.write_json
+
+    def note(to: Path, value: dict) -> None:
+        if to == file:
+            saved.append(set(value["results"]) - {"original", "protocol"})
+        write(to, value)
+
+    monkeypatch.setattr(benchmark.writing, "write_json", note)
+    only = ("--only", "diverging", "no-order", "rtn-2bit")
+    assert run_main(benchmark.main, "methods", file, *text, *size, *only) == 0
+    assert saved[:3] == [{"diverging"}, {"diverging", names[0]}, {"diverging", *names}]
+    record = json.loads(file.read_text())
+    assert shlex.split(record["command"])[-4:] == list(only)
+    results = record["results"]
     assert results["diverging"] == {"error": "layer 0: beyond what float16 holds"}
     # Weights on a ternary grid: ternarization finds them, two bits by min and max do not.
     assert results[names[0]]["mean_relative_output_error"] < 1e-3
@@ -158,10 +168,10 @@ def test_layers_of_a_shape_go_through_the_whole_pipeline(tmp_path: Path, run_mai
     assert result["bytes_a_layer"] > trits
 
 
-@pytest.mark.parametrize("family", sorted({shape[0] for shape in SHAPES.values()}))
+@pytest.mark.parametrize("family", sorted({shape.family for shape in SHAPES.values()}))
 def test_layers_of_every_family_are_made(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some configurations have a setting for every layer, made for as many as there are."""
-    monkeypatch.setitem(SHAPES, "small", (family, 96, 256, 3, 4, 2, 64))
+    monkeypatch.setitem(SHAPES, "small", Shape(96, 256, 3, 4, 2, 64, family))
     model, decoder, depth = random_model(Scale("small"), Compute())
     assert depth == len(decoder.layers) == model.config.num_hidden_layers == 3
     network = random_network("small", 2, ternary=False, compute=Compute())
@@ -313,7 +323,8 @@ def test_random_ternary_layers_are_sound(tmp_path: Path) -> None:
 )
 def test_llama_7b_takes_as_little_as_is_said(grid: str, embedding: int, most: float) -> None:
     """Norms in 16 bits, embedding and head in so many bytes, and room for the headers of the files."""
-    _, hidden, intermediate, depth, _, _, vocabulary = SHAPES["llama-7b"]
+    size = SHAPES["llama-7b"]
+    hidden, intermediate, depth, vocabulary = size.hidden, size.intermediate, size.layers, size.vocabulary
     shapes = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
     ternary = depth * sum(packed_bytes(n, m, 128, grid, True) for n, m in shapes)
     # A code takes a byte, and every row a float32.

@@ -142,7 +142,7 @@ DAMAGE = {
     ),
     "modules": (
         edit_config(lambda c: c["quantization_config"].pop("modules")),
-        "lacks modules, unpermuted or block_size",
+        "modules of quantization_config is no list of names",
     ),
     "unknown module": (
         edit_config(lambda c: c["quantization_config"]["modules"].append("model.norm")),
@@ -185,7 +185,19 @@ DAMAGE = {
     ),
     "modules of another kind": (
         edit_config(lambda c: c["quantization_config"].update(modules=[["a"]])),
-        "lacks modules",
+        "modules of quantization_config is no list of names",
+    ),
+    "coded of another kind": (
+        edit_config(lambda c: c["quantization_config"].update(coded="model.embed_tokens")),
+        "coded of quantization_config is no list of names",
+    ),
+    "coded module": (
+        edit_config(lambda c: c["quantization_config"].update(coded=["model.norm"])),
+        r"config\.json: coded names a LlamaRMSNorm, which has no matrix",
+    ),
+    "block size": (
+        edit_config(lambda c: c["quantization_config"].update(block_size="64")),
+        "block_size of quantization_config is no number from 1 on",
     ),
     "heads": (edit_config(lambda c: c.update(num_attention_heads=0)), "does not describe a model"),
     "activation": (edit_config(lambda c: c.update(hidden_act="no-such")), "does not describe a model"),

@@ -70,7 +70,7 @@ def test_a_model_that_does_not_fit_on_the_device_is_measured_layer_by_layer() ->
     large, small = (Compute(HOST, None, memory=memory) for memory in (int(1.11 * weights) + logits, weights))
     assert large.holds(model, 20)
     assert not small.holds(model, 20)
-    whole, by_layers = (evaluate.measure_on(original, stream, 20, 3, compute) for compute in (large, small))
+    whole, by_layers = (perplexity.measure_on(original, stream, 20, 3, compute) for compute in (large, small))
     assert whole == by_layers
 
 
@@ -159,3 +159,15 @@ def test_what_is_too_long_to_be_a_path_is_refused_in_one_line(
     error = capsys.readouterr().err.strip()
     assert error.endswith("File name too long")
     assert "\n" not in error
+
+
+def test_a_lack_of_memory_ends_in_a_sentence(
+    llama: Path,
+    words_file: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(perplexity, "_mean_loss", lambda *arguments: torch.empty(1 << 60))
+    assert run_main(evaluate.main, llama, "--data", words_file, "--seqlen", "24", "--cpu") == EXIT_USAGE
+    assert "the memory of this machine is too small; free some of it" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from harness import generate
+from harness import generate, models
 from harness.cli import EXIT_USAGE
 from harness.models import Original
 from tests.harness import tiny
@@ -32,7 +32,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Original:
     )
     tokenizer.chat_template = CHAT
     original = Original(tiny.make_model("llama"), tokenizer, "the model")
-    monkeypatch.setattr(generate, "load_original", lambda source, **options: original)
+    monkeypatch.setattr(generate, "open_model", lambda source, *device, **options: original)
     return original
 
 
@@ -85,3 +85,20 @@ def test_settings_that_are_none_are_told_in_one_line(
     assert "The settings in its generation_config.json are {" in error
     assert f"'{setting}': 'x'" in error
     assert error.count("\n") == 1
+
+
+def test_a_model_that_is_read_layer_by_layer_cannot_write(
+    run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    folder = tiny.save(tiny.make_model("llama"), tmp_path / "model")
+    assert run_main(generate.main, folder, "--prompt", "w5", "--cpu") == EXIT_USAGE
+    assert "is too large for the memory of this machine" in capsys.readouterr().err
+
+
+def test_an_original_model_has_nothing_packed(
+    run_main: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tiny.save(tiny.make_model("llama"), tmp_path / "model")
+    assert run_main(generate.main, folder, "--prompt", "w5", "--packed") == EXIT_USAGE
+    assert "model is no ternary checkpoint; leave out --packed" in capsys.readouterr().err

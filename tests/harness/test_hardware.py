@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness import benchmark, hardware, verify
-from harness.cli import EXIT_USAGE
+from harness.cli import EXIT_USAGE, UserError
 
 Run = Callable[..., int]
 
@@ -28,7 +28,14 @@ def test_a_part_that_fails_does_not_stop_the_others(capfd: pytest.CaptureFixture
     assert hardware.run_parts({"one": fine, "four": ["no-such-program"]}) == 0
 
 
-def test_without_a_device_nothing_is_run(run_main: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_device_nothing_is_run(
+    run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(name: str) -> None:
+        raise UserError(f"backend {name} cannot run here: no CUDA device")
+
+    monkeypatch.setattr(hardware, "load_backend", none)
+    monkeypatch.setattr(hardware, "run_parts", lambda parts: pytest.fail("run"))
     assert run_main(hardware.main, "tests") == EXIT_USAGE
     assert "gpu" in capsys.readouterr().err
     assert run_main(hardware.main, "nothing") == EXIT_USAGE

@@ -65,7 +65,7 @@ def matmul(*shapes: str, device: str = DEVICE) -> dict[str, Any]:
 
 def generate(*shapes: str, layers: int = 1000, device: str = DEVICE) -> dict[str, Any]:
     def result(shape: str) -> dict[str, Any]:
-        depth = SHAPES[shape][3]
+        depth = SHAPES[shape].layers
         return {
             "shape": shape,
             "layers": min(layers, depth),

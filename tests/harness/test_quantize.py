@@ -149,6 +149,10 @@ def test_baselines_give_a_report_and_no_checkpoint(
     record = json.loads((out / REPORT).read_text())
     assert record["method"] == method
     assert record["mean_relative_output_error"] > 0
+    # Nothing in it is of a ternary checkpoint that was not made.
+    assert record["config"] == {"block_size": 128, "damping": 0.01}
+    assert record["bits_per_weight"] == 2 + 18 / 128
+    assert "plan" not in record
 
 
 def test_layer_error_is_the_sum_of_errors_over_the_sum_of_powers(words_file: Path, tmp_path: Path) -> None:
@@ -201,14 +205,28 @@ def test_a_float16_model_measured_before_is_still_what_is_read_back(words_file: 
     assert all(value.dtype == torch.float16 for value in model.state_dict().values())
 
 
-def test_every_switch_of_the_method_is_on_the_command_line() -> None:
+def test_every_setting_of_the_method_is_a_switch(
+    tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TernaryConfig(
+        block_size=64,
+        start="twn",
+        reorder="hessian",
+        itf=False,
+        aga="printed",
+        compensation=False,
+        damping=0.1,
+        max_iterations=5,
+        seed=3,
+        grid="int8",
+    )
+    assert all(value != getattr(TernaryConfig(), name) for name, value in vars(config).items())
+    seen: list[Options] = []
+    monkeypatch.setattr(quantize, "quantize", seen.append)
     switches = "--block-size 64 --start twn --reorder hessian --no-itf --aga printed --no-compensation"
-    rest = "--damping 0.1 --max-iterations 5 --seed 3"
-    arguments = quantize.parser().parse_args(f"M {switches} {rest}".split())
-    assert arguments.block_size == 64
-    assert (arguments.start, arguments.reorder, arguments.aga) == ("twn", "hessian", "printed")
-    assert (arguments.itf, arguments.compensation) == (False, False)
-    assert (arguments.damping, arguments.max_iterations, arguments.seed) == (0.1, 5, 3)
+    rest = "--damping 0.1 --max-iterations 5 --seed 3 --grid int8"
+    assert run_main(quantize.main, "--out", tmp_path, *f"{switches} {rest}".split()) == 0
+    assert seen[0].config == config
 
 
 def assert_same_weights(loaded: torch.nn.Module, model: torch.nn.Module) -> None:

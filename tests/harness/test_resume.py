@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import harness
-from harness import evaluate, models, quantize, resume, workflow, writing
+from harness import models, perplexity, quantize, resume, workflow, writing
 from harness.checkpoint import CONFIG, REPORT
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from harness.writing import PROGRESS, STAGING, CheckpointWriter
@@ -323,7 +323,7 @@ def test_perplexity_before_is_measured_once(
 
     def measure(*arguments: object) -> object:
         measured.append(arguments)
-        return evaluate.measure_on(*arguments)
+        return perplexity.measure_on(*arguments)
 
     monkeypatch.setattr(workflow, "measure_on", measure)
     assert run_main(quantize.main, *command, *switches, "--resume") == 0

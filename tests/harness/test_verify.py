@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from golden.cases import FOLDER
-from harness import verify
+from harness import backends, verify
 from harness.backends import MissingOperation, load_backend
 from harness.cli import UserError
 from harness.tolerances import _FLOAT32, SCALES, TOLERANCES
@@ -177,8 +177,21 @@ def ternarize(W, C, config):
     capsys.readouterr()
 
 
+@pytest.fixture
+def no_device(monkeypatch):
+    """Lets no GPU backend be found, on whatever machine this is."""
+    package = backends._package
+
+    def find(name):
+        if name == "gpu":
+            raise UserError("backend gpu cannot run here: no CUDA device")
+        return package(name)
+
+    monkeypatch.setattr(backends, "_package", find)
+
+
 @pytest.mark.parametrize("broken", [False, True])
-def test_json_is_all_that_is_printed(backend, capsys, broken):
+def test_json_is_all_that_is_printed(backend, no_device, capsys, broken):
     name = backend("in_json", *FAULTS["not_a_number"]) if broken else "auto"
     code = verify.main(["--backend", name, "--operation", "ssr", "--json"])
     report = json.loads(
@@ -195,7 +208,7 @@ def test_json_is_all_that_is_printed(backend, capsys, broken):
     assert bool(variance["misses"]) is broken
 
 
-def test_auto_says_what_it_is(capsys):
+def test_auto_says_what_it_is(no_device, capsys):
     assert verify.main(["--operation", "twn.symmetric_ternarize", "--kind", "exact"]) == 0
     captured = capsys.readouterr()
     assert "auto" in captured.err
@@ -295,3 +308,22 @@ def test_cases_cannot_be_chosen_of_a_model(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         verify.main(["--model", "--operation", "atq"])
     assert "leave them out with --model" in capsys.readouterr().err
+
+
+def test_a_record_is_of_the_package_s_own_golden_files(tmp_path, capsys):
+    for switches in (["--record", "record.json"], ["--model"]):
+        with pytest.raises(SystemExit):
+            verify.main(["--golden", str(tmp_path), *switches])
+        assert "--golden" in capsys.readouterr().err
+
+
+def test_a_backend_without_8_bit_grids_is_missed(backend, capsys):
+    code = """
+from dataclasses import replace
+from reference import ternarize as original
+def ternarize(W, C, config):
+    return original.ternarize(W, C, replace(config, grid="float16"))
+"""
+    name = backend("without_8_bits", "ternarize", code)
+    assert verify.main(["--backend", name, "--operation", "ternarize", "--kind", "exact"]) == 1
+    assert "ternarize.ternarize:int8" in capsys.readouterr().out
