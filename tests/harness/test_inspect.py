@@ -110,11 +110,11 @@ def test_transformers_does_not_warn_of_what_nobody_asked_for(quantized: Path, tm
 def test_without_a_path_the_embedded_model_writes(
     run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def embedded(source: str | None, **options: object) -> Original:
+    def embedded(source: str | None, *device: object, **options: object) -> Original:
         assert source is None
         return Original(tiny.make_model("llama"), tiny.make_tokenizer(), "embedded")
 
-    monkeypatch.setattr(generate, "load_original", embedded)
+    monkeypatch.setattr(generate, "open_model", embedded)
     assert run_main(generate.main, "--prompt", "w5 w6", "--tokens", "3", "--cpu") == 0
     assert "2 tokens of prompt" in capsys.readouterr().err
 
