@@ -93,9 +93,10 @@ def test_what_fills_up_an_order_names_a_column_that_is_there(columns):
 
 
 @pytest.mark.parametrize("make", [random_case, coded_case])
-def test_weights_beyond_float16_are_found_by_their_magnitude_and_in_any_part(make):
+@pytest.mark.parametrize(("alpha", "mu"), [(-60000, 20000), (20000, -60000)])
+def test_weights_beyond_float16_are_found_by_their_magnitude_and_in_any_part(alpha, mu, make):
     fits, beyond = make(3, 70, 64), random_case(3, 70, 64)
-    beyond.scale[1, 0], beyond.shift[1, 0] = -40000, 40000
+    beyond.scale[1, 0], beyond.shift[1, 0] = alpha, mu
     assert lay_out(fits).in_float16
     assert not lay_out(beyond).in_float16
     if make is random_case:
