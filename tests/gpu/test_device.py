@@ -291,7 +291,7 @@ def test_memory_is_taken_from_another_library(cupy):
         pass
 
     gpu.use_allocator(allocate, release)
-    assert cupy.allocator(1000) == ("pool", allocate, release, 1000)
+    assert cupy.allocator(device.POOLED) == ("pool", allocate, release, device.POOLED)
     assert cupy.allocator(device.POOLED + 1) == (allocate, release, device.POOLED + 1)
 
 
