@@ -291,7 +291,9 @@ def test_memory_is_taken_from_another_library(cupy):
         pass
 
     gpu.use_allocator(allocate, release)
-    assert cupy.allocator(device.POOLED) == ("pool", allocate, release, device.POOLED)
+    block = 4096 * 128 * 8  # of the rows of a Llama-7B matrix
+    for size in (block, device.POOLED):
+        assert cupy.allocator(size) == ("pool", allocate, release, size)
     assert cupy.allocator(device.POOLED + 1) == (allocate, release, device.POOLED + 1)
 
 
