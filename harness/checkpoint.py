@@ -26,13 +26,12 @@ from torch import nn
 from harness.backends import Backend
 from harness.cli import UserError
 from harness.linear import PACKED, TernaryLinear, permutation_dtype, require_base3, stored_parts
-from harness.models import quiet_transformers, read_config, read_json
+from harness.models import INDEX, SINGLE, quiet_transformers, read_config, read_index
 from reference.packing import FORMAT_VERSION
 from reference.types import CODE_LIMIT, GRIDS, CodedGrid, TernaryMatrix
 
 QUANT_METHOD = "pt2_llm"
 CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[str, torch.Tensor]:
@@ -166,9 +165,7 @@ def weight_map(folder: Path) -> dict[str, str]:
     if (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         with _opened(folder / SINGLE) as shard:
             return dict.fromkeys(shard.keys(), SINGLE)
-    files = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
+    files = read_index(folder)
     for file in sorted(set(files.values())):
         listed = {name for name, where in files.items() if where == file}
         with _opened(folder / file) as shard:

@@ -296,12 +296,23 @@ def _reader(folder: Path, files: dict[str, str]) -> Reader:
 def _files(folder: Path) -> dict[str, str]:
     """The file that holds each tensor."""
     if (folder / INDEX).is_file():
-        weight_map: Any = read_json(folder / INDEX).get("weight_map")
-        if isinstance(weight_map, dict):
-            return weight_map
-        raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
+        return read_index(folder)
     with safe_open(folder / SINGLE, framework="pt") as shard:
         return dict.fromkeys(shard.keys(), SINGLE)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The file that holds each tensor, as the index of several files says.
+
+    Raises
+    ------
+    UserError
+        If there is no index, or it is damaged.
+    """
+    files: Any = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
+    return files
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> Original:

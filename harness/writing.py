@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import custom_object_save
 
 from harness.backends import Backend
-from harness.checkpoint import CONFIG, GENERATION, INDEX, QUANT_METHOD, REPORT, SINGLE, packed_tensors
+from harness.checkpoint import CONFIG, GENERATION, QUANT_METHOD, REPORT, packed_tensors
 from harness.cli import UserError, json_text
 from harness.compute import dtype_name
-from harness.models import Original, read_json
+from harness.models import INDEX, SINGLE, Original, read_json
 from reference.packing import FORMAT_VERSION
 from reference.types import TernaryConfig, TernaryMatrix
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import harness
-from harness import checkpoint, writing
+from harness import checkpoint, models, writing
 from harness.backends import load_backend
 from harness.cli import UserError
 from harness.linear import TernaryLinear
@@ -96,7 +96,7 @@ def edit_tensor(
     """Change a tensor, or take it away (from the index too, if `unlist`), or put others beside it."""
 
     def damage(folder: Path) -> None:
-        file = folder / json.loads((folder / checkpoint.INDEX).read_text())["weight_map"][name]
+        file = folder / json.loads((folder / models.INDEX).read_text())["weight_map"][name]
         tensors = load_file(file)
         changed = change(tensors.pop(name))
         if changed is not None:
@@ -119,9 +119,9 @@ def put(place: tuple[int, ...], value: float) -> Callable[[torch.Tensor], torch.
 
 def edit_index(change: Callable[[dict[str, str]], None]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        index = json.loads((folder / checkpoint.INDEX).read_text())
+        index = json.loads((folder / models.INDEX).read_text())
         change(index["weight_map"])
-        (folder / checkpoint.INDEX).write_text(json.dumps(index))
+        (folder / models.INDEX).write_text(json.dumps(index))
 
     return damage
 
@@ -240,7 +240,7 @@ DAMAGE = {
         lambda folder: (folder / "model-00001-of-00004.safetensors").unlink(),
         "model-00001-of-00004.safetensors is missing or damaged",
     ),
-    "index gone": (lambda folder: (folder / checkpoint.INDEX).unlink(), "index.json is missing or damaged"),
+    "index gone": (lambda folder: (folder / models.INDEX).unlink(), "index.json is missing or damaged"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
 }
 

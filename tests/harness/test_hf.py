@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import harness
 import harness.hf
-from harness import checkpoint, perplexity
+from harness import checkpoint, models, perplexity
 from harness.cli import UserError
 from harness.compute import Compute
 from harness.layers import locate_layers
@@ -239,13 +239,13 @@ def test_without_dense_weights_a_model_is_small(quantized: Path) -> None:
 @pytest.mark.parametrize("lost", ["trits", "permutation"])
 def test_from_pretrained_refuses_a_checkpoint_that_lacks_a_tensor(damaged: Path, lost: str) -> None:
     """transformers itself would warn, and fill the layer at random."""
-    index = json.loads((damaged / checkpoint.INDEX).read_text())
+    index = json.loads((damaged / models.INDEX).read_text())
     name = f"model.layers.1.mlp.up_proj.{lost}"
     file = damaged / index["weight_map"].pop(name)
     tensors = load_file(file)
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    (damaged / checkpoint.INDEX).write_text(json.dumps(index))
+    (damaged / models.INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=f"the tensor {name} is missing"):
         AutoModelForCausalLM.from_pretrained(damaged)
 
