@@ -146,11 +146,16 @@ def with_all_windows(ready: Ready) -> Ready:
     return replace(ready, hidden=ready.compute.place(hidden, reserved=ready.plan.device_bytes), calls=calls)
 
 
+def fitting_backend(options: Options, ready: Ready) -> str:
+    """The name of what fits the matrices: baselines are there in NumPy only, wherever layers run."""
+    return ready.backend.name if options.method == PT2_LLM else "reference"
+
+
 def announcement(options: Options, ready: Ready, calibration_text: text.Text) -> list[str]:
-    fits = ready.backend.name if options.method == PT2_LLM else "reference"
+    """What is printed before a run: what will be done, what it will take, and what to be warned of."""
     wanted = options.nsamples * options.seqlen
     lines = [
-        f"{ready.original.name}: {options.method} on the {fits} backend",
+        f"{ready.original.name}: {options.method} on the {fitting_backend(options, ready)} backend",
         f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
     ]
     if ready.tokens < wanted:

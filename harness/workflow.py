@@ -36,6 +36,7 @@ from harness.preparation import (
     Options,
     Ready,
     announcement,
+    fitting_backend,
     prepare,
     read_texts,
     require_other_folder,
@@ -301,12 +302,12 @@ def _record(options: Options, ready: Ready, calibration_text: text.Text) -> dict
 def _of_method(options: Options, ready: Ready) -> dict[str, Any]:
     """What computes the matrices, with which settings, and what comes of it."""
     config = asdict(options.config)
+    backend = {"backend": fitting_backend(options, ready)}
     if options.method == PT2_LLM:
-        plan = asdict(ready.plan)
         bits = ready.plan.bits_per_weight
-        return {"backend": ready.backend.name, "config": config, "plan": plan, "bits_per_weight": bits}
+        return {**backend, "config": config, "plan": asdict(ready.plan), "bits_per_weight": bits}
     used = {name: config[name] for name in ("block_size", "damping")}
-    return {"backend": "reference", "config": used, "bits_per_weight": baseline_bits(options.config)}
+    return {**backend, "config": used, "bits_per_weight": baseline_bits(options.config)}
 
 
 def _result_lines(options: Options, record: dict[str, Any]) -> list[str]:

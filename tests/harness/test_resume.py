@@ -55,6 +55,13 @@ def stop_after(
     patch.setattr(CheckpointWriter, "note", stop)
 
 
+def stopped_after(layers: int, run_main: Run, *arguments: object) -> None:
+    """Run the command until so many layers are noted, and stop it there."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(layers, patch)
+        assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """All files but the report."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != REPORT}
@@ -81,9 +88,7 @@ def test_a_run_stopped_after_any_layer_goes_on_to_the_same_bytes(
     run_main: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(layers, patch)
-        assert run_main(quantize.main, *command, *switches) == EXIT_INTERRUPTED
+    stopped_after(layers, run_main, *command, *switches)
     out = capsys.readouterr().out
     assert f"{layers} of {LAYERS} layers are kept: the same command with --resume goes on" in out
     with pytest.raises(UserError, match=r"no config\.json"):
@@ -106,9 +111,7 @@ def test_a_run_may_be_stopped_again_and_read_its_layers_from_disk(
 ) -> None:
     monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
     for layers in (1, 2):
-        with pytest.MonkeyPatch.context() as patch:
-            stop_after(layers, patch)
-            assert run_main(quantize.main, *command, "--resume") == EXIT_INTERRUPTED
+        stopped_after(layers, run_main, *command, "--resume")
     assert run_main(quantize.main, *command, "--resume") == 0
     assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == [1, 2]
     stopped = files_of(tmp_path / "out")
@@ -182,9 +185,7 @@ def test_a_run_killed_while_its_files_move_goes_on(
 def test_a_stopped_run_is_not_thrown_away_unasked(
     command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch)
-        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    stopped_after(2, run_main, *command)
     before = (tmp_path / "out" / STAGING / PROGRESS).read_bytes()
     assert run_main(quantize.main, *command) == EXIT_USAGE
     assert "--resume goes on with it, --force begins anew" in capsys.readouterr().err
@@ -210,9 +211,7 @@ def test_another_run_is_not_gone_on_with(
     run_main: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(1, patch)
-        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    stopped_after(1, run_main, *command)
     capsys.readouterr()
     assert run_main(quantize.main, *command, *switches, "--resume") == EXIT_USAGE
     printed = capsys.readouterr()
@@ -228,9 +227,7 @@ def test_other_text_is_found_by_what_reaches_the_first_layer(
     text = tmp_path / "text.txt"
     text.write_text(words_file.read_text())
     command[command.index(words_file)] = text
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(1, patch)
-        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    stopped_after(1, run_main, *command)
     text.write_text(" ".join(reversed(words_file.read_text().split())))
     assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
     assert "calibration.inputs_checksum was " in capsys.readouterr().err
@@ -241,9 +238,7 @@ def test_a_layer_that_gives_something_else_is_noticed(
 ) -> None:
     """By its norms, which are read from the original."""
     folder = command[0] = shutil.copytree(model, tmp_path / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch)
-        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    stopped_after(2, run_main, *command)
     changed = tiny.make_model("qwen3", ternary=False)
     with torch.no_grad():
         changed.model.layers[1].input_layernorm.weight[0] += 0.5
@@ -259,9 +254,7 @@ def test_a_layer_that_gives_something_else_is_noticed(
 def test_what_is_damaged_is_not_gone_on_with(
     damage: str, command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch)
-        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    stopped_after(2, run_main, *command)
     shard = tmp_path / "out" / STAGING / "model-00001-of-00004.safetensors"
     if damage == "gone":
         shard.unlink()
@@ -316,9 +309,7 @@ def test_perplexity_before_is_measured_once(
     run_main: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(1, patch)
-        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+    stopped_after(1, run_main, *command)
     measured = []
 
     def measure(*arguments: object) -> object:
