@@ -8,6 +8,10 @@ from gpu import checks
 from gpu.device import Array, cholesky, is_factor, solve_lower, xp
 from reference.gptq import DAMPING_LIMIT, DAMPING_STEP
 
+# Columns of a triangular matrix that are inverted at a time. Above them are zeros, which need no product:
+# eight panels take a third of the products of the whole.
+PANEL = 512
+
 
 def gram(X: Array) -> Array:
     """Gram matrix of calibration inputs, ``C = X.T @ X`` (under Eq. 12).
@@ -175,6 +179,23 @@ def halved(L: Array, Hinv_BR: Array) -> tuple[Array, Array]:
     return whitening, whitening @ Hinv_BR
 
 
+def inverse_by_factor(L: Array) -> Array:
+    """The inverse of L Lᵀ in the place of its Cholesky factor, as LAPACK's potri has it."""
+    m = L.shape[0]
+    for first in reversed(range(0, m, PANEL)):
+        panel, below = slice(first, first + PANEL), slice(first + PANEL, m)
+        own = solve_lower(L[panel, panel].copy(), xp.eye(min(PANEL, m - first), order="F"))
+        if first + PANEL < m:  # the inverse of what is below and to the right stands there already
+            L[below, panel] = L[below, below] @ (L[below, panel] @ -own)
+        L[panel, panel] = own
+    for first in range(0, m, PANEL):  # L⁻ᵀ L⁻¹: rows above the panel are zero in it, and not read again
+        panel, last = slice(first, first + PANEL), first + PANEL
+        product = L[first:, panel].T @ L[first:, :last]
+        L[panel, :last] = product
+        L[:first, panel] = product[:, :first].T
+    return L
+
+
 def _check_damping(damping: float) -> None:
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping must be a finite number that is not negative, got {damping}")
@@ -197,10 +218,7 @@ def _inverse(C: Array, damping: float, dead: Array) -> tuple[Array, bool]:
     L = cholesky(H)
     del H
     regular = is_factor(L, diagonal)
-    Linv = solve_lower(L, xp.eye(L.shape[0], order="F"))
-    del L
-    Hinv = Linv.T @ Linv
-    del Linv
+    Hinv = inverse_by_factor(L)
     # A factor exists to rounding for some singular matrices; the condition number tells.
     regular &= norm * xp.linalg.norm(Hinv, 1) * np.finfo(np.float64).eps < 1
     return Hinv, bool(regular)
