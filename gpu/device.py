@@ -12,17 +12,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-
-# Kernels run on CuPy's stream, so Numba need not wait for it at every launch.
-os.environ.setdefault("NUMBA_CUDA_ARRAY_INTERFACE_SYNC", "0")
-# Small matrices make small grids, and a warning at every launch.
-os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 
 # numba-cuda names this before it compiles anything, and NumPy 2.5 has it no more (numba-cuda issue 907).
 vars(np).setdefault("row_stack", np.vstack)
@@ -160,20 +154,6 @@ def use_allocator(allocate: Callable[[int, int], int], release: Callable[[int, i
     direct = xp.cuda.PythonFunctionAllocator(allocate, release).malloc
     pooled = xp.cuda.MemoryPool(direct).malloc
     xp.cuda.set_allocator(lambda size: pooled(size) if size <= POOLED else direct(size))
-
-
-def stream() -> Any:
-    """CuPy's current stream, as a Numba kernel is launched on it."""
-    return 0 if STANDIN else _numba_stream(xp.cuda.get_current_stream().ptr)
-
-
-@cache
-def _numba_stream(pointer: int) -> Any:
-    """One object for one stream, by which Numba finds how it has launched there before."""
-    from numba import cuda
-
-    # By its name, as DLPack has no stream 0 and CuPy warns where Numba asks for it at a launch.
-    return cuda.external_stream(pointer) if pointer else cuda.legacy_default_stream()
 
 
 def cholesky(A: Array) -> Array:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numba import cuda, float64, njit
 
-from gpu.device import STANDIN, Array, stream, xp
+from gpu.device import STANDIN, Array, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
+from gpu.kernels.launching import launch
 from reference.aga import SINGULAR
 
 
@@ -107,5 +108,5 @@ def align_rows(W: Array, T: Array, TC: Array, C1: Array, simulate: bool = False)
     if STANDIN and not simulate:
         _align_rows_cpu(*arguments, xp.empty(1))
     else:
-        align_rows_kernel[W.shape[0], LANES, stream()](*arguments)
+        launch(align_rows_kernel, W.shape[0], *arguments)
     return grids[:, 0:1], grids[:, 1:2]

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numba import cuda, float64, njit
 
-from gpu.device import STANDIN, Array, stream, xp
+from gpu.device import STANDIN, Array, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
+from gpu.kernels.launching import launch
 from reference.twn import THRESHOLD
 
 
@@ -186,5 +187,5 @@ def fit_rows(
     if STANDIN and not simulate:
         _fit_rows_cpu(*arguments, xp.empty(1))
     else:
-        fit_rows_kernel[n, LANES, stream()](*arguments)
+        launch(fit_rows_kernel, n, *arguments)
     return grids, T0, T, errors, steps

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numba import cuda, njit
 
-from gpu.device import STANDIN, Array, stream, xp
+from gpu.device import STANDIN, Array, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
+from gpu.kernels.launching import launch
 
 
 def _build(target: Target, note: Any) -> tuple[Any, Any]:
@@ -122,7 +123,7 @@ def pack_rows(trits: Array, digits: int, base: int, simulate: bool = False) -> t
     if STANDIN and not simulate:
         _pack_rows_cpu(*arguments)
     elif packed.size:  # CUDA has no empty grid
-        pack_rows_kernel[arguments[0].shape[0], LANES, stream()](*arguments)
+        launch(pack_rows_kernel, arguments[0].shape[0], *arguments)
     return packed, damage
 
 
@@ -156,7 +157,7 @@ def unpack_rows(
     if STANDIN and not simulate:
         _unpack_rows_cpu(*arguments)
     elif packed.size:
-        unpack_rows_kernel[arguments[0].shape[0], LANES, stream()](*arguments)
+        launch(unpack_rows_kernel, arguments[0].shape[0], *arguments)
     return trits, damage
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numba import cuda, float64, njit
 
-from gpu.device import STANDIN, Array, stream, xp
+from gpu.device import STANDIN, Array, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
+from gpu.kernels.launching import launch
 from gpu.kernels.layout import CHUNK, TILE_ROWS, WORD, Layout
 
 # CUDA's limit for the second dimension of a grid.
@@ -112,6 +113,6 @@ def multiply(x: Array, layout: Layout, simulate: bool = False) -> Array:
             if STANDIN and not simulate:
                 _multiply_cpu(x[some], *matrix, y[some], xp.empty(1))
             else:
-                multiply_kernel[y[some].shape[::-1], LANES, stream()](x[some], *matrix, y[some])
+                launch(multiply_kernel, y[some].shape[::-1], x[some], *matrix, y[some])
         outputs.append(y)
     return xp.concatenate(outputs, axis=1)

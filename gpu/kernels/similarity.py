@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numba import cuda, float64, int64, njit
 
-from gpu.device import STANDIN, Array, stream, xp
+from gpu.device import STANDIN, Array, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
+from gpu.kernels.launching import launch
 
 # Rows that one thread adds up.
 SLAB = 128
@@ -223,10 +224,10 @@ def compare_columns(W: Array, remaining: Array, simulate: bool = False) -> Array
         _compare_columns_cpu(W, remaining, row_sums, sums, similarity, xp.empty(1))
     else:
         groups = -(-m // LANES)
-        add_rows_kernel[n, LANES, stream()](W, row_sums)
-        add_squares_kernel[(groups, sums.shape[1]), LANES, stream()](W, sums)
-        add_products_kernel[(groups, sums.shape[1]), LANES, stream()](W, row_sums, sums)
-        compare_kernel[groups, LANES, stream()](sums, remaining, similarity)
+        launch(add_rows_kernel, n, W, row_sums)
+        launch(add_squares_kernel, (groups, sums.shape[1]), W, sums)
+        launch(add_products_kernel, (groups, sums.shape[1]), W, row_sums, sums)
+        launch(compare_kernel, groups, sums, remaining, similarity)
     return similarity
 
 
@@ -252,6 +253,6 @@ def choose_columns(similarity: Array, k: int, simulate: bool = False) -> Array:
     if STANDIN and not simulate:
         _choose_columns_cpu(similarity, ranks, indices, xp.empty(1, xp.int64))
     else:
-        rank_kernel[(-(-m // LANES), -(-m // RIVALS)), LANES, stream()](similarity, ranks)
-        collect_kernel[1, LANES, stream()](ranks, indices)
+        launch(rank_kernel, (-(-m // LANES), -(-m // RIVALS)), similarity, ranks)
+        launch(collect_kernel, 1, ranks, indices)
     return indices

@@ -5,8 +5,8 @@ import pytest
 
 import gpu
 from gpu import ssr
-from gpu.device import STANDIN, stream
-from gpu.kernels.lanes import LANES
+from gpu.device import STANDIN
+from gpu.kernels.launching import launch
 from gpu.kernels.similarity import (
     RIVALS,
     SLAB,
@@ -69,8 +69,8 @@ def test_every_row_is_in_one_slab(rows, dtype):
     row_sums = W.sum(axis=1, dtype=np.float64)
     slabs = -(-rows // SLAB)
     sums = gpu.to_device(np.full((3, slabs, 3), np.nan))
-    add_squares_kernel[(1, slabs), LANES, stream()](gpu.to_device(W), sums)
-    add_products_kernel[(1, slabs), LANES, stream()](gpu.to_device(W), gpu.to_device(row_sums), sums)
+    launch(add_squares_kernel, (1, slabs), gpu.to_device(W), sums)
+    launch(add_products_kernel, (1, slabs), gpu.to_device(W), gpu.to_device(row_sums), sums)
     W = W.astype(np.float64)
     unit = W / np.sqrt(np.square(W).sum(axis=0).clip(1))
     for slab in range(slabs):
