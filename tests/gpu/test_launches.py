@@ -154,3 +154,61 @@ def test_the_widest_matrix_that_is_taken():
         assert tensor_cores.takes(wide, AMPERE._replace(shared=shared)) == taken
     for change in ({"permutation": np.zeros(1, np.uint32)}, {"tiled": False}):
         assert not tensor_cores.takes(SimpleNamespace(**{**vars(wide), **change}), AMPERE)
+
+
+def test_activations_that_do_not_fit_twice_are_arranged_before():
+    layout = lay_out(random_case(40, 4096, 128))
+    # 16 chunks of 16 tokens; their gather would take 128 KiB more.
+    shared = 16 * (3840 + 1024) + 256 + 16 * (8192 + 256)
+    assert launched(layout, 16, HOPPER) == [
+        ("prefill.cu", "arrange_float16", (16,), 256, 8192, (4096, 1)),
+        ("decode.cu", "decode16_float16", (2,), 512, shared, (16, 4096, 1, 16, 40, 40, 40)),
+    ]
+    assert launched(layout, 16, HOPPER._replace(shared=shared))[1][4] == shared
+
+
+def test_a_single_chunk_is_gathered_by_the_product_itself():
+    layout = lay_out(random_case(33, 200, 64))
+    assert [kernel for _, kernel, *_ in launched(layout, 3, HOPPER)] == ["decode8_gather_float16"]
+
+
+def test_warp_groups_take_what_just_fits_and_no_few_tokens(layout):
+    def taken(tokens, shared=3 * 256 * 128 * 2, capability=90):
+        device = tensor_cores.Limits(capability, shared, 132)
+        return tensor_cores.takes_warpgroups(xp.zeros((tokens, COLUMNS), np.float16), layout, device)
+
+    assert taken(17)
+    assert not taken(16)
+    assert not taken(17, shared=3 * 256 * 128 * 2 - 1)
+    assert not taken(17, capability=89)
+
+
+def test_warp_groups_do_not_take_weights_beyond_float16():
+    case = random_case(3, COLUMNS, 128)
+    case.scale[0, 0], case.shift[0, 0] = 60000, 60000
+    layout = lay_out(case)
+    x = xp.zeros((17, COLUMNS), np.uint16)
+    assert tensor_cores.takes_warpgroups(x, layout, HOPPER)
+    assert not tensor_cores.takes_warpgroups(x.view(np.float16), layout, HOPPER)
+
+
+def test_no_more_room_is_made_than_is_written(layout):
+    record = Recorder()
+    x = xp.zeros((20, COLUMNS), np.float16)
+    tensor_cores.multiply(x, layout, HOPPER, xp.zeros((20, 190), np.float16), record)
+    sums = record.arrays[0]
+    assert (sums.shape, sums.dtype) == ((2, 20, 190), np.float32)
+    tensor_cores.unpack(layout, 1, np.float16, AMPERE, record)
+    assert record.arrays[-1].shape == (5 * 32, 304)
+
+
+def test_the_last_token_of_many_is_not_left_out(layout):
+    seen = launched(layout, 513, HOPPER)
+    assert [numbers[0] for _, kernel, *_, numbers in seen if kernel == "gather"] == [512, 1]
+
+
+def test_as_many_chunks_as_fit_where_not_all_do():
+    layout = lay_out(random_case(33, 64 * 256, 256))
+    name, _, _, _, shared, numbers = launched(layout, 16, HOPPER)[-1]
+    assert (name, numbers[3]) == ("decode.cu", 18)
+    assert shared == 16 * (3840 + 1024) + 256 + 18 * (8192 + 256)
