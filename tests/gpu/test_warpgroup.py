@@ -189,3 +189,11 @@ def test_a_fault_is_seen(right, wrong, tmp_path):
 
     with pytest.raises(AssertionError, match=r"of what is allowed|not finite|begun|may not see"):
         both_orders()
+
+
+@needs_hopper
+def test_parts_of_whole_groups_of_rows_and_a_tile_of_one_token(run):
+    cases = [random_case(rows, 200, 64) for rows in (128, 20, 256)]
+    x = cases[0].activations(129, "uint16")
+    for case, y in zip(cases, np.split(run(cases, x), [128, 148], axis=1), strict=True):
+        assert_close(case, x, y, rounded=True)
