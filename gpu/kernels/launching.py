@@ -1,8 +1,9 @@
 """Numba's kernels, launched by CuPy.
 
-A matrix takes thousands of launches of kernels that run for microseconds, and Numba's own dispatch 130 µs
-for each, as it finds out anew what its arguments are. Here a kernel is compiled by Numba once for every
-combination of types and launched like those in CUDA C++, on CuPy's current stream, which takes 10 µs.
+A matrix takes thousands of launches of kernels that run for microseconds, and Numba's own dispatch finds
+out anew at each what its arguments are: for seven arrays 127 µs of the host, before the driver is called
+(numba-cuda 0.30). Here a kernel is compiled by Numba once for every combination of types and launched like
+those in CUDA C++, on CuPy's current stream, which takes 13 to 19 µs.
 
 A kernel of Numba takes an array as two pointers that it does not follow, the number of elements, the bytes
 of one, the address, the shape and the strides in bytes; and a number as itself. Kernels are compiled for
