@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numba import types
 
 import gpu
 from gpu.device import xp
@@ -57,3 +58,9 @@ def test_what_a_kernel_gets_on_a_device(grid, blocks, monkeypatch):
     arguments = (0, 0, 15, 4, 4096, 5, 3, 12, 4, True, 9, 0, 0, 2, 1, 8192, 2, 1)
     assert launched == [("kernel", kinds, 3, blocks, (LANES,), arguments)]
     assert [type(argument) for argument in arguments] == [type(given) for given in launched[0][-1]]
+
+
+def test_what_kernels_are_compiled_for():
+    assert launching._type((np.dtype(np.uint16), 3)) == types.Array(types.uint16, 3, "C")
+    assert launching._type((np.dtype(bool), 1)) == types.Array(types.boolean, 1, "C")
+    assert (launching._type(int), launching._type(bool)) == (types.int64, types.boolean)
