@@ -172,26 +172,6 @@ def test_a_single_chunk_is_gathered_by_the_product_itself():
     assert [kernel for _, kernel, *_ in launched(layout, 3, HOPPER)] == ["decode8_gather_float16"]
 
 
-def test_warp_groups_take_what_just_fits_and_no_few_tokens(layout):
-    def taken(tokens, shared=3 * 256 * 128 * 2, capability=90):
-        device = tensor_cores.Limits(capability, shared, 132)
-        return tensor_cores.takes_warpgroups(xp.zeros((tokens, COLUMNS), np.float16), layout, device)
-
-    assert taken(17)
-    assert not taken(16)
-    assert not taken(17, shared=3 * 256 * 128 * 2 - 1)
-    assert not taken(17, capability=89)
-
-
-def test_warp_groups_do_not_take_weights_beyond_float16():
-    case = random_case(3, COLUMNS, 128)
-    case.scale[0, 0], case.shift[0, 0] = 60000, 60000
-    layout = lay_out(case)
-    x = xp.zeros((17, COLUMNS), np.uint16)
-    assert tensor_cores.takes_warpgroups(x, layout, HOPPER)
-    assert not tensor_cores.takes_warpgroups(x.view(np.float16), layout, HOPPER)
-
-
 def test_no_more_room_is_made_than_is_written(layout):
     record = Recorder()
     x = xp.zeros((20, COLUMNS), np.float16)

@@ -136,12 +136,13 @@ def test_what_is_not_finite_stays_in_its_row(bad, run):
 def test_what_it_takes():
     case = random_case(3, 300, 128)
     layout, x = lay_out(case), np.zeros((17, 300), np.float16)
-    assert tensor_cores.takes_warpgroups(x, layout, HOPPER)
+    fits = HOPPER._replace(shared=3 * 256 * 128 * 2)  # three chunks of 128 tokens
+    assert tensor_cores.takes_warpgroups(x, layout, fits)
     assert not tensor_cores.takes_warpgroups(x[:16], layout, HOPPER)
     for other in (
         HOPPER._replace(capability=80),
         HOPPER._replace(capability=100),
-        HOPPER._replace(shared=99 * 1024),
+        fits._replace(shared=fits.shared - 1),
     ):
         assert not tensor_cores.takes_warpgroups(x, layout, other)
     case.scale[0, 0], case.shift[0, 0] = 60000, 60000
