@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.cli import UserError
+from harness.errors import UserError
 from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
 

@@ -1,26 +1,25 @@
-"""What the command lines share: how a run ends, and a quiet transformers."""
+"""The frame of every command line: argument types, help, exit codes, and errors in one line."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+
+from harness.errors import UserError
 
 EXIT_MISS = 1  # a check found a difference
+
+
 EXIT_USAGE = 2  # the input cannot be used; the message says why
+
+
 EXIT_INTERRUPTED = 130
+
 
 # No count is larger, and libraries take no larger ones.
 LARGEST = 2**31 - 1
-
-
-class UserError(Exception):
-    """Something the user can mend: the message says what was wrong, where, and what to do."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -50,6 +49,8 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 positive = at_least(1)
+
+
 # A window of one token predicts nothing.
 window_length = at_least(2)
 
@@ -57,21 +58,6 @@ window_length = at_least(2)
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
     """The option that lets code which comes with a model run."""
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-
-def json_text(value: Any) -> str:
-    """JSON that every parser reads: what is not finite becomes the text "nan", "inf" or "-inf"."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {str(key): plain(entry) for key, entry in item.items()}
-        if isinstance(item, list | tuple):
-            return [plain(entry) for entry in item]
-        if isinstance(item, Path):
-            return str(item)
-        return str(item) if isinstance(item, float) and not math.isfinite(item) else item
-
-    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _lack_of_memory(error: Exception) -> str | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from harness.backends import Backend
-from harness.cli import UserError
+from harness.errors import UserError
 
 HOST = torch.device("cpu")
 
@@ -77,11 +77,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def default_compute(limit: int | None = None) -> Compute:
     """The current CUDA device if torch has one, else the host.
 
@@ -122,3 +117,14 @@ def share_memory(backend: Backend) -> None:
 
 def _release(pointer: int, device: int) -> None:
     torch.cuda.caching_allocator_delete(pointer)
+
+
+def seconds_of(work: Callable[[], Any], compute: Compute, warm_up: bool = True) -> float:
+    """Seconds that work takes on a device."""
+    if warm_up:  # the first time also allocates, compiles and picks kernels
+        work()
+    compute.wait()
+    begin = time.perf_counter()
+    work()
+    compute.wait()
+    return time.perf_counter() - begin

@@ -6,10 +6,12 @@ import argparse
 from dataclasses import asdict
 
 from harness import text
-from harness.cli import HelpFormatter, add_trust_remote_code, json_text, positive, run, window_length
+from harness.cli import HelpFormatter, add_trust_remote_code, positive, run, window_length
 from harness.compute import Compute, default_compute
+from harness.files import json_text
 from harness.hf import open_model
-from harness.models import GGUF_DTYPES, MODEL_HELP
+from harness.models.gguf import GGUF_DTYPES
+from harness.models.loading import MODEL_HELP
 from harness.perplexity import measure_on
 
 DESCRIPTION = """\

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from harness.checkpoint import GENERATION
-from harness.cli import HelpFormatter, UserError, add_trust_remote_code, positive, run
+from harness.cli import HelpFormatter, add_trust_remote_code, positive, run
 from harness.compute import default_compute
+from harness.errors import UserError
 from harness.hf import open_model
-from harness.models import MODEL_HELP, Original, require_fits
+from harness.models.folder import GENERATION
+from harness.models.loading import MODEL_HELP
+from harness.models.original import Original, require_fits
 from harness.text import require_unicode
 
 # Logits that are divided by less are no finite float32 any more.
 LEAST_TEMPERATURE = 1e-6
+
 
 DESCRIPTION = """\
 Continue a prompt with a ternary checkpoint, or with an original model for comparison. The text is

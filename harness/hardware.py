@@ -11,16 +11,23 @@ import time
 from pathlib import Path
 
 from harness.backends import load_backend
-from harness.cli import EXIT_MISS, HelpFormatter, UserError, run
-from harness.models import EMBEDDED_PACKAGE
-from harness.plan import duration
+from harness.cli import EXIT_MISS, HelpFormatter, run
+from harness.errors import UserError
+from harness.machine import duration
+from harness.models.gguf import EMBEDDED_PACKAGE
 
 RECORD = "golden/gpu-verified.json"
+
+
 FULL_SIZE = "tests/gpu/test_full_size.py"
+
+
 COMPILATION = "tests/gpu/test_compilation.py"
+
 
 # Most of the first run of the tests is CuPy and Numba compiling kernels on the host, each on one core.
 WORKERS = 8
+
 
 # What each part shows, and what it runs.
 PARTS = {
@@ -80,6 +87,7 @@ PARTS = {
         "--shape llama-65b --device-memory 40",
     ),
 }
+
 
 DESCRIPTION = f"""\
 Run the GPU backend through everything that needs a CUDA device, in a clone of the repository and on

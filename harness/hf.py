@@ -7,7 +7,6 @@ lacks a tensor; without this import transformers would only warn, and fill such 
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,38 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from harness import checkpoint, linear
-from harness.backends import Backend, load_backend
-from harness.cli import UserError
-from harness.compute import dtype_name, share_memory
-from harness.embedding import expect_codes, kept_codes, take_codes
-from harness.linear import TernaryLinear
-from harness.models import (
-    Original,
-    load_original,
-    quiet_transformers,
-    read_config,
-    read_json,
-    require_complete,
-)
+from harness.compute import dtype_name
+from harness.errors import UserError
+from harness.files import read_json
+from harness.models.folder import CONFIG, GENERATION, read_config
+from harness.models.loading import load_original
+from harness.models.original import Original, quiet_transformers, require_complete
+from harness.ternary.embedding import expect_codes, kept_codes, take_codes
+from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, stored_layers
+from harness.ternary.kernels.launches import use_kernels
+from harness.ternary.linear import TernaryLinear
+from harness.ternary.reading import load_tokenizer, verify, weight_map
+from reference.packing import FORMAT_VERSION
 
 # What weights of a model may be.
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# Projections that models call one after the other with the same tensor. Where a model does not, their
-# outputs are right all the same, and computed more than once.
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-OTHER_INPUTS = {"key_value_states", "cross_attention_states", "encoder_hidden_states"}
 
-
-@register_quantization_config(checkpoint.QUANT_METHOD)
+@register_quantization_config(QUANT_METHOD)
 class TernaryQuantization(QuantizationConfigMixin):
     """The ``quantization_config`` of a ternary checkpoint.
 
     Parameters
     ----------
     format_version, block_size, grid, modules, unpermuted, coded, weight_dtype
-        As `harness.checkpoint` describes.
+        As `harness.ternary.format` describes.
     dense : bool
         Whether dense weights are kept beside the packed ones; not stored.
     """
 
     def __init__(
         self,
-        format_version: int = checkpoint.FORMAT_VERSION,
+        format_version: int = FORMAT_VERSION,
         block_size: int = 128,
         grid: str = "float16",
         modules: list[str] | None = None,
@@ -66,7 +58,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         dense: bool = True,
         **rest: Any,
     ) -> None:
-        self.quant_method: Any = checkpoint.QUANT_METHOD  # transformers has an enum of its own methods
+        self.quant_method: Any = QUANT_METHOD  # transformers has an enum of its own methods
         self.format_version = format_version
         self.block_size = block_size
         self.grid = grid
@@ -81,7 +73,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         return {name: value for name, value in super().to_dict().items() if name != "dense"}
 
 
-@register_quantizer(checkpoint.QUANT_METHOD)
+@register_quantizer(QUANT_METHOD)
 class TernaryQuantizer(HfQuantizer):
     """Swaps `TernaryLinear` in before the weights are loaded."""
 
@@ -91,7 +83,7 @@ class TernaryQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **rest: Any
     ) -> None:
-        stored = checkpoint.stored_layers(self.quantization_config.to_dict(), "config.json")
+        stored = stored_layers(self.quantization_config.to_dict(), "config.json")
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         # Weights are what calibration saw, also for a model that is loaded or was saved in another dtype.
         config = self.quantization_config
@@ -106,7 +98,7 @@ class TernaryQuantizer(HfQuantizer):
             expect_codes(model.get_submodule(name))
         if folder:
             with torch.device("cpu"):  # transformers has made the meta device the default
-                checkpoint.verify(folder, model)
+                verify(folder, model)
 
     def _process_model_after_weight_loading(self, model: Any, **rest: Any) -> Any:
         for name in self.quantization_config.coded:
@@ -165,7 +157,7 @@ def _named_dtype(name: Any) -> torch.dtype:
     return dtypes[name]
 
 
-def swap(model: nn.Module, name: str, stored: checkpoint.StoredLayers, dtype: torch.dtype) -> None:
+def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) -> None:
     """Put a `TernaryLinear` in the place of a linear layer.
 
     Raises
@@ -234,16 +226,15 @@ def load(
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
     quantization = read_config(folder).get("quantization_config")
-    if not checkpoint.is_ternary(folder) or not isinstance(quantization, dict):
+    if not is_ternary(folder) or not isinstance(quantization, dict):
         raise UserError(
-            f"{folder} is not a ternary checkpoint: its config.json has no quant_method "
-            f"{checkpoint.QUANT_METHOD}"
+            f"{folder} is not a ternary checkpoint: its config.json has no quant_method {QUANT_METHOD}"
         )
     # Before transformers looks at them: its messages do not say which file is wrong.
-    checkpoint.stored_layers(quantization, str(folder))
-    checkpoint.weight_map(folder)
-    if (folder / checkpoint.GENERATION).is_file():
-        read_json(folder / checkpoint.GENERATION)
+    stored_layers(quantization, str(folder))
+    weight_map(folder)
+    if (folder / GENERATION).is_file():
+        read_json(folder / GENERATION)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch is built without the device
@@ -263,7 +254,7 @@ def load(
     except UserError:
         raise
     except Exception as error:  # a damaged config fails in as many ways as there are models
-        raise UserError(f"{folder / checkpoint.CONFIG} does not describe a model: {error}") from None
+        raise UserError(f"{folder / CONFIG} does not describe a model: {error}") from None
     model, info = loaded
     require_complete(info, str(folder))
     model.to(device)
@@ -282,7 +273,7 @@ def open_model(
     gguf_dtype: str = "bfloat16",
     trust_remote_code: bool = False,
 ) -> Original:
-    """A ternary checkpoint by `load`, or an original model by `harness.models.load_original`.
+    """A ternary checkpoint by `load`, or an original model by `harness.models.loading.load_original`.
 
     Raises
     ------
@@ -290,44 +281,9 @@ def open_model(
         As these do; or if an original model is asked to keep no dense weights.
     """
     path = Path(source) if source else None  # an empty name is refused as it is loaded
-    if path is not None and checkpoint.is_ternary(path):
+    if path is not None and is_ternary(path):
         model = load(path, device, dense, trust_remote_code)
-        return Original(model, checkpoint.load_tokenizer(path, trust_remote_code), str(path))
+        return Original(model, load_tokenizer(path, trust_remote_code), str(path))
     if dense is False:
         raise UserError(f"{source or 'the embedded model'} is no ternary checkpoint; leave out --packed")
     return load_original(source, gguf_dtype, trust_remote_code)
-
-
-def use_kernels(model: nn.Module, backend: Backend | None = None) -> None:
-    """Let every `TernaryLinear` of a model multiply by packed trits; `backend` is gpu if left out.
-
-    Layers that are given the same input share a launch.
-
-    Raises
-    ------
-    UserError
-        If the GPU backend cannot run.
-    """
-    backend = backend or load_backend("gpu")
-    share_memory(backend)
-    for layers in _launches(model):
-        linear.use_kernels(layers, backend)
-
-
-def _launches(model: nn.Module) -> list[list[TernaryLinear]]:
-    """The ternary layers of a model, in groups that are given the same input and can share a launch."""
-    groups = []
-    for parent in model.modules():
-        children = {
-            name: child for name, child in parent.named_children() if isinstance(child, TernaryLinear)
-        }
-        # Attention to something else has two inputs.
-        crossed = OTHER_INPUTS & inspect.signature(parent.forward).parameters.keys()
-        for names in () if crossed else SHARED_INPUTS:
-            found = [children[name] for name in names if name in children]
-            kinds = {(layer.in_features, layer.block_size, layer.row_factor is None) for layer in found}
-            if len(found) == len(names) and len(kinds) == 1:
-                groups.append(found)
-                children = {name: child for name, child in children.items() if name not in names}
-        groups += [[child] for child in children.values()]
-    return groups

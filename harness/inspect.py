@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from harness import checkpoint
-from harness.cli import HelpFormatter, add_trust_remote_code, json_text, run
+from harness.cli import HelpFormatter, add_trust_remote_code, run
+from harness.files import json_text
 from harness.hf import load
-from harness.linear import PACKED, TernaryLinear, unpack_base3
+from harness.ternary.format import PACKED, unpack_base3
+from harness.ternary.linear import TernaryLinear
+from harness.ternary.reading import tensors_of, weight_map
 
 DESCRIPTION = """\
 Print what a ternary checkpoint holds: the bytes of every kind, bits a weight with everything counted,
@@ -20,6 +22,7 @@ and for each layer its shape, size and how often -1, 0 and +1 occur.
 
   python -m harness.inspect smollm2-ternary
 """
+
 
 KINDS = {
     "trits": "trits, five to a byte",
@@ -71,11 +74,11 @@ def describe(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     model = load(folder, dense=False, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
     sizes = dict.fromkeys(KINDS, 0)
-    for name, tensor in checkpoint.tensors_of(folder):
+    for name, tensor in tensors_of(folder):
         module, _, part = name.rpartition(".")
         kind = part.rpartition("_")[2] if module in layers and part in PACKED else "rest"
         sizes[kind] += tensor.numel() * tensor.element_size()
-    files = set(checkpoint.weight_map(folder).values())
+    files = set(weight_map(folder).values())
     return {
         "block_size": model.config.quantization_config.block_size,
         "bytes": sizes,

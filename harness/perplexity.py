@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 from harness import text
-from harness.capture import advance, brought, capture_inputs, logits_after
+from harness.calibration.capture import advance, brought, capture_inputs, logits_after
 from harness.compute import HOST, Compute, dtype_name
-from harness.layers import DecoderLayers, locate_layers
-from harness.models import Original, require_fits
+from harness.models.decoder import DecoderLayers, locate_layers
+from harness.models.original import Original, require_fits
 
 # Rows of logits turned into float32 at a time; a vocabulary is wide.
 LOGIT_ROWS = 256

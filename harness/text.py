@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 
-from harness.cli import UserError
+from harness.errors import UserError
 
 CALIBRATION, EVALUATION = "calibration", "evaluation"
+
+
 BUILTIN = "builtin"
+
 
 # Endings of files that are text as they are; the empty one for files without.
 PLAIN = (".txt", ".raw", ".md", "")
+
 
 # Topics of the built-in text that begin beyond this share of it are kept for evaluation.
 HELD_OUT_FROM = 0.8
@@ -41,8 +45,13 @@ class _DataSet:
 
 
 _C4 = {"path": "allenai/c4", "streaming": True, "split": "train"}
+
+
 _PTB = {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}
+
+
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
+
 
 # Splits, joining and sizes are those of the GPTQ family, so that numbers can be compared.
 DATA_SETS = {
@@ -78,6 +87,7 @@ DATA_SETS = {
         },
     ),
 }
+
 
 SOURCES_HELP = (
     "wikitext2, c4 or ptb (downloaded with the package `datasets`); NAME:FILE for a local file read with "

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.cli import UserError, run
+from harness.cli import run
+from harness.errors import UserError
 from tests.faults import cuda, outcome, plant
 from tests.faults.fault import MODULE_LEVEL, Fault
 from tests.faults.judge import PASSED, UNCOMPILED

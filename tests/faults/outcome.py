@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.cli import UserError
+from harness.errors import UserError
 from tests.faults.fault import Fault
 
 FORMAT_VERSION = 1

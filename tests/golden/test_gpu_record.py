@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 
 from golden.cases import FOLDER
-from harness import verification
 from harness.backends import Backend
-from harness.cli import UserError
+from harness.errors import UserError
+from harness.verify.record import RecordError, add_to_record, changed_since
 
 RECORD = FOLDER / "gpu-verified.json"
 PACKAGE = Path(__file__).parents[2] / "gpu"
@@ -31,50 +31,50 @@ def package(tmp_path):
 
 
 def test_what_no_device_has_seen_is_reported():
-    changed = verification.changed_since(RECORD, PACKAGE)
+    changed = changed_since(RECORD, PACKAGE)
     if changed:
         warnings.warn(f"not verified on a GPU as they are: {', '.join(changed)}", stacklevel=1)
 
 
 def test_without_a_record_nothing_is_verified(tmp_path, package):
     folder, _ = package
-    assert verification.changed_since(tmp_path / "none.json", folder) == ["__init__.py", "kernel.cu"]
+    assert changed_since(tmp_path / "none.json", folder) == ["__init__.py", "kernel.cu"]
 
 
 def test_changed_new_and_lost_files_are_named(tmp_path, package):
     folder, backend = package
     file = tmp_path / "record.json"
     operations = {"a.b": {"outputs": {"x": {"worst_error": 1e-9}}}}
-    verification.add_to_record(file, backend, "golden", {"float64": operations})
-    verification.add_to_record(file, backend, "real_model", {"float64": {"passed": True}})
+    add_to_record(file, backend, "golden", {"float64": operations})
+    add_to_record(file, backend, "real_model", {"float64": {"passed": True}})
     record = json.loads(file.read_text())
     assert record["device"] == "a device"
     assert record["passed"]["golden"]["float64"] == {"a.b": {"x": 1e-9}}
     assert record["passed"]["real_model"]["float64"] == {"passed": True}
     assert record["files"]["kernel.cu"] == hashlib.sha256(b"one").hexdigest()
-    assert verification.changed_since(file, folder) == []
+    assert changed_since(file, folder) == []
     (folder / "kernel.cu").write_text("two")
     (folder / "more.py").write_text("")
     (folder / "__init__.py").unlink()
-    assert verification.changed_since(file, folder) == ["__init__.py", "kernel.cu", "more.py"]
+    assert changed_since(file, folder) == ["__init__.py", "kernel.cu", "more.py"]
 
 
 def test_what_was_seen_of_other_files_is_dropped(tmp_path, package):
     folder, backend = package
     file = tmp_path / "record.json"
-    verification.add_to_record(file, backend, "real_model", {"float64": {}})
+    add_to_record(file, backend, "real_model", {"float64": {}})
     (folder / "kernel.cu").write_text("two")
-    verification.add_to_record(file, backend, "golden", {"float64": {}})
+    add_to_record(file, backend, "golden", {"float64": {}})
     assert json.loads(file.read_text())["passed"].keys() == {"golden"}
-    assert verification.changed_since(file, folder) == []
+    assert changed_since(file, folder) == []
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 2, "files": {}}', '{"files": 3}'])
 def test_a_malformed_record_is_an_error(tmp_path, package, content):
     file = tmp_path / "record.json"
     file.write_text(content)
-    with pytest.raises(verification.RecordError, match=r"record\.json"):
-        verification.changed_since(file, package[0])
+    with pytest.raises(RecordError, match=r"record\.json"):
+        changed_since(file, package[0])
 
 
 def test_a_backend_without_a_device_records_nothing(tmp_path, package):
@@ -85,5 +85,5 @@ def test_a_backend_without_a_device_records_nothing(tmp_path, package):
 
     backend.package.identity = no_device
     with pytest.raises(UserError, match="did not run on a device: NumPy stands in"):
-        verification.add_to_record(tmp_path / "record.json", backend, "golden", {})
+        add_to_record(tmp_path / "record.json", backend, "golden", {})
     assert not (tmp_path / "record.json").exists()

@@ -2,8 +2,8 @@
 
 import torch
 
-from harness.linear import TernaryLinear
-from harness.throughput import fill
+from harness.benchmark.generation import fill
+from harness.ternary.linear import TernaryLinear
 
 # Of the largest output: products and sums of the dense weights, rounded to this type, against exact ones.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -6,16 +6,18 @@ import torch
 
 from gpu.device import STANDIN, to_device, xp
 from harness.backends import load_backend
-from harness.capture import capture_inputs
-from harness.checkpoint import packed_tensors, tensors_of
+from harness.benchmark.quantization import Scale, quantize_shape
+from harness.calibration.capture import capture_inputs
+from harness.calibration.gram import GramSum
+from harness.calibration.layerwise import quantize_layers
+from harness.calibration.methods import ternarizer
 from harness.compute import HOST, Compute, compute_for
-from harness.gram import GramSum
-from harness.layers import find_decoder_layers
-from harness.pipeline import quantize_layers, ternarizer
-from harness.preparation import Options
-from harness.scale import Scale, quantize_shape
-from harness.tolerances import OUTPUT_ERROR
-from harness.workflow import quantize
+from harness.models.decoder import find_decoder_layers
+from harness.quantize.options import Options
+from harness.quantize.run import quantize
+from harness.ternary.format import packed_tensors
+from harness.ternary.reading import tensors_of
+from harness.verify.tolerances import OUTPUT_ERROR
 from reference.packing import unpack_base3
 from reference.types import TernaryConfig
 from tests.harness import tiny

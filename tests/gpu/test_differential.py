@@ -8,7 +8,7 @@ import pytest
 
 import gpu
 from golden.cases import Case
-from harness.tolerances import TOLERANCES, check
+from harness.verify.tolerances import TOLERANCES, check
 from reference.atq import build_optimal_grid, flexible_round
 from reference.types import CodedGrid
 from tests.reference.strategies import GRAM_KINDS, random_gram

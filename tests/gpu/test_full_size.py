@@ -8,7 +8,7 @@ import gpu
 from gpu.device import STANDIN, xp
 from gpu.ternarize import ternarize
 from harness.backends import load_backend
-from harness.tolerances import OUTPUT_ERROR
+from harness.verify.tolerances import OUTPUT_ERROR
 from reference.aga import align_grid, output_error
 from reference.atq import iterative_ternary_fitting
 from reference.gptq import compensate, damp

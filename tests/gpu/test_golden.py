@@ -4,8 +4,8 @@ import pytest
 
 from golden.cases import load_cases
 from harness.backends import load_backend
-from harness.tolerances import TOLERANCES
-from harness.verify import verify
+from harness.verify.cases import verify
+from harness.verify.tolerances import TOLERANCES
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])

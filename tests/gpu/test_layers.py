@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 
-from harness import hf
-from harness.linear import use_kernels
-from harness.ops import ternary_linear
+from harness.ternary.kernels.launches import share_launch, use_kernels
+from harness.ternary.kernels.operation import ternary_linear
 from tests.gpu.packed_layers import TOLERANCE, layer_of, off
 
 
@@ -17,7 +16,7 @@ def test_what_a_layer_gives_is_as_of_a_dense_one(backend, device):
     stored = layers[0].state_dict()
     x = torch.randn(3, 300, device=device)
     exact = torch.nn.functional.linear(x.double(), layers[0].dequantize().double(), layers[0].bias.double())
-    use_kernels(layers, backend)
+    share_launch(layers, backend)
     assert layers[0](x.half()).dtype == torch.float16
     assert off(layers[0](x.double()), exact) <= 1e-12
     y = layers[0](x.requires_grad_())
@@ -42,7 +41,7 @@ def test_attention_to_something_else_has_no_common_launch(backend, device):
     model = Crossed()
     x, other = torch.randn(2, 3, 300, device=device)
     expected = model(x, other)
-    hf.use_kernels(model, backend)
+    use_kernels(model, backend)
     assert len({layer.packed for layer in model.children()}) == 3
     torch.testing.assert_close(model(x, other), expected, rtol=1e-4, atol=1e-4)
 
@@ -51,7 +50,7 @@ def test_layers_that_are_given_the_same_input_share_a_launch(backend, device, mo
     layers = [layer_of(rows, 300, 128, device, bias=True) for rows in (16, 8, 24)]
     x, other = torch.randn(2, 2, 5, 300, device=device)
     expected = [(layer(x), layer(other)) for layer in layers]
-    use_kernels(layers, backend)
+    share_launch(layers, backend)
     launches = []
     monkeypatch.setattr(
         "harness.packed.ternary_linear", lambda *given: launches.append(1) or ternary_linear(*given)
@@ -75,7 +74,7 @@ def test_an_input_that_was_changed_in_place_is_another(backend, device):
     layers = [layer_of(rows, 300, 128, device) for rows in (16, 8)]
     x = torch.randn(3, 300, device=device)
     expected = torch.nn.functional.linear(x + 1, layers[1].dequantize())
-    use_kernels(layers, backend)
+    share_launch(layers, backend)
     layers[0](x)
     torch.testing.assert_close(layers[1](x.add_(1)), expected, rtol=1e-4, atol=1e-4)
     with torch.inference_mode():  # which counts no changes
@@ -88,14 +87,14 @@ def test_shapes_of_activations_are_kept(backend, device, shape):
     layers = [layer_of(rows, 300, 128, device) for rows in (16, 8)]
     x = torch.randn(shape, device=device)
     expected = [layer(x) for layer in layers]
-    use_kernels(layers, backend)
+    share_launch(layers, backend)
     for layer, y in zip(layers, expected, strict=True):
         torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
 
 
 def test_a_copy_can_be_made_between_the_layers(backend, device):
     layers = torch.nn.ModuleList(layer_of(rows, 300, 128, device) for rows in (16, 8))
-    use_kernels(list(layers), backend)
+    share_launch(list(layers), backend)
     x = 2 * torch.randn(3, 300, device=device, requires_grad=True)
     y = layers[0](x)
     copied = copy.deepcopy(layers)
@@ -111,7 +110,7 @@ def test_kernels_change_nothing_that_is_saved(backend, device, grid, block_size)
     layer = layers[1]
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     x = torch.randn(3, 700, device=device)
-    use_kernels(layers, backend)
+    share_launch(layers, backend)
     y = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), y)
     layer.to(torch.bfloat16)
@@ -141,13 +140,13 @@ def test_blocks_that_no_fast_kernel_takes_are_dequantized(backend, device):
     layer = layer_of(33, 70, 50, device)
     x = torch.randn(2, 70, device=device)
     expected = torch.nn.functional.linear(x, layer.dequantize())
-    use_kernels([layer], backend)
+    share_launch([layer], backend)
     assert layer.packed is None
     assert torch.equal(layer(x), expected)
 
 
 def test_kernels_leave_one_copy_of_the_weights(backend, device):
     layer = layer_of(64, 1024, 128, device)
-    use_kernels([layer], backend)
+    share_launch([layer], backend)
     size = sum(tensor.numel() * tensor.element_size() for tensor in layer.buffers())
     assert size == 64 * 1024 / 4 + 64 * 8 * 4 + 1024 * 2

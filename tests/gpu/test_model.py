@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import harness
-from harness import checkpoint, hf
 from harness.backends import load_backend
 from harness.compute import compute_for
-from harness.linear import TernaryLinear
+from harness.ternary.kernels.launches import use_kernels
+from harness.ternary.linear import TernaryLinear
+from harness.ternary.reading import tensors_of
 from tests.harness import exports
 
 PROMPT = torch.tensor([[5, 9, 200, 17, 33, 64], [11, 7, 250, 3, 90, 41]])
@@ -26,7 +27,7 @@ def model(folder):
     backend = load_backend("gpu")
     loaded = harness.load(folder, compute_for(backend).device, dense=False)
     if not backend.on_device:
-        hf.use_kernels(loaded, backend)
+        use_kernels(loaded, backend)
     return loaded
 
 
@@ -50,7 +51,7 @@ def test_projections_of_one_input_share_a_launch(model):
 
 def test_what_is_saved_is_what_was_stored(model, folder, tmp_path):
     model.save_pretrained(tmp_path / "again")
-    stored, saved = (dict(checkpoint.tensors_of(where)) for where in (folder, tmp_path / "again"))
+    stored, saved = (dict(tensors_of(where)) for where in (folder, tmp_path / "again"))
     assert stored.keys() == saved.keys()
     for name, tensor in stored.items():
         assert tensor.dtype == saved[name].dtype

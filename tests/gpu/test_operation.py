@@ -13,9 +13,9 @@ import torch
 from gpu import matmul
 from gpu.device import STANDIN, xp
 from gpu.kernels import tensor_cores
-from harness import layout, ops
-from harness.linear import use_kernels
-from harness.ops import ternary_linear
+from harness.ternary.kernels import operation, tensors
+from harness.ternary.kernels.launches import share_launch
+from harness.ternary.kernels.operation import UNPACKED_TOKENS, multiply_by_kernels, ternary_linear
 from tests.gpu.emulation import COMPILER, Emulator
 from tests.gpu.packed_layers import TOLERANCE, layer_of, off
 
@@ -24,12 +24,12 @@ SHAPES = [(5, 3, 64), (40, 300, 128), (17, 577, 64), (130, 256, 256), (9, 1100, 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 20, ops.UNPACKED_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 3, 20, UNPACKED_TOKENS])
 def test_packed_products_are_those_of_the_dense_weights(backend, device, shape, dtype, tokens):
     layer = layer_of(*shape, device)
     x = torch.randn(tokens, shape[1], device=device).to(dtype)
     expected = x.double() @ layer.dequantize().double().T
-    use_kernels([layer], backend)
+    share_launch([layer], backend)
     y = layer(x)
     assert y.dtype == dtype
     assert off(y, expected) <= TOLERANCE[dtype]
@@ -42,7 +42,7 @@ def test_without_permutation_with_bias_and_with_grids_in_8_bits(backend, device,
     expected = torch.nn.functional.linear(x.double(), layer.dequantize().double())
     if layer.bias is not None:
         expected += layer.bias.double()
-    use_kernels([layer], backend)
+    share_launch([layer], backend)
     assert layer(x).shape == (2, 7, 24)
     assert off(layer(x), expected) <= TOLERANCE[torch.float32]
 
@@ -53,13 +53,13 @@ def test_without_permutation_with_bias_and_with_grids_in_8_bits(backend, device,
 def test_plain_torch_walks_the_layout_of_the_kernels(backend, device, dtype, block_size, grid):
     """The backend through DLPack, on the tensors of the host where it has no device."""
     layers = [layer_of(rows, 577, block_size, device, grid=grid) for rows in (33, 7)]
-    use_kernels(layers, backend)
+    share_launch(layers, backend)
     x = torch.randn(4, 577, dtype=dtype, device=device)
     packed = layers[0].packed.tensors()
     host = [tensor.cpu() if isinstance(tensor, torch.Tensor) else tensor for tensor in packed]
     plain = ternary_linear(x.cpu(), *host)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    y = ops.multiply_by_kernels(x.requires_grad_(), packed, stream)
+    y = multiply_by_kernels(x.requires_grad_(), packed, stream)
     assert y.dtype == plain.dtype
     assert off(y.cpu(), plain) <= TOLERANCE[dtype]
 
@@ -69,7 +69,7 @@ def test_a_layout_is_made_once_and_anew_for_other_tensors(backend, device, monke
     x = torch.randn(2, 300, device=device)
     expected = other(x)
     for one in (layer, other):
-        use_kernels([one], backend)
+        share_launch([one], backend)
     made, kind = [], matmul.Layout
 
     def make(*of):
@@ -79,19 +79,19 @@ def test_a_layout_is_made_once_and_anew_for_other_tensors(backend, device, monke
 
     monkeypatch.setattr(matmul, "Layout", make)
     packed, others = layer.packed.tensors(), other.packed.tensors()
-    first = ops.multiply_by_kernels(x, packed, 0)
-    torch.testing.assert_close(ops.multiply_by_kernels(x, packed, 0), first)
+    first = multiply_by_kernels(x, packed, 0)
+    torch.testing.assert_close(multiply_by_kernels(x, packed, 0), first)
     # What is loaded into the tensors is seen.
     for mine, theirs in zip(packed[:5], others[:5], strict=True):
         mine.copy_(theirs)
-    torch.testing.assert_close(ops.multiply_by_kernels(x, packed, 0), expected)
+    torch.testing.assert_close(multiply_by_kernels(x, packed, 0), expected)
     assert len(made) == 1
     # Two columns change places, in a tensor of its own and in x.
     order = packed.permutation.clone()
     order[0, :2] = packed.permutation[0, :2].flip(0)
     two = order[0, :2].long()
     x[:, two] = x[:, two.flip(0)]
-    y = ops.multiply_by_kernels(x, packed._replace(permutation=order), 0)
+    y = multiply_by_kernels(x, packed._replace(permutation=order), 0)
     torch.testing.assert_close(y, expected)
     assert len(made) == 2
     del packed, layer, mine
@@ -102,14 +102,14 @@ def test_a_layout_is_made_once_and_anew_for_other_tensors(backend, device, monke
 def test_activations_of_another_width_are_refused(backend, device):
     """290 columns are as many chunks as 300, and 600 numbers are two rows of 300."""
     layer = layer_of(16, 300, 128, device)
-    use_kernels([layer], backend)
+    share_launch([layer], backend)
     packed = layer.packed.tensors()
     for shape in ((2, 290), (4, 150)):
         x = torch.zeros(shape, device=device)
         with pytest.raises((RuntimeError, ValueError), match="shape"):
             layer(x)
         with pytest.raises(ValueError, match=r"x has shape .* expected \(\d, 300\)"):
-            ops.multiply_by_kernels(x, packed, 0)
+            multiply_by_kernels(x, packed, 0)
         with pytest.raises(RuntimeError, match="not 300 columns"):
             ternary_linear(x.to("meta"), *(t.to("meta") if torch.is_tensor(t) else t for t in packed))
 
@@ -119,16 +119,16 @@ def test_the_backend_works_on_the_device_of_the_tensors(backend, device, monkeyp
     entered = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext(entered.append(tensor.device)))
     layer = layer_of(16, 300, 128, device)
-    use_kernels([layer], backend)
-    use_kernels([layer], backend)  # whose tensors are those of the layout
-    ops.multiply_by_kernels(torch.zeros(2, 300, device=device), layer.packed.tensors(), 0)
+    share_launch([layer], backend)
+    share_launch([layer], backend)  # whose tensors are those of the layout
+    multiply_by_kernels(torch.zeros(2, 300, device=device), layer.packed.tensors(), 0)
     assert entered == 3 * [device]
 
 
 @pytest.fixture
 def unpacked(monkeypatch, tmp_path):
     """Weights are unpacked from two tokens on; by emulated kernels where there is no device."""
-    monkeypatch.setattr(ops, "UNPACKED_TOKENS", 2)
+    monkeypatch.setattr(operation, "UNPACKED_TOKENS", 2)
     if not STANDIN:
         return
     if COMPILER is None:
@@ -145,7 +145,7 @@ def test_products_by_unpacked_weights(backend, device, dtype, grid, monkeypatch)
     layers = [layer_of(rows, 577, 64, device, grid=grid) for rows in (33, 7, 40)]
     x = torch.randn(5, 577, device=device).to(dtype)
     expected = torch.cat([x.double() @ layer.dequantize().double().T for layer in layers], dim=1)
-    use_kernels(layers, backend)
+    share_launch(layers, backend)
     packed = layers[0].packed.tensors()
     workspaces = []
 
@@ -158,12 +158,12 @@ def test_products_by_unpacked_weights(backend, device, dtype, grid, monkeypatch)
     made = tensor_cores.unpack
     monkeypatch.setattr(tensor_cores, "unpack", unpack)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    y = ops.multiply_by_kernels(x, packed, stream)
+    y = multiply_by_kernels(x, packed, stream)
     assert len(workspaces) == 3
     assert off(y, expected) <= TOLERANCE[dtype]
     for bad in (float("nan"), float("inf")):
         x[1, 300] = bad
-        dirty = ops.multiply_by_kernels(x, packed, stream)
+        dirty = multiply_by_kernels(x, packed, stream)
         assert not dirty[1].isfinite().any()
         assert torch.equal(dirty[[0, 2, 3, 4]], y[[0, 2, 3, 4]])
 
@@ -173,7 +173,7 @@ def test_products_by_unpacked_weights(backend, device, dtype, grid, monkeypatch)
 def test_weights_beyond_float16_are_not_unpacked_in_it(backend, device, mu, fits, monkeypatch):
     layer = layer_of(33, 577, 64, device)
     layer.scale.fill_(65504), layer.shift.fill_(65504 * mu)
-    use_kernels([layer], backend)
+    share_launch([layer], backend)
     packed = layer.packed.tensors()
     assert packed.in_float16 == fits
     ways = []
@@ -181,30 +181,30 @@ def test_weights_beyond_float16_are_not_unpacked_in_it(backend, device, mu, fits
     monkeypatch.setattr(matmul, "multiply", lambda x, layout, y: ways.append("packed"))
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     for dtype in (torch.float16, torch.bfloat16):
-        ops.multiply_by_kernels(torch.zeros(5, 577, device=device, dtype=dtype), packed, stream)
+        multiply_by_kernels(torch.zeros(5, 577, device=device, dtype=dtype), packed, stream)
     assert ways == ["unpacked" if fits else "packed", "unpacked"]
 
 
 def test_rows_that_do_not_fit_into_shared_memory_are_not_unpacked(monkeypatch):
     grids = xp.ones((2, 1, 3), np.float16)
-    layout = matmul.lay_out(xp.zeros((1, 60), np.uint8), *grids, xp.arange(300), 128)
+    tensors = matmul.lay_out(xp.zeros((1, 60), np.uint8), *grids, xp.arange(300), 128)
     monkeypatch.setattr(matmul, "is_fast", lambda x, layout: True)
     for shared, fits in ((1200, False), (1300, True)):  # 300 couples of 2 bytes are 1200, and there are gaps
         monkeypatch.setattr(matmul, "_limits", lambda x, shared=shared: tensor_cores.Limits(90, shared, 1))
-        assert matmul.can_unpack(xp.zeros((1, 300), np.float16), layout) == fits
+        assert matmul.can_unpack(xp.zeros((1, 300), np.float16), tensors) == fits
 
 
 def test_constants_of_the_layout_are_those_of_the_kernels():
     from gpu.kernels import layout as kernels
 
     for name in ("WORD", "TILE_ROWS", "CHUNK"):
-        assert getattr(layout, name) == getattr(kernels, name)
+        assert getattr(tensors, name) == getattr(kernels, name)
 
 
 @pytest.mark.parametrize("how", ["aot_eager", "inductor"])
 def test_the_operation_can_be_traced_and_compiled(backend, device, how):
     layers = [layer_of(rows, 300, 128, device) for rows in (16, 8)]
-    use_kernels(layers, backend)
+    share_launch(layers, backend)
     x = torch.randn(3, 300, device=device)
     arguments = (x, *layers[0].packed.tensors())
     torch.library.opcheck(ternary_linear, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -229,7 +229,7 @@ def test_columns_that_a_signed_or_any_two_bytes_cannot_name(backend, device, col
     x = torch.randn(3, columns, device=device)
     expected = torch.nn.functional.linear(x, layer.dequantize())
     order = layer.permutation.clone()
-    use_kernels([layer], backend)
+    share_launch([layer], backend)
     assert off(layer(x), expected) <= 1e-5
     assert torch.equal(layer.stored()["permutation"], order)
 
@@ -239,8 +239,8 @@ def test_a_cuda_graph_replays_the_product(backend, device):
         pytest.skip("the host has no graphs")
     layer = layer_of(256, 512, 128, device)
     packed = copy.deepcopy(layer)
-    use_kernels([packed], backend)
-    for used, tokens in ((packed, 1), (packed, 20), (packed, ops.UNPACKED_TOKENS), (layer, 1)):
+    share_launch([packed], backend)
+    for used, tokens in ((packed, 1), (packed, 20), (packed, UNPACKED_TOKENS), (layer, 1)):
         x = torch.randn(tokens, 512, device=device, dtype=torch.float16)
         used(x)
         graph = torch.cuda.CUDAGraph()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import gpu
-from harness.tolerances import TOLERANCES
+from harness.verify.tolerances import TOLERANCES
 
 SOURCES = sorted(Path(gpu.__file__).parent.rglob("*.py"))
 OPERATIONS = [operation for operation in TOLERANCES if operation not in gpu.REFUSED]

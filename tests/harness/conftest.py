@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from harness import cli
-from harness import quantize as quantize_command
-from tests.harness import exports, tiny
+from harness.quantize.__main__ import main as quantize_main
+from tests.harness import tiny
+from tests.harness.export import checkpoints
 
 # Matrices this small are done before a second thread has woken up.
 torch.set_num_threads(1)
@@ -52,14 +53,14 @@ def quantized(llama: Path, words_file: Path, tmp_path_factory: pytest.TempPathFa
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["quantize", *map(str, arguments), *SMALL])
-        assert quantize_command.main() == 0
+        assert quantize_main() == 0
     return out
 
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tied LLaMA of random trits that were not reordered, in float32. Not to be changed."""
-    return exports.write(tmp_path_factory.mktemp("plain") / "checkpoint", exports.config_of("tied"))
+    return checkpoints.write(tmp_path_factory.mktemp("plain") / "checkpoint", checkpoints.config_of("tied"))
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from harness import evaluate, perplexity, text
-from harness.cli import EXIT_USAGE, json_text
+from harness.cli import EXIT_USAGE
 from harness.compute import HOST, Compute
-from harness.layers import find_decoder_layers
-from harness.models import Original
+from harness.files import json_text
+from harness.models.decoder import find_decoder_layers
+from harness.models.original import Original
 from tests.harness import tiny
 
 Run = Callable[..., int]

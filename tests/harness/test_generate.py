@@ -12,9 +12,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from harness import generate, models
+from harness import generate
 from harness.cli import EXIT_USAGE
-from harness.models import Original
+from harness.models.original import Original
 from tests.harness import tiny
 
 Run = Callable[..., int]
@@ -90,7 +90,7 @@ def test_settings_that_are_none_are_told_in_one_line(
 def test_a_model_that_is_read_layer_by_layer_cannot_write(
     run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
     folder = tiny.save(tiny.make_model("llama"), tmp_path / "model")
     assert run_main(generate.main, folder, "--prompt", "w5", "--cpu") == EXIT_USAGE
     assert "is too large for the memory of this machine" in capsys.readouterr().err

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import benchmark, hardware, verify
-from harness.cli import EXIT_USAGE, UserError
+from harness import hardware
+from harness.benchmark.__main__ import parser
+from harness.cli import EXIT_USAGE
+from harness.errors import UserError
+from harness.verify.__main__ import main as verify_main
 
 Run = Callable[..., int]
 
@@ -50,12 +53,14 @@ def test_every_part_is_a_command_that_exists(part: str, monkeypatch: pytest.Monk
         files = [argument.partition("::")[0] for argument in arguments if not argument.startswith("-")]
         assert all(Path(file).exists() for file in files)
     elif program == "harness.benchmark":
-        assert getattr(benchmark.parser().parse_args(arguments), "backend", "gpu") == "gpu"
+        assert getattr(parser().parse_args(arguments), "backend", "gpu") == "gpu"
     else:
         seen = []
-        monkeypatch.setattr(verify, "load_backend", lambda *names: seen.append(names) or 1 / 0)
+        monkeypatch.setattr(
+            "harness.verify.__main__.load_backend", lambda *names: seen.append(names) or 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
-            verify.main(arguments)
+            verify_main(arguments)
         assert seen == [("gpu", None)]
 
 

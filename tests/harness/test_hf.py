@@ -16,15 +16,18 @@ from transformers import AutoModelForCausalLM
 
 import harness
 import harness.hf
-from harness import checkpoint, models, perplexity
-from harness.cli import UserError
+from harness import perplexity
 from harness.compute import Compute
-from harness.layers import locate_layers
-from harness.linear import TernaryLinear, pack_base3, require_base3, unpack_base3
+from harness.errors import UserError
+from harness.models.decoder import locate_layers
+from harness.models.folder import INDEX
+from harness.ternary.format import pack_base3, require_base3, unpack_base3
+from harness.ternary.linear import TernaryLinear
+from harness.ternary.reading import tensors_of, weight_map
 from reference import packing
 from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 from tests.harness import tiny
-from tests.harness.test_quantize import run_workflow
+from tests.harness.quantize.test_quantize import run_workflow
 
 PROMPT = torch.tensor([[3, 7, 11, 5], [4, 4, 90, 8]])
 
@@ -44,7 +47,7 @@ def ternarized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def with_plain_layers(folder: Path) -> torch.nn.Module:
     """The model with nn.Linear layers of the weights that the reference makes of the stored tensors."""
     model = harness.load(folder)
-    tensors = dict(checkpoint.tensors_of(folder))
+    tensors = dict(tensors_of(folder))
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, TernaryLinear):
             continue
@@ -90,7 +93,7 @@ def test_codes_that_are_none_are_refused(words_file: Path, tmp_path: Path) -> No
     config = TernaryConfig(block_size=tiny.BLOCK, grid="int8")
     run_workflow(tiny.make_model("llama"), folder, words_file, config)
     name = "model.layers.0.mlp.up_proj.shift"
-    file = folder / checkpoint.weight_map(folder)[name]
+    file = folder / weight_map(folder)[name]
     tensors = load_file(file)
     tensors[name][3, 1] = -128
     save_file(tensors, file, metadata={"format": "pt"})
@@ -109,7 +112,7 @@ def test_from_pretrained_reads_it_like_load(ternarized: Path) -> None:
 
 def test_what_is_saved_is_what_was_stored(ternarized: Path, tmp_path: Path) -> None:
     harness.load(ternarized).save_pretrained(tmp_path / "again")
-    stored, saved = (dict(checkpoint.tensors_of(folder)) for folder in (ternarized, tmp_path / "again"))
+    stored, saved = (dict(tensors_of(folder)) for folder in (ternarized, tmp_path / "again"))
     assert stored.keys() == saved.keys()
     for name, tensor in stored.items():
         assert tensor.dtype == saved[name].dtype
@@ -239,13 +242,13 @@ def test_without_dense_weights_a_model_is_small(quantized: Path) -> None:
 @pytest.mark.parametrize("lost", ["trits", "permutation"])
 def test_from_pretrained_refuses_a_checkpoint_that_lacks_a_tensor(damaged: Path, lost: str) -> None:
     """transformers itself would warn, and fill the layer at random."""
-    index = json.loads((damaged / models.INDEX).read_text())
+    index = json.loads((damaged / INDEX).read_text())
     name = f"model.layers.1.mlp.up_proj.{lost}"
     file = damaged / index["weight_map"].pop(name)
     tensors = load_file(file)
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    (damaged / models.INDEX).write_text(json.dumps(index))
+    (damaged / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=f"the tensor {name} is missing"):
         AutoModelForCausalLM.from_pretrained(damaged)
 

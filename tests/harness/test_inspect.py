@@ -15,12 +15,15 @@ import pytest
 import torch
 
 import harness
-from harness import checkpoint, generate, inspect
+from harness import generate, inspect
 from harness.cli import EXIT_USAGE
-from harness.models import Original
+from harness.models.folder import GENERATION
+from harness.models.original import Original
+from harness.ternary.format import packed_bytes
+from harness.ternary.reading import tensors_of
 from reference.packing import unpack_base3
 from tests.harness import tiny
-from tests.harness.exports import code_cache, with_own_code
+from tests.harness.export.checkpoints import code_cache, with_own_code
 
 Run = Callable[..., int]
 
@@ -33,13 +36,11 @@ def test_every_byte_is_counted(quantized: Path, run_main: Run, capsys: pytest.Ca
     # A safetensors file is eight bytes of length, a header, and the tensors.
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
     assert sum(found["bytes"].values()) == found["bytes_on_disk"] - headers
-    tensors = dict(checkpoint.tensors_of(quantized))
+    tensors = dict(tensors_of(quantized))
     for layer in found["layers"]:
         trits = unpack_base3(tensors[f"{layer['name']}.trits"].numpy(), layer["columns"])
         assert layer["counts"] == [int((trits == t).sum()) for t in (-1, 0, 1)]
-        packed = checkpoint.packed_bytes(
-            layer["rows"], layer["columns"], found["block_size"], "float16", True
-        )
+        packed = packed_bytes(layer["rows"], layer["columns"], found["block_size"], "float16", True)
         assert layer["bytes"] == packed
     assert sum(layer["bytes"] for layer in found["layers"]) == sum(
         size for kind, size in found["bytes"].items() if kind != "rest"
@@ -98,8 +99,8 @@ def test_a_prompt_is_continued_with_the_likeliest_tokens(
 def test_transformers_does_not_warn_of_what_nobody_asked_for(quantized: Path, tmp_path: Path) -> None:
     """Most models come with settings for sampling, which greedy decoding ignores."""
     folder = shutil.copytree(quantized, tmp_path / "sampling")
-    settings = json.loads((folder / checkpoint.GENERATION).read_text())
-    (folder / checkpoint.GENERATION).write_text(json.dumps({**settings, "temperature": 0.6, "top_p": 0.9}))
+    settings = json.loads((folder / GENERATION).read_text())
+    (folder / GENERATION).write_text(json.dumps({**settings, "temperature": 0.6, "top_p": 0.9}))
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     command = [sys.executable, "-m", "harness.generate", folder, "--prompt", "w3", "--tokens", "2", "--cpu"]
     run = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness import text
-from harness.cli import UserError
+from harness.errors import UserError
 from tests.harness import tiny
 
 WIKITEXT_TEST = Path(__file__).parents[3] / "shared" / "data" / "wikitext2" / "wiki.test.raw"

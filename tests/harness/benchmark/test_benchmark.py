@@ -15,14 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from harness import benchmark, plot, throughput
-from harness.checkpoint import packed_bytes
-from harness.cli import EXIT_USAGE, UserError
+from harness.benchmark import generation, plot
+from harness.benchmark.__main__ import main as benchmark_main
+from harness.benchmark.generation import Lengths, fill, generation_speed, random_network
+from harness.benchmark.methods import METHODS, Method
+from harness.benchmark.products import gemlite_product
+from harness.benchmark.quantization import Scale, column_gptq, random_model
+from harness.benchmark.shapes import SHAPES, Shape
+from harness.calibration.methods import FitError
+from harness.cli import EXIT_USAGE
 from harness.compute import Compute
-from harness.linear import TernaryLinear, require_base3
-from harness.products import gemlite_product
-from harness.scale import SHAPES, Scale, Shape, column_gptq, random_model
-from harness.throughput import Lengths, fill, random_network
+from harness.errors import UserError
+from harness.files import write_json
+from harness.quantize.options import Options
+from harness.quantize.run import quantize
+from harness.ternary.format import packed_bytes, require_base3
+from harness.ternary.linear import TernaryLinear
 from reference import baselines
 
 Run = Callable[..., int]
@@ -33,7 +41,7 @@ def test_a_run_is_measured_stage_by_stage(
 ) -> None:
     file = tmp_path / "results" / "run.json"
     arguments = ("--model", llama, "--calibration", words_file, "--nsamples", "4", "--seqlen", "24")
-    assert run_main(benchmark.main, "run", file, *arguments) == 0
+    assert run_main(benchmark_main, "run", file, *arguments) == 0
     record = json.loads(file.read_text())
     assert record["command"].startswith("python -m harness.benchmark run")
     assert str(tmp_path) not in record["command"]
@@ -46,7 +54,7 @@ def test_a_report_that_is_none_is_refused(
     tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.json"
-    assert run_main(benchmark.main, "run", file, "--report", tmp_path / "no.json") == EXIT_USAGE
+    assert run_main(benchmark_main, "run", file, "--report", tmp_path / "no.json") == EXIT_USAGE
     assert "no.json is missing or damaged" in capsys.readouterr().err
     assert not file.exists()
 
@@ -62,8 +70,10 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(benchmark, "product_speed", lambda *arguments: pytest.fail("measured"))
-    assert run_main(benchmark.main, "matmul", tmp_path / name, "--shape", "tiny") == EXIT_USAGE
+    monkeypatch.setattr(
+        "harness.benchmark.__main__.product_speed", lambda *arguments: pytest.fail("measured")
+    )
+    assert run_main(benchmark_main, "matmul", tmp_path / name, "--shape", "tiny") == EXIT_USAGE
     assert message in capsys.readouterr().err
 
 
@@ -72,7 +82,7 @@ def test_json_that_is_no_report_is_refused(
     content: str, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "other.json").write_text(content)
-    assert run_main(benchmark.main, "run", "--report", tmp_path / "other.json") == EXIT_USAGE
+    assert run_main(benchmark_main, "run", "--report", tmp_path / "other.json") == EXIT_USAGE
     assert "other.json is not the report of a run" in capsys.readouterr().err
 
 
@@ -90,7 +100,7 @@ def test_the_ratio_is_the_total_over_two_passes_that_make_outputs(tmp_path: Path
     }
     (tmp_path / "report.json").write_text(json.dumps(record))
     file = tmp_path / "run.json"
-    assert run_main(benchmark.main, "run", file, "--report", tmp_path / "report.json") == 0
+    assert run_main(benchmark_main, "run", file, "--report", tmp_path / "report.json") == 0
     results = json.loads(file.read_text())["results"]
     assert results["seconds_without_evaluation"] == 55.0
     assert results["seconds_of_two_plain_passes"] == 40.0
@@ -109,28 +119,26 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
 ) -> None:
     file = tmp_path / "methods.json"
     names = ["ITF + AGA", "rtn-2bit (round to nearest on a min-max grid)"]
-    monkeypatch.setitem(benchmark.METHODS, "diverging", benchmark.Method("diverging", "no-such-method"))
-    quantize = benchmark.quantize
+    monkeypatch.setitem(METHODS, "diverging", Method("diverging", "no-such-method"))
 
-    def fail(options: benchmark.Options, **rest: object) -> dict:
+    def fail(options: Options, **rest: object) -> dict:
         if options.method == "no-such-method":
-            raise benchmark.FitError("layer 0: beyond what float16 holds")
+            raise FitError("layer 0: beyond what float16 holds")
         return quantize(options, **rest)
 
-    monkeypatch.setattr(benchmark, "quantize", fail)
+    monkeypatch.setattr("harness.benchmark.methods.quantize", fail)
     text = ("--calibration", words_file, "--eval", words_file, "--nsamples", "8", "--seqlen", "24")
     size = ("--eval-seqlen", "24", "--eval-windows", "2", "--model", llama)
     saved: list[set[str]] = []
-    write = benchmark.writing.write_json
 
     def note(to: Path, value: dict) -> None:
         if to == file:
             saved.append(set(value["results"]) - {"original", "protocol"})
-        write(to, value)
+        write_json(to, value)
 
-    monkeypatch.setattr(benchmark.writing, "write_json", note)
+    monkeypatch.setattr("harness.benchmark.__main__.write_json", note)
     only = ("--only", "diverging", "no-order", "rtn-2bit")
-    assert run_main(benchmark.main, "methods", file, *text, *size, *only) == 0
+    assert run_main(benchmark_main, "methods", file, *text, *size, *only) == 0
     assert saved[:3] == [{"diverging"}, {"diverging", names[0]}, {"diverging", *names}]
     record = json.loads(file.read_text())
     assert shlex.split(record["command"])[-4:] == list(only)
@@ -147,15 +155,17 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
 def test_methods_are_not_compared_without_a_text(
     llama: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark, "quantize", lambda *arguments, **options: pytest.fail("quantized"))
-    assert run_main(benchmark.main, "methods", "--model", llama, "--eval", "none") == EXIT_USAGE
+    monkeypatch.setattr(
+        "harness.benchmark.methods.quantize", lambda *arguments, **options: pytest.fail("quantized")
+    )
+    assert run_main(benchmark_main, "methods", "--model", llama, "--eval", "none") == EXIT_USAGE
     assert "compared by their perplexity on a text; give --eval one" in capsys.readouterr().err
 
 
 def test_layers_of_a_shape_go_through_the_whole_pipeline(tmp_path: Path, run_main: Run) -> None:
     file = tmp_path / "quantize.json"
     size = ("--nsamples", "3", "--seqlen", "64", "--backend", "reference")
-    assert run_main(benchmark.main, "quantize", file, "--shape", "tiny", "--layers", "2", *size) == 0
+    assert run_main(benchmark_main, "quantize", file, "--shape", "tiny", "--layers", "2", *size) == 0
     result = json.loads(file.read_text())["results"]["tiny"]
     assert (result["layers_measured"], result["layers_of_the_model"]) == (2, 3)
     assert result["extrapolated"]
@@ -201,7 +211,7 @@ def test_the_plain_gptq_that_is_timed_is_the_one_of_the_reference() -> None:
 def test_tokens_a_second_of_a_dense_and_a_ternary_model(tmp_path: Path, run_main: Run) -> None:
     file = tmp_path / "generate.json"
     size = ("--layers", "2", "--prefill", "6", "--decode", "4")
-    assert run_main(benchmark.main, "generate", file, "--shape", "tiny", *size) == 0
+    assert run_main(benchmark_main, "generate", file, "--shape", "tiny", *size) == 0
     result = json.loads(file.read_text())["results"]["tiny"]
     assert (result["layers"], result["layers_of_the_model"]) == (2, 3)
     for kind in ("dense", "ternary"):
@@ -232,10 +242,10 @@ def test_writing_is_timed_by_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> 
         parameters=lambda: [torch.zeros(1)],
         buffers=lambda: [],
     )
-    monkeypatch.setattr(throughput, "random_network", lambda *arguments: model)
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(generation, "random_network", lambda *arguments: model)
+    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     # Dense runs start after 7, 1, 4, 90 and 7 seconds, ternary ones after 4, 90, 7, 1 and 4.
-    result = throughput.generation_speed("tiny", Compute(), lengths=Lengths(prefill=18, decode=8))
+    result = generation_speed("tiny", Compute(), lengths=Lengths(prefill=18, decode=8))
     assert (result["dense"]["prefill"], result["ternary"]["prefill"]) == (2.0, 3.0)
     assert result["dense"]["decode"] == result["ternary"]["decode"] == 4.0
     both = result["dense"]["both"], result["ternary"]["both"]
@@ -256,9 +266,9 @@ def test_a_plot_that_fails_leaves_what_was_measured(
         assert json.loads(file.read_text()) == record
         raise fault
 
-    monkeypatch.setattr(benchmark, "product_speed", lambda *arguments: {"products": []})
+    monkeypatch.setattr("harness.benchmark.__main__.product_speed", lambda *arguments: {"products": []})
     monkeypatch.setattr(plot, "svg_of", fail)
-    assert run_main(benchmark.main, "matmul", file, "--shape", "tiny") == 0
+    assert run_main(benchmark_main, "matmul", file, "--shape", "tiny") == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"tiny": {"products": []}}
     assert printed.err == f"no plot: {fault}\n"
@@ -266,7 +276,7 @@ def test_a_plot_that_fails_leaves_what_was_measured(
 
 def test_products_are_timed_for_every_matrix_and_batch(tmp_path: Path, run_main: Run) -> None:
     file = tmp_path / "matmul.json"
-    assert run_main(benchmark.main, "matmul", file, "--shape", "tiny", "--batch", "1", "3") == 0
+    assert run_main(benchmark_main, "matmul", file, "--shape", "tiny", "--batch", "1", "3") == 0
     result = json.loads(file.read_text())["results"]["tiny"]
     assert [(row["rows"], row["columns"], row["batch"]) for row in result["products"][::2]] == [
         (96, 96, 1),

@@ -18,9 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from harness import benchmark, plot
+from harness.benchmark import plot
+from harness.benchmark.__main__ import main as benchmark_main
+from harness.benchmark.shapes import SHAPES
 from harness.cli import EXIT_USAGE
-from harness.scale import SHAPES
 
 Run = Callable[..., int]
 
@@ -210,7 +211,8 @@ def test_the_file_is_the_same_at_every_run_and_with_every_setting(
     assert target == tmp_path / "results.svg"
     elsewhere = tmp_path / "new" / "again.svg"
     program = (
-        "import sys; from pathlib import Path; from harness import plot; plot.draw(*map(Path, sys.argv[1:]))"
+        "import sys; from pathlib import Path; from harness.benchmark.plot import draw;"
+        " draw(*map(Path, sys.argv[1:]))"
     )
     subprocess.run(
         [sys.executable, "-c", program, file, elsewhere],
@@ -230,7 +232,7 @@ def test_products_are_drawn_as_soon_as_they_are_measured(
     tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "matmul.json"
-    assert run_main(benchmark.main, "matmul", file, "--shape", "tiny", "--batch", "1", "3") == 0
+    assert run_main(benchmark_main, "matmul", file, "--shape", "tiny", "--batch", "1", "3") == 0
     printed = capsys.readouterr()
     assert "tiny" in json.loads(printed.out)
     assert printed.err == f"plot: {tmp_path / 'matmul.svg'}\n"
@@ -249,7 +251,7 @@ def test_products_are_drawn_as_soon_as_they_are_measured(
         for row in record["results"]["tiny"]["products"]
         if row["matrix"] == "k and v"
     ]
-    assert run_main(benchmark.main, "plot", file, tmp_path / "again.svg") == 0
+    assert run_main(benchmark_main, "plot", file, tmp_path / "again.svg") == 0
     assert (tmp_path / "again.svg").read_bytes() == drawn
 
 
@@ -259,11 +261,11 @@ def test_results_are_kept_where_there_is_no_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     file = tmp_path / "generate.json"
     size = ("--layers", "1", "--prefill", "6", "--decode", "4")
-    assert run_main(benchmark.main, "generate", file, "--shape", "tiny", *size) == 0
+    assert run_main(benchmark_main, "generate", file, "--shape", "tiny", *size) == 0
     missing = "plots are drawn with the package matplotlib: pip install matplotlib"
     assert f"no plot: {missing}\n" in capsys.readouterr().err
     assert "tiny" in json.loads(file.read_text())["results"]
-    assert run_main(benchmark.main, "plot", file) == EXIT_USAGE
+    assert run_main(benchmark_main, "plot", file) == EXIT_USAGE
     assert capsys.readouterr().err == f"error: {missing}\n"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -312,7 +314,7 @@ def test_what_cannot_be_drawn_is_refused(
 ) -> None:
     file = tmp_path / "results.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    assert run_main(benchmark.main, "plot", file) == EXIT_USAGE
+    assert run_main(benchmark_main, "plot", file) == EXIT_USAGE
     error = capsys.readouterr().err
     assert error.startswith(f"error: {file}")
     assert message in error
@@ -324,13 +326,13 @@ def test_a_plot_goes_to_a_file_of_its_own(
     tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "results.json"
-    assert run_main(benchmark.main, "plot", file) == EXIT_USAGE
+    assert run_main(benchmark_main, "plot", file) == EXIT_USAGE
     assert "results.json is missing or damaged" in capsys.readouterr().err
     content = json.dumps(matmul("tiny"))
     file.write_text(content)
-    assert run_main(benchmark.main, "plot", file, file) == EXIT_USAGE
+    assert run_main(benchmark_main, "plot", file, file) == EXIT_USAGE
     assert "a name that ends in .svg" in capsys.readouterr().err
-    assert run_main(benchmark.main, "plot", file, file / "plot.svg") == EXIT_USAGE
+    assert run_main(benchmark_main, "plot", file, file / "plot.svg") == EXIT_USAGE
     assert "plot.svg cannot be written" in capsys.readouterr().err
     assert file.read_text() == content
     # Results in a file with any other name are not overwritten by their plot.

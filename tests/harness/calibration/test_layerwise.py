@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 
-from harness.capture import advance, capture_inputs, logits_after
-from harness.cli import UserError
+from harness.calibration.capture import advance, capture_inputs, logits_after
+from harness.calibration.gram import CHUNK_TOKENS, GramSum
+from harness.calibration.layerwise import quantize_layers
 from harness.compute import Compute
-from harness.gram import CHUNK_TOKENS, GramSum
-from harness.layers import find_decoder_layers
-from harness.pipeline import quantize_layers
+from harness.errors import UserError
+from harness.models.decoder import find_decoder_layers
 from tests.harness import tiny
 
 ARCHITECTURES = sorted(tiny.CONFIGS)

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import dynamic_module_utils
 
 from harness.backends import load_backend
-from harness.models import Original
-from harness.writing import CheckpointWriter
+from harness.models.original import Original
+from harness.ternary.writing import CheckpointWriter
 from reference.types import TernaryConfig, TernaryMatrix
 from tests.harness import tiny
 
@@ -202,9 +202,9 @@ def _modules_of(package: str) -> list[str]:
 
 
 def to_gguf(run_main: Run, folder: Path, out: Path, *arguments: object) -> Path:
-    from harness import export  # needs gguf, which machines with a GPU may lack
+    from harness.export.__main__ import main  # needs gguf, which machines with a GPU may lack
 
-    assert run_main(export.main, folder, "--format", "gguf", "--out", out, *arguments) == 0
+    assert run_main(main, folder, "--format", "gguf", "--out", out, *arguments) == 0
     return out
 
 

@@ -16,16 +16,21 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import harness
-from harness import evaluate, export, gguf_export, hqq_export, quantize
-from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from harness import evaluate
+from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
+from harness.errors import UserError
+from harness.export.__main__ import main as export_main
+from harness.export.gguf import export_gguf, pack_q4_1
+from harness.export.hqq import export_hqq
+from harness.quantize.__main__ import main as quantize_main
 from reference.types import TernaryMatrix
 from tests.harness.conftest import SMALL
-from tests.harness.exports import Run, byte_level, config_of, raw, raw_grid, write
+from tests.harness.export.checkpoints import Run, byte_level, config_of, raw, raw_grid, write
 
 
 @pytest.mark.parametrize("format_", ["gguf", "hqq"])
 def test_what_was_rounded_is_what_is_printed(format_: str, plain: Path, tmp_path: Path) -> None:
-    write_it = export.export_gguf if format_ == "gguf" else export.export_hqq
+    write_it = export_gguf if format_ == "gguf" else export_hqq
     exported = write_it(plain, tmp_path / "out")
     shares = []
     for name in raw(plain)[1]:
@@ -61,9 +66,9 @@ def test_a_model_from_start_to_end(
     byte_level().save_pretrained(tmp_path / "original")
     folder, out = tmp_path / "checkpoint", tmp_path / "model.gguf"
     arguments = ("--calibration", words_file, "--eval", "none", "--reorder", "none", "--block-size", 64)
-    assert run_main(quantize.main, tmp_path / "original", "--out", folder, *arguments, *SMALL) == 0
+    assert run_main(quantize_main, tmp_path / "original", "--out", folder, *arguments, *SMALL) == 0
     capsys.readouterr()
-    assert run_main(export.main, folder, "--format", format_, "--out", out) == 0
+    assert run_main(export_main, folder, "--format", format_, "--out", out) == 0
     printed = capsys.readouterr().out
     assert "bits each" in printed
     assert "alpha in the mean of" in printed
@@ -112,7 +117,7 @@ def test_damage_is_refused_as_it_is_by_load(
 ) -> None:
     folder, out = write(tmp_path / "checkpoint", config_of("tied")), tmp_path / "out"
     damage(folder)
-    assert run_main(export.main, folder, "--format", format_, "--out", out) == EXIT_USAGE
+    assert run_main(export_main, folder, "--format", format_, "--out", out) == EXIT_USAGE
     error = capsys.readouterr().err
     assert message in error
     with pytest.raises(UserError) as refused:
@@ -125,7 +130,7 @@ def test_damage_is_refused_as_it_is_by_load(
 def test_a_reordered_checkpoint_is_refused(
     format_: str, quantized: Path, run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main(export.main, quantized, "--format", format_, "--out", tmp_path / "out") == EXIT_USAGE
+    assert run_main(export_main, quantized, "--format", format_, "--out", tmp_path / "out") == EXIT_USAGE
     error = capsys.readouterr().err
     assert "were reordered" in error
     assert "columns from all over the row" in error
@@ -138,9 +143,9 @@ def test_grids_of_8_bits_are_refused(
 ) -> None:
     folder = tmp_path / "checkpoint"
     arguments = ("--calibration", words_file, "--eval", "none", "--reorder", "none", "--grid", "int8")
-    assert run_main(quantize.main, llama, "--out", folder, *arguments, *SMALL) == 0
+    assert run_main(quantize_main, llama, "--out", folder, *arguments, *SMALL) == 0
     capsys.readouterr()
-    assert run_main(export.main, folder, "--format", "hqq", "--out", tmp_path / "out") == EXIT_USAGE
+    assert run_main(export_main, folder, "--format", "hqq", "--out", tmp_path / "out") == EXIT_USAGE
     assert "would round alpha, too; quantize with --grid float16" in capsys.readouterr().err
 
 
@@ -150,14 +155,14 @@ def test_an_existing_output_is_kept_unless_forced(
 ) -> None:
     out = tmp_path / "out"
     arguments = (plain, "--format", format_, "--out", out)
-    assert run_main(export.main, *arguments) == 0
+    assert run_main(export_main, *arguments) == 0
     file = out if format_ == "gguf" else out / "qmodel.safetensors"
     before = file.read_bytes()
     file.write_bytes(b"mine")
-    assert run_main(export.main, *arguments) == EXIT_USAGE
+    assert run_main(export_main, *arguments) == EXIT_USAGE
     assert "--force to overwrite" in capsys.readouterr().err
     assert file.read_bytes() == b"mine"
-    assert run_main(export.main, *arguments, "--force") == 0
+    assert run_main(export_main, *arguments, "--force") == 0
     assert file.read_bytes() == before
 
 
@@ -188,7 +193,7 @@ def test_the_checkpoint_that_is_read_is_never_written_over(
     link.symlink_to(plain)
     before = contents(plain)
     for folder, out in ((plain, plain / inside), (plain, link / inside), (link, plain / inside)):
-        assert run_main(export.main, folder, "--format", format_, "--out", out, "--force") == EXIT_USAGE
+        assert run_main(export_main, folder, "--format", format_, "--out", out, "--force") == EXIT_USAGE
         assert message in capsys.readouterr().err
     assert contents(plain) == before
 
@@ -206,10 +211,10 @@ def test_an_interrupted_export_leaves_what_was_there(
             raise KeyboardInterrupt
         return pack(matrix, name, rounding)
 
-    pack = gguf_export.pack_q4_1
-    monkeypatch.setattr(gguf_export, "pack_q4_1", interrupt)
+    pack = pack_q4_1
+    monkeypatch.setattr("harness.export.gguf.pack_q4_1", interrupt)
     arguments = ("--format", "gguf", "--out", out, "--force")
-    assert run_main(export.main, plain, *arguments) == EXIT_INTERRUPTED
+    assert run_main(export_main, plain, *arguments) == EXIT_INTERRUPTED
     assert out.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [out]
 
@@ -222,14 +227,14 @@ def test_the_folder_of_a_gguf_file_is_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(gguf_export, "read_unpermuted", lambda *arguments: pytest.fail("read"))
+    monkeypatch.setattr("harness.export.gguf.read_unpermuted", lambda *arguments: pytest.fail("read"))
     out = tmp_path / "file" / "a.gguf"
-    assert run_main(export.main, plain, "--format", "gguf", "--out", out) == EXIT_USAGE
+    assert run_main(export_main, plain, "--format", "gguf", "--out", out) == EXIT_USAGE
     assert f"{tmp_path / 'file'} exists and is not a folder" in capsys.readouterr().err
     monkeypatch.undo()
     for out in (tmp_path / "one" / "two" / "a.gguf", Path("here.gguf")):
         monkeypatch.chdir(tmp_path)
-        assert run_main(export.main, plain, "--format", "gguf", "--out", out) == 0
+        assert run_main(export_main, plain, "--format", "gguf", "--out", out) == 0
         assert (tmp_path / out).read_bytes()[:4] == b"GGUF"
 
 
@@ -249,11 +254,11 @@ def test_a_full_disk_leaves_nothing_behind(
 
     out = tmp_path / ("folder/out" if format_ == "gguf" else "out")
     if existing:
-        assert run_main(export.main, plain, "--format", format_, "--out", out) == 0
+        assert run_main(export_main, plain, "--format", format_, "--out", out) == 0
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    monkeypatch.setattr(hqq_export, "save_file", full)
+    monkeypatch.setattr("harness.export.hqq.save_file", full)
     arguments = (plain, "--format", format_, "--out", out, "--force")
-    assert run_main(export.main, *arguments) == EXIT_USAGE
+    assert run_main(export_main, *arguments) == EXIT_USAGE
     assert "out could not be written: " in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before

@@ -16,11 +16,11 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import harness
-from harness import export
 from harness.cli import EXIT_USAGE
+from harness.export.__main__ import main as export_main
 from harness.perplexity import measure
 from tests.harness import tiny
-from tests.harness.exports import (
+from tests.harness.export.checkpoints import (
     KINDS,
     LLAMA3_SPLIT,
     QWEN2_SPLIT,
@@ -203,7 +203,7 @@ def test_what_gguf_cannot_hold_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, out = write(tmp_path / "checkpoint", config(), **options), tmp_path / "a.gguf"
-    assert run_main(export.main, folder, "--format", "gguf", "--out", out) == EXIT_USAGE
+    assert run_main(export_main, folder, "--format", "gguf", "--out", out) == EXIT_USAGE
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -217,7 +217,7 @@ def test_code_that_comes_with_a_model_cannot_go_into_gguf(
     folder, out = with_own_code(plain, tmp_path / "own", "llama"), tmp_path / "a.gguf"
     arguments = (folder, "--format", "gguf", "--out", out, "--trust-remote-code")
     with code_cache(tmp_path / "modules"):
-        assert run_main(export.main, *arguments) == EXIT_USAGE
+        assert run_main(export_main, *arguments) == EXIT_USAGE
     assert "the code that comes with it would be lost" in capsys.readouterr().err
     assert not out.exists()
 

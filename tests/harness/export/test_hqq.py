@@ -13,11 +13,12 @@ import transformers
 from safetensors.torch import load_file
 
 import harness
-from harness import export
-from harness.checkpoint import load_tokenizer
 from harness.cli import EXIT_USAGE
+from harness.export.__main__ import main as export_main
+from harness.export.hqq import export_hqq
+from harness.ternary.reading import load_tokenizer
 from tests.harness import tiny
-from tests.harness.exports import Run, code_cache, config_of, raw, raw_grid, with_own_code, write
+from tests.harness.export.checkpoints import Run, code_cache, config_of, raw, raw_grid, with_own_code, write
 
 
 def hqq_weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -30,7 +31,7 @@ def hqq_weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 def test_hqq_holds_the_grid_but_for_the_rounded_zero(plain: Path, run_main: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run_main(export.main, plain, "--format", "hqq", "--out", out) == 0
+    assert run_main(export_main, plain, "--format", "hqq", "--out", out) == 0
     held = load_file(out / "qmodel.safetensors")
     tensors, modules, _ = raw(plain)
     for name in modules:
@@ -53,7 +54,7 @@ def test_hqq_holds_the_grid_but_for_the_rounded_zero(plain: Path, run_main: Run,
 
 
 def test_transformers_does_not_fill_an_hqq_export_with_random_weights(plain: Path, tmp_path: Path) -> None:
-    export.export_hqq(plain, tmp_path / "out")
+    export_hqq(plain, tmp_path / "out")
     with pytest.raises((ImportError, OSError)):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
@@ -63,7 +64,7 @@ def test_a_zero_beyond_float16_makes_a_block_constant(tmp_path: Path) -> None:
         scale[1], shift[1] = 2.0**-24, 0.5
 
     folder = write(tmp_path / "checkpoint", config_of("tied"), change=change)
-    exported = export.export_hqq(folder, tmp_path / "out")
+    exported = export_hqq(folder, tmp_path / "out")
     held = load_file(tmp_path / "out" / "qmodel.safetensors")
     assert (hqq_weight(held, "model.layers.0.mlp.up_proj")[1] == 0.5).all()
     assert exported.rounding.largest == 1
@@ -72,7 +73,7 @@ def test_a_zero_beyond_float16_makes_a_block_constant(tmp_path: Path) -> None:
 
 def test_hqq_takes_models_that_gguf_does_not(run_main: Run, tmp_path: Path) -> None:
     folder = write(tmp_path / "checkpoint", tiny.CONFIGS["opt"](), tiny.make_tokenizer())
-    assert run_main(export.main, folder, "--format", "hqq", "--out", tmp_path / "out") == 0
+    assert run_main(export_main, folder, "--format", "hqq", "--out", tmp_path / "out") == 0
     held = load_file(tmp_path / "out" / "qmodel.safetensors")
     name = "model.decoder.layers.1.fc2"
     assert held[f"{name}.group_size"] == 16  # of blocks of 64 in rows of 176
@@ -86,12 +87,12 @@ def test_code_that_comes_with_a_model_goes_into_the_export(
     plain: Path, run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = with_own_code(plain, tmp_path / "own"), tmp_path / "out"
-    assert run_main(export.main, folder, "--format", "hqq", "--out", out) == EXIT_USAGE
+    assert run_main(export_main, folder, "--format", "hqq", "--out", out) == EXIT_USAGE
     assert "trust_remote_code" in capsys.readouterr().err
     assert not out.exists()
     with code_cache(tmp_path / "modules"):
-        assert run_main(export.main, folder, "--format", "hqq", "--out", out, "--trust-remote-code") == 0
-    export.export_hqq(plain, tmp_path / "without")
+        assert run_main(export_main, folder, "--format", "hqq", "--out", out, "--trust-remote-code") == 0
+    export_hqq(plain, tmp_path / "without")
     held, expected = (load_file(path / "qmodel.safetensors") for path in (out, tmp_path / "without"))
     assert held.keys() == expected.keys()
     assert all(torch.equal(held[name], expected[name]) for name in held)
@@ -113,7 +114,7 @@ def test_chat_templates_are_those_of_the_last_export(plain: Path, run_main: Run,
         tokenizer.save_pretrained(folder)
     for folder, template in ((several, templates), (several, templates), (none, None)):
         arguments = (folder, "--format", "hqq", "--out", tmp_path / "out", "--force")
-        assert run_main(export.main, *arguments) == 0
+        assert run_main(export_main, *arguments) == 0
         assert load_tokenizer(tmp_path / "out").chat_template == template
 
 
@@ -132,7 +133,7 @@ def test_a_folder_of_another_model_is_not_written_into(
         name = {"bin": "pytorch_model.bin", "pt": "qmodel.pt"}[weights]
         (out / "model.safetensors").rename(out / name)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    assert run_main(export.main, plain, "--format", "hqq", "--out", out, "--force") == EXIT_USAGE
+    assert run_main(export_main, plain, "--format", "hqq", "--out", out, "--force") == EXIT_USAGE
     error = capsys.readouterr().err
     assert "holds another model's weights (" in error
     assert "choose another --out" in error
@@ -143,7 +144,7 @@ def test_a_folder_without_weights_may_be_written_into(plain: Path, tmp_path: Pat
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for _ in range(2):
-        export.export_hqq(plain, tmp_path, force=True)
+        export_hqq(plain, tmp_path, force=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
 
@@ -155,9 +156,9 @@ def test_settings_of_generation_are_those_of_the_last_export(plain: Path, tmp_pa
     (with_some / "generation_config.json").write_text(json.dumps(settings))
     (with_none / "generation_config.json").unlink()
     out = tmp_path / "out"
-    export.export_hqq(with_some, out)
+    export_hqq(with_some, out)
     assert json.loads((out / "generation_config.json").read_text()) == settings
-    export.export_hqq(with_none, out, force=True)
+    export_hqq(with_none, out, force=True)
     assert not (out / "generation_config.json").exists()
 
 
@@ -165,6 +166,6 @@ def test_groups_that_hqq_does_not_have_are_refused(
     run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write(tmp_path / "checkpoint", config_of("tied"), block_size=36)
-    assert run_main(export.main, folder, "--format", "hqq", "--out", tmp_path / "out") == EXIT_USAGE
+    assert run_main(export_main, folder, "--format", "hqq", "--out", tmp_path / "out") == EXIT_USAGE
     assert "fall into groups of 4; HQQ's are multiples of 8" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

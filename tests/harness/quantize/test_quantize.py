@@ -14,11 +14,14 @@ import torch
 from transformers import dynamic_module_utils
 
 import harness
-from harness import models, pipeline, preparation, quantize, workflow
-from harness.checkpoint import REPORT
-from harness.cli import EXIT_USAGE, UserError
-from harness.models import Original
-from harness.preparation import Options
+from harness.calibration.methods import BASELINES
+from harness.cli import EXIT_USAGE
+from harness.errors import UserError
+from harness.models.folder import REPORT
+from harness.models.original import Original
+from harness.quantize.__main__ import main as quantize_main
+from harness.quantize.options import Options
+from harness.quantize.run import quantize
 from reference.types import TernaryConfig
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
@@ -58,9 +61,9 @@ def test_a_model_too_large_for_the_memory_gives_the_same_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
     text = ("--calibration", words_file, "--eval", words_file, "--block-size", tiny.BLOCK)
-    assert run_main(quantize.main, llama, "--out", tmp_path / "out", *text, *SMALL) == 0
+    assert run_main(quantize_main, llama, "--out", tmp_path / "out", *text, *SMALL) == 0
     capsys.readouterr()
     files = sorted(file.name for file in quantized.glob("model*"))
     assert files == sorted(file.name for file in (tmp_path / "out").glob("model*"))
@@ -68,7 +71,7 @@ def test_a_model_too_large_for_the_memory_gives_the_same_checkpoint(
         assert (tmp_path / "out" / file).read_bytes() == (quantized / file).read_bytes()
     reports = [json.loads((folder / REPORT).read_text()) for folder in (quantized, tmp_path / "out")]
     assert reports[0]["perplexity"] == reports[1]["perplexity"]
-    assert run_main(quantize.main, llama, "--method", "rtn-2bit", *text, *SMALL) == EXIT_USAGE
+    assert run_main(quantize_main, llama, "--method", "rtn-2bit", *text, *SMALL) == EXIT_USAGE
     assert "needs the whole model in memory" in capsys.readouterr().err
 
 
@@ -93,7 +96,7 @@ def test_code_that_comes_with_a_model_goes_into_the_checkpoint(
     config.update(model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
     (source / "config.json").write_text(json.dumps(config))
     arguments = ("--out", out, "--calibration", words_file, "--trust-remote-code", *SMALL)
-    assert run_main(quantize.main, source, *arguments) == 0
+    assert run_main(quantize_main, source, *arguments) == 0
     shutil.rmtree(source)
     assert type(harness.load(out, trust_remote_code=True)).__name__ == "OwnForCausalLM"
     with pytest.raises(UserError, match="trust_remote_code"):
@@ -105,7 +108,7 @@ def test_a_run_prints_plan_layers_table_and_result(
 ) -> None:
     out = tmp_path / "out"
     code = run_main(
-        quantize.main, llama, "--out", out, "--calibration", words_file, "--eval", words_file, *SMALL
+        quantize_main, llama, "--out", out, "--calibration", words_file, "--eval", words_file, *SMALL
     )
     printed = capsys.readouterr().out
     assert code == 0
@@ -136,13 +139,13 @@ def test_the_report_holds_figures_settings_and_versions(quantized: Path) -> None
             assert matrix["output_errors"]["aga"] <= matrix["output_errors"]["itf"] + 1e-12
 
 
-@pytest.mark.parametrize("method", sorted(pipeline.BASELINES))
+@pytest.mark.parametrize("method", sorted(BASELINES))
 def test_baselines_give_a_report_and_no_checkpoint(
     method: str, llama: Path, words_file: Path, tmp_path: Path, run_main: Run
 ) -> None:
     out = tmp_path / "out"
     code = run_main(
-        quantize.main, llama, "--method", method, "--out", out, "--calibration", words_file, *SMALL
+        quantize_main, llama, "--method", method, "--out", out, "--calibration", words_file, *SMALL
     )
     assert code == 0
     assert [file.name for file in out.iterdir()] == [REPORT]
@@ -173,7 +176,7 @@ def test_raised_damping_is_reported(
     text = tmp_path / "one.txt"
     text.write_text("w5 " * 100)
     arguments = (llama, "--out", tmp_path / "out", "--calibration", text, "--damping", "1e-17", *SMALL)
-    assert run_main(quantize.main, *arguments) == 0
+    assert run_main(quantize_main, *arguments) == 0
     assert "self_attn.q_proj: damping raised to" in capsys.readouterr().out
 
 
@@ -183,7 +186,7 @@ def test_damping_zero_with_a_singular_gram_matrix_names_the_matrix(
     text = tmp_path / "one.txt"
     text.write_text("w5 " * 100)
     arguments = (llama, "--out", tmp_path / "out", "--calibration", text, "--damping", "0", *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    assert run_main(quantize_main, *arguments) == EXIT_USAGE
     error = capsys.readouterr().err
     assert "error: model.layers.0." in error
     assert "not positive definite with damping 0" in error
@@ -194,7 +197,7 @@ def test_few_tokens_are_warned_about(
     llama: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL, "--nsamples", "20")
-    assert run_main(quantize.main, *arguments) == 0
+    assert run_main(quantize_main, *arguments) == 0
     assert "warning: the text has 400 tokens for 480 asked for" in capsys.readouterr().out
 
 
@@ -222,10 +225,10 @@ def test_every_setting_of_the_method_is_a_switch(
     )
     assert all(value != getattr(TernaryConfig(), name) for name, value in vars(config).items())
     seen: list[Options] = []
-    monkeypatch.setattr(quantize, "quantize", seen.append)
+    monkeypatch.setattr("harness.quantize.__main__.quantize", seen.append)
     switches = "--block-size 64 --start twn --reorder hessian --no-itf --aga printed --no-compensation"
     rest = "--damping 0.1 --max-iterations 5 --seed 3 --grid int8"
-    assert run_main(quantize.main, "--out", tmp_path, *f"{switches} {rest}".split()) == 0
+    assert run_main(quantize_main, "--out", tmp_path, *f"{switches} {rest}".split()) == 0
     assert seen[0].config == config
 
 
@@ -254,7 +257,7 @@ def run_workflow(
     )
     with pytest.MonkeyPatch.context() as patch:
         original = Original(model, tiny.make_tokenizer(), "tiny")
-        patch.setattr(preparation, "load_original", lambda *args: original)
-        record = workflow.quantize(options, say=lambda line: None)
+        patch.setattr("harness.quantize.prepare.load_original", lambda *args: original)
+        record = quantize(options, say=lambda line: None)
     shutil.rmtree(folder)
     return record

@@ -14,10 +14,14 @@ import pytest
 import torch
 
 import harness
-from harness import checkpoint, pipeline, preparation, quantize, workflow, writing
 from harness.backends import Backend
-from harness.checkpoint import REPORT
-from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
+from harness.errors import UserError
+from harness.files import write_json
+from harness.models.folder import REPORT
+from harness.quantize import run
+from harness.quantize.__main__ import main as quantize_main
+from harness.ternary.reading import load_tokenizer
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
 
@@ -29,8 +33,8 @@ def test_an_alignment_that_the_backend_leaves_out_is_refused_at_once(
 ) -> None:
     package = ModuleType("lacking")
     package.REFUSED = frozenset({"aga.align_grid_printed"})  # type: ignore[attr-defined]
-    monkeypatch.setattr(workflow, "load_backend", lambda *names: Backend("lacking", package))
-    assert run_main(quantize.main, "--out", tmp_path / "out", "--aga", "printed") == EXIT_USAGE
+    monkeypatch.setattr(run, "load_backend", lambda *names: Backend("lacking", package))
+    assert run_main(quantize_main, "--out", tmp_path / "out", "--aga", "printed") == EXIT_USAGE
     assert "lacking leaves out Eq. 13 as printed; use --backend reference" in capsys.readouterr().err
 
 
@@ -45,9 +49,9 @@ def test_a_device_that_is_too_small_ends_the_run_with_what_to_do(
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(pipeline, "_collect_grams", full)
+    monkeypatch.setattr("harness.calibration.layerwise._collect_grams", full)
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, llama, *arguments) == EXIT_USAGE
+    assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
     assert "too small (CUDA out of memory); free some" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -60,10 +64,12 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(preparation, "host_memory", lambda: 1_000_000)
-    monkeypatch.setattr(pipeline, "_collect_grams", lambda *arguments: torch.empty(1 << 60))
+    monkeypatch.setattr("harness.quantize.prepare.host_memory", lambda: 1_000_000)
+    monkeypatch.setattr(
+        "harness.calibration.layerwise._collect_grams", lambda *arguments: torch.empty(1 << 60)
+    )
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, llama, *arguments) == EXIT_USAGE
+    assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
     assert "warning: this machine has 0.0 GB of memory for the 0." in printed.out
     assert "the memory of this machine is too small; free some of it" in printed.err
@@ -100,7 +106,7 @@ def test_bad_input_is_refused_in_one_line(
     (tmp_path / "OUT" / "mine.txt").write_text("mine")
     (tmp_path / "TEXT").write_text(tiny.words(400))
     arguments = [str(tmp_path / a) if a in ("OUT", "LINK", "NEW", "TEXT") else a for a in extra]
-    code = run_main(quantize.main, llama, *SMALL, "--calibration", words_file, *arguments)
+    code = run_main(quantize_main, llama, *SMALL, "--calibration", words_file, *arguments)
     assert code == EXIT_USAGE
     error = capsys.readouterr().err.strip()
     assert message in error
@@ -116,7 +122,7 @@ def test_force_replaces_an_earlier_checkpoint_and_leaves_other_files(
     (damaged / "model-00009-of-00009.safetensors").write_bytes(b"stale")
     (damaged / "model_backup.safetensors").write_bytes(b"mine")
     arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == 0
+    assert run_main(quantize_main, *arguments) == 0
     assert (damaged / "mine.txt").read_text() == "mine"
     assert (damaged / "model_backup.safetensors").read_bytes() == b"mine"
     assert not (damaged / "model-00009-of-00009.safetensors").exists()
@@ -135,9 +141,9 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "_outside_layers", interrupt)
+    monkeypatch.setattr(run, "_outside_layers", interrupt)
     arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
+    assert run_main(quantize_main, *arguments) == EXIT_INTERRUPTED
     with pytest.raises(UserError, match=r"no config\.json"):
         harness.load(tmp_path / "out")
     printed = capsys.readouterr()
@@ -155,9 +161,9 @@ def test_a_run_interrupted_while_files_move_leaves_nothing_that_loads(
             raise KeyboardInterrupt
         move(source, target)
 
-    monkeypatch.setattr(writing.os, "replace", interrupt)
+    monkeypatch.setattr(os, "replace", interrupt)
     arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
+    assert run_main(quantize_main, *arguments) == EXIT_INTERRUPTED
     with pytest.raises(UserError, match=r"no config\.json"):
         harness.load(damaged)
 
@@ -167,7 +173,7 @@ def test_the_original_is_not_written_over(
 ) -> None:
     source = shutil.copytree(llama, tmp_path / "source")
     arguments = (source, "--out", source / ".." / "source", "--force", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    assert run_main(quantize_main, *arguments) == EXIT_USAGE
     assert "is where the original model lies" in capsys.readouterr().err
     assert (source / "model.safetensors").is_file()
 
@@ -187,7 +193,7 @@ def test_a_baseline_does_not_put_its_report_over_that_of_a_checkpoint(
         words_file,
         *SMALL,
     )
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    assert run_main(quantize_main, *arguments) == EXIT_USAGE
     assert "holds a checkpoint, and a baseline gives none" in capsys.readouterr().err
     assert (damaged / REPORT).read_bytes() == before
 
@@ -202,7 +208,7 @@ def test_folders_of_the_tokenizer_are_replaced_too(
     tokenizer.save_pretrained(source)
     for _ in range(2):
         arguments = (source, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
-        assert run_main(quantize.main, *arguments) == 0
+        assert run_main(quantize_main, *arguments) == 0
     assert (damaged / "additional_chat_templates").is_dir()
 
 
@@ -212,10 +218,10 @@ def test_no_chat_template_is_left_over_of_an_earlier_checkpoint(
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
     tokenizer.save_pretrained(damaged)
-    assert checkpoint.load_tokenizer(damaged).chat_template
+    assert load_tokenizer(damaged).chat_template
     arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == 0
-    assert checkpoint.load_tokenizer(damaged).chat_template is None
+    assert run_main(quantize_main, *arguments) == 0
+    assert load_tokenizer(damaged).chat_template is None
 
 
 def test_a_report_that_cannot_be_written_at_the_end_is_said_after_the_result(
@@ -226,16 +232,14 @@ def test_a_report_that_cannot_be_written_at_the_end_is_said_after_the_result(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write = writing.write_json
-
     def full(file: Path, value: object) -> None:
         if file == tmp_path / "out" / REPORT:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, value)
+        write_json(file, value)
 
-    monkeypatch.setattr(writing, "write_json", full)
+    monkeypatch.setattr("harness.quantize.run.write_json", full)
     arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    assert run_main(quantize_main, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
     assert "mean relative output error" in printed.out
     assert "No space left on device; the checkpoint is whole" in printed.err
@@ -246,5 +250,5 @@ def test_a_ternary_checkpoint_is_not_quantized_again(
     quantized: Path, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (quantized, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
-    assert run_main(quantize.main, *arguments) == EXIT_USAGE
+    assert run_main(quantize_main, *arguments) == EXIT_USAGE
     assert "already quantized (pt2_llm); start from the original" in capsys.readouterr().err

@@ -14,12 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import harness
-from harness import models, perplexity, quantize, resume, workflow, writing
-from harness.checkpoint import CONFIG, REPORT
-from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE, UserError
-from harness.writing import PROGRESS, STAGING, CheckpointWriter
+from harness import perplexity
+from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
+from harness.errors import UserError
+from harness.models.folder import CONFIG, PROGRESS, REPORT, STAGING
+from harness.quantize import resume, run
+from harness.quantize.__main__ import main as quantize_main
+from harness.ternary.writing import CheckpointWriter, load_shard
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
 
@@ -59,7 +63,7 @@ def stopped_after(layers: int, run_main: Run, *arguments: object) -> None:
     """Run the command until so many layers are noted, and stop it there."""
     with pytest.MonkeyPatch.context() as patch:
         stop_after(layers, patch)
-        assert run_main(quantize.main, *arguments) == EXIT_INTERRUPTED
+        assert run_main(quantize_main, *arguments) == EXIT_INTERRUPTED
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -94,12 +98,12 @@ def test_a_run_stopped_after_any_layer_goes_on_to_the_same_bytes(
     with pytest.raises(UserError, match=r"no config\.json"):
         harness.load(tmp_path / "out")
 
-    assert run_main(quantize.main, *command, *switches, "--resume") == 0
+    assert run_main(quantize_main, *command, *switches, "--resume") == 0
     printed = capsys.readouterr().out
     assert printed.count("relative output error 0") == LAYERS - layers
     whole = tmp_path / "whole"
     command[command.index(tmp_path / "out")] = whole
-    assert run_main(quantize.main, *command, *switches) == 0
+    assert run_main(quantize_main, *command, *switches) == 0
     assert files_of(tmp_path / "out") == files_of(whole)
     assert figures_of(tmp_path / "out") == figures_of(whole)
     assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == [layers]
@@ -109,13 +113,13 @@ def test_a_run_stopped_after_any_layer_goes_on_to_the_same_bytes(
 def test_a_run_may_be_stopped_again_and_read_its_layers_from_disk(
     command: list[object], tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
     for layers in (1, 2):
         stopped_after(layers, run_main, *command, "--resume")
-    assert run_main(quantize.main, *command, "--resume") == 0
+    assert run_main(quantize_main, *command, "--resume") == 0
     assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == [1, 2]
     stopped = files_of(tmp_path / "out")
-    assert run_main(quantize.main, *command, "--force") == 0
+    assert run_main(quantize_main, *command, "--force") == 0
     assert stopped == files_of(tmp_path / "out")
 
 
@@ -148,9 +152,9 @@ def test_a_killed_process_leaves_what_goes_on_and_does_not_load(
         with pytest.raises(UserError, match=r"no config\.json"):
             harness.load(folder)
 
-    assert run_main(quantize.main, *arguments, "--resume") == 0
+    assert run_main(quantize_main, *arguments, "--resume") == 0
     stopped = files_of(out)
-    assert run_main(quantize.main, *arguments, "--force") == 0
+    assert run_main(quantize_main, *arguments, "--force") == 0
     assert stopped == files_of(out)
 
 
@@ -171,13 +175,13 @@ def test_a_run_killed_while_its_files_move_goes_on(
         replace(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing.os, "replace", stop)
-        assert run_main(quantize.main, *command) == EXIT_INTERRUPTED
+        patch.setattr(os, "replace", stop)
+        assert run_main(quantize_main, *command) == EXIT_INTERRUPTED
     shutil.rmtree(out)
     (tmp_path / "killed").rename(out)
-    assert run_main(quantize.main, *command, "--resume") == 0
+    assert run_main(quantize_main, *command, "--resume") == 0
     resumed = files_of(out)
-    assert run_main(quantize.main, *command, "--force") == 0
+    assert run_main(quantize_main, *command, "--force") == 0
     assert resumed == files_of(out)
     assert not (out / STAGING).exists()
 
@@ -187,10 +191,10 @@ def test_a_stopped_run_is_not_thrown_away_unasked(
 ) -> None:
     stopped_after(2, run_main, *command)
     before = (tmp_path / "out" / STAGING / PROGRESS).read_bytes()
-    assert run_main(quantize.main, *command) == EXIT_USAGE
+    assert run_main(quantize_main, *command) == EXIT_USAGE
     assert "--resume goes on with it, --force begins anew" in capsys.readouterr().err
     assert (tmp_path / "out" / STAGING / PROGRESS).read_bytes() == before
-    assert run_main(quantize.main, *command, "--force") == 0
+    assert run_main(quantize_main, *command, "--force") == 0
     assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == []
 
 
@@ -213,12 +217,12 @@ def test_another_run_is_not_gone_on_with(
 ) -> None:
     stopped_after(1, run_main, *command)
     capsys.readouterr()
-    assert run_main(quantize.main, *command, *switches, "--resume") == EXIT_USAGE
+    assert run_main(quantize_main, *command, *switches, "--resume") == EXIT_USAGE
     printed = capsys.readouterr()
     assert message in printed.err
     assert "repeat its command with --resume, or begin anew with --force" in printed.err
     assert "layers are kept" not in printed.out
-    assert run_main(quantize.main, *command, "--resume") == 0
+    assert run_main(quantize_main, *command, "--resume") == 0
 
 
 def test_other_text_is_found_by_what_reaches_the_first_layer(
@@ -229,7 +233,7 @@ def test_other_text_is_found_by_what_reaches_the_first_layer(
     command[command.index(words_file)] = text
     stopped_after(1, run_main, *command)
     text.write_text(" ".join(reversed(words_file.read_text().split())))
-    assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
+    assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     assert "calibration.inputs_checksum was " in capsys.readouterr().err
 
 
@@ -244,7 +248,7 @@ def test_a_layer_that_gives_something_else_is_noticed(
         changed.model.layers[1].input_layernorm.weight[0] += 0.5
     tiny.save(changed, folder)
     capsys.readouterr()
-    assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
+    assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     printed = capsys.readouterr()
     assert "layer 2 does not give what it gave when it was ternarized" in printed.err
     assert (tmp_path / "out" / STAGING / PROGRESS).exists()
@@ -261,14 +265,14 @@ def test_what_is_damaged_is_not_gone_on_with(
     elif damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-1])
     elif damage == "lacking":
-        tensors = writing.load_shard(shard)
+        tensors = load_shard(shard)
         del tensors["model.layers.0.mlp.up_proj.scale"]
-        writing.save_file(tensors, shard)
+        save_file(tensors, shard)
     else:
         shard = shard.with_name(PROGRESS)
         shard.write_text("{")
     capsys.readouterr()
-    assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
+    assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     error = capsys.readouterr().err.strip()
     assert str(shard) in error
     assert "damaged" in error
@@ -279,25 +283,25 @@ def test_a_matrix_that_cannot_be_fitted_leaves_nothing(
     command: list[object], tmp_path: Path, run_main: Run
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch, workflow.FitError)
-        assert run_main(quantize.main, *command) == EXIT_USAGE
+        stop_after(2, patch, run.FitError)
+        assert run_main(quantize_main, *command) == EXIT_USAGE
     assert not (tmp_path / "out").exists()
 
 
 def test_where_nothing_was_stopped_a_run_begins(
     command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main(quantize.main, *command, "--resume") == 0
+    assert run_main(quantize_main, *command, "--resume") == 0
     assert "holds no run that was stopped: beginning with the first layer" in capsys.readouterr().out
     assert (tmp_path / "out" / CONFIG).is_file()
-    assert run_main(quantize.main, *command, "--resume") == EXIT_USAGE
+    assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     assert "exists and is not empty" in capsys.readouterr().err
 
 
 def test_a_baseline_is_not_gone_on_with(
     command: list[object], run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main(quantize.main, *command, "--method", "rtn-2bit", "--resume") == EXIT_USAGE
+    assert run_main(quantize_main, *command, "--method", "rtn-2bit", "--resume") == EXIT_USAGE
     assert "rtn-2bit writes nothing that could be gone on with" in capsys.readouterr().err
 
 
@@ -316,8 +320,8 @@ def test_perplexity_before_is_measured_once(
         measured.append(arguments)
         return perplexity.measure_on(*arguments)
 
-    monkeypatch.setattr(workflow, "measure_on", measure)
-    assert run_main(quantize.main, *command, *switches, "--resume") == 0
+    monkeypatch.setattr(run, "measure_on", measure)
+    assert run_main(quantize_main, *command, *switches, "--resume") == 0
     assert len(measured) == times
 
 

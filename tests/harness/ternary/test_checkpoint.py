@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import harness
-from harness import checkpoint, models, writing
 from harness.backends import load_backend
-from harness.cli import UserError
-from harness.linear import TernaryLinear
+from harness.errors import UserError
+from harness.files import write_json
+from harness.models.folder import INDEX, STAGING, require_free, require_space
+from harness.ternary.format import is_ternary, packed_bytes, packed_tensors, permutation_dtype
+from harness.ternary.linear import TernaryLinear
+from harness.ternary.writing import CheckpointWriter
 from reference.types import TernaryMatrix
 
 REFERENCE = load_backend("reference")
@@ -55,23 +59,21 @@ def test_the_size_on_disk_is_the_size_announced(quantized: Path) -> None:
     for name in (Q_PROJ, "model.layers.0.mlp.down_proj"):
         stored = [t for key, t in tensors.items() if key.startswith(f"{name}.")]
         n, m = (128, 128) if name == Q_PROJ else (128, 176)
-        assert sum(t.numel() * t.element_size() for t in stored) == checkpoint.packed_bytes(
-            n, m, 64, "float16", True
-        )
+        assert sum(t.numel() * t.element_size() for t in stored) == packed_bytes(n, m, 64, "float16", True)
 
 
 @pytest.mark.parametrize(
     ("columns", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"), (65537, "uint32")]
 )
 def test_permutations_take_the_smallest_type(columns: int, dtype: str) -> None:
-    assert checkpoint.permutation_dtype(columns) == np.dtype(dtype)
+    assert permutation_dtype(columns) == np.dtype(dtype)
 
 
 def test_an_identity_permutation_is_left_out() -> None:
     matrix = TernaryMatrix(
         np.zeros((2, 4), np.int8), np.ones((2, 1), np.float16), np.ones((2, 1), np.float16), np.arange(4), 4
     )
-    assert set(checkpoint.packed_tensors("a", matrix, REFERENCE)) == {
+    assert set(packed_tensors("a", matrix, REFERENCE)) == {
         "a.trits",
         "a.scale",
         "a.shift",
@@ -96,7 +98,7 @@ def edit_tensor(
     """Change a tensor, or take it away (from the index too, if `unlist`), or put others beside it."""
 
     def damage(folder: Path) -> None:
-        file = folder / json.loads((folder / models.INDEX).read_text())["weight_map"][name]
+        file = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
         tensors = load_file(file)
         changed = change(tensors.pop(name))
         if changed is not None:
@@ -119,9 +121,9 @@ def put(place: tuple[int, ...], value: float) -> Callable[[torch.Tensor], torch.
 
 def edit_index(change: Callable[[dict[str, str]], None]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        index = json.loads((folder / models.INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text())
         change(index["weight_map"])
-        (folder / models.INDEX).write_text(json.dumps(index))
+        (folder / INDEX).write_text(json.dumps(index))
 
     return damage
 
@@ -240,7 +242,7 @@ DAMAGE = {
         lambda folder: (folder / "model-00001-of-00004.safetensors").unlink(),
         "model-00001-of-00004.safetensors is missing or damaged",
     ),
-    "index gone": (lambda folder: (folder / models.INDEX).unlink(), "index.json is missing or damaged"),
+    "index gone": (lambda folder: (folder / INDEX).unlink(), "index.json is missing or damaged"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
 }
 
@@ -281,39 +283,39 @@ def test_nothing_is_left_of_a_checkpoint_that_was_not_finished(tmp_path: Path) -
     out = tmp_path / "out"
     with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
-        writing.CheckpointWriter(out, 2, REFERENCE) as writer,
+        CheckpointWriter(out, 2, REFERENCE) as writer,
     ):
         writer.add({"a": torch.zeros(3)})
-        assert not checkpoint.is_ternary(writer.folder)
+        assert not is_ternary(writer.folder)
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
 def test_files_are_staged_on_the_disk_they_stay_on(tmp_path: Path) -> None:
     """A folder beside a mount point is on another disk, and a rename from there fails."""
-    with writing.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
+    with CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
         assert writer.folder.parent == tmp_path / "out"
 
 
 def test_a_second_run_does_not_write_where_one_is_writing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with writing.CheckpointWriter(out, 2, REFERENCE) as writer:
+    with CheckpointWriter(out, 2, REFERENCE) as writer:
         writer.add({"a": torch.zeros(3)})
         with pytest.raises(UserError, match=r"another run is writing to .*out; wait"):
-            writing.require_free(out, force=True)
+            require_free(out, force=True)
         with (
             pytest.raises(UserError, match="another run is writing to"),
-            writing.CheckpointWriter(out, 2, REFERENCE),
+            CheckpointWriter(out, 2, REFERENCE),
         ):
             pass
         assert len(list(writer.folder.iterdir())) == 1
-    with writing.CheckpointWriter(out, 2, REFERENCE):
+    with CheckpointWriter(out, 2, REFERENCE):
         pass
 
 
 def test_a_failed_run_deletes_only_what_is_its_own(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), writing.CheckpointWriter(out, 2, REFERENCE):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(out, 2, REFERENCE):  # noqa: PT012
         (out / "mine.txt").write_text("mine")
         raise KeyboardInterrupt
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
@@ -327,15 +329,15 @@ def test_others_may_read_the_weights(quantized: Path) -> None:
 def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file exists and is not a folder"):
-        writing.require_free(tmp_path / "file" / "out", force=False)
+        require_free(tmp_path / "file" / "out", force=False)
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
-    left = tmp_path / "out" / writing.STAGING
+    left = tmp_path / "out" / STAGING
     left.mkdir(parents=True)
-    writing.require_free(tmp_path / "out", force=False)
+    require_free(tmp_path / "out", force=False)
     (left / "model-00001-of-00009.safetensors").write_bytes(b"old")
-    with writing.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
+    with CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer:
         assert list(writer.folder.iterdir()) == []
 
 
@@ -343,30 +345,30 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.M
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing, "save_file", full)
+    monkeypatch.setattr("harness.ternary.writing.save_file", full)
     with (
         pytest.raises(UserError, match=r"model-00001-of-00002.*No space left on device"),
-        writing.CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer,
+        CheckpointWriter(tmp_path / "out", 2, REFERENCE) as writer,
     ):
         writer.add({"a": torch.zeros(3)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_space_is_refused_before_the_start(tmp_path: Path) -> None:
-    writing.require_space(tmp_path / "not" / "yet", 1)
+    require_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk"):
-        writing.require_space(tmp_path, 1 << 62)
+        require_space(tmp_path, 1 << 62)
 
 
 def test_the_tokenizer_needs_space_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=40_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=40_000_000))
     with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk, 40\.0 MB are free"):
-        writing.require_space(tmp_path, 35_000_000)
+        require_space(tmp_path, 35_000_000)
 
 
 def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "report.json"
-    writing.write_json(file, {"a": 1})
+    write_json(file, {"a": 1})
 
     def killed(self: Path, *args: object, **kwargs: object) -> None:
         self.touch()
@@ -374,7 +376,7 @@ def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Path, "write_text", killed)
     with pytest.raises(KeyboardInterrupt):
-        writing.write_json(file, {"a": 2})
+        write_json(file, {"a": 2})
     assert json.loads(file.read_bytes()) == {"a": 1}
 
 

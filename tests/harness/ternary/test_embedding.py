@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import harness
 import harness.hf
-from harness import checkpoint, workflow
-from harness.cli import UserError
-from harness.embedding import decode, encode, round_embeddings, unrounded
-from harness.preparation import Options
+from harness.errors import UserError
+from harness.quantize.options import Options
+from harness.quantize.run import quantize
+from harness.ternary.embedding import decode, encode, round_embeddings, unrounded
+from harness.ternary.reading import tensors_of, weight_map
 from reference.types import TernaryConfig
 from tests.harness import tiny
 
@@ -51,8 +52,8 @@ def test_tied_matrices_are_coded_once(kind: str) -> None:
 def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(kind, torch.bfloat16, ternary=False), tmp_path / "original")
     options = options_for(folder, tmp_path, evaluation=str(tmp_path / "words.txt"), evaluation_seqlen=24)
-    report = workflow.quantize(options, say=lambda line: None)
-    whole = workflow.quantize(
+    report = quantize(options, say=lambda line: None)
+    whole = quantize(
         Options(**{**vars(options), "embedding": "as-it-is", "out": tmp_path / "whole"}),
         say=lambda line: None,
     )
@@ -64,7 +65,7 @@ def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -
         assert torch.equal(getattr(loaded, name)().weight, getattr(original, name)().weight)
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == original.config.tie_word_embeddings
-    tensors = dict(checkpoint.tensors_of(tmp_path / "out"))
+    tensors = dict(tensors_of(tmp_path / "out"))
     coded = [name for name, tensor in tensors.items() if "proj" not in name and tensor.dtype == torch.int8]
     assert len(coded) == (1 if tied else 2)
     announced = report["plan"]["packed_bytes"] + report["plan"]["other_bytes"]
@@ -74,7 +75,7 @@ def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -
     assert torch.equal(wide.get_input_embeddings().weight, loaded.get_input_embeddings().weight.float())
 
     loaded.save_pretrained(tmp_path / "again")
-    saved = dict(checkpoint.tensors_of(tmp_path / "again"))
+    saved = dict(tensors_of(tmp_path / "again"))
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
@@ -85,11 +86,11 @@ def test_what_is_read_back_is_what_calibration_used(kind: str, tmp_path: Path) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_changing_the_dtype_leaves_what_is_stored_alone(dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny.make_model("qwen3", torch.bfloat16, ternary=False)
-    workflow.quantize(options_for(tiny.save(model, tmp_path / "original"), tmp_path), say=lambda line: None)
+    quantize(options_for(tiny.save(model, tmp_path / "original"), tmp_path), say=lambda line: None)
     loaded = harness.load(tmp_path / "out").to(dtype)
     assert loaded.get_input_embeddings().weight.dtype == dtype
     loaded.save_pretrained(tmp_path / "again")
-    tensors, saved = (dict(checkpoint.tensors_of(tmp_path / name)) for name in ("out", "again"))
+    tensors, saved = (dict(tensors_of(tmp_path / name)) for name in ("out", "again"))
     for name in ("model.embed_tokens", "lm_head"):
         for part in ("weight", "row_factor"):
             assert tensors[f"{name}.{part}"].dtype == saved[f"{name}.{part}"].dtype
@@ -100,7 +101,7 @@ def test_rows_that_have_changed_are_saved_as_they_are(tmp_path: Path) -> None:
     """And all others as they were: a model is given more tokens, and one has another embedding."""
     model = tiny.make_model("qwen3", torch.bfloat16, ternary=False)
     assert not model.config.tie_word_embeddings
-    workflow.quantize(options_for(tiny.save(model, tmp_path / "original"), tmp_path), say=lambda line: None)
+    quantize(options_for(tiny.save(model, tmp_path / "original"), tmp_path), say=lambda line: None)
     loaded = harness.load(tmp_path / "out")
     before = loaded.get_input_embeddings().weight.data.clone()
     loaded.resize_token_embeddings(len(before) + 8)
@@ -126,9 +127,9 @@ def test_rows_that_have_changed_are_saved_as_they_are(tmp_path: Path) -> None:
 
 def test_codes_are_checked(tmp_path: Path) -> None:
     options = options_for(tiny.save(tiny.make_model("llama"), tmp_path / "original"), tmp_path)
-    workflow.quantize(options, say=lambda line: None)
+    quantize(options, say=lambda line: None)
     name = "model.embed_tokens.weight"
-    file = tmp_path / "out" / checkpoint.weight_map(tmp_path / "out")[name]
+    file = tmp_path / "out" / weight_map(tmp_path / "out")[name]
     tensors = load_file(file)
     tensors[name][5, 6] = -128
     save_file(tensors, file, metadata={"format": "pt"})

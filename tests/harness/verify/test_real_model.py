@@ -11,7 +11,7 @@ import pytest
 
 from harness import text
 from harness.backends import Backend, load_backend
-from harness.compare import compare_on_model
+from harness.verify.real_model import compare_on_model
 from reference.types import TernaryMatrix
 from tests.harness import tiny
 

@@ -9,10 +9,11 @@ import shutil
 import pytest
 
 from golden.cases import FOLDER
-from harness import backends, verify
+from harness import backends
 from harness.backends import MissingOperation, load_backend
-from harness.cli import UserError
-from harness.tolerances import _FLOAT32, SCALES, TOLERANCES
+from harness.errors import UserError
+from harness.verify.__main__ import main as verify_main
+from harness.verify.tolerances import _FLOAT32, SCALES, TOLERANCES
 
 MODULES = sorted({operation.partition(".")[0] for operation in TOLERANCES})
 
@@ -111,7 +112,7 @@ def symmetric_ternarize(W):
 
 
 def test_reference_passes_everything(capsys):
-    assert verify.main(["--backend", "reference"]) == 0
+    assert verify_main(["--backend", "reference"]) == 0
     out = capsys.readouterr().out
     assert "PASS: backend reference" in out
     assert "MISS" not in out
@@ -123,7 +124,7 @@ def test_reference_passes_everything(capsys):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_caught(backend, capsys, fault):
     module, code = FAULTS[fault]
-    assert verify.main(["--backend", backend(fault, module, code), "--operation", module]) == 1
+    assert verify_main(["--backend", backend(fault, module, code), "--operation", module]) == 1
     out = capsys.readouterr().out
     assert "FAIL" in out
     assert "MISS" in out
@@ -131,7 +132,7 @@ def test_faults_are_caught(backend, capsys, fault):
 
 def test_a_refused_operation_is_no_miss(backend, capsys):
     name = backend("refusing", "aga", "del align_grid_printed\n", 'REFUSED = {"aga.align_grid_printed"}\n')
-    assert verify.main(["--backend", name, "--operation", "aga"]) == 0
+    assert verify_main(["--backend", name, "--operation", "aga"]) == 0
     assert "aga.align_grid_printed: 14 cases, refused" in capsys.readouterr().out
 
 
@@ -151,7 +152,7 @@ def symmetric_ternarize(W):
     alpha, T = twn.symmetric_ternarize(W.array)
     return type(W)(alpha), type(W)(T)
 """
-    assert verify.main(["--backend", backend("device_like", "twn", code, package), "--operation", "twn"]) == 0
+    assert verify_main(["--backend", backend("device_like", "twn", code, package), "--operation", "twn"]) == 0
     capsys.readouterr()
 
 
@@ -173,7 +174,7 @@ def ternarize(W, C, config):
     return replace(result, **{name: whole_on_device.OnDevice(getattr(result, name)) for name in moved})
 """
     name = backend("whole_on_device", "ternarize", code, package)
-    assert verify.main(["--backend", name, "--operation", "ternarize", "--kind", "exact"]) == 0
+    assert verify_main(["--backend", name, "--operation", "ternarize", "--kind", "exact"]) == 0
     capsys.readouterr()
 
 
@@ -193,7 +194,7 @@ def no_device(monkeypatch):
 @pytest.mark.parametrize("broken", [False, True])
 def test_json_is_all_that_is_printed(backend, no_device, capsys, broken):
     name = backend("in_json", *FAULTS["not_a_number"]) if broken else "auto"
-    code = verify.main(["--backend", name, "--operation", "ssr", "--json"])
+    code = verify_main(["--backend", name, "--operation", "ssr", "--json"])
     report = json.loads(
         capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
     )
@@ -209,7 +210,7 @@ def test_json_is_all_that_is_printed(backend, no_device, capsys, broken):
 
 
 def test_auto_says_what_it_is(no_device, capsys):
-    assert verify.main(["--operation", "twn.symmetric_ternarize", "--kind", "exact"]) == 0
+    assert verify_main(["--operation", "twn.symmetric_ternarize", "--kind", "exact"]) == 0
     captured = capsys.readouterr()
     assert "auto" in captured.err
     assert "reference" in captured.err
@@ -254,23 +255,23 @@ def test_backend_finds_functions_by_operation():
 )
 def test_bad_usage_is_exit_code_2(capsys, arguments):
     with pytest.raises(SystemExit) as ended:
-        verify.main(arguments)
+        verify_main(arguments)
     assert ended.value.code == 2
     assert re.search("nothing|record", capsys.readouterr().err)
 
 
 def test_a_precision_that_the_backend_lacks_is_refused():
     with pytest.raises(UserError, match="backend reference computes in float64, not in float32"):
-        verify.main(["--backend", "reference", "--precision", "float32"])
+        verify_main(["--backend", "reference", "--precision", "float32"])
 
 
 def test_what_does_not_run_on_a_device_is_not_recorded(backend, tmp_path, monkeypatch):
     """It is said before any case is run, which takes minutes."""
-    monkeypatch.setattr(verify, "load_cases", lambda folder: pytest.fail("read"))
+    monkeypatch.setattr("harness.verify.__main__.load_cases", lambda folder: pytest.fail("read"))
     for name in ("reference", backend("standing_in", package="STANDIN = True\n")):
         for model in ([], ["--model"]):
             with pytest.raises(UserError, match=f"the backend {name} does not run on one here; leave it out"):
-                verify.main(["--backend", name, "--record", str(tmp_path / "record.json"), *model])
+                verify_main(["--backend", name, "--record", str(tmp_path / "record.json"), *model])
     assert not (tmp_path / "record.json").exists()
 
 
@@ -286,14 +287,14 @@ def test_a_changed_golden_file_is_refused(tmp_path, capsys):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert verify.main(["--golden", str(tmp_path)]) == 1
+    assert verify_main(["--golden", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert "exact.safetensors has changed" in captured.err
     assert captured.out == ""
 
 
 def test_every_row_of_the_table_is_used_and_has_a_reason(capsys):
-    assert verify.main(["--json"]) == 0
+    assert verify_main(["--json"]) == 0
     operations = json.loads(capsys.readouterr().out)["golden"]["float64"]
     assert operations.keys() == TOLERANCES.keys()
     for operation, rows in TOLERANCES.items():
@@ -306,14 +307,14 @@ def test_every_row_of_the_table_is_used_and_has_a_reason(capsys):
 
 def test_cases_cannot_be_chosen_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        verify.main(["--model", "--operation", "atq"])
+        verify_main(["--model", "--operation", "atq"])
     assert "leave them out with --model" in capsys.readouterr().err
 
 
 def test_a_record_is_of_the_package_s_own_golden_files(tmp_path, capsys):
     for switches in (["--record", "record.json"], ["--model"]):
         with pytest.raises(SystemExit):
-            verify.main(["--golden", str(tmp_path), *switches])
+            verify_main(["--golden", str(tmp_path), *switches])
         assert "--golden" in capsys.readouterr().err
 
 
@@ -325,5 +326,5 @@ def ternarize(W, C, config):
     return original.ternarize(W, C, replace(config, grid="float16"))
 """
     name = backend("without_8_bits", "ternarize", code)
-    assert verify.main(["--backend", name, "--operation", "ternarize", "--kind", "exact"]) == 1
+    assert verify_main(["--backend", name, "--operation", "ternarize", "--kind", "exact"]) == 1
     assert "ternarize.ternarize:int8" in capsys.readouterr().out

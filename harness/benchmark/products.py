@@ -1,0 +1,227 @@
+"""Microseconds of single products with ternary and dense matrices of real models' shapes."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.backends import load_backend
+from harness.benchmark.generation import fill
+from harness.benchmark.shapes import SHAPES
+from harness.compute import Compute, dtype_name, share_memory
+from harness.ternary.kernels.launches import share_launch
+from harness.ternary.linear import TernaryLinear
+
+# Larger than the L2 cache of an H200 twice over, so that weights come from memory at every product.
+ROTATED_BYTES = 128e6
+
+
+COPIED_BYTES = 1e9
+
+
+REPEATS = 20
+
+
+BLOCK_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Linear layers that are given the same input, and what they are in the model."""
+
+    name: str
+    rows: tuple[int, ...]
+    columns: int
+
+
+def matrices_of(shape: str) -> list[Matrices]:
+    """The different matrices of a decoder layer of one of `harness.scale.SHAPES`, alone and together."""
+    size = SHAPES[shape]
+    hidden, intermediate, narrow = size.hidden, size.intermediate, size.head_width * size.groups
+    found = [Matrices("q and o", (hidden,), hidden)]
+    if narrow != hidden:
+        found.append(Matrices("k and v", (narrow,), hidden))
+    return [
+        *found,
+        Matrices("gate and up", (intermediate,), hidden),
+        Matrices("down", (hidden,), intermediate),
+        Matrices("q, k, v together", (hidden, narrow, narrow), hidden),
+        Matrices("gate, up together", (intermediate, intermediate), hidden),
+    ]
+
+
+def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch.dtype) -> dict[str, Any]:
+    """Every matrix of a layer at every batch: packed, dense, and dequantized at every call.
+
+    Without a device there are no kernels, so that what is packed is dequantized.
+    Matrices that a model multiplies the same input with are also taken together: ``packed`` is then one
+    launch, ``separate`` one for each, and the other ways are one after the other. ``gemlite`` is its 2-bit
+    product of the same weights, where that is installed and has a device.
+
+    Parameters
+    ----------
+    shape : str
+        One of `harness.scale.SHAPES`.
+    compute : Compute
+        Where they run; on a device inside a CUDA graph.
+    batches : list of int
+        Rows of the activations.
+    dtype : torch.dtype
+        Type of activations and dense weights.
+
+    Returns
+    -------
+    dict
+        ``copy_gb_s``, the bandwidth of a copy in the same run, reads and writes counted; and ``products``,
+        for every matrix and batch the microseconds of each way, what of that bandwidth the packed one
+        reaches by the bytes it reads, and its ratio to the dense one.
+    """
+    bandwidth = _copy_bandwidth(compute)
+    rows = []
+    for matrices in matrices_of(shape):
+        layers = _rotated(matrices, compute, dtype)
+        products = [_ways(group, compute) for group in layers]
+        read = sum(_bytes_read(layer) for layer in layers[0])
+        for batch in batches:
+            x = torch.randn(batch, matrices.columns, dtype=dtype, device=compute.device)
+            seconds = {
+                way: _seconds([partial(ways[way], x) for ways in products], compute) for way in products[0]
+            }
+            rows.append(
+                {
+                    "matrix": matrices.name,
+                    "rows": sum(matrices.rows),
+                    "columns": matrices.columns,
+                    "batch": batch,
+                    **{f"{way}_us": round(1e6 * spent, 3) for way, spent in seconds.items()},
+                    "share_of_copy_bandwidth": round(
+                        (read + x.numel() * x.element_size()) / seconds["packed"] / bandwidth, 4
+                    ),
+                    "times_faster_than_dense": round(seconds["dense"] / seconds["packed"], 4),
+                }
+            )
+    return {
+        "shape": shape,
+        "dtype": dtype_name(dtype),
+        "device": compute.describe(),
+        "copy_gb_s": round(bandwidth / 1e9, 2),
+        "products": rows,
+    }
+
+
+def gemlite_product(layer: TernaryLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product with the same weights by gemlite: codes t + 1 in 2 bits, a float zero for every block.
+
+    gemlite has no permutation, so columns stay in the order of quantization.
+
+    Parameters
+    ----------
+    layer : TernaryLinear
+        On a CUDA device; its columns must be whole blocks.
+
+    Returns
+    -------
+    callable
+        Maps activations (tokens, m) to (tokens, n).
+    """
+    helper = importlib.import_module("gemlite.helper")
+    matrix = layer.matrix()
+    alpha, mu = matrix.grid()
+    codes = (matrix.trits + 1).to(torch.uint8)
+    maker = helper.A16Wn(device=str(codes.device), dtype=layer.weight_dtype)
+    scales, zeros = (values.to(layer.weight_dtype) for values in (alpha, 1 - mu / alpha))
+    return maker.from_weights(codes, scales, zeros, 2, layer.block_size)
+
+
+def _rotated(matrices: Matrices, compute: Compute, dtype: torch.dtype) -> list[list[TernaryLinear]]:
+    """As many random groups of layers as do not fit in a cache."""
+    size = 2.25 / 8 * sum(matrices.rows) * matrices.columns
+    count = max(2, int(ROTATED_BYTES / size)) if compute.device.type == "cuda" else 2
+
+    def layer_of(rows: int) -> TernaryLinear:
+        layer = TernaryLinear(matrices.columns, rows, BLOCK_SIZE, "float16", True, False, dtype)
+        fill(layer.to(compute.device))
+        return layer
+
+    return [[layer_of(rows) for rows in matrices.rows] for _ in range(count)]
+
+
+def _ways(layers: list[TernaryLinear], compute: Compute) -> dict[str, Callable[[torch.Tensor], Any]]:
+    """The products with layers that are given the same input, in every way there is here."""
+    alone, weights = copy.deepcopy(layers), [layer.dequantize() for layer in layers]
+    for layer in alone:
+        layer.keep_dense(False)
+    ways: dict[str, Callable[[torch.Tensor], Any]] = {
+        "packed": lambda x: [layer(x) for layer in layers],
+        "dense": lambda x: [nn.functional.linear(x, weight) for weight in weights],
+    }
+    if compute.device.type != "cuda":
+        return {**ways, "packed": lambda x: [layer(x) for layer in alone]}
+    ways["dequantized"] = lambda x: [layer(x) for layer in alone]
+    if importlib.util.find_spec("gemlite"):
+        theirs = [gemlite_product(layer) for layer in layers]
+        ways["gemlite"] = lambda x: [product(x) for product in theirs]
+    backend = load_backend("gpu")
+    share_memory(backend)
+    if len(layers) > 1:
+        separate = copy.deepcopy(alone)
+        for layer in separate:
+            share_launch([layer], backend)
+        ways["separate"] = lambda x: [layer(x) for layer in separate]
+    share_launch(layers, backend)
+    return ways
+
+
+def _bytes_read(layer: TernaryLinear) -> int:
+    tensors = layer.stored().values() if layer.packed is None else layer.packed.buffers()
+    share = 1 if layer.packed is None else len(layer.packed.ends)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) // share
+
+
+@torch.no_grad()
+def _seconds(calls: list[Callable[[], Any]], compute: Compute) -> float:
+    """Median seconds of a call, each of which has weights of its own."""
+    for call in calls[:3]:  # compiles, and picks kernels
+        call()
+    compute.wait()
+    if compute.device.type != "cuda":
+        return median(_clocked(call, compute) for call in calls for _ in range(3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    spent = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        spent.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return median(spent)
+
+
+def _clocked(call: Callable[[], Any], compute: Compute) -> float:
+    begin = time.perf_counter()
+    call()
+    compute.wait()
+    return time.perf_counter() - begin
+
+
+def _copy_bandwidth(compute: Compute) -> float:
+    """Bytes a second of a copy, read and written."""
+    size = int(COPIED_BYTES if compute.device.type == "cuda" else COPIED_BYTES / 20)
+    source = torch.empty(size, dtype=torch.uint8, device=compute.device).random_(
+        0, 256
+    )  # zeros may cost less
+    target = torch.empty_like(source)
+    return 2 * size / _seconds([lambda: target.copy_(source)] * 3, compute)

@@ -1,0 +1,282 @@
+"""Record the inputs of the decoder layers, and turn their final output into logits.
+
+Layers need not be in memory for either: stand-ins take their place and pass hidden states on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.compute import Compute
+from harness.errors import UserError
+from harness.models.decoder import DecoderLayers
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model passes to a decoder layer beside the hidden states, and takes from it.
+
+    `extra` counts what the layer returns in a tuple after them; None if it returns them alone.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    extra: int | None = None
+
+    def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the layer on hidden states of its own device and type."""
+        output = layer(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def to(self, compute: Compute) -> LayerCall:
+        """The same on a device; floating-point arguments (masks, rotary tables) in the type layers run in."""
+        args, kwargs = _moved((self.args, self.kwargs), compute)
+        return replace(self, args=args, kwargs=kwargs)
+
+
+def brought(states: torch.Tensor, compute: Compute) -> torch.Tensor:
+    """Hidden states on the device and in the type that layers run in."""
+    return states.to(compute.device, compute.dtype, non_blocking=True)
+
+
+def advance(
+    layer: nn.Module,
+    call: LayerCall,
+    hidden: list[torch.Tensor],
+    compute: Compute,
+    step: Callable[[], None] = lambda: None,
+) -> None:
+    """Replace the hidden states of every window, where they lie, by what a layer makes of them."""
+    for states in hidden:
+        states.copy_(call(layer, brought(states, compute)), non_blocking=True)
+        step()
+
+
+@torch.no_grad()
+def capture_inputs(
+    model: nn.Module,
+    decoder: DecoderLayers,
+    windows: torch.Tensor,
+    compute: Compute = Compute(),
+    step: Callable[[], object] = lambda: None,
+) -> tuple[list[torch.Tensor], list[LayerCall]]:
+    """The hidden states that reach the first layer for every window, and how every layer is called.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model.
+    decoder : DecoderLayers
+        Its decoder layers.
+    windows : (samples, seqlen) int64 tensor
+        Token ids.
+    compute : Compute
+        Where the first layer is run, to see what it returns and what that depends on.
+    step : callable
+        Is called after every window.
+
+    Returns
+    -------
+    hidden : list of (1, seqlen, width) tensors
+    calls : list of LayerCall
+        One a layer, from the first window: windows are of one length and without padding, so masks
+        and positions are the same for all of them.
+
+    Raises
+    ------
+    UserError
+        If the model does not simply pass the hidden states from layer to layer, or looks ahead.
+    """
+    hidden = []
+    for window in windows:
+        hidden.append(_enter_layers(model, decoder, window)[0])
+        step()
+    extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute)
+    calls = _record_pass(model, decoder, windows[0], extra)
+    if len(windows) > 1:
+        others = _record_pass(model, decoder, windows[-1], extra)
+        for index, (call, other) in enumerate(zip(calls, others, strict=True)):
+            if not _same((call.args, call.kwargs), (other.args, other.kwargs)):
+                raise UserError(
+                    f"decoder layer {index} of {type(model).__name__} is given more that depends on the text "
+                    "than the hidden states; such models cannot be calibrated layer by layer"
+                )
+    return hidden, calls
+
+
+@torch.no_grad()
+def logits_after(
+    model: nn.Module,
+    decoder: DecoderLayers,
+    calls: list[LayerCall],
+    window: torch.Tensor,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    """What the model makes of the last decoder layer's output: its final norm, head and the like.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model; what is outside its layers is in memory, on one device.
+    decoder, calls
+        Its decoder layers, and how each is called.
+    window : (seqlen,) int64 tensor
+        Token ids that led to it.
+    hidden : (1, seqlen, width) tensor
+        Output of the last layer, on the device of the model.
+
+    Returns
+    -------
+    (1, seqlen, vocabulary) tensor
+    """
+    with _replaced(decoder.layers, lambda states: hidden, calls[0].extra):
+        return model(window[None].to(hidden.device), use_cache=False).logits
+
+
+def _enter_layers(
+    model: nn.Module, decoder: DecoderLayers, window: torch.Tensor
+) -> tuple[torch.Tensor, LayerCall]:
+    """The hidden states that reach the first layer, and its call."""
+    seen: list[tuple[torch.Tensor, LayerCall]] = []
+
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_split(args, kwargs))
+        raise _Captured
+
+    handle = decoder.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        _run(model, window)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _extra_output(
+    hidden: torch.Tensor, call: LayerCall, decoder: DecoderLayers, compute: Compute
+) -> int | None:
+    """How many things the layers return in a tuple after the hidden states, if they return one.
+
+    Raises
+    ------
+    UserError
+        If what a layer makes of a token depends on later ones, as in an encoder.
+    """
+    call = call.to(compute)
+    layer = decoder.working_copy(0, compute)
+    hidden = brought(hidden, compute)
+    half = hidden.shape[1] // 2
+    other_end = torch.cat([hidden[:, :half], -hidden[:, half:]], dim=1)
+    output = layer(hidden, *call.args, **call.kwargs)
+    first = (output[0] if isinstance(output, tuple) else output)[:, :half].float()
+    changed = call(layer, other_end)[:, :half].float()
+    # What is masked contributes zeros, so that nothing changes but by a kernel's whim.
+    if (first - changed).abs().max() > 16 * torch.finfo(hidden.dtype).eps * first.abs().max():
+        raise UserError(
+            "the model is no causal language model: what its first layer makes of a token depends on later "
+            "tokens. Encoders have no perplexity, and are not ternarized"
+        )
+    return len(output) - 1 if isinstance(output, tuple) else None
+
+
+def _record_pass(
+    model: nn.Module, decoder: DecoderLayers, window: torch.Tensor, extra: int | None
+) -> list[LayerCall]:
+    """Every layer's call in a pass of the whole model."""
+    layers = decoder.layers
+    calls: list[LayerCall] = []
+    inputs: list[torch.Tensor] = []
+
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states, call = _split(args, kwargs)
+        inputs.append(states)
+        calls.append(replace(call, extra=extra))
+
+    def leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        raise _Captured
+
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(leave))
+    try:
+        with _replaced(layers, lambda states: states, extra):
+            _run(model, window)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Stand-ins return what they are given, so it must reach the next layer as it is.
+    if len(calls) != len(layers) or not all(torch.equal(inputs[0], states) for states in inputs[1:]):
+        raise UserError(
+            f"{type(model).__name__} does more between its decoder layers than pass the hidden states on; "
+            "such models cannot be calibrated layer by layer"
+        )
+    return calls
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, LayerCall]:
+    """The hidden states of a layer's arguments, and the rest."""
+    if args:
+        return args[0], LayerCall(args[1:], kwargs)
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), LayerCall((), kwargs)
+
+
+@contextmanager
+def _replaced(
+    layers: nn.ModuleList,
+    stand_in: Callable[[torch.Tensor], torch.Tensor],
+    extra: int | None,
+) -> Iterator[None]:
+    """Let every layer return what `stand_in` makes of its hidden states, in the form of the layer."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states = stand_in(_split(args, kwargs)[0])
+        return states if extra is None else (states, *[None] * extra)
+
+    # Libraries that move weights about put a forward of their own into a module.
+    own = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, previous in zip(layers, own, strict=True):
+            if previous is None:
+                del layer.forward
+            else:
+                layer.forward = previous
+
+
+def _run(model: nn.Module, window: torch.Tensor) -> None:
+    """A pass that a hook ends."""
+    with suppress(_Captured):
+        model(window[None], use_cache=False)
+
+
+class _Captured(Exception):
+    """All that is wanted of a pass has been seen."""
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls pass the same; what holds no tensor is taken to be the same."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor))
+
+
+def _moved(value: Any, compute: Compute) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(compute.device, compute.dtype if value.is_floating_point() else None)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(v, compute) for v in value)
+    if isinstance(value, dict):
+        return {k: _moved(v, compute) for k, v in value.items()}
+    return value

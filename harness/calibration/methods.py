@@ -1,0 +1,67 @@
+"""How a matrix is quantized: PT²-LLM by a backend, or one of the 2-bit baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.backends import Backend
+from harness.compute import Compute
+from harness.errors import UserError
+from reference import baselines
+from reference.types import TernaryConfig, TernaryMatrix
+
+# Maps weights (n, m), as the layer holds them, and the float64 Gram matrix (m, m) of their inputs, both
+# on the device that computes, to the matrix that takes their place: a TernaryMatrix, or for the
+# baselines the dense (n, m) array. Arrays of the result are any that speak DLPack.
+Method = Callable[[torch.Tensor, torch.Tensor], Any]
+
+
+def ternarizer(backend: Backend, compute: Compute, config: TernaryConfig) -> Method:
+    """PT²-LLM by a backend."""
+    precision = getattr(torch, backend.precision)
+
+    def method(W: torch.Tensor, C: torch.Tensor) -> TernaryMatrix:
+        with compute.queue(backend):
+            return backend.ternarize(W.to(precision), C, config)
+
+    return method
+
+
+BASELINES = {
+    "rtn-2bit": "round to nearest on a min-max grid",
+    "gptq-2bit": "GPTQ as its paper has it: min-max grid, columns in their order",
+    "gptq-2bit-best": "GPTQ at its best: activation order, MSE-clipped grid",
+}
+
+
+def baseline_bits(config: TernaryConfig) -> float:
+    """Bits a weight of a baseline: 2, and for every group a step of 16 bits and a zero of 2."""
+    return 2 + 18 / config.block_size
+
+
+def baseline(name: str, config: TernaryConfig) -> Method:
+    """One of `BASELINES`, in groups of the block size; gives dense arrays."""
+
+    def method(weight: torch.Tensor, products: torch.Tensor) -> np.ndarray:
+        W, C = (tensor.double().cpu().numpy() for tensor in (weight, products))
+        if name == "rtn-2bit":
+            return baselines.round_to_nearest(W, group_size=config.block_size)
+        best = name == "gptq-2bit-best"
+        return baselines.gptq(
+            W,
+            C,
+            group_size=config.block_size,
+            damping=config.damping,
+            activation_order=best,
+            clip=best,
+        )
+
+    return method
+
+
+class FitError(UserError):
+    """A matrix that cannot be quantized by the method asked for."""

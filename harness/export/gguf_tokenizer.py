@@ -1,0 +1,185 @@
+"""A tokenizer's vocabulary, merges and rules as GGUF metadata.
+
+GGUF does not hold a tokenizer's rules but their names, so only rules that have a name can be written:
+byte-level BPE ("gpt2") that splits words in one of the ways of `PRE_TOKENIZERS`, and BPE over characters
+that falls back on bytes, as SentencePiece makes it ("llama").
+
+What is written is the tokenizer that the checkpoint has. transformers reads "smollm" from a GGUF file as
+"gpt-2", so a checkpoint that was made from such a file splits digits no more than its export does.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gguf
+from gguf import TokenType
+
+from harness.errors import UserError
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+
+
+# How regular expressions split words, by the name llama.cpp has for it.
+_SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+}
+
+
+PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS.values())
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
+    """Write a tokenizer's metadata.
+
+    Parameters
+    ----------
+    writer : gguf.GGUFWriter
+        Where to.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The checkpoint's.
+    config : transformers.PreTrainedConfig
+        The model's: how many tokens it embeds, and special tokens that the tokenizer does not name.
+
+    Raises
+    ------
+    UserError
+        If GGUF has no name for the tokenizer's rules, or it has more tokens than the model.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _unknown(f"is a {type(tokenizer).__name__}")
+    rules = json.loads(backend.to_str())
+    model = rules["model"]
+    if model.get("type") != "BPE":
+        raise _unknown(f"is {model.get('type')}")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(_prepends_space(rules))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer(rules))
+
+    tokens, types = _tokens(tokenizer, model, config.vocab_size)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if model.get("byte_fallback"):
+        writer.add_token_scores(_scores(tokens, merges))
+    writer.add_token_merges(merges)
+
+    first, last = _surrounds(tokenizer)
+    writer.add_add_bos_token(first)
+    writer.add_add_eos_token(last)
+    for kind, add in (
+        ("bos", writer.add_bos_token_id),
+        ("eos", writer.add_eos_token_id),
+        ("unk", writer.add_unk_token_id),
+        ("pad", writer.add_pad_token_id),
+    ):
+        found = getattr(tokenizer, f"{kind}_token_id", None)
+        if found is None:
+            found = getattr(config, f"{kind}_token_id", None)
+        if isinstance(found, int):
+            add(found)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _unknown(what: str) -> UserError:
+    return UserError(
+        f"the checkpoint's tokenizer {what}, for which GGUF has no name, and without a tokenizer the file "
+        f"could not be run. Known are SentencePiece BPE with bytes to fall back on, and byte-level BPE that "
+        f"splits words as {', '.join(PRE_TOKENIZERS)} do"
+    )
+
+
+def _pre_tokenizer(rules: dict[str, Any]) -> str:
+    """llama.cpp's name for how words are split before byte-level BPE."""
+    steps = _steps(rules["pre_tokenizer"], "pretokenizers")
+    normalizers = [step["type"] for step in _steps(rules["normalizer"], "normalizers")]
+    *before, last = [(step["type"], step) for step in steps] or [("nothing", {})]
+    name = None
+    if last[0] == "ByteLevel" and not last[1].get("add_prefix_space"):
+        own_split = last[1].get("use_regex", True)
+        kinds = [kind for kind, _ in before]
+        if own_split and not kinds:
+            name = "gpt-2"
+        elif own_split and kinds == ["Digits"] and before[0][1].get("individual_digits"):
+            name = "smollm"
+        elif not own_split and kinds == ["Split"] and before[0][1].get("behavior") == "Isolated":
+            name = _SPLITS.get(before[0][1]["pattern"].get("Regex", ""))
+    if name is None:
+        raise _unknown(f"splits words by {' and '.join(step['type'] for step in steps) or 'nothing'}")
+    # llama.cpp has text in this form already.
+    if normalizers not in ([], ["NFC"]):
+        raise _unknown(f"normalizes text by {' and '.join(normalizers)}")
+    return name
+
+
+def _prepends_space(rules: dict[str, Any]) -> bool:
+    """Whether a space is put before the text, in tokenizers that write spaces as SentencePiece does."""
+    steps = [*_steps(rules["normalizer"], "normalizers"), *_steps(rules["pre_tokenizer"], "pretokenizers")]
+    prepends = replaces = False
+    for step in steps:
+        if step["type"] == "Prepend" and step["prepend"] == SPACE:
+            prepends = True
+        elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE:
+            replaces = True
+        elif step["type"] == "Metaspace" and step["replacement"] == SPACE:
+            replaces = True
+            prepends = step.get("prepend_scheme", "always") != "never"
+        else:
+            raise _unknown(f"prepares text by {step['type']}")
+    if not replaces:
+        raise _unknown("does not write spaces as SentencePiece does")
+    return prepends
+
+
+def _steps(rule: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if rule is None:
+        return []
+    return list(rule[key]) if rule["type"] == "Sequence" else [rule]
+
+
+def _tokens(tokenizer: Any, model: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]]:
+    """Every token up to the model's last, and its type."""
+    vocabulary = {**model["vocab"], **tokenizer.get_added_vocab()}
+    if max(vocabulary.values()) >= size:
+        raise UserError(
+            f"the tokenizer has token {max(vocabulary.values())}, the model has {size}; "
+            "they do not belong together"
+        )
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size
+    for token, i in vocabulary.items():
+        tokens[i], types[i] = token, TokenType.NORMAL
+        if model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x") and token[5] == ">":
+            types[i] = TokenType.BYTE
+    for i, added in tokenizer.added_tokens_decoder.items():
+        types[i] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+    unknown = model["vocab"].get(model.get("unk_token") or "")
+    if unknown is not None:
+        types[unknown] = TokenType.UNKNOWN
+    return tokens, types
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """Scores that make SentencePiece, which joins the best pair first, merge in the order of `merges`."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", "", 1), rank)
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
+
+
+def _surrounds(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the tokenizer puts its first and its last token around a text."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    return whole[0] != bare[0] and whole[0] == tokenizer.bos_token_id, (
+        whole[-1] != bare[-1] and whole[-1] == tokenizer.eos_token_id
+    )

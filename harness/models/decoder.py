@@ -1,0 +1,173 @@
+"""The decoder layers of a model: finding what to ternarize in them, and getting at one at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.compute import HOST, Compute
+from harness.errors import UserError
+
+# Reads tensors by their names in the whole model.
+Reader = Callable[[list[str]], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class DecoderLayers:
+    """The decoder layers of a model and the matrices in them that are ternarized.
+
+    Attributes
+    ----------
+    prefix : str
+        Module name of the list of layers.
+    layers : nn.ModuleList
+        The layers, in order.
+    linears : list of dict
+        For every layer, the nn.Linear modules by their name inside it.
+    read : callable, optional
+        Reads tensors by their names in the whole model. Then `layers` and `linears` are on torch's meta
+        device: shapes without weights.
+    """
+
+    prefix: str
+    layers: nn.ModuleList
+    linears: list[dict[str, nn.Linear]]
+    read: Reader | None = None
+
+    def tensors(self, index: int, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors of a layer as the model holds them, by their names in the layer."""
+        state = self.layers[index].state_dict()
+        if self.read is None:
+            return {name: state[name] for name in names}
+        found = self.read([self.full_name(index, name) for name in names])
+        return {name: found[self.full_name(index, name)].to(state[name].dtype) for name in names}
+
+    def working_copy(self, index: int, compute: Compute) -> nn.Module:
+        """A layer to compute with, on the device and in the type that layers run in."""
+        moved: dict[int, Any] = {}
+        if self.read is None:
+            # Matrices go straight to where they are wanted: a copy on the host would take as long again.
+            for linear in self.linears[index].values():
+                weight = linear.weight.detach().to(compute.device, compute.dtype)
+                moved[id(linear.weight)] = nn.Parameter(weight, requires_grad=False)
+        layer = copy.deepcopy(self.layers[index], moved)
+        if self.read is not None:
+            layer.load_state_dict(self.tensors(index, list(layer.state_dict())), assign=True)
+        return layer.to(compute.device, compute.dtype)
+
+    def replace(self, index: int, name: str, weight: torch.Tensor) -> None:
+        """Put other weights in the place of a matrix, if the model is in memory."""
+        if self.read is None:
+            linear = self.linears[index][name]
+            linear.weight.data = weight.to(linear.weight.device, linear.weight.dtype)
+
+    @contextmanager
+    def outside_on(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+        """Move what is outside the layers to a device, and back to the host."""
+        inside = {id(tensor) for tensor in (*self.layers.parameters(), *self.layers.buffers())}
+        outside = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
+        for tensor in outside:
+            tensor.data = tensor.data.to(device)
+        try:
+            yield
+        finally:
+            for tensor in outside:
+                tensor.data = tensor.data.to(HOST)
+
+    def full_name(self, layer: int, name: str) -> str:
+        """Name of a module of a layer in the whole model."""
+        return f"{self.prefix}.{layer}.{name}"
+
+    def named_linears(self) -> dict[str, nn.Linear]:
+        """Every matrix by its name in the whole model."""
+        return {
+            self.full_name(i, name): linear
+            for i, linears in enumerate(self.linears)
+            for name, linear in linears.items()
+        }
+
+
+def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
+    """The decoder layers: the outermost ModuleList that holds the most weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model.
+    read : callable, optional
+        Reads tensors of its layers by name, if they are on torch's meta device.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+    candidates: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(
+            name.startswith(f"{outer}.") for outer in candidates
+        ):
+            candidates[name] = module
+    if not candidates:
+        raise UserError(f"{type(model).__name__} has no ModuleList of decoder layers; nothing to quantize")
+    prefix, layers = max(candidates.items(), key=lambda item: _weights_in(item[1]))
+    linears = [
+        {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        for layer in layers
+    ]
+    return DecoderLayers(prefix, layers, linears, read)
+
+
+def find_decoder_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
+    """`locate_layers`, of a model that can be ternarized.
+
+    Raises
+    ------
+    UserError
+        If there are none, a layer has weights that are neither those of an nn.Linear nor of an
+        embedding, nothing is an nn.Linear, or a weight is not finite.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are ternarized"
+        )
+    found = locate_layers(model, read)
+    not_understood = []
+    for name, module in found.layers.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                shape = "x".join(map(str, parameter.shape))
+                not_understood.append(f"{found.prefix}.{name}.{key} ({type(module).__name__}, {shape})")
+    if not_understood:
+        more = f" and {len(not_understood) - 5} more" if len(not_understood) > 5 else ""
+        raise UserError(
+            f"{type(model).__name__} has layers that are not understood, such as fused experts: "
+            f"{', '.join(not_understood[:5])}{more}. Only nn.Linear is ternarized"
+        )
+    if not found.named_linears():
+        raise UserError(f"{type(model).__name__} has nothing to quantize: no nn.Linear in {found.prefix}")
+    for name, parameter in model.named_parameters():
+        require_finite(name, parameter)
+    return found
+
+
+def _weights_in(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def require_finite(name: str, weight: torch.Tensor) -> None:
+    """Refuse weights that hold NaN or infinity."""
+    if weight.is_meta:
+        return
+    finite = torch.isfinite(weight)
+    if not finite.all():
+        place = (~finite).nonzero()[0].tolist()
+        raise UserError(f"{name}{place} is {weight[tuple(place)].item()}; all weights must be finite")

@@ -1,0 +1,114 @@
+"""Models larger than memory: decoder layers stay on disk and are read one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from harness.errors import UserError
+from harness.machine import host_memory
+from harness.models.decoder import DecoderLayers, Reader, find_decoder_layers
+from harness.models.folder import INDEX, SINGLE, files_of_tensors
+from harness.models.original import Original, quiet_transformers, require_all_found
+
+# Share of the memory that weights may take: hidden states and what a run works with need room, too.
+MEMORY_SHARE = 0.6
+
+
+def is_larger_than_memory(folder: Path) -> bool:
+    """Whether the weights of a model folder leave too little of this machine's memory."""
+    if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
+        return False  # in files that cannot be read tensor by tensor
+    files = [folder / name for name in set(files_of_tensors(folder).values())]
+    return sum(file.stat().st_size for file in files if file.exists()) > MEMORY_SHARE * host_memory()
+
+
+def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
+    """Load what is outside the decoder layers; of those, only the shapes.
+
+    Parameters
+    ----------
+    folder : Path
+        A model folder with safetensors files.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
+
+    Returns
+    -------
+    Original
+        Its ``read`` takes the weights of the layers from the files.
+
+    Raises
+    ------
+    UserError
+        If the files do not hold every tensor under the name that the model has for it.
+    """
+    transformers = quiet_transformers()
+
+    options = {"trust_remote_code": trust_remote_code}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    depth = config.get_text_config().num_hidden_layers
+    config.get_text_config().num_hidden_layers = 1
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype="auto", output_loading_info=True, **options
+    )
+    decoder = attach_empty_layers(model, depth, trust_remote_code)
+    files = files_of_tensors(folder)
+    expected = {f"{decoder.prefix}.{name}" for name in decoder.layers.state_dict()}
+    lacking = sorted(expected - files.keys())
+    if lacking:
+        raise UserError(
+            f"{folder} is too large to be loaded whole, and cannot be read layer by layer: "
+            f"its files have no tensor {lacking[0]}"
+        )
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
+    ignored = require_all_found(info, str(folder))
+    return Original(model.eval(), tokenizer, str(folder), _reader(folder, files), ignored)
+
+
+def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False) -> DecoderLayers:
+    """Put `depth` decoder layers without weights, on torch's meta device, in the place of a model's own.
+
+    What layers compute for themselves and no file holds (causal masks, tables of positions) is that of the
+    model's first layer.
+
+    Raises
+    ------
+    UserError
+        If a layer has such a tensor that the first has not.
+    """
+    model.config.get_text_config().num_hidden_layers = depth
+    with torch.device("meta"):
+        shapes = quiet_transformers().AutoModelForCausalLM.from_config(
+            model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
+        )
+    decoder = find_decoder_layers(shapes)
+    computed = dict(model.get_submodule(decoder.prefix)[0].named_buffers())
+    for index, layer in enumerate(decoder.layers):
+        stored = layer.state_dict()
+        for buffer in [name for name, _ in layer.named_buffers() if name not in stored]:
+            if buffer not in computed:
+                raise UserError(
+                    f"{type(model).__name__} cannot be read layer by layer: its first layer has no {buffer}, "
+                    f"which layer {index} computes"
+                )
+            owner, _, own = buffer.rpartition(".")
+            layer.get_submodule(owner).register_buffer(own, computed[buffer], persistent=False)
+    parent, _, name = decoder.prefix.rpartition(".")
+    setattr(model.get_submodule(parent), name, decoder.layers.eval())
+    return decoder
+
+
+def _reader(folder: Path, files: dict[str, str]) -> Reader:
+    def read(names: list[str]) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for file in sorted({files[name] for name in names}):
+            with safe_open(folder / file, framework="pt") as shard:
+                tensors.update({name: shard.get_tensor(name) for name in names if files[name] == file})
+        return tensors
+
+    return read

@@ -1,0 +1,157 @@
+"""What a run will take, said before it starts: matrices, bits, bytes, memory and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from harness.backends import Backend
+from harness.calibration.capture import LayerCall, brought
+from harness.calibration.gram import GramSum
+from harness.calibration.methods import ternarizer
+from harness.compute import Compute, seconds_of
+from harness.machine import duration
+from harness.models.decoder import DecoderLayers
+from harness.models.original import Original
+from harness.ternary.format import packed_bytes
+from reference.types import TernaryConfig
+
+# Seconds of `reference.ternarize` on one core of 2024: a weight, and a column cubed.
+TERNARIZE_WEIGHT, TERNARIZE_CUBE = 7e-7, 2.2e-10
+
+
+# Resident size of an interpreter with torch and transformers loaded.
+IMPORTS_BYTES = 700e6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a run.
+
+    Attributes
+    ----------
+    matrices, weights : int
+        Linear layers that are ternarized, and weights in them.
+    packed_bytes, other_bytes : int
+        Bytes of those as packed, and of everything else in the checkpoint.
+    memory_bytes, device_bytes, seconds : float
+        Expected peak of resident memory and of the device's (0 where there is none; hidden states are
+        not counted), and time without evaluation.
+    """
+
+    matrices: int
+    weights: int
+    packed_bytes: int
+    other_bytes: int
+    memory_bytes: float
+    device_bytes: float
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a ternarized weight, alpha, mu and permutation counted."""
+        return 8 * self.packed_bytes / self.weights
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        size = self.packed_bytes + self.other_bytes
+        return [
+            f"  {self.matrices} matrices, {self.weights / 1e6:.1f} M weights, "
+            f"{self.bits_per_weight:.3f} bits a weight with alpha, mu and permutation",
+            f"  checkpoint {size / 1e6:.0f} MB ({self.packed_bytes / 1e6:.0f} MB ternary, "
+            f"{self.other_bytes / 1e6:.0f} MB embeddings, head and norms)",
+            f"  about {self.memory_bytes / 1e9:.1f} GB of memory, "
+            + (f"{self.device_bytes / 1e9:.1f} GB of the device's, " if self.device_bytes else "")
+            + f"{duration(self.seconds)} without evaluation",
+        ]
+
+
+def make_plan(
+    original: Original,
+    decoder: DecoderLayers,
+    window: torch.Tensor,
+    windows: int,
+    call: LayerCall,
+    backend: Backend,
+    compute: Compute,
+    config: TernaryConfig,
+    true_sequential: bool,
+    evaluation_seqlen: int,
+    saved_bytes: int,
+) -> Plan:
+    """Estimate a run from the shapes and from one timed pass of the first layer.
+
+    `window` holds the hidden states of one of the `windows`; `saved_bytes` is what is stored less of
+    embedding and head than they take in memory.
+    """
+    model = original.model
+    linears = list(decoder.named_linears().values())
+    shapes = [linear.weight.shape for linear in linears]
+    weights = sum(rows * columns for rows, columns in shapes)
+    item = next(model.parameters()).element_size()
+    total = sum(p.numel() for p in model.parameters())
+    widest = max(columns for _, columns in shapes)
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers)
+    permuted = config.reorder != "none"
+    packed = sum(
+        packed_bytes(rows, columns, config.block_size, config.grid, permuted) for rows, columns in shapes
+    )
+    seqlen = window.shape[1]
+    states = windows * window.numel() * window.element_size()
+
+    # Gram matrices of a layer in float64 with a float32 chunk: most layers have two or three of the width.
+    grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
+    in_memory = item * (total if original.read is None else total - weights + layer)
+    device = compute.memory is not None
+    fit = 8 * 3 * widest**2 + 20 * max(shape.numel() for shape in shapes)
+    host_fits = 8 * 6 * widest**2 * min(torch.get_num_threads(), len(decoder.linears[0]))
+    host_layer = 12 * layer + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
+
+    forward, gram = _time_layer(decoder, window, call, compute)
+    passes = 5 if true_sequential else 2  # q/k/v, o, gate/up and down are collected one by one
+    if device:
+        fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
+    else:
+        fitting = sum(TERNARIZE_WEIGHT * n * m + TERNARIZE_CUBE * m**3 for n, m in shapes)
+    return Plan(
+        matrices=len(linears),
+        weights=weights,
+        packed_bytes=packed,
+        other_bytes=item * (total - weights) - saved_bytes,
+        memory_bytes=IMPORTS_BYTES
+        + in_memory
+        + states
+        + (0 if device else host_layer)
+        + item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0),
+        # The layer, its weights before and after, and a window on its way through it.
+        device_bytes=2 * item * layer + grams + fit + 16 * item * seqlen * widest if device else 0,
+        seconds=len(decoder.layers) * windows * (passes * forward + gram) + fitting,
+    )
+
+
+@torch.no_grad()
+def _time_layer(
+    decoder: DecoderLayers, hidden: torch.Tensor, call: LayerCall, compute: Compute
+) -> tuple[float, float]:
+    """Seconds of one pass of a window through a layer, and of the Gram products of its inputs."""
+    layer, call, hidden = decoder.working_copy(0, compute), call.to(compute), brought(hidden, compute)
+    widths = {linear.in_features for linear in decoder.linears[0].values()}
+    sums = {width: GramSum(width, compute.device) for width in widths}
+    rows = torch.ones(hidden.shape[0] * hidden.shape[1], max(widths)).to(hidden)
+
+    def products() -> None:
+        for width, total in sums.items():
+            total.add(rows[:, :width].contiguous())
+
+    # Inputs of the hidden width feed q/k/v, o and gate/up; the widest only one matrix.
+    return seconds_of(lambda: call(layer, hidden), compute), 2 * seconds_of(products, compute)
+
+
+def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:
+    """Seconds that a device takes for a block of columns; launches count for more than arithmetic."""
+    columns = 8 * config.block_size
+    W = torch.randn(columns, columns, device=compute.device)
+    C = (W.T @ W).double()
+    method = ternarizer(backend, compute, config)
+    return seconds_of(lambda: method(W, C), compute) / 8

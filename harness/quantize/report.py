@@ -1,0 +1,79 @@
+"""The record of a run: what is stored in report.json and printed as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from harness.calibration.layerwise import FittedLayer, FittedMatrix
+from reference.aga import output_error
+from reference.types import TernaryMatrix
+
+
+def matrix_record(fitted: FittedMatrix) -> dict[str, Any]:
+    """Figures of one matrix: name, shape, dead inputs, seconds, and the fit or the error alone."""
+    result = fitted.result
+    if isinstance(result, TernaryMatrix) and result.report is not None:
+        figures = asdict(result.report)
+    else:
+        dense = result.dequantize() if isinstance(result, TernaryMatrix) else result
+        weight, gram = (tensor.double().cpu().numpy() for tensor in (fitted.weight, fitted.gram))
+        power = output_error(weight, np.zeros_like(weight), gram)
+        error = output_error(weight, dense, gram)
+        figures = {"output_power": power, "relative_output_error": error / power if power > 0 else 0.0}
+    return {
+        "name": fitted.name,
+        "shape": list(fitted.weight.shape),
+        "dead_inputs": int((fitted.gram.diagonal() == 0).sum()),
+        "seconds": fitted.seconds,
+        **figures,
+    }
+
+
+def layer_record(index: int, layer: FittedLayer) -> dict[str, Any]:
+    """Figures of a layer; its relative output error is ΣE_x / Σtr(W C Wᵀ) over its matrices."""
+    records = [matrix_record(matrix) for matrix in layer.matrices]
+    power = sum(r["output_power"] for r in records)
+    error = sum(r["relative_output_error"] * r["output_power"] for r in records)
+    return {
+        "layer": index,
+        "relative_output_error": error / power if power > 0 else 0.0,
+        "seconds": layer.seconds,
+        "matrices": records,
+    }
+
+
+def mean_layer_error(layers: list[dict[str, Any]]) -> float:
+    """Mean over layers of the relative output error."""
+    return float(np.mean([layer["relative_output_error"] for layer in layers]))
+
+
+def table(layers: list[dict[str, Any]]) -> list[str]:
+    """A line for every matrix: errors after each stage, variance, and the whole matrix."""
+    records = [record for layer in layers for record in layer["matrices"]]
+    width = max(len(record["name"]) for record in records)
+    if "output_errors" not in records[0]:
+        lines = [f"{'matrix':{width}}  {'whole':>9}  {'s':>5}"]
+        for r in records:
+            lines.append(f"{r['name']:{width}}  {r['relative_output_error']:9.5f}  {r['seconds']:5.1f}")
+        return [*lines, "whole: E_x / tr(WCWᵀ) of the whole matrix"]
+    lines = [
+        f"{'':{width}}  {'E_w / ‖W‖²':^26}  {'E_x / tr(WCWᵀ)':^26}  {'variance in blocks':^20}  {'':9}",
+        f"{'matrix':{width}}  {'init':>8} {'ITF':>8} {'AGA':>8}  {'init':>8} {'ITF':>8} {'AGA':>8}  "
+        f"{'before':>9} {'after':>9}   {'whole':>8} {'rounds':>6} {'s':>5}",
+    ]
+    for r in records:
+        weight, output = r["weight_errors"], r["output_errors"]
+        lines.append(
+            f"{r['name']:{width}}  {weight[0]:8.5f} {weight[-1]:8.5f} {r['aligned_weight_error']:8.5f}  "
+            f"{output['init']:8.5f} {output['itf']:8.5f} {output['aga']:8.5f}  "
+            f"{r['variance_before']:9.3g} {r['variance_after']:9.3g}   "
+            f"{r['relative_output_error']:8.5f} {r['iterations']:6d} {r['seconds']:5.1f}"
+        )
+    return [
+        *lines,
+        "E_w, E_x: sums over blocks, each against the weights it was fitted to (compensated for the",
+        "blocks before it); whole: the matrix as stored against the original; rounds: most ITF took",
+    ]

@@ -1,0 +1,164 @@
+"""A ternary model on disk: a Hugging Face folder whose linear layers are packed trits.
+
+`reference.packing` describes the tensors of a linear layer byte by byte. Beside them, config.json has a
+``quantization_config``:
+
+    quant_method     "pt2_llm"
+    format_version   1
+    block_size       columns that share alpha and mu
+    grid             what alpha and mu are stored in: "float16" or "int8"
+    modules          names of the packed layers
+    unpermuted       those of them without a permutation, as it is the identity; a permutation that is
+                     missing elsewhere was lost
+    coded            embedding and head, if stored as `harness.ternary.embedding` describes
+    weight_dtype     dtype that dequantized weights are rounded to, as calibration saw them so; that of
+                     config.json if absent
+
+Everything else is as transformers writes it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from harness.backends import Backend
+from harness.errors import UserError
+from harness.models.folder import CONFIG, read_config
+from reference.packing import FORMAT_VERSION
+from reference.types import GRIDS, CodedGrid, TernaryMatrix
+
+QUANT_METHOD = "pt2_llm"
+
+
+def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[str, torch.Tensor]:
+    """The tensors that hold one matrix of a backend's arrays, by their names in the checkpoint."""
+    columns = matrix.trits.shape[1]
+    packed = backend.function("packing.pack_base3")(matrix.trits)
+    parts = {"trits": backend.to_host(packed)}
+    for part in ("scale", "shift"):
+        grid = backend.to_host(getattr(matrix, part))
+        if isinstance(grid, CodedGrid):
+            parts |= {part: grid.codes, f"{part}_factor": grid.block[0], "row_factor": grid.row[:, 0]}
+        else:
+            parts[part] = grid
+    permutation = backend.to_host(matrix.permutation)
+    if not np.array_equal(permutation, np.arange(columns)):
+        parts["permutation"] = permutation.astype(permutation_dtype(columns))
+    return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
+
+
+def packed_bytes(rows: int, columns: int, block_size: int, grid: str, permuted: bool) -> int:
+    """Bytes of one packed matrix, the bias left out."""
+    parts = stored_parts(rows, columns, block_size, grid, permuted).values()
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
+
+
+def is_ternary(folder: Path) -> bool:
+    """Whether a folder says that it holds a checkpoint of this format."""
+    if not (folder / CONFIG).is_file():
+        return False
+    quantization = read_config(folder).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+@dataclass(frozen=True)
+class StoredLayers:
+    """What the ``quantization_config`` of a checkpoint says."""
+
+    block_size: int
+    grid: str
+    modules: list[str]
+    unpermuted: list[str]
+    coded: list[str]
+
+
+def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
+    """The ``quantization_config`` of a checkpoint, checked; `where` is what it was read from.
+
+    Raises
+    ------
+    UserError
+        If its version is another, or an entry is missing or of another kind.
+    """
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{where} has format version {version!r}; this program reads version {FORMAT_VERSION}"
+        )
+    modules, unpermuted = quantization.get("modules"), quantization.get("unpermuted")
+    block_size = quantization.get("block_size")
+    coded = quantization.get("coded", [])  # there were none at first
+    for entry, names in (("modules", modules), ("unpermuted", unpermuted), ("coded", coded)):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{where}: {entry} of quantization_config is no list of names")
+    if not isinstance(block_size, int) or block_size < 1:
+        raise UserError(f"{where}: block_size of quantization_config is no number from 1 on")
+    grid = quantization.get("grid", "float16")  # the only one there was at first
+    if grid not in GRIDS:
+        raise UserError(f"{where}: the grid {grid!r} of quantization_config is none of {', '.join(GRIDS)}")
+    return StoredLayers(block_size, grid, modules or [], unpermuted or [], coded)
+
+
+# Everything that may be stored of one matrix.
+PACKED = ("trits", "scale", "shift", "permutation", "row_factor", "scale_factor", "shift_factor")
+
+
+def stored_parts(
+    rows: int, columns: int, block_size: int, grid: str, permuted: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Types and shapes of the tensors that hold one matrix."""
+    blocks = -(-columns // block_size)
+    kind = getattr(torch, grid)
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "trits": (torch.uint8, (rows, -(-columns // 5))),
+        "scale": (kind, (rows, blocks)),
+        "shift": (kind, (rows, blocks)),
+    }
+    if grid == "int8":
+        parts["row_factor"] = (torch.float16, (rows,))
+        parts["scale_factor"] = parts["shift_factor"] = (torch.float16, (blocks,))
+    if permuted:
+        parts["permutation"] = (getattr(torch, str(permutation_dtype(columns))), (columns,))
+    return parts
+
+
+def permutation_dtype(columns: int) -> np.dtype[Any]:
+    """The smallest unsigned type that holds the index of every column."""
+    return np.min_scalar_type(columns - 1)
+
+
+def unpack_base3(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Trits of bytes that are known to be sound, (..., ceil(count / 5)) uint8 to (..., count) int8."""
+    # No tensor of constants: a CUDA graph takes none from the host.
+    digits = torch.stack([packed // 3**i % 3 for i in range(5)], -1).flatten(-2)
+    return digits[..., :count].to(torch.int8) - 1
+
+
+def pack_base3(trits: torch.Tensor) -> torch.Tensor:
+    """Bytes of trits that are known to be sound, the inverse of `unpack_base3`."""
+    filled = nn.functional.pad(trits + 1, (0, -trits.shape[-1] % 5), value=1).to(torch.uint8)
+    digits = filled.unflatten(-1, (-1, 5)).unbind(-1)
+    return torch.stack([digit * 3**i for i, digit in enumerate(digits)]).sum(0, dtype=torch.uint8)
+
+
+def require_base3(packed: torch.Tensor, count: int) -> None:
+    """Refuse bytes that are not the code of trits.
+
+    Raises
+    ------
+    ValueError
+        If a byte is above 242, or the last of a row is filled up with something other than t = 0.
+    """
+    if (packed > 3**5 - 1).any():
+        byte = int(packed[packed > 3**5 - 1][0])
+        raise ValueError(f"byte {byte} is not the code of 5 trits")
+    filling = unpack_base3(packed[..., -1:], 5)[..., count - 5 * (packed.shape[-1] - 1) :]
+    if filling.any():
+        raise ValueError(f"the last byte must be filled up with t = 0 beyond trit {count}")

@@ -1,0 +1,128 @@
+"""Ternary weights as the packed kernels read them, in tensors of torch.
+
+The layout is that of `gpu.kernels.layout.Layout`, and every tensor is of integers that hold its bits: torch
+has few operations on unsigned ones, and what converts a model's floating-point tensors must leave alpha and
+mu alone. A pair of alpha and mu is one integer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+# Digits in a word, rows in a tile, columns in a chunk; as in `gpu.kernels.layout`.
+WORD, TILE_ROWS, CHUNK = 16, 32, 256
+
+
+# What a pair in an integer consists of.
+PAIRS = {"int16": "int8", "int32": "float16"}
+
+
+class Matrix(NamedTuple):
+    """A ternary matrix as a checkpoint holds it, but for the trits, which are (n, m) int8.
+
+    alpha and mu are float16, or int8 with factors; columns of trits are in quantization order.
+    """
+
+    trits: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    permutation: torch.Tensor
+    row_factor: torch.Tensor | None = None
+    scale_factor: torch.Tensor | None = None
+    shift_factor: torch.Tensor | None = None
+
+    def dequantize(self, block_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The (n, m) weights, columns in their original order, computed in float32 and rounded."""
+        block = torch.arange(self.trits.shape[1], device=self.trits.device) // block_size
+        alpha, mu = self.grid()
+        ordered = (alpha[:, block] * self.trits + mu[:, block]).to(dtype)
+        weight = torch.empty_like(ordered)
+        weight[:, self.permutation.long()] = ordered
+        return weight
+
+    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and mu of every block, (n, blocks) float32."""
+        if self.row_factor is None or self.scale_factor is None or self.shift_factor is None:
+            return self.scale.float(), self.shift.float()
+        row = self.row_factor.float()[:, None]
+        return row * self.scale_factor.float() * self.scale, row * self.shift_factor.float() * self.shift
+
+
+class PackedTensors(NamedTuple):
+    """A layout, of one matrix or of several, parts, that multiply the same x.
+
+    Attributes
+    ----------
+    words : (tiles, chunks, 32, 16) int32
+        Trits.
+    grid : (tiles, chunks, 32, pairs) int32 or int16
+        alpha and mu: pairs of float16, or of codes.
+    permutation : (parts, 256 chunks) int16, or int32 beyond 65536 columns
+        Original column of every trit.
+    row_factors : (32 tiles,) int16, or None
+        Of codes: factors of rows, float16.
+    block_factors : (parts, chunks, pairs) int32, or None
+        Of codes: factors of blocks, pairs of float16.
+    ends : list of int
+        Rows at which every part ends.
+    block_size, columns : int
+        Columns in a block, and m.
+    in_float16 : bool
+        Whether no weight is beyond float16.
+    """
+
+    words: torch.Tensor
+    grid: torch.Tensor
+    permutation: torch.Tensor
+    row_factors: torch.Tensor | None
+    block_factors: torch.Tensor | None
+    ends: list[int]
+    block_size: int
+    columns: int
+    in_float16: bool
+
+    def part(self, index: int) -> Matrix:
+        """One of the matrices, read back bit for bit."""
+        begins = [0, *self.ends]
+        rows = begins[index + 1] - begins[index]
+        first = sum(
+            -(-(end - begin) // TILE_ROWS) for begin, end in zip(begins, self.ends[:index], strict=False)
+        )
+        tiles = slice(first, first - (-rows // TILE_ROWS))
+        in_rows = slice(TILE_ROWS * tiles.start, TILE_ROWS * tiles.stop)
+
+        words = self.words[tiles]
+        # Four lanes of a warp share a chunk, and their words are interleaved.
+        ordered = (
+            words.view(*words.shape[:3], 4, 4)
+            .permute(0, 2, 1, 4, 3)
+            .reshape(words.shape[0] * TILE_ROWS, -1, 1)
+        )
+        digits = ordered >> torch.arange(0, 2 * WORD, 2, device=words.device) & 3
+        trits = (digits.flatten(1)[:rows, : self.columns] - 1).to(torch.int8)
+
+        pairs = self._of_blocks(numbers(self.grid[tiles].transpose(1, 2).flatten(0, 1).flatten(1)))
+        scale, shift = (value.contiguous() for value in pairs[:rows].unbind(-1))
+        permutation = self.permutation[index, : self.columns].to(torch.int32)
+        if self.columns <= 2**16:
+            permutation &= 0xFFFF
+        if self.row_factors is None or self.block_factors is None:
+            return Matrix(trits, scale, shift, permutation)
+        row_factor = self.row_factors[in_rows][:rows].view(torch.float16)
+        factors = self._of_blocks(numbers(self.block_factors[index].flatten())[None])[0]
+        return Matrix(
+            trits, scale, shift, permutation, row_factor, *(f.contiguous() for f in factors.unbind(-1))
+        )
+
+    def _of_blocks(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Pairs of blocks, (rows, blocks, 2), from those of chunks."""
+        blocks = -(-self.columns // self.block_size)
+        return pairs[:, :: max(1, self.block_size // CHUNK)][:, :blocks]
+
+
+def numbers(bits: Any) -> Any:
+    """The pairs of numbers (..., 2) that integers hold, of a tensor."""
+    kind = PAIRS[str(bits.dtype).removeprefix("torch.")]
+    return bits.contiguous().view(getattr(torch, kind)).view(*bits.shape, 2)

@@ -1,0 +1,205 @@
+"""Whether a backend computes the paper: every golden case, by the one tolerance table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
+from harness.backends import Backend, load_backend
+from harness.cli import EXIT_MISS, run
+from harness.errors import UserError
+from harness.files import json_text
+from harness.verify.cases import Outcome, verify
+from harness.verify.record import add_to_record
+from harness.verify.tolerances import TOLERANCES
+
+DESCRIPTION = """\
+Check that a backend computes the paper.
+
+Runs every golden case through the backend and compares the answers with the
+committed ones by one tolerance table. Golden answers come from rational
+arithmetic, enumeration and dense least squares, never from the code under test.
+
+For every operation the report shows the number of cases, and for every output
+the worst error, the tolerance, what both are relative to, and why the tolerance
+is what it is. Errors of trits are distances of a decision from its threshold;
+those of bytes and indices count the entries that differ."""
+
+
+EPILOG = """\
+examples:
+  python -m harness.verify --backend reference      the reference, all cases
+  python -m harness.verify --operation atq          one module, by the GPU where there is one
+  python -m harness.verify --operation aga.align_grid --kind real
+  python -m harness.verify --backend mybackend      any package with the modules and functions of reference/
+  python -m harness.verify --json > verify.json     the same for a program
+  python -m harness.verify --backend gpu --record golden/gpu-verified.json
+  python -m harness.verify --backend gpu --model --record golden/gpu-verified.json
+
+exit code: 0 all within tolerance, 1 a miss or a changed golden file, 2 bad usage"""
+
+
+EMBEDDED = "(embedded)"
+
+
+def render(backend: Backend, outcomes: list[Outcome], seconds: float) -> str:
+    """The report as people read it."""
+    lines = []
+    for outcome in outcomes:
+        state = "MISS" if outcome.misses else "refused" if outcome.refused == outcome.cases else "ok"
+        some = f", {outcome.refused} refused" if 0 < outcome.refused < outcome.cases else ""
+        lines.append(f"{outcome.operation}: {outcome.cases} cases, {state}{some}")
+        for output, (error, _) in outcome.worst.items():
+            row = TOLERANCES[outcome.operation][output]
+            limit, reason = row.limits[backend.precision], row.reasons[backend.precision]
+            lines.append(f"  {output:29}worst {error:8.2g}   allowed {limit:<6g} {row.unit}")
+            lines.append(f"      {reason}")
+        lines += [f"  MISS {miss}" for miss in outcome.misses]
+    misses = sum(len(outcome.misses) for outcome in outcomes)
+    count = sum(outcome.cases for outcome in outcomes)
+    verdict = f"FAIL: {misses} misses" if misses else "PASS"
+    lines.append(
+        f"{verdict}: backend {backend.name} in {backend.precision}, {count} cases of {len(outcomes)} "
+        f"operations, {seconds:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+def as_json(backend: Backend, outcomes: list[Outcome]) -> dict[str, Any]:
+    """The report of one precision as programs read it, by operation."""
+    operations = {}
+    for outcome in outcomes:
+        rows = {output: TOLERANCES[outcome.operation][output] for output in outcome.worst}
+        operations[outcome.operation] = {
+            "cases": outcome.cases,
+            "refused": outcome.refused,
+            "outputs": {
+                output: {
+                    "worst_error": error,
+                    "worst_case": case,
+                    "tolerance": rows[output].limits[backend.precision],
+                    "relative_to": rows[output].unit,
+                    "reason": rows[output].reasons[backend.precision],
+                }
+                for output, (error, case) in outcome.worst.items()
+            },
+            "misses": outcome.misses,
+        }
+    return operations
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.verify",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--backend", default="auto", help="package with the functions of reference/, or auto (auto)"
+    )
+    parser.add_argument("--operation", metavar="NAME", help="only this module or module.function (all)")
+    parser.add_argument("--kind", choices=KINDS, help="only cases of this kind (all)")
+    parser.add_argument(
+        "--golden",
+        type=Path,
+        default=FOLDER,
+        metavar="DIR",
+        help="folder of the golden files (the package's own)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float64"),
+        help="type of the weights (all that the backend computes in)",
+    )
+    parser.add_argument(
+        "--model",
+        nargs="?",
+        const=EMBEDDED,
+        metavar="MODEL",
+        help="fit every matrix of a real model by the backend and by the reference, on the same inputs, "
+        "instead of the golden cases; without a name, the embedded model of harness.quantize",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="if all passes on a device, write what was verified there into this record "
+        "(golden/gpu-verified.json)",
+    )
+    options = parser.parse_args(arguments)
+    other_cases = options.golden != FOLDER
+    if options.record and (options.operation or options.kind or options.precision or other_cases):
+        parser.error("--record is for all cases: leave out --operation, --kind, --precision and --golden")
+    if options.model and (options.operation or options.kind or other_cases):
+        parser.error("--operation, --kind and --golden choose golden cases: leave them out with --model")
+
+    first = load_backend(options.backend, options.precision)
+    if first.note:
+        print(first.note, file=sys.stderr)
+    if options.record and not first.on_device:
+        raise UserError(
+            f"--record is for what passes on a CUDA device, and the backend {first.name} does not run on one "
+            "here; leave it out, or run --backend gpu where there is a device"
+        )
+    backends = [first] if options.precision else [replace(first, precision=p) for p in first.precisions]
+    if options.model:
+        from harness.verify.real_model import compare_on_model  # torch and transformers take seconds to load
+
+        source = None if options.model == EMBEDDED else options.model
+        part = "real_model"
+        results = compare_on_model(source, first)
+        passed = results["passed"]
+        text = json_text(results)
+    else:
+        part = "golden"
+        try:
+            cases = _chosen(options, parser)
+        except GoldenError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_MISS
+        results, reports, passed = {}, [], True
+        for backend in backends:
+            started = time.perf_counter()
+            outcomes = verify(backend, cases)
+            seconds = time.perf_counter() - started
+            results[backend.precision] = as_json(backend, outcomes)
+            reports.append(render(backend, outcomes, seconds))
+            passed = passed and not any(outcome.misses for outcome in outcomes)
+        text = "\n".join(reports)
+    if options.json:
+        text = json_text({"backend": first.name, "passed": passed, part: results})
+    print(text)
+    if not passed:
+        return EXIT_MISS
+    if options.record:
+        add_to_record(options.record, first, part, results)
+        print(f"{options.record} written", file=sys.stderr)
+    return 0
+
+
+def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
+    """The golden cases asked for."""
+    known = {name for operation in TOLERANCES for name in (operation, operation.partition(".")[0])}
+    if options.operation and options.operation not in known:
+        parser.error(f"no operation {options.operation!r}; known are {', '.join(TOLERANCES)}")
+    cases = [
+        case
+        for case in load_cases(options.golden)
+        if options.kind in (None, case.kind)
+        and (not options.operation or f"{case.operation}.".startswith(f"{options.operation}."))
+    ]
+    if not cases:
+        parser.error(f"no case of {options.operation} is of kind {options.kind}")
+    return cases
+
+
+if __name__ == "__main__":
+    run(main)

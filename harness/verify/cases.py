@@ -1,0 +1,124 @@
+"""Run golden cases through a backend and compare the answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from golden.cases import Case
+from harness.backends import Backend, MissingOperation
+from harness.verify.tolerances import TOLERANCES, Finding, check
+from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
+
+EXCEPTIONS: dict[str, type[Exception]] = {"ValueError": ValueError, "LinAlgError": np.linalg.LinAlgError}
+
+
+@dataclass
+class Outcome:
+    """One operation over all of its cases."""
+
+    operation: str
+    cases: int = 0
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)  # output: error, case
+    misses: list[str] = field(default_factory=list)
+    refused: int = 0
+
+    def add(self, case: Case, findings: list[Finding]) -> None:
+        """Take in what came of one case."""
+        self.cases += 1
+        for finding in findings:
+            if finding.output and finding.error >= self.worst.get(finding.output, (-1.0, ""))[0]:
+                self.worst[finding.output] = (finding.error, case.name)
+            if finding.miss:
+                self.misses.append(f"{case.name} {finding.output}: {finding.miss}".replace(" :", ":"))
+
+
+def verify(backend: Backend, cases: list[Case]) -> list[Outcome]:
+    """Run the cases; one outcome per operation, in the order of the table."""
+    outcomes: dict[str, Outcome] = {}
+    for case in cases:
+        outcome = outcomes.setdefault(case.operation, Outcome(case.operation))
+        if _refuses(backend, case):
+            outcome.cases += 1
+            outcome.refused += 1
+        else:
+            outcome.add(case, run_case(backend, case))
+    return [outcomes[operation] for operation in TOLERANCES if operation in outcomes]
+
+
+def _refuses(backend: Backend, case: Case) -> bool:
+    """Whether the backend leaves out the operation, or the alignment that the case asks for."""
+    printed = case.parameters.get("aga") == "printed" and "aga.align_grid_printed" in backend.refused
+    return case.operation in backend.refused or printed
+
+
+def run_case(backend: Backend, case: Case) -> list[Finding]:
+    """Call the backend and compare."""
+    try:
+        function = backend.function(case.operation)
+    except MissingOperation as missing:
+        return [Finding("", np.inf, str(missing))]
+    try:
+        result = function(**_arguments(backend, case))
+    except Exception as error:
+        if case.raises and isinstance(error, EXCEPTIONS[case.raises]):
+            return []
+        wanted = f", {case.raises} was expected" if case.raises else ""
+        return [Finding("", np.inf, f"{type(error).__name__}: {error}{wanted}")]
+    if case.raises:
+        return [Finding("", np.inf, f"an answer came back, {case.raises} was expected")]
+    try:
+        got = _by_name(backend, case, result)
+    except Exception as error:
+        wanted = ", ".join(case.outputs)
+        return [
+            Finding("", np.inf, f"what came back does not hold {wanted}: {type(error).__name__}: {error}")
+        ]
+    return check(case, got, backend.precision)
+
+
+# Arguments that a backend takes in the precision of the weights.
+WEIGHTS = ("W", "W_hat", "W_R", "A")
+
+
+def _arguments(backend: Backend, case: Case) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for name, value in case.inputs.items():
+        name, _, member = name.partition(".")
+        if name in WEIGHTS and backend.precision == "float32":
+            value = _narrowed(value)
+        value = backend.to_device(value)
+        arguments[name] = (*arguments.get(name, ()), value) if member else value
+    if case.operation == "ternarize.ternarize":
+        return {**arguments, "config": TernaryConfig(**case.parameters)}
+    return {**arguments, **case.parameters}
+
+
+def _narrowed(weights: np.ndarray) -> np.ndarray:
+    """Weights in float32 if that holds them exactly: rounding them would be another case."""
+    with np.errstate(over="ignore"):
+        narrow = weights.astype(np.float32)
+    return narrow if np.array_equal(narrow, weights, equal_nan=True) else weights
+
+
+def _by_name(backend: Backend, case: Case, result: Any) -> dict[str, Any]:
+    """What the function returned, under the names of the case's outputs."""
+    if isinstance(result, TernaryMatrix | CodedGrid):
+        result = backend.to_host(result)
+        return {name: np.asarray(_attribute(result, name)) for name in case.outputs}
+    if len(case.outputs) == 1:
+        named = dict(zip(case.outputs, [result], strict=True))
+    else:
+        named = dict(zip(case.outputs, result, strict=True))
+    return {name: np.asarray(backend.to_host(value)) for name, value in named.items()}
+
+
+def _attribute(result: Any, path: str) -> Any:
+    if path == "weights":
+        return result.dequantize()
+    for name in path.split("."):
+        result = getattr(result, name)
+    # The three stages of the fit, in the order they run.
+    return [result[stage] for stage in ("init", "itf", "aga")] if isinstance(result, dict) else result
