@@ -6,6 +6,7 @@ transformers.
 Reading order, from the ground up; a module imports only what stands above it here:
 
     errors, files, cli, machine   messages, JSON, command lines, facts about this machine
+    progress                      bars, or lines where there is no terminal
     backends, compute             who fits matrices, and where layers run
     models/                       an original model: its folder, loading it, its decoder layers
     text                          calibration and evaluation text

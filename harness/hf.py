@@ -40,7 +40,7 @@ class TernaryQuantization(QuantizationConfigMixin):
 
     Parameters
     ----------
-    format_version, block_size, grid, modules, unpermuted, coded, weight_dtype
+    format_version, block_size, grid, modules, unpermuted, shared_inputs, coded, weight_dtype
         As `harness.ternary.format` describes.
     dense : bool
         Whether dense weights are kept beside the packed ones; not stored.
@@ -53,6 +53,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         grid: str = "float16",
         modules: list[str] | None = None,
         unpermuted: list[str] | None = None,
+        shared_inputs: list[list[str]] | None = None,
         coded: list[str] | None = None,
         weight_dtype: str | None = None,
         dense: bool = True,
@@ -64,6 +65,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         self.grid = grid
         self.modules = modules
         self.unpermuted = unpermuted
+        self.shared_inputs = shared_inputs
         self.coded = coded or []
         self.weight_dtype = weight_dtype
         self.dense = dense
@@ -260,7 +262,7 @@ def load(
     model.to(device)
     if not on_cpu and not dense:
         try:
-            use_kernels(model)
+            use_kernels(model, quantization.get("shared_inputs"))
         except UserError as error:
             raise UserError(f"{error}; on a CPU (--cpu), or with dense=True, no kernels are needed") from None
     return model.eval()

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from harness import text
-from harness.calibration.capture import advance, brought, capture_inputs, logits_after
+from harness.calibration.capture import capture_inputs, logits_after
+from harness.calibration.passage import brought
 from harness.compute import HOST, Compute, dtype_name
 from harness.models.decoder import DecoderLayers, locate_layers
 from harness.models.original import Original, require_fits
+from harness.progress import Progress, Say, say_on_stderr
 
 # Rows of logits turned into float32 at a time; a vocabulary is wide.
 LOGIT_ROWS = 256
@@ -49,7 +50,7 @@ def measure(
     windows: torch.Tensor,
     tokens: int,
     source: str,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Perplexity:
     """Perplexity over windows that do not overlap.
 
@@ -91,7 +92,7 @@ def measure_by_layers(
     tokens: int,
     source: str,
     compute: Compute,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Perplexity:
     """The same as `measure`, with one decoder layer at a time on the device, for models larger than it.
 
@@ -107,26 +108,32 @@ def measure_by_layers(
         Called after every layer.
     """
     compute = replace(compute, dtype=None)
-    hidden, calls = capture_inputs(model, decoder, windows, compute)
-    hidden = compute.place(hidden, reserved=compute.memory // 2 if compute.memory else 0)
-    for index, call in enumerate(calls):
-        advance(decoder.working_copy(index, compute), call.to(compute), hidden, compute)
+    passage = capture_inputs(model, decoder, windows, compute)
+    passage.place()
+    for index in range(len(passage.calls)):
+        passage.advance(passage.enter(index))
         progress()
     with decoder.outside_on(model, compute.device):
         losses = [
-            _mean_loss(logits_after(model, decoder, calls, window, brought(states, compute)), window)
-            for window, states in zip(windows, hidden, strict=True)
+            _mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
+            for window, states in zip(windows, passage.hidden, strict=True)
         ]
     return _perplexity(losses, windows, tokens, source, model.dtype)
 
 
 def measure_on(
-    original: Original, stream: text.Text, seqlen: int, windows: int | None, compute: Compute
+    original: Original,
+    stream: text.Text,
+    seqlen: int,
+    windows: int | None,
+    compute: Compute,
+    when: str = "",
+    say: Say = say_on_stderr,
 ) -> Perplexity:
-    """Perplexity of a model on a text by the text's protocol, with a progress bar.
+    """Perplexity of a model on a text by the text's protocol, with its progress.
 
-    A model that fits on the device is moved there and back; of one that does not, or that is not in
-    memory, one decoder layer at a time is.
+    A model that fits on the device is moved there and back. Otherwise, or if the model is not in memory, one
+    decoder layer at a time is on the device.
 
     Raises
     ------
@@ -139,20 +146,17 @@ def measure_on(
     limit = min(filter(None, (windows, stream.windows)), default=None)
     chosen = text.evaluation_windows(tokens, seqlen, limit)
     arguments = (chosen, len(tokens), stream.protocol)
+    what = f"perplexity {when}".strip()
     if original.read is not None or not compute.holds(model, seqlen):
         decoder = locate_layers(model, original.read)
-        with _bar(len(decoder.layers), "layer") as bar:
-            return measure_by_layers(model, decoder, *arguments, compute, bar.update)
+        with Progress(what, len(decoder.layers), "layer", say) as step:
+            return measure_by_layers(model, decoder, *arguments, compute, step)
     model.to(compute.device)
     try:
-        with _bar(len(chosen), "window") as bar:
-            return measure(model, *arguments, bar.update)
+        with Progress(what, len(chosen), "window", say) as step:
+            return measure(model, *arguments, step)
     finally:
         model.to(HOST)
-
-
-def _bar(total: int, unit: str) -> Any:
-    return tqdm(total=total, desc="perplexity", unit=unit, disable=None, leave=False)
 
 
 def _mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ import torch
 from harness.backends import Backend
 from harness.benchmark.shapes import SHAPES, make_model, random_reader
 from harness.calibration.capture import capture_inputs
-from harness.calibration.layerwise import FittedMatrix, quantize_layers
+from harness.calibration.layerwise import FittedMatrix, fit_layers
 from harness.calibration.methods import ternarizer
 from harness.compute import Compute, seconds_of
 from harness.machine import peak_memory
@@ -72,14 +72,15 @@ def quantize_shape(
     begin = time.perf_counter()
     model, decoder, depth = random_model(scale, compute)
     windows = torch.randint(model.config.vocab_size, (scale.nsamples, scale.seqlen))
-    hidden, calls = capture_inputs(model, decoder, windows, compute)
-    hidden = compute.place(hidden, reserved=compute.memory // 2 if compute.memory else 0)
+    passage = capture_inputs(model, decoder, windows, compute)
+    passage.place()
+    count = len(passage.calls)
     before = time.perf_counter() - begin
 
     layers: list[dict[str, float]] = []
     plain_gptq = 0.0
-    with TemporaryDirectory() as folder, CheckpointWriter(Path(folder), len(calls), backend) as writer:
-        for layer in quantize_layers(decoder, hidden, calls, method, compute):
+    with TemporaryDirectory() as folder, CheckpointWriter(Path(folder), count, backend) as writer:
+        for layer in fit_layers(passage, method):
             begin = time.perf_counter()
             writer.add({}, {matrix.name: matrix.result for matrix in layer.matrices})
             seconds = {**layer.seconds, "writing": time.perf_counter() - begin}
@@ -87,7 +88,7 @@ def quantize_shape(
                 plain_gptq = seconds_of(partial(_column_gptq_of_all, layer.matrices), compute, warm_up=False)
             layers.append(seconds)
             say(
-                f"{scale.shape} layer {len(layers)}/{len(calls)}: "
+                f"{scale.shape} layer {len(layers)}/{count}: "
                 + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items())
                 + " s"
             )
@@ -111,7 +112,7 @@ def quantize_shape(
         "seconds_of_two_plain_passes_of_the_model": round(2 * typical["outputs"] * depth, 2),
         "seconds_a_layer_of_column_by_column_gptq": round(plain_gptq, 3),
         "bytes_a_layer": written // len(layers),
-        "hidden_states_on": str(hidden[0].device),
+        "hidden_states_on": str(passage.hidden[0].device),
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
         "peak_device_memory_gb": round(compute.peak_memory() / 1e9, 2),
     }

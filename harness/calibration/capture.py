@@ -7,55 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from harness.calibration.passage import LayerCall, Passage, brought
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """What the model passes to a decoder layer beside the hidden states, and takes from it.
-
-    `extra` counts what the layer returns in a tuple after them; None if it returns them alone.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    extra: int | None = None
-
-    def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the layer on hidden states of its own device and type."""
-        output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def to(self, compute: Compute) -> LayerCall:
-        """The same on a device; floating-point arguments (masks, rotary tables) in the type layers run in."""
-        args, kwargs = _moved((self.args, self.kwargs), compute)
-        return replace(self, args=args, kwargs=kwargs)
-
-
-def brought(states: torch.Tensor, compute: Compute) -> torch.Tensor:
-    """Hidden states on the device and in the type that layers run in."""
-    return states.to(compute.device, compute.dtype, non_blocking=True)
-
-
-def advance(
-    layer: nn.Module,
-    call: LayerCall,
-    hidden: list[torch.Tensor],
-    compute: Compute,
-    step: Callable[[], None] = lambda: None,
-) -> None:
-    """Replace the hidden states of every window, where they lie, by what a layer makes of them."""
-    for states in hidden:
-        states.copy_(call(layer, brought(states, compute)), non_blocking=True)
-        step()
 
 
 @torch.no_grad()
@@ -65,8 +26,8 @@ def capture_inputs(
     windows: torch.Tensor,
     compute: Compute = Compute(),
     step: Callable[[], object] = lambda: None,
-) -> tuple[list[torch.Tensor], list[LayerCall]]:
-    """The hidden states that reach the first layer for every window, and how every layer is called.
+) -> Passage:
+    """Record the inputs of the first layer for every window, and how every layer is called.
 
     Parameters
     ----------
@@ -83,10 +44,9 @@ def capture_inputs(
 
     Returns
     -------
-    hidden : list of (1, seqlen, width) tensors
-    calls : list of LayerCall
-        One a layer, from the first window: windows are of one length and without padding, so masks
-        and positions are the same for all of them.
+    Passage
+        Its calls, one a layer, are those of the first window: windows are of one length and without
+        padding, so masks and positions are the same for all of them.
 
     Raises
     ------
@@ -107,27 +67,23 @@ def capture_inputs(
                     f"decoder layer {index} of {type(model).__name__} is given more that depends on the text "
                     "than the hidden states; such models cannot be calibrated layer by layer"
                 )
-    return hidden, calls
+    return Passage(decoder, hidden, calls, compute)
 
 
 @torch.no_grad()
 def logits_after(
-    model: nn.Module,
-    decoder: DecoderLayers,
-    calls: list[LayerCall],
-    window: torch.Tensor,
-    hidden: torch.Tensor,
+    model: nn.Module, passage: Passage, window: torch.Tensor, hidden: torch.Tensor
 ) -> torch.Tensor:
-    """What the model makes of the last decoder layer's output: its final norm, head and the like.
+    """Turn the output of the last decoder layer into logits, by the model's final norm and head.
 
     Parameters
     ----------
     model : nn.Module
         A causal language model; what is outside its layers is in memory, on one device.
-    decoder, calls
-        Its decoder layers, and how each is called.
+    passage : Passage
+        The windows' way through its decoder layers.
     window : (seqlen,) int64 tensor
-        Token ids that led to it.
+        Token ids of the window.
     hidden : (1, seqlen, width) tensor
         Output of the last layer, on the device of the model.
 
@@ -135,7 +91,7 @@ def logits_after(
     -------
     (1, seqlen, vocabulary) tensor
     """
-    with _replaced(decoder.layers, lambda states: hidden, calls[0].extra):
+    with _replaced(passage.decoder.layers, lambda states: hidden, passage.calls[0].extra):
         return model(window[None].to(hidden.device), use_cache=False).logits
 
 
@@ -270,13 +226,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor))
-
-
-def _moved(value: Any, compute: Compute) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(compute.device, compute.dtype if value.is_floating_point() else None)
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(v, compute) for v in value)
-    if isinstance(value, dict):
-        return {k: _moved(v, compute) for k, v in value.items()}
-    return value

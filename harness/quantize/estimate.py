@@ -1,4 +1,4 @@
-"""What a run will take, said before it starts: matrices, bits, bytes, memory and time."""
+"""The estimate printed before a run: matrices, bits, bytes, memory and time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from harness.backends import Backend
-from harness.calibration.capture import LayerCall, brought
 from harness.calibration.gram import GramSum
 from harness.calibration.methods import ternarizer
+from harness.calibration.passage import Passage, brought
 from harness.compute import Compute, seconds_of
 from harness.machine import duration
-from harness.models.decoder import DecoderLayers
 from harness.models.original import Original
+from harness.quantize.options import Options
 from harness.ternary.format import packed_bytes
 from reference.types import TernaryConfig
 
@@ -68,23 +68,33 @@ class Plan:
 
 
 def make_plan(
+    options: Options,
     original: Original,
-    decoder: DecoderLayers,
-    window: torch.Tensor,
-    windows: int,
-    call: LayerCall,
     backend: Backend,
-    compute: Compute,
-    config: TernaryConfig,
-    true_sequential: bool,
-    evaluation_seqlen: int,
+    passage: Passage,
+    evaluated: bool,
     saved_bytes: int,
 ) -> Plan:
     """Estimate a run from the shapes and from one timed pass of the first layer.
 
-    `window` holds the hidden states of one of the `windows`; `saved_bytes` is what is stored less of
-    embedding and head than they take in memory.
+    Parameters
+    ----------
+    options : Options
+        What the run is asked for.
+    original : Original
+        The model.
+    backend : Backend
+        What ternarizes matrices.
+    passage : Passage
+        The first window before the first layer.
+    evaluated : bool
+        Whether perplexity is measured.
+    saved_bytes : int
+        What 8-bit codes save of the bytes of embedding and head.
     """
+    decoder, compute, config = passage.decoder, passage.compute, options.config
+    window, windows = passage.hidden[0], options.nsamples
+    evaluation_seqlen = options.evaluation_seqlen if evaluated else 0
     model = original.model
     linears = list(decoder.named_linears().values())
     shapes = [linear.weight.shape for linear in linears]
@@ -108,8 +118,8 @@ def make_plan(
     host_fits = 8 * 6 * widest**2 * min(torch.get_num_threads(), len(decoder.linears[0]))
     host_layer = 12 * layer + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
 
-    forward, gram = _time_layer(decoder, window, call, compute)
-    passes = 5 if true_sequential else 2  # q/k/v, o, gate/up and down are collected one by one
+    forward, gram = _time_layer(passage)
+    passes = 5 if options.true_sequential else 2  # q/k/v, o, gate/up and down are collected one by one
     if device:
         fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
     else:
@@ -131,12 +141,11 @@ def make_plan(
 
 
 @torch.no_grad()
-def _time_layer(
-    decoder: DecoderLayers, hidden: torch.Tensor, call: LayerCall, compute: Compute
-) -> tuple[float, float]:
+def _time_layer(passage: Passage) -> tuple[float, float]:
     """Seconds of one pass of a window through a layer, and of the Gram products of its inputs."""
-    layer, call, hidden = decoder.working_copy(0, compute), call.to(compute), brought(hidden, compute)
-    widths = {linear.in_features for linear in decoder.linears[0].values()}
+    compute, layer = passage.compute, passage.enter(0)
+    hidden = brought(passage.hidden[0], compute)
+    widths = {linear.in_features for linear in layer.linears.values()}
     sums = {width: GramSum(width, compute.device) for width in widths}
     rows = torch.ones(hidden.shape[0] * hidden.shape[1], max(widths)).to(hidden)
 
@@ -145,7 +154,7 @@ def _time_layer(
             total.add(rows[:, :width].contiguous())
 
     # Inputs of the hidden width feed q/k/v, o and gate/up; the widest only one matrix.
-    return seconds_of(lambda: call(layer, hidden), compute), 2 * seconds_of(products, compute)
+    return seconds_of(lambda: layer.call(layer.module, hidden), compute), 2 * seconds_of(products, compute)
 
 
 def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:

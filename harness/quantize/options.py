@@ -1,44 +1,172 @@
-"""What a run is asked for."""
+"""What a run is asked for: every option stated once, as a field with its help.
+
+`add_options` makes the command line of the fields, `from_arguments` the fields of a command line.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import argparse
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from reference.types import TernaryConfig
+from harness import text
+from harness.calibration.methods import BASELINES
+from harness.cli import positive, window_length
+from harness.errors import UserError
+from harness.models.gguf import GGUF_DTYPES
+from harness.models.loading import MODEL_HELP
+from reference.types import ALIGNMENTS, GRIDS, REORDERINGS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
-
-
 NO_EVALUATION = "none"
-
-
 AS_IT_IS, INT8 = "as-it-is", "int8"
+
+CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation, before and after"
+# Groups of the help, and what is said of them.
+GROUPS = {
+    CALIBRATION: None,
+    METHOD: "the defaults are the paper's where it names one",
+    EVALUATION: None,
+}
+
+
+def option(default: Any, group: str | None = None, flag: str | None = None, **argument: Any) -> Any:
+    """A field that is an option: its group in the help, its flag if that is not its name, and the rest."""
+    return field(default=default, metadata={"group": group, "flag": flag, "argument": argument})
+
+
+SWITCH: dict[str, Any] = {"action": "store_true"}
+ON_OR_OFF: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for; the command line of `harness.quantize` explains the fields.
+    """What a run is asked for.
 
-    `measure_original` is for runs that follow others on the same model.
+    `measure_original` is no option of the command line: runs that follow others on the same model leave
+    that measurement out.
     """
 
-    model: str | None = None
-    out: Path | None = None
-    force: bool = False
-    resume: bool = False
-    backend: str = "auto"
-    embedding: str = AS_IT_IS
-    gguf_dtype: str = "bfloat16"
-    trust_remote_code: bool = False
-    calibration: str | None = None
-    text_column: str | None = None
-    nsamples: int = 128
-    seqlen: int = 2048
-    true_sequential: bool = False
-    method: str = PT2_LLM
+    model: str | None = option(None, flag="model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    out: Path | None = option(
+        None, type=Path, metavar="DIR", help="folder to write; may be left out for a baseline"
+    )
+    force: bool = option(False, **SWITCH, help="write into DIR even if it is not empty")
+    resume: bool = option(
+        False, **SWITCH, help="continue an interrupted run into DIR; repeat its command and add this"
+    )
+    backend: str = option(
+        "auto",
+        choices=("auto", "reference", "gpu"),
+        help="auto takes the GPU where there is a CUDA device with CuPy and numba-cuda, and says so",
+    )
+    gguf_dtype: str = option("bfloat16", choices=GGUF_DTYPES, help="dtype that a GGUF is dequantized to")
+    trust_remote_code: bool = option(False, **SWITCH, help="run code that comes with the model")
+
+    calibration: str | None = option(
+        None,
+        CALIBRATION,
+        metavar="TEXT",
+        help=f"{text.SOURCES_HELP}. Default: wikitext2; for the embedded model {text.BUILTIN}",
+    )
+    text_column: str | None = option(
+        None, CALIBRATION, metavar="NAME", help="field of .jsonl, .parquet and .arrow rows"
+    )
+    nsamples: int = option(128, CALIBRATION, type=positive, metavar="N", help="windows of calibration text")
+    seqlen: int = option(2048, CALIBRATION, type=window_length, metavar="N", help="tokens in a window")
+    true_sequential: bool = option(
+        False, CALIBRATION, **SWITCH, help="collect inputs again inside each layer"
+    )
+
+    method: str = option(
+        PT2_LLM,
+        METHOD,
+        choices=(PT2_LLM, *BASELINES),
+        help="pt2-llm, or a baseline in groups of --block-size that gives a report and no checkpoint: "
+        + "; ".join(f"{name}: {what}" for name, what in BASELINES.items()),
+    )
+    embedding: str = option(
+        AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="how embedding and head are stored"
+    )
     config: TernaryConfig = field(default_factory=TernaryConfig)
-    evaluation: str | None = None
-    evaluation_seqlen: int = 2048
-    evaluation_windows: int | None = None
+
+    evaluation: str | None = option(
+        None,
+        EVALUATION,
+        "--eval",
+        metavar="TEXT",
+        help=f"text for perplexity, or {NO_EVALUATION}. Default: the evaluation split of --calibration, "
+        f"{NO_EVALUATION} if that is a file",
+    )
+    evaluation_seqlen: int = option(
+        2048, EVALUATION, "--eval-seqlen", type=window_length, metavar="N", help="tokens in a window"
+    )
+    evaluation_windows: int | None = option(
+        None,
+        EVALUATION,
+        "--eval-windows",
+        type=positive,
+        metavar="N",
+        help="measure only the first N windows",
+    )
     measure_original: bool = True
+
+
+# Options of a fit, by the fields of `TernaryConfig`, which has their defaults.
+CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
+    "block_size": {"type": positive, "metavar": "K", "help": "columns that share alpha and mu"},
+    "grid": {
+        "choices": GRIDS,
+        "help": "type that alpha and mu are stored in; int8 takes an eighth of a bit a weight less",
+    },
+    "start": {"choices": STARTS, "help": "first grid: Eq. 4-5, or Eq. 1-3 with mu = 0"},
+    "reorder": {"choices": REORDERINGS, "help": "order of the columns"},
+    "itf": {**ON_OR_OFF, "help": "iterative ternary fitting"},
+    "aga": {
+        "choices": ALIGNMENTS,
+        "help": "grid alignment: none, Eq. 12, Eq. 13 as printed, or Eq. 12 with the compensated cost",
+    },
+    "compensation": {**ON_OR_OFF, "help": "move the error of each block into the columns after it"},
+    "damping": {"type": float, "metavar": "X", "help": "share of mean(diag C) added to the diagonal"},
+    "max_iterations": {"type": positive, "metavar": "N", "help": "most rounds of ITF"},
+    "seed": {"type": int, "metavar": "N", "help": "of the windows' places and of --reorder random"},
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add every option to a command line, in the groups and with the defaults of its field."""
+    groups: dict[str | None, Any] = {
+        name: parser.add_argument_group(name, what) for name, what in GROUPS.items()
+    }
+    groups[None] = parser
+    for spec in _specified():
+        group, flag, argument = (spec.metadata[key] for key in ("group", "flag", "argument"))
+        flag = flag or f"--{spec.name.replace('_', '-')}"
+        named = {"dest": spec.name} if flag.startswith("--") else {}
+        groups[group].add_argument(flag, default=spec.default, **named, **argument)
+    defaults = TernaryConfig()
+    for name, argument in CONFIG_OPTIONS.items():
+        flag = f"--{name.replace('_', '-')}"
+        groups[METHOD].add_argument(flag, default=getattr(defaults, name), **argument)
+
+
+def from_arguments(arguments: argparse.Namespace) -> Options:
+    """The options of a parsed command line.
+
+    Raises
+    ------
+    UserError
+        If the settings of the fit are refused.
+    """
+    try:
+        config = TernaryConfig(**{name: getattr(arguments, name) for name in CONFIG_OPTIONS})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return Options(**{spec.name: getattr(arguments, spec.name) for spec in _specified()}, config=config)
+
+
+def _specified() -> Iterator[Field[Any]]:
+    """The fields of `Options` that are options of the command line."""
+    return (spec for spec in fields(Options) if spec.metadata)

@@ -2,58 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from harness import text
-from harness.backends import Backend
-from harness.calibration.capture import LayerCall, capture_inputs
+from harness.backends import Backend, load_backend
+from harness.calibration.capture import capture_inputs
+from harness.calibration.passage import Passage
 from harness.compute import Compute
 from harness.errors import UserError
-from harness.machine import host_memory
-from harness.models.decoder import DecoderLayers, find_decoder_layers
-from harness.models.folder import require_space
+from harness.models.decoder import find_decoder_layers
 from harness.models.loading import load_original
 from harness.models.original import Original, require_fits
+from harness.progress import Progress, Say
 from harness.quantize.estimate import Plan, make_plan
-from harness.quantize.options import INT8, NO_EVALUATION, PT2_LLM, Options
+from harness.quantize.options import INT8, NO_EVALUATION, Options
 from harness.ternary.embedding import CodedMatrix, round_embeddings
-from harness.ternary.format import is_ternary
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ready:
-    """A model and its calibration inputs; `tokens` is the length of the whole calibration text.
+    """All that a run needs before its first layer.
 
-    Hidden states are those of the first window until `with_all_windows`.
+    Attributes
+    ----------
+    original : Original
+        The model, and its tokenizer.
+    backend : Backend
+        What ternarizes matrices.
+    passage : Passage
+        Hidden states of the first window until `take_all_windows`, then of every window.
+    tokens : int
+        Length of the calibration text.
+    windows : (samples, seqlen) int64 tensor
+        Calibration windows.
+    plan : Plan
+        What the run will take.
+    coded : dict of str to CodedMatrix
+        Embedding and head, if they are stored in 8 bits.
     """
 
     original: Original
-    decoder: DecoderLayers
     backend: Backend
-    compute: Compute
+    passage: Passage
     tokens: int
     windows: torch.Tensor
-    hidden: list[torch.Tensor]
-    calls: list[LayerCall]
     plan: Plan
     coded: dict[str, CodedMatrix]
 
 
 def require_other_folder(options: Options, out: Path) -> None:
-    """Refuse to write over what is read, and to put a baseline's report over a checkpoint's."""
+    """Refuse to write over the original model."""
     source = Path(options.model).resolve() if options.model is not None else None
     if source is not None and out.resolve() in (source, source.parent if source.is_file() else source):
         raise UserError(f"{out} is where the original model lies; choose another --out")
-    if options.method != PT2_LLM and is_ternary(out):
-        raise UserError(f"{out} holds a checkpoint, and a baseline gives none; choose another --out")
+
+
+def choose_backend(options: Options, say: Say) -> Backend:
+    """Load the backend asked for, and say why it was chosen where that was left open.
+
+    Raises
+    ------
+    UserError
+        If it cannot run here, or leaves out an operation that the settings need.
+    """
+    backend = load_backend(options.backend)
+    if backend.note:
+        say(backend.note)
+    if options.config.aga == "printed" and "aga.align_grid_printed" in backend.refused:
+        raise UserError(f"backend {backend.name} leaves out Eq. 13 as printed; use --backend reference")
+    return backend
 
 
 def read_texts(options: Options) -> tuple[text.Text, text.Text | None]:
-    """Text for calibration and evaluation; the defaults hang together."""
+    """Read the texts for calibration and evaluation; the default of one follows the other."""
     calibration = options.calibration
     if calibration is None:
         calibration = text.BUILTIN if options.model is None else "wikitext2"
@@ -62,12 +86,11 @@ def read_texts(options: Options) -> tuple[text.Text, text.Text | None]:
         named = calibration in (*text.DATA_SETS, text.BUILTIN)
         evaluation = calibration if named else NO_EVALUATION
     text.require_rows(options.text_column, calibration, evaluation)
-    return (
-        text.read_text(calibration, text.CALIBRATION, options.text_column),
-        None
-        if evaluation == NO_EVALUATION
-        else text.read_text(evaluation, text.EVALUATION, options.text_column),
-    )
+    column = options.text_column
+    calibration_text = text.read_text(calibration, text.CALIBRATION, column)
+    if evaluation == NO_EVALUATION:
+        return calibration_text, None
+    return calibration_text, text.read_text(evaluation, text.EVALUATION, column)
 
 
 def prepare(
@@ -77,10 +100,8 @@ def prepare(
     calibration_text: text.Text,
     evaluation_text: text.Text | None,
 ) -> Ready:
-    """Everything that can fail early: load, look for what to quantize, cut windows, look for space."""
+    """Load the model, find its decoder layers, cut windows, and estimate the run."""
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
-    if original.read is not None and options.method != PT2_LLM:
-        raise UserError(f"{options.method} needs the whole model in memory, and {original.name} is too large")
     decoder = find_decoder_layers(original.model, original.read)
     tokens = text.tokenize(calibration_text, original.tokenizer)
     windows = text.calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed)
@@ -90,54 +111,23 @@ def prepare(
         text.evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
         require_fits(original.model, evaluated, options.evaluation_seqlen)
     coded = round_embeddings(original.model) if options.embedding == INT8 else {}
-    hidden, calls = capture_inputs(original.model, decoder, windows[:1], compute)
+    passage = capture_inputs(original.model, decoder, windows[:1], compute)
     plan = make_plan(
+        options,
         original,
-        decoder,
-        hidden[0],
-        len(windows),
-        calls[0],
         backend,
-        compute,
-        options.config,
-        true_sequential=options.true_sequential,
-        evaluation_seqlen=options.evaluation_seqlen if evaluation_text is not None else 0,
+        passage,
+        evaluated=evaluation_text is not None,
         saved_bytes=sum(matrix.saved_bytes for matrix in coded.values()),
     )
-    if options.method == PT2_LLM and options.out is not None:
-        require_space(options.out, plan.packed_bytes + plan.other_bytes)
-    return Ready(original, decoder, backend, compute, len(tokens), windows, hidden, calls, plan, coded)
+    return Ready(original, backend, passage, len(tokens), windows, plan, coded)
 
 
-def with_all_windows(ready: Ready) -> Ready:
-    """The same with the hidden states of every window, where they wait between the layers."""
-    with tqdm(total=len(ready.windows), desc="windows", unit="window", disable=None, leave=False) as bar:
-        hidden, calls = capture_inputs(
-            ready.original.model, ready.decoder, ready.windows, ready.compute, bar.update
+def take_all_windows(ready: Ready, say: Say) -> None:
+    """Record the inputs of the first layer for every window, and place them where they wait."""
+    with Progress("calibration windows through the embedding", len(ready.windows), "window", say) as step:
+        passage = ready.passage
+        ready.passage = capture_inputs(
+            ready.original.model, passage.decoder, ready.windows, passage.compute, step
         )
-    return replace(ready, hidden=ready.compute.place(hidden, reserved=ready.plan.device_bytes), calls=calls)
-
-
-def fitting_backend(options: Options, ready: Ready) -> str:
-    """The name of what fits the matrices: baselines are there in NumPy only, wherever layers run."""
-    return ready.backend.name if options.method == PT2_LLM else "reference"
-
-
-def announcement(options: Options, ready: Ready, calibration_text: text.Text) -> list[str]:
-    """What is printed before a run: what will be done, what it will take, and what to be warned of."""
-    wanted = options.nsamples * options.seqlen
-    lines = [
-        f"{ready.original.name}: {options.method} on the {fitting_backend(options, ready)} backend",
-        f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
-    ]
-    if ready.tokens < wanted:
-        lines.append(f"  warning: the text has {ready.tokens} tokens for {wanted} asked for; windows overlap")
-    if ignored := ready.original.ignored:
-        some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
-        lines.append(f"  warning: {len(ignored)} tensors of the files are not used by the model: {some}")
-    if ready.plan.memory_bytes > host_memory():
-        lines.append(
-            f"  warning: this machine has {host_memory() / 1e9:.1f} GB of memory for the "
-            f"{ready.plan.memory_bytes / 1e9:.1f} GB expected; fewer or shorter windows take less"
-        )
-    return lines + (ready.plan.lines() if options.method == PT2_LLM else [])
+    ready.passage.place(reserved=ready.plan.device_bytes)

@@ -1,4 +1,4 @@
-"""The record of a run: what is stored in report.json and printed as a table."""
+"""Figures of finished layers: a row for each in the record, and the table printed at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reference.aga import output_error
 from reference.types import TernaryMatrix
 
 
-def matrix_record(fitted: FittedMatrix) -> dict[str, Any]:
+def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
     """Figures of one matrix: name, shape, dead inputs, seconds, and the fit or the error alone."""
     result = fitted.result
     if isinstance(result, TernaryMatrix) and result.report is not None:
@@ -32,16 +32,17 @@ def matrix_record(fitted: FittedMatrix) -> dict[str, Any]:
     }
 
 
-def layer_record(index: int, layer: FittedLayer) -> dict[str, Any]:
+def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
     """Figures of a layer; its relative output error is ΣE_x / Σtr(W C Wᵀ) over its matrices."""
-    records = [matrix_record(matrix) for matrix in layer.matrices]
-    power = sum(r["output_power"] for r in records)
-    error = sum(r["relative_output_error"] * r["output_power"] for r in records)
+    rows = [matrix_row(matrix) for matrix in layer.matrices]
+    power = sum(r["output_power"] for r in rows)
+    error = sum(r["relative_output_error"] * r["output_power"] for r in rows)
     return {
         "layer": index,
         "relative_output_error": error / power if power > 0 else 0.0,
         "seconds": layer.seconds,
-        "matrices": records,
+        "shared_inputs": [group for group in layer.groups if len(group) > 1],
+        "matrices": rows,
     }
 
 
@@ -51,12 +52,12 @@ def mean_layer_error(layers: list[dict[str, Any]]) -> float:
 
 
 def table(layers: list[dict[str, Any]]) -> list[str]:
-    """A line for every matrix: errors after each stage, variance, and the whole matrix."""
-    records = [record for layer in layers for record in layer["matrices"]]
-    width = max(len(record["name"]) for record in records)
-    if "output_errors" not in records[0]:
+    """A line for every matrix: errors after each stage, variance in blocks, error of the whole matrix."""
+    rows = [row for layer in layers for row in layer["matrices"]]
+    width = max(len(row["name"]) for row in rows)
+    if "output_errors" not in rows[0]:
         lines = [f"{'matrix':{width}}  {'whole':>9}  {'s':>5}"]
-        for r in records:
+        for r in rows:
             lines.append(f"{r['name']:{width}}  {r['relative_output_error']:9.5f}  {r['seconds']:5.1f}")
         return [*lines, "whole: E_x / tr(WCWᵀ) of the whole matrix"]
     lines = [
@@ -64,7 +65,7 @@ def table(layers: list[dict[str, Any]]) -> list[str]:
         f"{'matrix':{width}}  {'init':>8} {'ITF':>8} {'AGA':>8}  {'init':>8} {'ITF':>8} {'AGA':>8}  "
         f"{'before':>9} {'after':>9}   {'whole':>8} {'rounds':>6} {'s':>5}",
     ]
-    for r in records:
+    for r in rows:
         weight, output = r["weight_errors"], r["output_errors"]
         lines.append(
             f"{r['name']:{width}}  {weight[0]:8.5f} {weight[-1]:8.5f} {r['aligned_weight_error']:8.5f}  "
@@ -74,6 +75,6 @@ def table(layers: list[dict[str, Any]]) -> list[str]:
         )
     return [
         *lines,
-        "E_w, E_x: sums over blocks, each against the weights it was fitted to (compensated for the",
-        "blocks before it); whole: the matrix as stored against the original; rounds: most ITF took",
+        "E_w, E_x: sums over blocks, each relative to the weights it was fitted to (compensated for the",
+        "blocks before it); whole: the stored matrix relative to the original; rounds: most that ITF took",
     ]

@@ -1,8 +1,8 @@
-"""Going on with a run that was stopped, to the same bytes that it would have written.
+"""Resume an interrupted run; the output is byte-identical to that of an uninterrupted one.
 
-What it had ternarized is read from its shards. Hidden states are not stored, which would take longer than
-all else on a fast device: the layers that are done are run once more, and a checksum tells that each gives
-what it gave before.
+Finished layers are read from their shards. Hidden states are not stored, as writing them would take longer
+than everything else on a fast device: finished layers run once more, and a checksum shows that each gives
+the same outputs as before.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from harness.errors import UserError
 from harness.files import json_text
 from harness.models.decoder import DecoderLayers
+from harness.quantize.record import Record
 from harness.ternary.format import PACKED
 from harness.ternary.linear import TernaryLinear
 from harness.ternary.writing import load_shard
 from reference.types import TernaryConfig
 
-# What must be the same in the reports of both runs; of the options, what is not in another part.
+# What must be the same in both records; of the options, those that are in no other part of it.
 SAME = ("model", "dtype", "method", "backend", "device", "machine", "config", "calibration", "versions")
 
 
@@ -32,49 +33,40 @@ SAME_OPTIONS = ("embedding", "gguf_dtype", "trust_remote_code")
 EVALUATION_OPTIONS = ("evaluation", "evaluation_seqlen", "evaluation_windows", "text_column")
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def checksum(hidden: list[torch.Tensor]) -> int:
-    """A sum over the bits of hidden states, which lie on one device and are there."""
-    sums = [states.view(_BITS[states.element_size()]).sum(dtype=torch.int64) for states in hidden]
-    return int(torch.stack(sums).sum())
-
-
-def continued(record: dict[str, Any], earlier: dict[str, Any], out: Path) -> None:
-    """Put what an earlier run has come to into the record of this one, if it is the same run.
+def continue_from(earlier: dict[str, Any], record: Record, out: Path) -> None:
+    """Take over the finished layers of an interrupted run into the record of this one.
 
     Parameters
     ----------
-    record : dict
-        Of this run before its first layer.
     earlier : dict
-        As `harness.models.folder.unfinished` reads it.
+        The record of the interrupted run, as `harness.models.folder.unfinished` reads it.
+    record : Record
+        Of this run before its first layer.
     out : Path
-        Where the earlier run lies.
+        Folder of the interrupted run.
 
     Raises
     ------
     UserError
-        If they are not the same; names what differs.
+        If model, text, settings, libraries or machine are not the same; names what differs.
     """
-    was, now = dict(_facts(earlier)), dict(_facts(json.loads(json_text(record))))
+    was, now = dict(_facts(earlier)), dict(_facts(json.loads(json_text(record.to_json()))))
     for name in [*was, *(name for name in now if name not in was)]:
         if was.get(name) != now.get(name):
             raise UserError(
-                f"{out} holds another run than this: {name} was {was.get(name)} and is {now.get(name)}; "
-                "repeat its command with --resume, or begin anew with --force"
+                f"{out} holds another run: {name} was {was.get(name)} and is {now.get(name)}; "
+                "repeat the command of that run with --resume, or start over with --force"
             )
-    record["created"] = earlier["created"]
-    record["layers"] = earlier["layers"]
-    record["resumed_after"] = [*earlier["resumed_after"], len(earlier["layers"])]
-    record["seconds"] = earlier["seconds"]
-    if all(record["options"][name] == earlier["options"][name] for name in EVALUATION_OPTIONS):
-        record["perplexity"] = earlier["perplexity"]
+    record.created = earlier["created"]
+    record.layers = earlier["layers"]
+    record.resumed_after = [*earlier["resumed_after"], len(earlier["layers"])]
+    record.seconds = earlier["seconds"]
+    if all(record.options[name] == earlier["options"][name] for name in EVALUATION_OPTIONS):
+        record.perplexity = earlier["perplexity"]
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What must be the same, by names that a user knows."""
+    """What must be the same in both runs, by names that a user knows."""
     options = {name: record["options"][name] for name in SAME_OPTIONS}
     for part, value in {"options": options, **{part: record[part] for part in SAME}}.items():
         if isinstance(value, dict):
@@ -86,7 +78,7 @@ def _facts(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def stored_weights(
     shard: Path, decoder: DecoderLayers, index: int, config: TernaryConfig, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The weights of a layer that is done, by their names in the layer, in the dtype of the model.
+    """Dequantize the weights of a finished layer, by their names in the layer, in the dtype of the model.
 
     Raises
     ------
@@ -110,6 +102,6 @@ def stored_weights(
         try:
             layer.load_state_dict({part: parts[part] for part in PACKED if part in parts}, assign=True)
         except RuntimeError as error:
-            raise UserError(f"{shard} is damaged ({error}); begin anew with --force") from None
+            raise UserError(f"{shard} is damaged ({error}); start over with --force") from None
         weights[name] = layer.to(device).dequantize()
     return weights

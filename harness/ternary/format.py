@@ -8,6 +8,8 @@
     block_size       columns that share alpha and mu
     grid             what alpha and mu are stored in: "float16" or "int8"
     modules          names of the packed layers
+    shared_inputs    those of them that read one and the same input, in groups, as calibration saw them; not
+                     in the first checkpoints
     unpermuted       those of them without a permutation, as it is the identity; a permutation that is
                      missing elsewhere was lost
     coded            embedding and head, if stored as `harness.ternary.embedding` describes
@@ -76,6 +78,7 @@ class StoredLayers:
     grid: str
     modules: list[str]
     unpermuted: list[str]
+    shared_inputs: list[list[str]] | None
     coded: list[str]
 
 
@@ -97,13 +100,19 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
     coded = quantization.get("coded", [])  # there were none at first
     for entry, names in (("modules", modules), ("unpermuted", unpermuted), ("coded", coded)):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{where}: {entry} of quantization_config is no list of names")
+            raise UserError(f"{where}: {entry} of quantization_config must be a list of names")
     if not isinstance(block_size, int) or block_size < 1:
-        raise UserError(f"{where}: block_size of quantization_config is no number from 1 on")
+        raise UserError(f"{where}: block_size of quantization_config must be a positive integer")
     grid = quantization.get("grid", "float16")  # the only one there was at first
     if grid not in GRIDS:
         raise UserError(f"{where}: the grid {grid!r} of quantization_config is none of {', '.join(GRIDS)}")
-    return StoredLayers(block_size, grid, modules or [], unpermuted or [], coded)
+    shared = quantization.get("shared_inputs")  # the first checkpoints have none
+    if shared is not None:
+        known = isinstance(shared, list) and all(isinstance(group, list) for group in shared)
+        members = [name for group in shared for name in group] if known else [None]
+        if len(set(members)) < len(members) or not set(members) <= {*(modules or [])}:
+            raise UserError(f"{where}: shared_inputs of quantization_config must be groups of modules")
+    return StoredLayers(block_size, grid, modules or [], unpermuted or [], shared, coded)
 
 
 # Everything that may be stored of one matrix.

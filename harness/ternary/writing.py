@@ -129,6 +129,7 @@ class CheckpointWriter:
         original: Original,
         matrices: TernaryConfig,
         modules: list[str],
+        shared_inputs: list[list[str]],
         coded: list[str],
         report: dict[str, Any],
     ) -> None:
@@ -149,6 +150,7 @@ class CheckpointWriter:
                 "block_size": matrices.block_size,
                 "grid": matrices.grid,
                 "modules": modules,
+                "shared_inputs": shared_inputs,
                 "unpermuted": sorted(self._unpermuted),
                 "coded": coded,
                 "weight_dtype": dtype_name(original.model.dtype),

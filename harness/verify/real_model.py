@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from harness import text
 from harness.backends import Backend, load_backend
 from harness.calibration.capture import capture_inputs
-from harness.calibration.layerwise import FittedMatrix, quantize_layers
+from harness.calibration.layerwise import FittedMatrix, fit_layers
 from harness.calibration.methods import Method, ternarizer
 from harness.compute import Compute, compute_for
 from harness.models.decoder import find_decoder_layers
 from harness.models.loading import load_original
 from harness.perplexity import measure_on
+from harness.progress import Progress
 from harness.verify.tolerances import OUTPUT_ERROR
 from reference.aga import output_error
 from reference.types import TernaryConfig, TernaryMatrix
@@ -100,13 +100,13 @@ def _ternarized(
     windows = text.calibration_windows(text.tokenize(stream, original.tokenizer), nsamples, seqlen, seed=0)
     measure = (held_out, min(seqlen, 2048), EVALUATION_WINDOWS, compute)
     before = measure_on(original, *measure).value
-    hidden, calls = capture_inputs(original.model, decoder, windows, compute)
-    hidden = compute.place(hidden, reserved=compute.memory // 2 if compute.memory else 0)
-    with tqdm(total=len(calls), desc=title, unit="layer", disable=None, leave=False) as bar:
-        for layer in quantize_layers(decoder, hidden, calls, method, compute):
+    passage = capture_inputs(original.model, decoder, windows, compute)
+    passage.place()
+    with Progress(title, len(passage.calls), "layer") as step:
+        for layer in fit_layers(passage, method):
             for matrix in layer.matrices:
                 take(matrix)
-            bar.update()
+            step()
     return original.name, before, measure_on(original, *measure).value
 
 

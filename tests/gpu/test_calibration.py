@@ -9,7 +9,7 @@ from harness.backends import load_backend
 from harness.benchmark.quantization import Scale, quantize_shape
 from harness.calibration.capture import capture_inputs
 from harness.calibration.gram import GramSum
-from harness.calibration.layerwise import quantize_layers
+from harness.calibration.layerwise import fit_layers
 from harness.calibration.methods import ternarizer
 from harness.compute import HOST, Compute, compute_for
 from harness.models.decoder import find_decoder_layers
@@ -97,9 +97,9 @@ def test_layers_are_ternarized_as_by_the_reference(compute):
         where = Compute(compute.device, torch.float32, compute.memory) if name == "gpu" else Compute()
         model = tiny.make_model("llama", torch.bfloat16, ternary=False)
         decoder = find_decoder_layers(model)
-        hidden, calls = capture_inputs(model, decoder, windows, where)
+        passage = capture_inputs(model, decoder, windows, where)
         method = ternarizer(backend, where, TernaryConfig(block_size=tiny.BLOCK))
-        layer = next(quantize_layers(decoder, hidden, calls, method, where))
+        layer = next(fit_layers(passage, method))
         errors[precision, name] = [m.result.report.relative_output_error for m in layer.matrices]
         for matrix in layer.matrices:
             packed = packed_tensors(matrix.name, matrix.result, backend)

@@ -41,7 +41,7 @@ def test_attention_to_something_else_has_no_common_launch(backend, device):
     model = Crossed()
     x, other = torch.randn(2, 3, 300, device=device)
     expected = model(x, other)
-    use_kernels(model, backend)
+    use_kernels(model, backend=backend)
     assert len({layer.packed for layer in model.children()}) == 3
     torch.testing.assert_close(model(x, other), expected, rtol=1e-4, atol=1e-4)
 
@@ -53,7 +53,8 @@ def test_layers_that_are_given_the_same_input_share_a_launch(backend, device, mo
     share_launch(layers, backend)
     launches = []
     monkeypatch.setattr(
-        "harness.packed.ternary_linear", lambda *given: launches.append(1) or ternary_linear(*given)
+        "harness.ternary.kernels.shared.ternary_linear",
+        lambda *given: launches.append(1) or ternary_linear(*given),
     )
     for order in ((0, 1, 2), (2, 0, 1)):
         launches.clear()

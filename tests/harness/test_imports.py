@@ -14,7 +14,7 @@ ROOT = Path(harness.__file__).parent
 STOREYS = [
     {"errors"},
     {"files", "cli", "machine"},
-    {"backends"},
+    {"backends", "progress"},
     {"compute"},
     {"models"},
     {"text"},

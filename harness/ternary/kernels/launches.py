@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from reference.layout import PARTS
 from torch import nn
 
 from harness.backends import Backend, load_backend
@@ -14,18 +15,26 @@ from harness.ternary.kernels.shared import PackedWeights
 from harness.ternary.linear import TernaryLinear
 from reference.types import CodedGrid
 
-# Projections that models call one after the other with the same tensor. Where a model does not, their
-# outputs are right all the same, and computed more than once.
+# Of checkpoints that do not say which layers read one input: projections that models call one after the other
+# with the same tensor. Where a model does not, outputs are right all the same, and computed more than once.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
 OTHER_INPUTS = {"key_value_states", "cross_attention_states", "encoder_hidden_states"}
 
 
-def use_kernels(model: nn.Module, backend: Backend | None = None) -> None:
-    """Let every `TernaryLinear` of a model multiply by packed trits; `backend` is gpu if left out.
+def use_kernels(
+    model: nn.Module, shared_inputs: list[list[str]] | None = None, backend: Backend | None = None
+) -> None:
+    """Let every `TernaryLinear` of a model multiply by packed trits.
 
-    Layers that are given the same input share a launch.
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    shared_inputs : list of lists of str, optional
+        Names of layers that read one and the same input; they share a launch. Guessed from the names if
+        left out.
+    backend : Backend, optional
+        Runs the kernels; gpu if left out.
 
     Raises
     ------
@@ -34,26 +43,43 @@ def use_kernels(model: nn.Module, backend: Backend | None = None) -> None:
     """
     backend = backend or load_backend("gpu")
     share_memory(backend)
-    for layers in _launches(model):
-        share_launch(layers, backend)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+    groups = _guessed_groups(model) if shared_inputs is None else shared_inputs
+    for names in launches(layers, groups):
+        share_launch([layers[name] for name in names], backend)
 
 
-def _launches(model: nn.Module) -> list[list[TernaryLinear]]:
-    """The ternary layers of a model, in groups that are given the same input and can share a launch."""
+def launches(layers: dict[str, TernaryLinear], groups: list[list[str]]) -> list[list[str]]:
+    """Every layer once, in groups that one launch can take.
+
+    Parameters
+    ----------
+    layers : dict of str to TernaryLinear
+        The layers of a model.
+    groups : list of lists of str
+        Names of layers that read one input; a layer may be in none.
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    group_of = {name: number for number, group in enumerate(groups) for name in group}
+    for name, layer in layers.items():
+        kind = (layer.in_features, layer.block_size, layer.row_factor is None)
+        alike.setdefault((group_of.get(name, name), *kind), []).append(name)
+    return [names[i : i + PARTS] for names in alike.values() for i in range(0, len(names), PARTS)]
+
+
+def _guessed_groups(model: nn.Module) -> list[list[str]]:
+    """Groups of layers that read one input, guessed from the names they have in their module."""
     groups = []
-    for parent in model.modules():
-        children = {
-            name: child for name, child in parent.named_children() if isinstance(child, TernaryLinear)
-        }
+    for prefix, parent in model.named_modules():
         # Attention to something else has two inputs.
-        crossed = OTHER_INPUTS & inspect.signature(parent.forward).parameters.keys()
-        for names in () if crossed else SHARED_INPUTS:
-            found = [children[name] for name in names if name in children]
-            kinds = {(layer.in_features, layer.block_size, layer.row_factor is None) for layer in found}
-            if len(found) == len(names) and len(kinds) == 1:
-                groups.append(found)
-                children = {name: child for name, child in children.items() if name not in names}
-        groups += [[child] for child in children.values()]
+        if OTHER_INPUTS & inspect.signature(parent.forward).parameters.keys():
+            continue
+        children = {name for name, child in parent.named_children() if isinstance(child, TernaryLinear)}
+        groups += [
+            [f"{prefix}.{name}" if prefix else name for name in names]
+            for names in SHARED_INPUTS
+            if children.issuperset(names)
+        ]
     return groups
 
 

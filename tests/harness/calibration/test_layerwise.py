@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from harness.calibration.capture import advance, capture_inputs, logits_after
+from harness.calibration.capture import capture_inputs, logits_after
 from harness.calibration.gram import CHUNK_TOKENS, GramSum
-from harness.calibration.layerwise import quantize_layers
+from harness.calibration.layerwise import fit_layers
+from harness.calibration.passage import Passage
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import find_decoder_layers
@@ -45,14 +46,14 @@ def test_layers_run_one_by_one_give_what_the_whole_model_gives(kind: str) -> Non
         for window in windows():
             model(window[None], use_cache=False)
     handle.remove()
-    hidden, calls = capture_inputs(model, decoder, windows())
-    for _ in quantize_layers(decoder, hidden, calls, keep):
+    passage = capture_inputs(model, decoder, windows())
+    for _ in fit_layers(passage, keep):
         pass
-    assert (calls[0].extra is not None) == (kind == "bloom")
-    for states, wanted, window in zip(hidden, expected, windows(), strict=True):
+    assert (passage.calls[0].extra is not None) == (kind == "bloom")
+    for states, wanted, window in zip(passage.hidden, expected, windows(), strict=True):
         with torch.no_grad():
             logits = model(window[None], use_cache=False).logits
-        torch.testing.assert_close(logits_after(model, decoder, calls, window, states), logits)
+        torch.testing.assert_close(logits_after(model, passage, window, states), logits)
         # The same float32 operations in the same order; only a thread pool could split them differently.
         torch.testing.assert_close(states, wanted, rtol=1e-5, atol=1e-5)
 
@@ -78,10 +79,10 @@ def test_gram_matrices_are_those_of_the_inputs_through_quantized_layers(true_seq
     def halve(W: np.ndarray, C: np.ndarray) -> np.ndarray:
         return W / 2
 
-    hidden, calls = capture_inputs(model, decoder, windows())
+    passage = capture_inputs(model, decoder, windows())
     fitted = [
         matrix
-        for layer in quantize_layers(decoder, hidden, calls, halve, true_sequential=true_sequential)
+        for layer in fit_layers(passage, halve, true_sequential=true_sequential)
         for matrix in layer.matrices
     ]
     assert {matrix.name for matrix in fitted} == set(names.values())
@@ -101,8 +102,8 @@ def test_gram_matrices_are_those_of_the_inputs_through_quantized_layers(true_seq
 def test_matrices_that_read_one_input_share_one_gram_matrix() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder, windows())
-    layer = next(quantize_layers(decoder, hidden, calls, keep))
+    passage = capture_inputs(model, decoder, windows())
+    layer = next(fit_layers(passage, keep))
     shared: dict[int, set[str]] = {}
     for matrix in layer.matrices:
         shared.setdefault(id(matrix.gram), set()).add(matrix.name.rpartition(".")[2])
@@ -112,20 +113,26 @@ def test_matrices_that_read_one_input_share_one_gram_matrix() -> None:
         ["k_proj", "q_proj", "v_proj"],
         ["o_proj"],
     ]
+    assert [[name.rpartition(".")[2] for name in group] for group in layer.groups] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
 
 
 def test_the_model_stays_in_its_dtype_and_one_layer_at_a_time_is_float32() -> None:
     model = tiny.make_model("llama", torch.bfloat16)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder, windows())
+    passage = capture_inputs(model, decoder, windows())
     seen = []
 
     def look(W: np.ndarray, C: np.ndarray) -> np.ndarray:
         seen.append({p.dtype for p in model.parameters()})
         return W
 
-    for _ in quantize_layers(decoder, hidden, calls, look):
-        assert {states.dtype for states in hidden} == {torch.bfloat16}
+    for _ in fit_layers(passage, look):
+        assert {states.dtype for states in passage.hidden} == {torch.bfloat16}
     assert all(dtypes == {torch.bfloat16} for dtypes in seen)
 
 
@@ -133,13 +140,14 @@ def test_the_next_layer_sees_what_the_checkpoint_will_hold() -> None:
     """Weights in the model's dtype, not the finer ones that the method gave."""
     model = tiny.make_model("llama", torch.bfloat16, ternary=False)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder, windows())
-    expected = [states.clone() for states in hidden]
-    steps = quantize_layers(decoder, hidden, calls, lambda W, C: W * 1.2345)
+    passage = capture_inputs(model, decoder, windows())
+    expected = [states.clone() for states in passage.hidden]
+    steps = fit_layers(passage, lambda W, C: W * 1.2345)
     for index, _ in enumerate(steps):
         # The model now holds what was fitted, in its own dtype.
-        advance(decoder.working_copy(index, Compute()), calls[index].to(Compute()), expected, Compute())
-        for states, wanted in zip(hidden, expected, strict=True):
+        again = Passage(decoder, expected, passage.calls, Compute())
+        again.advance(again.enter(index))
+        for states, wanted in zip(passage.hidden, expected, strict=True):
             assert torch.equal(states, wanted)
 
 
@@ -158,7 +166,7 @@ def test_gram_sum_keeps_digits_over_many_rows() -> None:
 def test_a_failure_names_the_matrix() -> None:
     model = tiny.make_model("llama")
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder, windows())
+    passage = capture_inputs(model, decoder, windows())
 
     def fail(W: np.ndarray, C: np.ndarray) -> np.ndarray:
         if W.shape == (tiny.WIDTH, tiny.INNER):
@@ -166,16 +174,16 @@ def test_a_failure_names_the_matrix() -> None:
         return W
 
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj: is not positive definite"):
-        next(quantize_layers(decoder, hidden, calls, fail))
+        next(fit_layers(passage, fail))
 
 
 def test_inputs_that_are_not_finite_name_the_matrix() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder, windows())
-    hidden[1][0, 3, 7] = torch.inf
+    passage = capture_inputs(model, decoder, windows())
+    passage.hidden[1][0, 3, 7] = torch.inf
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: its inputs are not finite"):
-        next(quantize_layers(decoder, hidden, calls, keep))
+        next(fit_layers(passage, keep))
 
 
 def test_a_model_that_changes_hidden_states_between_layers_is_refused() -> None:
@@ -228,7 +236,7 @@ def test_a_model_that_tells_its_layers_about_the_tokens_is_refused() -> None:
 def test_after_a_failure_the_matrices_that_have_not_begun_are_not_begun() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder, windows())
+    passage = capture_inputs(model, decoder, windows())
     begun = []
 
     def interrupt(W: np.ndarray, C: np.ndarray) -> np.ndarray:
@@ -239,7 +247,7 @@ def test_after_a_failure_the_matrices_that_have_not_begun_are_not_begun() -> Non
         return W
 
     with pytest.raises(KeyboardInterrupt):
-        next(quantize_layers(decoder, hidden, calls, interrupt))
+        next(fit_layers(passage, interrupt))
     assert len(begun) <= 3
 
 
@@ -248,9 +256,9 @@ def test_a_matrix_that_is_not_used_is_refused() -> None:
     decoder = find_decoder_layers(model)
     decoder.layers[0].mlp.spare = torch.nn.Linear(4, 4)
     decoder = find_decoder_layers(model)
-    hidden, calls = capture_inputs(model, decoder, windows())
+    passage = capture_inputs(model, decoder, windows())
     with pytest.raises(UserError, match=r"mlp\.spare is not used"):
-        next(quantize_layers(decoder, hidden, calls, keep))
+        next(fit_layers(passage, keep))
 
 
 def layer_of(name: str) -> int:

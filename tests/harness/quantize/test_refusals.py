@@ -19,7 +19,6 @@ from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
 from harness.errors import UserError
 from harness.files import write_json
 from harness.models.folder import REPORT
-from harness.quantize import run
 from harness.quantize.__main__ import main as quantize_main
 from harness.ternary.reading import load_tokenizer
 from tests.harness import tiny
@@ -33,7 +32,7 @@ def test_an_alignment_that_the_backend_leaves_out_is_refused_at_once(
 ) -> None:
     package = ModuleType("lacking")
     package.REFUSED = frozenset({"aga.align_grid_printed"})  # type: ignore[attr-defined]
-    monkeypatch.setattr(run, "load_backend", lambda *names: Backend("lacking", package))
+    monkeypatch.setattr("harness.quantize.prepare.load_backend", lambda *names: Backend("lacking", package))
     assert run_main(quantize_main, "--out", tmp_path / "out", "--aga", "printed") == EXIT_USAGE
     assert "lacking leaves out Eq. 13 as printed; use --backend reference" in capsys.readouterr().err
 
@@ -49,7 +48,7 @@ def test_a_device_that_is_too_small_ends_the_run_with_what_to_do(
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr("harness.calibration.layerwise._collect_grams", full)
+    monkeypatch.setattr("harness.calibration.passage.Passage.collect", full)
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
     assert "too small (CUDA out of memory); free some" in capsys.readouterr().err
@@ -64,7 +63,7 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("harness.quantize.prepare.host_memory", lambda: 1_000_000)
+    monkeypatch.setattr("harness.quantize.run.host_memory", lambda: 1_000_000)
     monkeypatch.setattr(
         "harness.calibration.layerwise._collect_grams", lambda *arguments: torch.empty(1 << 60)
     )
@@ -141,7 +140,7 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_outside_layers", interrupt)
+    monkeypatch.setattr("harness.quantize.sink._outside_layers", interrupt)
     arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, *arguments) == EXIT_INTERRUPTED
     with pytest.raises(UserError, match=r"no config\.json"):

@@ -18,10 +18,13 @@ from safetensors.torch import save_file
 
 import harness
 from harness import perplexity
+from harness.calibration.passage import Passage
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
+from harness.compute import Compute
 from harness.errors import UserError
+from harness.models.decoder import DecoderLayers
 from harness.models.folder import CONFIG, PROGRESS, REPORT, STAGING
-from harness.quantize import resume, run
+from harness.quantize import run
 from harness.quantize.__main__ import main as quantize_main
 from harness.ternary.writing import CheckpointWriter, load_shard
 from tests.harness import tiny
@@ -302,7 +305,7 @@ def test_a_baseline_is_not_gone_on_with(
     command: list[object], run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(quantize_main, *command, "--method", "rtn-2bit", "--resume") == EXIT_USAGE
-    assert "rtn-2bit writes nothing that could be gone on with" in capsys.readouterr().err
+    assert "rtn-2bit cannot be resumed: baselines write no checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("switches", "times"), [((), 1), (("--eval-windows", "1"), 2)])
@@ -327,8 +330,11 @@ def test_perplexity_before_is_measured_once(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_checksum_sees_any_bit(dtype: torch.dtype) -> None:
+    def checksum(hidden: list[torch.Tensor]) -> int:
+        return Passage(DecoderLayers("", torch.nn.ModuleList(), []), hidden, [], Compute()).checksum()
+
     hidden = [torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
-    before = resume.checksum(hidden)
-    assert resume.checksum([states.clone() for states in hidden]) == before
+    before = checksum(hidden)
+    assert checksum([states.clone() for states in hidden]) == before
     hidden[2][0, 2, 3] = torch.nextafter(hidden[2][0, 2, 3].float() * 1.01, torch.tensor(9.0)).to(dtype)
-    assert resume.checksum(hidden) != before
+    assert checksum(hidden) != before

@@ -1,0 +1,242 @@
+"""Calibration windows between two decoder layers, and how to take them through the next one.
+
+One decoder layer at a time is on the device that computes. Hidden states wait between layers in the model's
+dtype, on the device if they fit and in host memory if not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from harness.calibration.gram import GramSum
+from harness.compute import Compute
+from harness.errors import UserError
+from harness.models.decoder import DecoderLayers, require_finite
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _no_step() -> None:
+    """Nobody counts steps."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Arguments of a decoder layer beside the hidden states, and the form of its output.
+
+    `extra` counts the values that the layer returns in a tuple after the hidden states; None if it returns
+    the hidden states alone.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    extra: int | None = None
+
+    def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the layer on hidden states of its own device and type."""
+        output = layer(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def to(self, compute: Compute) -> LayerCall:
+        """The same on a device; floating-point arguments (masks, rotary tables) in the type layers run in."""
+        args, kwargs = _moved((self.args, self.kwargs), compute)
+        return replace(self, args=args, kwargs=kwargs)
+
+
+def brought(states: torch.Tensor, compute: Compute) -> torch.Tensor:
+    """Hidden states on the device and in the type that layers run in."""
+    return states.to(compute.device, compute.dtype, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class WorkingLayer:
+    """A decoder layer to compute with: a copy on the device, in the type that layers run in.
+
+    Attributes
+    ----------
+    module : nn.Module
+        The copy.
+    call : LayerCall
+        How it is called.
+    index : int
+        Which of the model's layers it is.
+    decoder : DecoderLayers
+        The layers of the model.
+    """
+
+    module: nn.Module
+    call: LayerCall
+    index: int
+    decoder: DecoderLayers
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """The copies of the matrices to quantize, by their names in the layer."""
+        names = self.decoder.linears[self.index]
+        return {name: cast(nn.Linear, self.module.get_submodule(name)) for name in names}
+
+    def full_name(self, name: str) -> str:
+        """Name of a module of the layer in the whole model."""
+        return self.decoder.full_name(self.index, name)
+
+    def put(self, name: str, dense: torch.Tensor) -> None:
+        """Replace the weights of a matrix, in the model and in the copy."""
+        # A checkpoint is read back in the dtype of the model.
+        dense = dense.to(self.decoder.linears[self.index][name].weight.dtype)
+        self.decoder.replace(self.index, name, dense)
+        weight = self.linears[name].weight
+        weight.data = dense.to(weight.device, weight.dtype)
+
+
+@dataclass
+class Passage:
+    """Hidden states of every calibration window, and what takes them through the decoder layers.
+
+    Attributes
+    ----------
+    decoder : DecoderLayers
+        The layers.
+    hidden : list of (1, seqlen, width) tensors
+        Inputs of the next layer; every layer overwrites them by its outputs, in the same memory.
+    calls : list of LayerCall
+        How each layer is called.
+    compute : Compute
+        Where layers run.
+    """
+
+    decoder: DecoderLayers
+    hidden: list[torch.Tensor]
+    calls: list[LayerCall]
+    compute: Compute
+
+    def place(self, reserved: float | None = None) -> None:
+        """Move hidden states to the device if they fit there, else into pinned host memory.
+
+        `reserved` bytes of the device stay free; half of it if left out.
+        """
+        if reserved is None:
+            reserved = self.compute.memory // 2 if self.compute.memory else 0
+        self.hidden = self.compute.place(self.hidden, reserved)
+
+    @torch.no_grad()
+    def enter(self, index: int) -> WorkingLayer:
+        """Bring a layer to the device.
+
+        Raises
+        ------
+        UserError
+            If the layer was read from disk and a weight is not finite; names it.
+        """
+        module = self.decoder.working_copy(index, self.compute)
+        layer = WorkingLayer(module, self.calls[index].to(self.compute), index, self.decoder)
+        if self.decoder.read is not None:
+            for name, parameter in module.named_parameters():
+                require_finite(layer.full_name(name), parameter)
+        return layer
+
+    @torch.no_grad()
+    def advance(self, layer: WorkingLayer, step: Callable[[], object] = _no_step) -> None:
+        """Run a layer on every window; its outputs overwrite the hidden states. `step` counts windows."""
+        for states in self.hidden:
+            states.copy_(layer.call(layer.module, brought(states, self.compute)), non_blocking=True)
+            step()
+
+    @torch.no_grad()
+    def again(self, weights: Iterable[dict[str, torch.Tensor]]) -> Iterator[None]:
+        """Run layers that have been quantized before, from the first, as they were run then.
+
+        Parameters
+        ----------
+        weights : iterable of dict
+            Dense weights of each layer by their names in the layer.
+        """
+        for index, layer_weights in enumerate(weights):
+            layer = self.enter(index)
+            for name, dense in layer_weights.items():
+                layer.put(name, dense)
+            self.advance(layer)
+            self.compute.wait()
+            yield
+
+    @torch.no_grad()
+    def input_groups(self, layer: WorkingLayer) -> list[list[str]]:
+        """Names of the matrices that read one and the same tensor, in the order they are computed.
+
+        Raises
+        ------
+        UserError
+            If a matrix is used more than once in its layer, or not at all.
+        """
+        linears = layer.linears
+        readers: dict[int, list[str]] = {}
+        kept = []  # inputs stay alive, so that no two share an address
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                kept.append(args[0])
+                readers.setdefault(id(args[0]), []).append(name)
+
+            return hook
+
+        with _pre_hooks({linears[name]: note(name) for name in linears}):
+            layer.call(layer.module, brought(self.hidden[0], self.compute))
+        groups = list(readers.values())
+        names = [name for group in groups for name in group]
+        idle = sorted(set(linears) - set(names))
+        if idle or len(names) != len(set(names)):
+            culprit = idle[0] if idle else max(names, key=names.count)
+            times = "not used" if idle else "used more than once"
+            raise UserError(
+                f"{layer.full_name(culprit)} is {times} in a pass through its decoder layer; "
+                "such a matrix cannot be calibrated"
+            )
+        return groups
+
+    @torch.no_grad()
+    def collect(
+        self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = _no_step
+    ) -> list[torch.Tensor]:
+        """Gram matrix (m, m) float64 of the inputs of every group, over all windows."""
+        linears = layer.linears
+        first = [linears[group[0]] for group in groups]
+        sums = [GramSum(linear.in_features, self.compute.device) for linear in first]
+
+        def add(total: GramSum) -> Callable[..., None]:
+            return lambda module, args: total.add(args[0].reshape(-1, total.columns))
+
+        with _pre_hooks({linear: add(total) for linear, total in zip(first, sums, strict=True)}):
+            for states in self.hidden:
+                layer.call(layer.module, brought(states, self.compute))
+                step()
+        return [total.finish() for total in sums]
+
+    def checksum(self) -> int:
+        """A sum over the bits of all hidden states."""
+        sums = [states.view(_BITS[states.element_size()]).sum(dtype=torch.int64) for states in self.hidden]
+        return int(torch.stack(sums).sum())
+
+
+@contextmanager
+def _pre_hooks(hooks: dict[nn.Linear, Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _moved(value: Any, compute: Compute) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(compute.device, compute.dtype if value.is_floating_point() else None)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(v, compute) for v in value)
+    if isinstance(value, dict):
+        return {k: _moved(v, compute) for k, v in value.items()}
+    return value

@@ -1,0 +1,75 @@
+"""Progress of long work: a bar on a terminal, lines with the expected time elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from tqdm import tqdm
+
+from harness.machine import duration
+
+Say = Callable[[str], object]
+
+# Seconds: work that takes less is not announced with a time, and between two lines at the least.
+SHORT, BETWEEN_LINES = 5.0, 60.0
+
+
+def say_on_stdout(line: str) -> None:
+    """Print a line above any bar, at once: a pipe would hold it back."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def say_on_stderr(line: str) -> None:
+    """The same beside output that programs read."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+class Progress:
+    """Counts steps of work and shows how far it is.
+
+    Parameters
+    ----------
+    what : str
+        The work, such as "perplexity of the original".
+    total : int
+        Number of steps.
+    unit : str
+        One step, such as "window".
+    say : callable
+        Takes every line, where there is no terminal for a bar.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, say: Say = say_on_stderr) -> None:
+        self.what, self.total, self.unit, self.say = what, total, unit, say
+        self.done = 0
+
+    def __enter__(self) -> Progress:
+        self._bar = tqdm(total=self.total, desc=self.what, unit=self.unit, disable=None, leave=False)
+        if self._bar.disable:
+            self.say(f"{self.what}: {self.total} {self.unit}{'s' if self.total != 1 else ''}")
+        self._began = self._said = time.monotonic()
+        return self
+
+    def __call__(self, steps: int = 1) -> None:
+        """Count steps that are done."""
+        self._bar.update(steps)
+        first, self.done = self.done == 0, self.done + steps
+        if not self._bar.disable or self.done >= self.total:
+            return
+        now = time.monotonic()
+        left = (now - self._began) / self.done * (self.total - self.done)
+        if first and left > SHORT:
+            self.say(f"  about {duration(now - self._began + left)}")
+        elif now - self._said > BETWEEN_LINES:
+            self.say(f"  {self.done} of {self.total} {self.unit}s, about {duration(left)} left")
+            self._said = now
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

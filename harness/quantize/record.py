@@ -1,0 +1,133 @@
+"""The record of a run: what report.json holds, and progress.json while the run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from harness import text
+from harness.calibration import gram
+from harness.calibration.layerwise import FittedLayer
+from harness.compute import dtype_name
+from harness.machine import environment
+from harness.perplexity import Perplexity
+from harness.quantize.options import Options
+from harness.quantize.prepare import Ready
+from harness.quantize.report import layer_row, mean_layer_error
+
+
+@dataclass
+class Record:
+    """A run from its start to where it is.
+
+    Attributes
+    ----------
+    created : str
+        UTC time of the start.
+    model, dtype : str
+        The original model, and the type of its weights.
+    method, backend, config, bits_per_weight
+        What computes the matrices, with which settings, and bits of a weight with everything counted.
+    options : dict
+        The options of the command line, but for those in `config`.
+    calibration : dict
+        Text, windows and arithmetic of the calibration.
+    versions, machine, cores, device
+        What else can change a result.
+    plan : dict, optional
+        The estimate of the run, of a method that has one.
+    perplexity : dict
+        Results "before" and "after".
+    seconds : dict of str to float
+        Time by stage.
+    layers : list of dict
+        A row for every finished layer, with a row for each of its matrices.
+    resumed_after : list of int
+        How many layers were finished each time that the run was resumed.
+    mean_relative_output_error, peak_memory_bytes, peak_device_bytes
+        Known at the end.
+    """
+
+    created: str
+    model: str
+    dtype: str
+    method: str
+    backend: str
+    config: dict[str, Any]
+    plan: dict[str, Any] | None
+    bits_per_weight: float
+    options: dict[str, Any]
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    machine: str
+    cores: int | None
+    device: str
+    perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    resumed_after: list[int] = field(default_factory=list)
+    mean_relative_output_error: float | None = None
+    peak_memory_bytes: int | None = None
+    peak_device_bytes: int | None = None
+
+    @classmethod
+    def of(
+        cls, options: Options, ready: Ready, calibration_text: text.Text, computed: dict[str, Any]
+    ) -> Record:
+        """The record of a run before its first layer; `computed` is what the sink says of the method."""
+        passage, model = ready.passage, ready.original.model
+        return cls(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=ready.original.name,
+            dtype=dtype_name(model.dtype),
+            method=options.method,
+            options={name: value for name, value in asdict(options).items() if name != "config"},
+            calibration={
+                "text": calibration_text.protocol,
+                "tokens": ready.tokens,
+                "nsamples": options.nsamples,
+                "seqlen": options.seqlen,
+                "seed": options.config.seed,
+                "true_sequential": options.true_sequential,
+                "computed_in": dtype_name(passage.compute.dtype or model.dtype),
+                "activations_kept_in": dtype_name(passage.hidden[0].dtype),
+                "gram": gram.SUMS,
+                "inputs_checksum": passage.checksum(),
+            },
+            device=passage.compute.describe(),
+            **environment(),
+            **computed,
+        )
+
+    @property
+    def done(self) -> int:
+        """Layers that are finished."""
+        return len(self.layers)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the time that passes to a stage."""
+        began = time.perf_counter()
+        yield
+        self.spent(stage, began)
+
+    def spent(self, stage: str, began: float) -> None:
+        """Add the time since `began`, a value of `time.perf_counter`, to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def add(self, layer: FittedLayer, checksum: int) -> None:
+        """Add a finished layer; `checksum` is that of the hidden states after it."""
+        self.layers.append({**layer_row(self.done, layer), "outputs_checksum": checksum})
+        self.mean_relative_output_error = mean_layer_error(self.layers)
+
+    def measured(self, when: str, result: Perplexity) -> None:
+        """Add a perplexity, "before" or "after"."""
+        self.perplexity[when] = asdict(result)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object in report.json; what is not known is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}

@@ -1,0 +1,287 @@
+"""Where quantized layers go: into a checkpoint, or for a baseline nowhere beside the model in memory.
+
+A run treats both alike; what differs between PT²-LLM and a baseline is said here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.backends import Backend
+from harness.calibration.layerwise import FittedLayer
+from harness.calibration.methods import FitError, Method, baseline, baseline_bits, ternarizer
+from harness.errors import UserError
+from harness.hf import load
+from harness.models.decoder import DecoderLayers
+from harness.models.folder import WEIGHT_FILES, require_free, require_space, unfinished
+from harness.models.original import Original
+from harness.progress import Say
+from harness.quantize.options import PT2_LLM, Options
+from harness.quantize.prepare import Ready, require_other_folder
+from harness.quantize.record import Record
+from harness.quantize.resume import stored_weights
+from harness.ternary.format import is_ternary
+from harness.ternary.writing import CheckpointWriter
+
+
+class Sink(ABC):
+    """Takes the layers of a run, one after the other.
+
+    Parameters
+    ----------
+    options : Options
+        What the run is asked for.
+    """
+
+    # Added to the error if the report cannot be written at the end.
+    without_report = ""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @abstractmethod
+    def require_folder(self, say: Say) -> dict[str, Any] | None:
+        """Refuse a folder that cannot be written; return the record of an interrupted run in it."""
+
+    @abstractmethod
+    def require_model(self, ready: Ready) -> None:
+        """Refuse a model that this cannot take, or for which there is no room."""
+
+    @abstractmethod
+    def fitted_by(self, backend: Backend) -> str:
+        """Name of the backend that fits matrices."""
+
+    @abstractmethod
+    def plan_lines(self, ready: Ready) -> list[str]:
+        """The estimate that is printed."""
+
+    @abstractmethod
+    def computed(self, ready: Ready) -> dict[str, Any]:
+        """What the record says of backend, settings, plan and bits a weight."""
+
+    @abstractmethod
+    def method(self, ready: Ready) -> Method:
+        """What quantizes a matrix."""
+
+    @contextmanager
+    def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
+        """Take layers inside of this context; after a failure, keep what can be resumed."""
+        yield
+
+    @abstractmethod
+    def stored(self, index: int) -> dict[str, torch.Tensor]:
+        """Dense weights of a layer that an interrupted run has finished."""
+
+    @abstractmethod
+    def add(self, layer: FittedLayer, index: int) -> None:
+        """Take a layer."""
+
+    @abstractmethod
+    def note(self, record: Record) -> None:
+        """Write down how far the run has come."""
+
+    @abstractmethod
+    def finish(self, record: Record) -> None:
+        """Take the end of the run: no layer will follow."""
+
+    @abstractmethod
+    def quantized(self) -> Original:
+        """The quantized model, to be measured."""
+
+    def result_lines(self) -> list[str]:
+        """What is printed at the end."""
+        return []
+
+
+class CheckpointSink(Sink):
+    """PT²-LLM: every layer becomes a shard of a checkpoint, and an interrupted run can be resumed."""
+
+    without_report = "; the checkpoint is whole, its report lacks the perplexity"
+
+    def require_folder(self, say: Say) -> dict[str, Any] | None:
+        options = self.options
+        if options.out is None:
+            raise UserError("--out DIR is missing: where should the checkpoint go?")
+        self.out: Path = options.out
+        require_free(self.out, options.force, options.resume)
+        require_other_folder(options, self.out)
+        earlier = unfinished(self.out) if options.resume else None
+        if options.resume and earlier is None:
+            say(f"{self.out} holds no interrupted run: starting with the first layer")
+        return earlier
+
+    def require_model(self, ready: Ready) -> None:
+        require_space(self.out, ready.plan.packed_bytes + ready.plan.other_bytes)
+
+    def fitted_by(self, backend: Backend) -> str:
+        return backend.name
+
+    def plan_lines(self, ready: Ready) -> list[str]:
+        return ready.plan.lines()
+
+    def computed(self, ready: Ready) -> dict[str, Any]:
+        return {
+            "backend": ready.backend.name,
+            "config": asdict(self.options.config),
+            "plan": asdict(ready.plan),
+            "bits_per_weight": ready.plan.bits_per_weight,
+        }
+
+    def method(self, ready: Ready) -> Method:
+        return ternarizer(ready.backend, ready.passage.compute, self.options.config)
+
+    @contextmanager
+    def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
+        # Kept beyond the model, which need not be in memory beside the one that is read back.
+        self._tokenizer, self._streamed = ready.original.tokenizer, ready.original.read is not None
+        self._ready: Ready | None = ready
+        count = len(ready.passage.calls)
+        with CheckpointWriter(self.out, count + 1, ready.backend, done=record.done) as self._writer:
+            try:
+                yield
+            except FitError:
+                self._writer.forget()  # it would fail again
+                raise
+            except BaseException:
+                kept = unfinished(self.out)
+                if kept is not None and len(kept["layers"]) > self._writer.done:
+                    say(f"{len(kept['layers'])} of {count} layers are kept: add --resume to continue")
+                raise
+            finally:
+                self._ready = None
+
+    @property
+    def _decoder(self) -> DecoderLayers:
+        assert self._ready is not None, "the sink is open"
+        return self._ready.passage.decoder
+
+    def stored(self, index: int) -> dict[str, torch.Tensor]:
+        assert self._ready is not None, "the sink is open"
+        device = self._ready.passage.compute.device
+        return stored_weights(
+            self._writer.shard(index + 1), self._decoder, index, self.options.config, device
+        )
+
+    def add(self, layer: FittedLayer, index: int) -> None:
+        results = {matrix.name: matrix.result for matrix in layer.matrices}
+        self._writer.add(_unpacked_tensors(self._decoder, index), results)
+
+    def note(self, record: Record) -> None:
+        self._writer.note(record.to_json())
+
+    def finish(self, record: Record) -> None:
+        assert self._ready is not None, "the sink is open"
+        self._writer.add(_outside_layers(self._ready))
+        self._writer.finish(
+            self._ready.original,
+            self.options.config,
+            modules=list(self._decoder.named_linears()),
+            # A run that an older version began did not note them.
+            shared_inputs=[group for row in record.layers for group in row.get("shared_inputs", [])],
+            coded=list(self._ready.coded),
+            report=record.to_json(),
+        )
+
+    def quantized(self) -> Original:
+        # Dequantized, a model that was too large for the memory would be so again.
+        trusted = self.options.trust_remote_code
+        model = load(self.out, dense=not self._streamed, trust_remote_code=trusted)
+        return Original(model, self._tokenizer, str(self.out))
+
+    def result_lines(self) -> list[str]:
+        weights = [file for pattern in WEIGHT_FILES for file in self.out.glob(pattern)]
+        size = sum(file.stat().st_size for file in weights)
+        return [f"{self.out}: {size / 1e6:.1f} MB of weights"]
+
+
+class BaselineSink(Sink):
+    """A baseline: its dense matrices replace those of the model in memory, and nothing is stored."""
+
+    def require_folder(self, say: Say) -> dict[str, Any] | None:
+        options, out = self.options, self.options.out
+        if options.resume:
+            raise UserError(
+                f"{options.method} cannot be resumed: baselines write no checkpoint; drop --resume"
+            )
+        if out is not None:
+            require_free(out, options.force)
+            require_other_folder(options, out)
+            if is_ternary(out):
+                raise UserError(f"{out} holds a checkpoint, and a baseline gives none; choose another --out")
+        return None
+
+    def require_model(self, ready: Ready) -> None:
+        if ready.original.read is not None:
+            name = ready.original.name
+            raise UserError(f"{self.options.method} needs the whole model in memory, and {name} is too large")
+
+    def fitted_by(self, backend: Backend) -> str:
+        return "reference"  # in NumPy only, wherever layers run
+
+    def plan_lines(self, ready: Ready) -> list[str]:
+        return []
+
+    def computed(self, ready: Ready) -> dict[str, Any]:
+        config = self.options.config
+        return {
+            "backend": self.fitted_by(ready.backend),
+            "config": {"block_size": config.block_size, "damping": config.damping},
+            "plan": None,
+            "bits_per_weight": baseline_bits(config),
+        }
+
+    def method(self, ready: Ready) -> Method:
+        return baseline(self.options.method, self.options.config)
+
+    @contextmanager
+    def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
+        self._original = ready.original
+        yield
+
+    def stored(self, index: int) -> dict[str, torch.Tensor]:
+        raise AssertionError("a baseline has no finished layers to begin with")
+
+    def add(self, layer: FittedLayer, index: int) -> None:
+        """Nothing: the layer is in the model already."""
+
+    def note(self, record: Record) -> None:
+        """Nothing: it cannot be resumed."""
+
+    def finish(self, record: Record) -> None:
+        """Nothing: there is no file."""
+
+    def quantized(self) -> Original:
+        return self._original
+
+
+def sink_for(options: Options) -> Sink:
+    """The sink of the method asked for."""
+    return (CheckpointSink if options.method == PT2_LLM else BaselineSink)(options)
+
+
+def _unpacked_tensors(decoder: DecoderLayers, index: int) -> dict[str, torch.Tensor]:
+    """Tensors of a decoder layer that are stored unchanged: biases and norms."""
+    packed = {f"{name}.weight" for name in decoder.linears[index]}
+    names = [name for name in decoder.layers[index].state_dict() if name not in packed]
+    return {decoder.full_name(index, name): tensor for name, tensor in decoder.tensors(index, names).items()}
+
+
+def _outside_layers(ready: Ready) -> dict[str, torch.Tensor]:
+    """Tensors outside the decoder layers, but for those that are tied to another."""
+    model, prefix = ready.original.model, ready.passage.decoder.prefix
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tensors = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith(f"{prefix}.") and name not in tied
+    }
+    for module, matrix in ready.coded.items():
+        tensors |= {f"{module}.{part}": tensor for part, tensor in matrix.parts.items()}
+    return tensors
