@@ -82,7 +82,7 @@ def random_network(shape: str, layers: int | None, ternary: bool, compute: Compu
     decoder = attach_empty_layers(model, depth)
     if ternary:
         names = list(decoder.named_linears())
-        stored = StoredLayers(128, "float16", names, unpermuted=[], coded=[])
+        stored = StoredLayers(128, "float16", names, unpermuted=[], shared_inputs=None, coded=[])
         for name in names:
             swap(model, name, stored, DTYPE)
     for layer in decoder.layers:
