@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def twin(function: Function) -> Function:
+def twin(function: Callable[P, R]) -> Callable[P, R]:
     """Document a function of ``gpu.MODULE`` by its twin, the function of that name in ``reference.MODULE``.
 
     Only the twin's docstring and signature are read. `gpu` never calls the reference, which is its oracle.
@@ -32,13 +33,16 @@ def twin(function: Function) -> Function:
     TypeError
         If the parameters differ from the twin's in name, kind or default.
     """
-    module = importlib.import_module(function.__module__.replace("gpu", "reference", 1))
+    module = importlib.import_module(f"reference.{function.__module__.removeprefix('gpu.')}")
     mirrored = getattr(module, function.__name__)
     ours, theirs = _signature(function), _signature(mirrored)
     if ours != theirs:
         raise TypeError(f"{function.__module__}.{function.__name__}{ours} differs from its twin's {theirs}")
-    documentation = (inspect.getdoc(mirrored) or "").replace("array_like", "device array")
-    function.__doc__ = _with_note(documentation, inspect.getdoc(function))
+    documentation = inspect.getdoc(mirrored)
+    if documentation:  # python -OO has none
+        function.__doc__ = _with_note(
+            documentation.replace("array_like", "device array"), inspect.getdoc(function)
+        )
     return function
 
 

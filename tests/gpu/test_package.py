@@ -11,6 +11,7 @@ import gpu
 from gpu.twin import twin
 from harness.backends import load_backend
 from harness.tolerances import TOLERANCES
+from reference.twn import symmetric_ternarize
 
 SOURCES = sorted(Path(gpu.__file__).parent.rglob("*.py"))
 
@@ -61,6 +62,11 @@ def test_a_twin_takes_the_docstring_and_adds_what_differs():
         """Only here."""
 
     @twin
+    @function_named("symmetric_ternarize")
+    def without_note(W):
+        pass
+
+    @twin
     @function_named("permute", "gpu.ssr")
     def first_note(A, permutation):
         """Only here."""
@@ -68,7 +74,19 @@ def test_a_twin_takes_the_docstring_and_adds_what_differs():
     assert noted.__doc__.startswith("Approximate each row of W by ``alpha * T`` (Eq. 1-3).\n\nParameters\n")
     assert "|T_{ij}|`.\n\nOnly here.\n\nExamples\n--------\n>>> " in noted.__doc__
     assert "W : (n, m) device array\n    Weights." in noted.__doc__
+    assert noted.__doc__.replace("Only here.\n\n", "") == without_note.__doc__
     assert first_note.__doc__.endswith("not one of its columns.\n\nNotes\n-----\nOnly here.")
+
+
+def test_without_docstrings_there_is_none_to_take(monkeypatch):
+    monkeypatch.setattr(symmetric_ternarize, "__doc__", None)
+
+    @twin
+    @function_named("symmetric_ternarize")
+    def bare(W):
+        pass
+
+    assert bare.__doc__ is None
 
 
 def test_another_signature_than_the_twin_s_is_refused():
