@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-# numba-cuda reads this name on import, and NumPy 2.5 has removed it (numba-cuda issue 907).
+# numba-cuda looks this name up before its first compilation, and NumPy 2.5 removed it (numba-cuda issue 907).
 vars(np).setdefault("row_stack", np.vstack)
 
 STANDIN = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"

@@ -28,8 +28,8 @@ def damp(C: Array, damping: float) -> Array:
 
 @twin
 def invert_damped(C: Array, damping: float) -> tuple[Array, float]:
-    """At most three (m, m) float64 matrices are in memory, C included. The host waits for the device once a
-    step.
+    """At most three (m, m) float64 matrices are in memory, C included. The host waits for the device once per
+    damping step.
     """
     _check_damping(damping)
     return damped_inverse(checks.gram(C, C.shape[-1]), damping)
@@ -92,7 +92,7 @@ def inverse_by_factor(L: Array) -> Array:
         if first + PANEL < m:  # the trailing matrix is inverted already
             L[below, panel] = L[below, below] @ (L[below, panel] @ -own)
         L[panel, panel] = own
-    for first in range(0, m, PANEL):  # L⁻ᵀ L⁻¹: L⁻¹ is zero above the panel
+    for first in range(0, m, PANEL):  # L⁻ᵀ L⁻¹: rows of L⁻¹ above the panel are zero, and never read again
         panel, last = slice(first, first + PANEL), first + PANEL
         product = L[first:, panel].T @ L[first:, :last]
         L[panel, :last] = product
