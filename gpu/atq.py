@@ -7,96 +7,29 @@ import numpy as np
 from gpu import checks
 from gpu.device import Array, xp
 from gpu.kernels.fitting import fit_rows
+from gpu.twin import twin
 
 
+@twin
 def ternary_init(W: Array) -> tuple[Array, Array, Array]:
-    """Start from the row means: ``W_hat = alpha * T + mu`` (Eq. 4-5).
-
-    Parameters
-    ----------
-    W : (n, m) float32 or float64
-        Weights.
-
-    Returns
-    -------
-    alpha, mu : (n, 1) float64
-    T : (n, m) int8
-
-    Raises
-    ------
-    ValueError
-        If W is not a non-empty, finite matrix.
-    """
     grids, T, _, _, _ = fit_rows(checks.matrix(W, "W"), 0)
     return grids[:, 0:1], grids[:, 1:2], T
 
 
+@twin
 def weight_error(W: Array, alpha: Array, mu: Array, T: Array) -> float:
-    r"""Quantization error of the weights, :math:`E_w = \|W - (\alpha T + \mu)\|_F^2` (Eq. 6).
-
-    Parameters
-    ----------
-    W : (n, m) float32 or float64
-        Weights.
-    alpha, mu : (n, 1) array
-        Grid.
-    T : (n, m) array
-        Trits.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, a value is not finite, or T holds something that is not a trit.
-    """
     return float(squared_norm(residual(*_checked(W, alpha, mu, T))))
 
 
+@twin
 def weight_error_gradient(W: Array, alpha: Array, mu: Array, T: Array) -> tuple[Array, Array]:
-    """Gradient of `weight_error` with respect to alpha and mu (Eq. 7).
-
-    Parameters
-    ----------
-    W, alpha, mu, T
-        As for `weight_error`.
-
-    Returns
-    -------
-    d_alpha, d_mu : (n, 1) float64
-
-    Raises
-    ------
-    ValueError
-        As for `weight_error`.
-    """
     W, alpha, mu, T = _checked(W, alpha, mu, T)
     E = residual(W, alpha, mu, T)
     return -2 * (E * T).sum(axis=1, keepdims=True), -2 * E.sum(axis=1, keepdims=True)
 
 
+@twin
 def build_optimal_grid(W: Array, T: Array) -> tuple[Array, Array]:
-    """The grid that minimizes E_w for fixed trits (Eq. 8-9).
-
-    Parameters
-    ----------
-    W : (n, m) float32 or float64
-        Weights.
-    T : (n, m) array
-        Trits.
-
-    Returns
-    -------
-    alpha, mu : (n, 1) float64
-        A row whose trits are all equal has alpha 0 and mu the mean.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, a value is not finite, or T holds something that is not a trit.
-    """
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape)
     m = W.shape[1]
@@ -109,26 +42,8 @@ def build_optimal_grid(W: Array, T: Array) -> tuple[Array, Array]:
     return alpha, mean - alpha * T1 / m
 
 
+@twin
 def flexible_round(W: Array, alpha: Array, mu: Array) -> Array:
-    """The trits that minimize E_w for a fixed grid (Eq. 10).
-
-    Parameters
-    ----------
-    W : (n, m) float32 or float64
-        Weights.
-    alpha, mu : (n, 1) array
-        Grid; alpha may be negative.
-
-    Returns
-    -------
-    T : (n, m) int8
-        A tie, |Z| = ½, goes to 0, and so does a row with alpha = 0.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit or a value is not finite.
-    """
     W = checks.matrix(W, "W")
     alpha = checks.column(alpha, W.shape[0], "alpha")
     centred = W - checks.column(mu, W.shape[0], "mu")
@@ -136,34 +51,10 @@ def flexible_round(W: Array, alpha: Array, mu: Array) -> Array:
     return xp.where(beyond, xp.sign(centred) * xp.sign(alpha), 0.0).astype(np.int8)
 
 
+@twin
 def iterative_ternary_fitting(
     W: Array, max_iterations: int = 100, start: tuple[Array, Array, Array] | None = None
 ) -> tuple[Array, Array, Array, list[float]]:
-    """Alternate Eq. 9 and Eq. 10 until the trits stop changing (ITF, Algorithm 1).
-
-    Parameters
-    ----------
-    W : (n, m) float32 or float64
-        Weights.
-    max_iterations : int
-        Most rounds of grid and rounding.
-    start : (alpha, mu, T), optional
-        Where to begin; `ternary_init(W)` if left out.
-
-    Returns
-    -------
-    alpha, mu : (n, 1) float64
-        The optimal grid of the returned trits.
-    T : (n, m) int8
-        Trits; a fixed point of Eq. 10 unless the limit was hit.
-    errors : list of float
-        E_w at the start and after every half-step.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, a value is not finite, or max_iterations is not positive.
-    """
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
     W = checks.matrix(W, "W")
@@ -174,12 +65,12 @@ def iterative_ternary_fitting(
 
 
 def residual(W: Array, alpha: Array, mu: Array, T: Array) -> Array:
-    """What a grid and trits leave of W, (n, m) float64."""
+    """Compute the error W - (alpha T + mu), (n, m) float64."""
     return W - (alpha * T + mu)
 
 
 def squared_norm(A: Array) -> Array:
-    """Squared Frobenius norm as a device scalar, float64."""
+    """Compute the squared Frobenius norm, as a float64 device scalar."""
     return xp.square(A, dtype=np.float64).sum()
 
 

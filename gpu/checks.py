@@ -1,7 +1,7 @@
-"""Refusals, in the same cases as `reference.checks`, for device arrays.
+"""Refuse invalid device arrays, in the same cases as `reference.checks`.
 
-Shapes and dtypes are known to the host; whether values are finite is asked of the device once a call.
-The functions that `ternarize` runs inside its loop over blocks come after these and ask nothing.
+The host knows shapes and dtypes. Checking values makes it wait for the device, so `ternarize` checks its
+arguments once, and the functions inside its loop over blocks check nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from gpu.device import Array, xp
+from gpu.twin import twin
 from reference.checks import SYMMETRY_TOLERANCE
 
 
+@twin
 def matrix(value: Array, name: str) -> Array:
-    """`value` as a finite two-dimensional array, float32 as it is and anything else in float64."""
+    """float32 arrays stay float32."""
     array = xp.asarray(value)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{name} must be real numbers, got dtype {array.dtype}")
@@ -28,8 +30,8 @@ def matrix(value: Array, name: str) -> Array:
     return array
 
 
+@twin
 def trits(value: Array, shape: tuple[int, ...], name: str = "T") -> Array:
-    """`value` as an int8 array of -1, 0 and +1 of the given shape."""
     array = xp.asarray(value)
     same_shape(name, array, shape)
     if not ((array == -1) | (array == 0) | (array == 1)).all():
@@ -37,15 +39,15 @@ def trits(value: Array, shape: tuple[int, ...], name: str = "T") -> Array:
     return array.astype(np.int8, copy=False)
 
 
+@twin
 def column(value: Array, rows: int, name: str) -> Array:
-    """`value` as a finite (rows, 1) float64 array."""
     array = matrix(value, name)
     same_shape(name, array, (rows, 1))
     return array.astype(np.float64, copy=False)
 
 
+@twin
 def gram(value: Array, columns: int, name: str = "C") -> Array:
-    """`value` as a symmetric (columns, columns) float64 matrix with a diagonal that is not negative."""
     array = matrix(value, name).astype(np.float64, copy=False)
     same_shape(name, array, (columns, columns))
     diagonal = xp.diagonal(array)
@@ -60,7 +62,7 @@ def gram(value: Array, columns: int, name: str = "C") -> Array:
     return array
 
 
+@twin
 def same_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    """Refuse an array of another shape."""
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape}")

@@ -1,8 +1,8 @@
 """Where arrays live: CuPy on a CUDA device, or NumPy standing in for it.
 
 ``xp`` is the array module. The stand-in is chosen by ``NUMBA_ENABLE_CUDASIM=1``, the switch of Numba's
-own simulator, and never by itself: without it and without a device, importing this module fails with
-`DeviceError`. What the two modules do not share is below; nothing else in `gpu` asks which it is.
+own simulator, and never automatically: without it and without a device, importing this module raises
+`DeviceError`. Array code that differs between the two is in this module.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-# numba-cuda names this before it compiles anything, and NumPy 2.5 has it no more (numba-cuda issue 907).
+# numba-cuda looks this name up before its first compilation, and NumPy 2.5 removed it (numba-cuda issue 907).
 vars(np).setdefault("row_stack", np.vstack)
 
 STANDIN = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 Array = Any
 
-# Bytes up to which arrays come from a pool of CuPy's own: those of a block of columns, of which a matrix
-# takes thousands. What a whole matrix needs goes back at once to the library it was taken from.
+# Largest array in bytes that CuPy's own pool serves: arrays of a block of columns, thousands per matrix.
+# Larger arrays are allocated from the other library directly, and returned to it when they are freed.
 POOLED = 64 << 20
 
-# Rows of a Cholesky factor have the length of the matrix's diagonal to about m·ε, 1e-11 at most.
+# The squared norms of a Cholesky factor's rows are the matrix's diagonal, to about m·ε, 1e-11 at most.
 FACTOR_TOLERANCE = 1e-6
 
 
@@ -38,7 +38,7 @@ class DeviceError(RuntimeError):
 
 
 def describe() -> str:
-    """The device in words.
+    """Name the device.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def describe() -> str:
         raise DeviceError(
             f"{error.name} is not installed: pip install '.[cuda13]' (or cuda12) in the clone"
         ) from None
-    except ImportError as error:  # of a library that is missing, or of a version that does not fit
+    except ImportError as error:  # a missing or incompatible shared library
         raise DeviceError(f"CuPy or Numba cannot be imported: {error}") from None
     try:
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
@@ -69,7 +69,7 @@ def identity() -> dict[str, str]:
     Raises
     ------
     DeviceError
-        If there is no device: nothing is verified on hardware by its stand-in.
+        If there is no device: its stand-in verifies nothing on hardware.
     """
     if STANDIN:
         raise DeviceError("NumPy stands in for the device (NUMBA_ENABLE_CUDASIM=1)")
@@ -82,7 +82,7 @@ def identity() -> dict[str, str]:
 
 
 def toolkit(search_path: str) -> str | None:
-    """Folder of the CUDA toolkit whose nvcc is on a search path, if it has the compiler of Numba."""
+    """Find the CUDA toolkit by its nvcc on a search path; None if it lacks NVVM, which Numba needs."""
     nvcc = shutil.which("nvcc", path=search_path)
     folder = Path(nvcc).resolve().parent.parent if nvcc else None
     return str(folder) if folder and (folder / "nvvm").is_dir() else None
@@ -91,8 +91,8 @@ def toolkit(search_path: str) -> str | None:
 def _array_module() -> ModuleType:
     if STANDIN:
         return np
-    # CuPy finds a toolkit by its nvcc. Numba looks for NVVM in NVIDIA's wheels, which need not be there,
-    # and where these variables say, which is asked once in a process.
+    # CuPy finds a toolkit by its nvcc. Numba looks for NVVM in NVIDIA's wheels, which may be missing, and in
+    # the folder that these variables name, which it reads once per process.
     if not (os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME")):
         found = toolkit(os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin")))
         if found:
@@ -107,20 +107,20 @@ xp: Any = _array_module()
 
 
 def to_device(array: Any) -> Array:
-    """A NumPy array on the device; a device array, also of another library by DLPack, as it lies."""
+    """Copy a NumPy array to the device; a device array, or another library's by DLPack, is not copied."""
     if isinstance(array, np.ndarray | xp.ndarray) or not hasattr(array, "__dlpack__"):
         return xp.asarray(array)
     return xp.from_dlpack(array)
 
 
 def to_host(array: Any) -> Any:
-    """A device array as NumPy's; anything else as it is."""
+    """Copy a device array to NumPy; return anything else unchanged."""
     return array if STANDIN or not isinstance(array, xp.ndarray) else xp.asnumpy(array)
 
 
 @contextmanager
 def on_stream(pointer: int) -> Iterator[None]:
-    """Queue what is inside on another library's CUDA stream; 0 is the default stream."""
+    """Run the body of a ``with`` statement on another library's CUDA stream; 0 is the default stream."""
     if STANDIN:
         yield
         return
@@ -131,7 +131,7 @@ def on_stream(pointer: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _ExternalStream:
-    """A stream as CUDA's Python libraries hand it to each other."""
+    """A stream in the protocol by which CUDA's Python libraries share it."""
 
     pointer: int
 
@@ -140,14 +140,14 @@ class _ExternalStream:
 
 
 def use_allocator(allocate: Callable[[int, int], int], release: Callable[[int, int], None]) -> None:
-    """Take device memory from another library, so that two pools do not compete for it.
+    """Allocate device memory through another library, so that two pools do not compete for it.
 
     Parameters
     ----------
     allocate : callable
-        Maps bytes and number of the device to an address.
+        Maps a size in bytes and a device number to an address.
     release : callable
-        Takes an address and the number of the device.
+        Takes an address and a device number.
     """
     if STANDIN:
         return
@@ -157,9 +157,9 @@ def use_allocator(allocate: Callable[[int, int], int], release: Callable[[int, i
 
 
 def cholesky(A: Array) -> Array:
-    """Lower factor of a symmetric (m, m) float64 matrix, without waiting for the device.
+    """Lower Cholesky factor of a symmetric (m, m) float64 matrix, without waiting for the device.
 
-    Where there is none the result is not a factor, and `is_factor` says so.
+    If the matrix has none, the result is not a factor; test it with `is_factor`.
     """
     if not STANDIN:
         return xp.linalg.cholesky(A)
@@ -172,8 +172,8 @@ def cholesky(A: Array) -> Array:
 def is_factor(L: Array, diagonal: Array) -> Array:
     """Whether L (..., m, m) can be Cholesky factors of matrices with these diagonals, as a device scalar.
 
-    The status that cuSOLVER returns is not read, which would stop the host. A failed factorization
-    leaves a matrix whose rows do not have the lengths that the diagonal gives them.
+    Reading cuSOLVER's status would make the host wait. Instead, row norms are compared with the diagonal,
+    which they do not match after a failed factorization.
     """
     lengths = xp.square(L).sum(axis=-1)
     close = abs(lengths - diagonal) <= FACTOR_TOLERANCE * diagonal
@@ -181,9 +181,9 @@ def is_factor(L: Array, diagonal: Array) -> Array:
 
 
 def solve_lower(L: Array, B: Array) -> Array:
-    """X with L X = B for a lower triangular L; a B in Fortran's order is overwritten by it.
+    """Solve L X = B for a lower triangular L; a B in Fortran order is overwritten.
 
-    cuBLAS counts by columns: the transpose of L, which is C-ordered, is taken as it lies, without a copy.
+    cuBLAS is column-major, so the transpose of a C-ordered L needs no copy.
     """
     if STANDIN:
         from scipy.linalg import solve_triangular
@@ -193,10 +193,10 @@ def solve_lower(L: Array, B: Array) -> Array:
 
 
 def subtract_product(C: Array, A: Array, B: Array) -> None:
-    """``C -= A @ B`` in place for C-ordered matrices of one dtype; CuPy needs no temporary of C's size.
+    """Compute ``C -= A @ B`` in place for C-ordered matrices of one dtype, without a temporary of C's size.
 
-    Of `cupy.cublas.gemm`: a C-ordered `out` is taken as the transpose of what cuBLAS counts by columns,
-    and where both factors are contiguous, in either order, nothing is copied.
+    `cupy.cublas.gemm` writes a C-ordered `out` as the transpose of a column-major matrix, and copies
+    neither factor if both are contiguous, in either order.
     """
     if STANDIN:
         C -= A @ B

@@ -29,39 +29,13 @@ from gpu.kernels.layout import (
     spread,
 )
 from gpu.packing import unpack_base3
+from gpu.twin import twin
 from reference.types import CodedGrid
 
 
+@twin
 def matmul(x: Array, packed: Array, scale: Array, shift: Array, permutation: Array, block_size: int) -> Array:
-    """``x @ W_hat.T`` without forming W_hat.
-
-    Parameters
-    ----------
-    x : (tokens, m) array
-        Activations, columns in the original order.
-    packed : (n, ceil(m / 5)) array of uint8
-        Trits as `gpu.packing.pack_base3` makes them.
-    scale, shift : (n, ceil(m / block_size)) array
-        alpha and mu of every block.
-    permutation : (m,) array of int
-        Original column of every trit.
-    block_size : int
-        Columns in a block; the last may have fewer.
-
-    Returns
-    -------
-    y : (tokens, n) float64
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, a value is not finite, a byte is not the code of trits, `permutation`
-        does not hold every column once, or block_size is not positive.
-
-    Notes
-    -----
-    For checks: the matrix is laid out anew at every call. `multiply` is what is fast.
-    """
+    """Every call lays the matrix out anew, for checks. Call `lay_out` once and `multiply` for speed."""
     x = xp.ascontiguousarray(checks.matrix(x, "x"))
     columns = xp.asarray(permutation)
     if columns.shape != (x.shape[1],):

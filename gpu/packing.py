@@ -1,4 +1,4 @@
-"""Trits to bytes and back on the device, in the layouts that `reference.packing` writes down."""
+"""Trits to bytes and back on the device; see `reference.packing`, which documents both layouts."""
 
 from __future__ import annotations
 
@@ -6,95 +6,30 @@ import numpy as np
 
 from gpu.device import Array, xp
 from gpu.kernels.packing import pack_rows, unpack_rows
+from gpu.twin import twin
 
-# Digits in a byte, and their base: base 3 of the checkpoint, two bits of the kernels.
+# Digits in a byte, and their base: the checkpoint uses base 3, kernels use two bits a trit.
 _BASE3 = (5, 3)
 _TWO_BIT = (4, 4)
 
 
+@twin
 def pack_base3(trits: Array) -> Array:
-    """Five trits to a byte.
-
-    Parameters
-    ----------
-    trits : (..., m) array
-        -1, 0 and +1; m may be 0.
-
-    Returns
-    -------
-    (..., ceil(m / 5)) uint8
-
-    Raises
-    ------
-    ValueError
-        If a value is not a trit.
-    """
     return _pack(trits, *_BASE3)
 
 
+@twin
 def unpack_base3(packed: Array, count: int) -> Array:
-    """The inverse of `pack_base3`.
-
-    Parameters
-    ----------
-    packed : (..., ceil(count / 5)) uint8
-        Packed trits.
-    count : int
-        Trits in a row.
-
-    Returns
-    -------
-    (..., count) int8
-
-    Raises
-    ------
-    ValueError
-        If `packed` is not uint8 or has another length, a byte is above 242, or the last byte is
-        filled up with something other than t = 0.
-    """
     return _unpack(packed, count, *_BASE3)
 
 
+@twin
 def pack_2bit(trits: Array) -> Array:
-    """Four trits to a byte.
-
-    Parameters
-    ----------
-    trits : (..., m) array
-        -1, 0 and +1; m may be 0.
-
-    Returns
-    -------
-    (..., ceil(m / 4)) uint8
-
-    Raises
-    ------
-    ValueError
-        If a value is not a trit.
-    """
     return _pack(trits, *_TWO_BIT)
 
 
+@twin
 def unpack_2bit(packed: Array, count: int) -> Array:
-    """The inverse of `pack_2bit`.
-
-    Parameters
-    ----------
-    packed : (..., ceil(count / 4)) uint8
-        Packed trits.
-    count : int
-        Trits in a row.
-
-    Returns
-    -------
-    (..., count) int8
-
-    Raises
-    ------
-    ValueError
-        If `packed` is not uint8 or has another length, two bits are both set, or the last byte is
-        filled up with something other than t = 0.
-    """
     return _unpack(packed, count, *_TWO_BIT)
 
 

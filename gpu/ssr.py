@@ -7,30 +7,15 @@ import numpy as np
 from gpu import checks
 from gpu.device import Array, xp
 from gpu.kernels.similarity import choose_columns, compare_columns
+from gpu.twin import twin
 
-# Weights whose variance is taken at a time: few launches, and little beside the matrix.
+# Weights in one slab of `block_variance`: enough for few launches, too few to fill the memory.
 VARIANCE_ELEMENTS = 1 << 21
 
 
+@twin
 def permute(A: Array, permutation: Array) -> Array:
-    """Reorder columns, ``A P`` (Eq. 14).
-
-    Parameters
-    ----------
-    A : (rows, m) float32 or float64
-        Weights W or inputs X.
-    permutation : (m,) array of int
-        Column j of the result is column ``permutation[j]`` of A.
-
-    Returns
-    -------
-    (rows, m) array
-
-    Raises
-    ------
-    ValueError
-        If A is not a finite matrix or `permutation` is not one of its columns.
-    """
+    """The result has the type of A, float32 or float64."""
     A = checks.matrix(A, "A")
     order = xp.asarray(permutation)
     if order.shape != (A.shape[1],) or not (xp.sort(order) == xp.arange(A.shape[1])).all():
@@ -38,50 +23,16 @@ def permute(A: Array, permutation: Array) -> Array:
     return A[:, order.astype(np.intp)]
 
 
+@twin
 def cosine_similarity(W: Array) -> Array:
-    """Cosine of the angle between every two columns of W (Eq. 15).
-
-    Parameters
-    ----------
-    W : (n, m) float32 or float64
-        Weights.
-
-    Returns
-    -------
-    S : (m, m) float64
-        0 where a column is zero.
-
-    Raises
-    ------
-    ValueError
-        If W is not a non-empty, finite matrix.
-    """
     W = checks.matrix(W, "W").astype(np.float64, copy=False)
     norms = xp.sqrt(xp.square(W).sum(axis=0))
     unit = W / xp.where(norms == 0, 1.0, norms)
     return unit.T @ unit
 
 
+@twin
 def select_block(W: Array, k: int) -> Array:
-    """The k columns most similar to the mean column of what remains (Eq. 16).
-
-    Parameters
-    ----------
-    W : (n, r) float32 or float64
-        The remaining columns, after compensation.
-    k : int
-        Columns wanted; all of them if fewer remain.
-
-    Returns
-    -------
-    indices : (min(k, r),) int64
-        Ascending. Ties go to the lower index, and zero columns come last.
-
-    Raises
-    ------
-    ValueError
-        If W is not a non-empty, finite matrix or k is not positive.
-    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     W = checks.matrix(W, "W")
@@ -89,29 +40,12 @@ def select_block(W: Array, k: int) -> Array:
 
 
 def most_similar(W: Array, remaining: Array, k: int) -> Array:
-    """`select_block` among at least k columns of W that a mask names; the others of W must be zero."""
+    """Compute `select_block` of the columns in a mask, at least k; all other columns of W must be zero."""
     return choose_columns(compare_columns(W, remaining), k)
 
 
+@twin
 def block_variance(W: Array, block_size: int) -> float:
-    """Mean over rows and blocks of the variance of the weights in a block (Fig. 3, right).
-
-    Parameters
-    ----------
-    W : (n, m) float32 or float64
-        Weights, columns in quantization order.
-    block_size : int
-        Columns in a block; the last block may have fewer.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        If W is not a non-empty, finite matrix or block_size is not positive.
-    """
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     W = checks.matrix(W, "W")
@@ -120,7 +54,7 @@ def block_variance(W: Array, block_size: int) -> float:
     rows = -(-VARIANCE_ELEMENTS // m)
     total = xp.zeros(())
     for first in range(0, n, rows):
-        # Not `var(dtype=...)`, for which CuPy takes the mean in the type of W.
+        # Not `var(dtype=...)`: CuPy would compute the mean in the dtype of W.
         slab = W[first : first + rows].astype(np.float64)
         if whole:
             total += slab[:, :whole].reshape(len(slab), -1, block_size).var(axis=2).sum() * block_size

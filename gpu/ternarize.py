@@ -1,9 +1,8 @@
 """One weight matrix from start to end on the device; see `reference.ternarize`.
 
-What is left of W and of the inverse of H changes in place, with zeros where a block is done, and is moved
-together once a share of it is (`_Remaining`). The host knows all shapes, and queues the whole loop without
-waiting for the device. What went wrong on the way (a factorization, a scale beyond float16) is read once
-at the end.
+W and the inverse of H are updated in place. Finished columns are set to zero, and removed once they are a
+given share of all (`_Remaining`). The host knows all shapes, so it queues the whole loop without waiting for
+the device, and reads errors (a failed factorization, a scale beyond float16) once at the end.
 """
 
 from __future__ import annotations
@@ -20,38 +19,19 @@ from gpu.gptq import damped_inverse, halved
 from gpu.grids import coded, require_coded, row_factor
 from gpu.kernels.fitting import fit_rows
 from gpu.ssr import block_variance, most_similar
+from gpu.twin import twin
 from reference.types import FitReport, TernaryConfig, TernaryMatrix
 
 STAGES = ("init", "itf", "aga")
 
-# Columns are moved together once this share of them is done: copies cost less than products with zeros.
+# Finished columns are removed once they are this share: then the copy costs less than products with zeros.
 DONE_SHARE = 0.25
 
 
+@twin
 def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> TernaryMatrix:
-    """Ternarize one weight matrix by PT²-LLM.
-
-    Parameters
-    ----------
-    W : (n, m) float32 or float64
-        Weights. Compensation is float64 for either.
-    C : (m, m) array
-        Gram matrix of the layer's calibration inputs.
-    config : TernaryConfig
-        Settings.
-
-    Returns
-    -------
-    TernaryMatrix
-        Of device arrays, with the figures of the fit in ``report``.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, a value is not finite, C is not symmetric or has a negative diagonal, a
-        scale or shift is beyond what float16 holds, or the configuration asks for Eq. 13 as printed.
-    numpy.linalg.LinAlgError
-        If the damped Gram matrix has no inverse (`gpu.gptq.invert_damped`), or a block of it no factor.
+    """The result holds device arrays. W may be float32 or float64; compensation is float64 for either.
+    Eq. 13 as printed is refused (ValueError), and so is a block without a Cholesky factor (LinAlgError).
     """
     if config.aga == "printed":
         raise ValueError("Eq. 13 as printed is only in the reference backend")
@@ -68,12 +48,12 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
         Hinv, damping = damped_inverse(C, config.damping)
 
     remaining = _Remaining(W, Hinv)
-    del Hinv  # it changes, and is freed when columns are moved together
+    del Hinv  # `_Remaining` owns it, updates it, and frees it when it removes columns
     trits = xp.empty((n, m), np.int8)
     grids = xp.empty((2, n, blocks))  # alpha and mu as computed
     W_hat = xp.empty((n, m), np.float32)
     permutation = xp.empty(m, np.intp)
-    factors: list[tuple[Array, Array]] = []  # of every block, with the diagonal that they are to have
+    factors: list[tuple[Array, Array]] = []  # Cholesky factor and matrix diagonal of every block
     row = row_factor(W) if config.grid == "int8" else None
     figures = _Figures(config, blocks)
     for b in range(blocks):
@@ -97,7 +77,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
         grids[:, :, b : b + 1] = grid
         alpha, mu = _read_back(grid, row)
         trits[:, block], permutation[block] = T, columns
-        with np.errstate(invalid="ignore"):  # an infinite scale is refused in the end
+        with np.errstate(invalid="ignore"):  # an infinite scale is refused at the end
             W_hat_B = alpha * T + mu
         W_hat[:, columns] = W_hat_B
 
@@ -122,16 +102,18 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
 
 
 class _Remaining:
-    """The columns of W that are not done, compensated, and the inverse of H over them.
+    """The remaining columns of W, compensated, and the inverse of H over them.
+
+    Finished columns stay, as zeros, until they are removed together.
 
     Attributes
     ----------
     W : (n, r) float64
-        Of thousands of columns some are nearly as similar as the last of a block: float32 would let other
-        ones in than the reference, and all that follows would differ.
+        Among thousands of columns, some are almost as similar as the last one chosen. In float32 the choice
+        would differ from the reference's, and so would everything after it.
     Hinv : (r, r) float64, or None
     columns : (r,) array of int
-        Where the columns are in the whole matrix, ascending.
+        Their indices in the whole matrix, ascending.
     """
 
     def __init__(self, W: Array, Hinv: Array | None) -> None:
@@ -142,24 +124,24 @@ class _Remaining:
         self._done = 0
 
     def most_similar(self, k: int) -> Array:
-        """Places of the k columns of Eq. 16."""
+        """Choose k columns by Eq. 16; return their positions."""
         return most_similar(self.W, self._waiting, k)
 
     def places(self, columns: Array) -> Array:
-        """Places of columns of the whole matrix, ascending."""
+        """Positions of columns of the whole matrix, ascending."""
         return xp.searchsorted(self.columns, xp.sort(columns))
 
     def take(self, B: Array) -> None:
-        """Let the columns at these places be done."""
+        """Mark the columns at these positions as finished."""
         self._waiting[B] = False
         self._done += len(B)
         held = len(self.columns)
         if self._done < DONE_SHARE * held:
             self.W[:, B] = 0
             if self.Hinv is not None:
-                self.Hinv[:, B] = 0  # their rows are not read again
+                self.Hinv[:, B] = 0  # their rows are never read again
             return
-        # By a sort, as the device would be asked how many `flatnonzero` finds.
+        # `flatnonzero` would make the host wait for its length; a sort does not.
         kept = xp.sort(xp.where(self._waiting, xp.arange(held), held))[: held - self._done]
         self.W = xp.take(self.W, kept, axis=1)
         if self.Hinv is not None:
@@ -169,7 +151,7 @@ class _Remaining:
 
 
 def _all_are_factors(factors: list[tuple[Array, Array]]) -> bool:
-    """Whether all are what `is_factor` says, only the last of another width; asks the device."""
+    """Whether `is_factor` holds for all; waits for the device. Only the last block has another width."""
     checked = [
         is_factor(*(xp.stack(part) for part in zip(*some, strict=True)))
         for some in (factors[:-1], factors[-1:])
@@ -181,9 +163,9 @@ def _all_are_factors(factors: list[tuple[Array, Array]]) -> bool:
 def _fit_block(
     W_B: Array, C_BB: Array, cost: Array, config: TernaryConfig, figures: _Figures, b: int
 ) -> tuple[Array, Array]:
-    """Algorithm 1 on one block: its grid, alpha above mu (2, n, 1), and its trits.
+    """Run Algorithm 1 on one block; return alpha and mu as one array (2, n, 1), and the trits.
 
-    `cost` is the matrix that AGA minimizes with.
+    `cost` is the matrix of the quadratic form that AGA minimizes.
     """
     limit = config.max_iterations if config.itf else 0
     fitted, T0, T, errors, steps = fit_rows(W_B, limit, symmetric=config.start == "twn")
@@ -193,9 +175,9 @@ def _fit_block(
     if config.aga != "none":
         alpha, mu = aligned_grid(W_B, T, cost)
         aligned = residual(W_B, alpha, mu, T)
-    # One product for the three stages.
+    # One product serves all three stages.
     E = xp.concatenate([init, itf, aligned])
-    # Rows first: a sum of a whole stage would be left to one processor each.
+    # Sum rows first: the sum of a whole stage at once would run on one SM.
     of_rows = ((E @ C_BB) * E).sum(axis=1)
     figures.output_errors[b] = of_rows.reshape(len(STAGES), -1).sum(axis=1)
     figures.aligned += squared_norm(aligned)
@@ -205,7 +187,7 @@ def _fit_block(
 
 
 class _Figures:
-    """What the report is made of, summed on the device."""
+    """The figures of the report, summed on the device."""
 
     def __init__(self, config: TernaryConfig, blocks: int) -> None:
         self.block_size = config.block_size
@@ -216,7 +198,7 @@ class _Figures:
         self.output_errors = xp.zeros((blocks, len(STAGES)))
 
     def report(self, W: Array, W_hat: Array, C: Array, permutation: Array, damping: float) -> FitReport:
-        """The report; waits for the device."""
+        """Make the report; waits for the device."""
 
         def share(value: Array, total: float) -> float:
             return float(value) / total if total > 0 else 0.0
@@ -243,7 +225,7 @@ class _Figures:
 
 
 def _fixed_order(C: Array, config: TernaryConfig) -> Array | None:
-    """The order of the columns where it is known before the first block; None for SSR."""
+    """The order of the columns, or None for SSR, which chooses it block by block."""
     if config.reorder == "ssr":
         return None
     if config.reorder == "hessian":
@@ -254,7 +236,7 @@ def _fixed_order(C: Array, config: TernaryConfig) -> Array | None:
 
 
 def _read_back(grid: Array, row: Array | None) -> tuple[Array, Array]:
-    """alpha and mu of a block, (2, n, 1), as they are read back from what is stored, in float32."""
+    """alpha and mu of a block, (2, n, 1), rounded to the stored type and read back in float32."""
     if row is None:
         alpha, mu = _float16(grid).astype(np.float32)
         return alpha, mu
@@ -262,7 +244,7 @@ def _read_back(grid: Array, row: Array | None) -> tuple[Array, Array]:
 
 
 def _stored(grids: Array, row: Array | None) -> tuple[Any, Any]:
-    """alpha and mu of all blocks, (2, n, blocks), as a checkpoint holds them."""
+    """alpha and mu of all blocks, (2, n, blocks), in the stored type."""
     if row is None:
         stored = _float16(grids)
         _require_float16(grids, stored)
@@ -274,13 +256,13 @@ def _stored(grids: Array, row: Array | None) -> tuple[Any, Any]:
 
 
 def _float16(value: Array) -> Array:
-    """`value` in float16; infinite where that cannot hold it."""
+    """Round to float16; values beyond its range become infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         return value.astype(np.float16)
 
 
 def _require_float16(grids: Array, stored: Array) -> None:
-    """Refuse scales and shifts that are not finite as stored, naming the first in order of blocks."""
+    """Refuse scales and shifts that float16 cannot hold; the error names the first, in order of blocks."""
     finite = xp.isfinite(stored)
     if finite.all():
         return

@@ -1,16 +1,20 @@
-"""Backends by package name: where an operation ``module.function`` is found."""
+"""Backends by package name, and the operations that they offer."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import pkgutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+import reference
 from harness.errors import UserError
 from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
@@ -48,26 +52,37 @@ class Backend:
         """Operations that the backend leaves out on purpose."""
         return frozenset(getattr(self.package, "REFUSED", ()))
 
+    @cached_property
+    def operations(self) -> dict[str, Callable[..., Any]]:
+        """The package's functions by operation, ``module.function``.
+
+        Operations are the public functions of `reference`. A package offers those that it has under the same
+        names, whether it defines or imports them.
+        """
+        offered = {}
+        for entry in pkgutil.iter_modules(reference.__path__):
+            path = f"{self.name}.{entry.name}"
+            if importlib.util.find_spec(path) is None:
+                continue
+            specification = importlib.import_module(f"reference.{entry.name}")
+            own = vars(importlib.import_module(path))
+            for name, function in inspect.getmembers(specification, inspect.isfunction):
+                public = function.__module__ == specification.__name__ and not name.startswith("_")
+                if public and name in own:
+                    offered[f"{entry.name}.{name}"] = own[name]
+        return offered
+
     def function(self, operation: str) -> Callable[..., Any]:
         """The function of an operation, as in ``function("ternarize.ternarize")``.
 
         Raises
         ------
         MissingOperation
-            If the backend has no such module or function.
+            If the backend does not offer it.
         """
-        module_name, _, function_name = operation.rpartition(".")
-        path = f"{self.name}.{module_name}"
-        try:
-            module = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if error.name != path:
-                raise
-            raise MissingOperation(f"backend {self.name} has no module {module_name}") from None
-        function = getattr(module, function_name, None)
-        if function is None:
+        if operation not in self.operations:
             raise MissingOperation(f"backend {self.name} has no function {operation}")
-        return function
+        return self.operations[operation]
 
     @property
     def precisions(self) -> tuple[str, ...]:

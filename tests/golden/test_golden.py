@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import inspect
 import json
-import pkgutil
 import shutil
 from pathlib import Path
 
@@ -16,11 +13,11 @@ import pytest
 import reference
 from golden import cases, generate, model, real
 from golden.cases import FOLDER, KINDS, MANIFEST, GoldenError
+from harness.backends import load_backend
 from reference.types import TernaryConfig
 
-# Baselines are others' methods; the rest is no operation.
-WITHOUT_CASES = {"baselines", "checks", "types"}
-MODULES = {module.name for module in pkgutil.iter_modules(reference.__path__)} - WITHOUT_CASES
+# Baselines are others' methods; checks have tests of their own.
+WITHOUT_CASES = {"baselines", "checks"}
 FILES = [MANIFEST, *sorted(path.name for path in FOLDER.glob("*.safetensors"))]
 
 
@@ -116,14 +113,8 @@ def test_a_manifest_that_disagrees_is_refused(copy):
 
 
 def test_every_public_operation_has_cases_of_every_kind_it_can(all_cases):
-    public = set()
-    for name in MODULES:
-        module = importlib.import_module(f"reference.{name}")
-        public |= {
-            f"{name}.{function}"
-            for function, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__ and function[0] != "_"
-        }
+    operations = load_backend("reference").operations
+    public = {name for name in operations if name.partition(".")[0] not in WITHOUT_CASES}
     for kind in ("exact", "degenerate"):
         assert {case.operation for case in all_cases if case.kind == kind} >= public - EXACT_ONLY, kind
     assert {case.operation for case in all_cases} == public

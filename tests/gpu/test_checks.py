@@ -1,21 +1,18 @@
 """Input that no equation is defined for is refused as by the reference, in the same words."""
 
-import importlib
-
 import numpy as np
 import pytest
 
 import gpu
 from gpu import aga, atq, gptq, packing, ssr, twn
+from harness.backends import load_backend
 from tests.reference import test_checks as reference
 from tests.reference.test_checks import ALPHA, MU, C, T, W
 
+OPERATIONS = load_backend("gpu").operations
 REFUSED = {name.rpartition(".")[2] for name in gpu.REFUSED}
 FUNCTIONS = {
-    name: (
-        getattr(importlib.import_module(function.__module__.replace("reference", "gpu")), name),
-        arguments,
-    )
+    name: (OPERATIONS[f"{function.__module__.removeprefix('reference.')}.{name}"], arguments)
     for name, (function, arguments) in reference.FUNCTIONS.items()
     if name not in REFUSED and function.__module__ != "reference.baselines"
 }

@@ -1,6 +1,5 @@
 """Operation by operation against the reference, on the reference's own inputs, at odd sizes."""
 
-import importlib
 from itertools import product
 
 import numpy as np
@@ -8,13 +7,17 @@ import pytest
 
 import gpu
 from golden.cases import Case
+from harness.backends import load_backend
 from harness.verify.tolerances import TOLERANCES, check
+from reference.aga import align_grid, output_error
 from reference.atq import build_optimal_grid, flexible_round
+from reference.packing import pack_2bit, pack_base3
 from reference.types import CodedGrid
 from tests.reference.strategies import GRAM_KINDS, random_gram
 
 SHAPES = [(1, 1), (3, 2), (2, 127), (5, 128), (1, 129), (7, 151), (130, 577)]
 DTYPES = ("float32", "float64")
+GPU, REFERENCE = load_backend("gpu").operations, load_backend("reference").operations
 
 
 def strided(array):
@@ -66,22 +69,18 @@ def inputs(operation, shape, dtype, kind="correlated"):
         "grids.row_factor": {"W": W},
         "grids.encode": {"value": mu, "row": np.abs(rng.normal(size=(n, 1))).astype(np.float16)},
         "packing.pack_base3": {"trits": T},
-        "packing.unpack_base3": {"packed": _packed("pack_base3", T), "count": m},
+        "packing.unpack_base3": {"packed": pack_base3(T), "count": m},
         "packing.pack_2bit": {"trits": T},
-        "packing.unpack_2bit": {"packed": _packed("pack_2bit", T), "count": m},
+        "packing.unpack_2bit": {"packed": pack_2bit(T), "count": m},
         "matmul.matmul": {
             "x": rng.normal(size=(5, m)).astype(np.float32).astype(dtype),
-            "packed": _packed("pack_base3", T),
+            "packed": pack_base3(T),
             "scale": rng.normal(size=(n, -(-m // 50))).astype(np.float16),
             "shift": rng.normal(size=(n, -(-m // 50))).astype(np.float16),
             "permutation": rng.permutation(m),
             "block_size": 50,
         },
     }[operation]
-
-
-def _packed(how, T):
-    return getattr(importlib.import_module("reference.packing"), how)(T)
 
 
 TOLERANCES_ORDER = list(TOLERANCES)
@@ -98,17 +97,14 @@ def test_operation_agrees_with_the_reference(operation, shape, dtype, layout):
     if operation in NEED_TWO and shape[1] == 1:
         shape = (shape[0], 2)
     arguments = inputs(operation, shape, dtype)
-    module, name = operation.split(".")
-    expected = getattr(importlib.import_module(f"reference.{module}"), name)(**arguments)
+    expected = REFERENCE[operation](**arguments)
 
     def given(value):
         if not isinstance(value, np.ndarray):
             return value
         return gpu.to_device(strided(value) if layout == "strided" else value)
 
-    got = getattr(importlib.import_module(f"gpu.{module}"), name)(
-        **{name: given(value) for name, value in arguments.items()}
-    )
+    got = GPU[operation](**{name: given(value) for name, value in arguments.items()})
     outputs = list(TOLERANCES[operation])
     if isinstance(expected, CodedGrid):
         expected, got = ([getattr(grid, name) for name in outputs] for grid in (expected, got))
@@ -131,25 +127,19 @@ def test_operation_agrees_with_the_reference(operation, shape, dtype, layout):
 
 @pytest.mark.parametrize("kind", GRAM_KINDS)
 def test_alignment_on_every_kind_of_gram_matrix(kind):
-    from reference.aga import output_error
-
     rng = np.random.default_rng(7)
     W = rng.normal(size=(9, 20)) + rng.normal(size=(9, 1))
     T = rng.integers(-1, 2, size=W.shape).astype(np.int8)
     T[0], T[1] = 0, 1  # rows that determine no scale
     C = random_gram(rng, 20, kind)
 
-    def cost(package):
-        align = importlib.import_module(f"{package}.aga").align_grid
-        move = gpu.to_device if package == "gpu" else np.asarray
-        alpha, mu = (np.asarray(gpu.to_host(grid)) for grid in align(move(W), move(T), move(C)))
-        return alpha, mu, output_error(W, alpha * T + mu, C)
-
-    alpha, mu, error = cost("gpu")
-    alpha_reference, mu_reference, error_reference = cost("reference")
-    power = output_error(W, np.zeros_like(W), C)
+    given = (gpu.to_device(array) for array in (W, T, C))
+    alpha, mu = (gpu.to_host(grid) for grid in GPU["aga.align_grid"](*given))
+    alpha_reference, mu_reference = align_grid(W, T, C)
+    error = output_error(W, alpha * T + mu, C)
+    error_reference = output_error(W, alpha_reference * T + mu_reference, C)
     # The cost is flat around its minimum, so it agrees to rounding where the grid is ill-determined.
-    assert abs(error - error_reference) <= 1e-12 * power
+    assert abs(error - error_reference) <= 1e-12 * output_error(W, np.zeros_like(W), C)
     if kind not in ("low rank", "correlated"):
         np.testing.assert_allclose(alpha, alpha_reference, atol=1e-9)
         np.testing.assert_allclose(mu, mu_reference, atol=1e-9)
@@ -162,7 +152,7 @@ def test_ties_of_small_integers_go_to_zero_as_in_the_reference():
     alpha, mu = build_optimal_grid(W, T)
     assert ((np.abs(W - mu) == np.abs(alpha) / 2) & (alpha != 0)).sum() > 10
     start = (alpha, mu, T)
-    one_round = importlib.import_module("gpu.atq").iterative_ternary_fitting(
+    one_round = GPU["atq.iterative_ternary_fitting"](
         gpu.to_device(W), 1, tuple(gpu.to_device(part) for part in start)
     )
     np.testing.assert_array_equal(gpu.to_host(one_round[2]), flexible_round(W, alpha, mu))

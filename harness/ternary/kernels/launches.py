@@ -6,13 +6,13 @@ import inspect
 from typing import Any
 
 import torch
-from reference.layout import PARTS
 from torch import nn
 
 from harness.backends import Backend, load_backend
 from harness.compute import Compute, share_memory
 from harness.ternary.kernels.shared import PackedWeights
 from harness.ternary.linear import TernaryLinear
+from reference.layout import PARTS
 from reference.types import CodedGrid
 
 # Of checkpoints that do not say which layers read one input: projections that models call one after the other
@@ -95,18 +95,23 @@ def share_launch(layers: list[TernaryLinear], backend: Backend) -> None:
     backend : Backend
         Lays them out.
     """
-    if not backend.function("kernels.layout.can_be_tiled")(layers[0].block_size):
+    from gpu import matmul  # needs CuPy and a device
+    from gpu.kernels.layout import can_be_tiled
+
+    if not can_be_tiled(layers[0].block_size):
         return
     first = next(layers[0].buffers())
     # The backend works on the current device, whichever the layers are on, and on torch's stream there.
     with torch.cuda.device_of(first), Compute(first.device).queue(backend):
         layouts = [_lay_out(layer, backend) for layer in layers]
-        packed = PackedWeights(backend.function("matmul.join")(layouts))
+        packed = PackedWeights(matmul.join(layouts))
     for part, layer in enumerate(layers):
         layer.use_kernels(packed, part)
 
 
 def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
+    from gpu import matmul
+
     stored = {name: backend.to_device(tensor) for name, tensor in layer.stored().items()}
     scale, shift = stored["scale"], stored["shift"]
     if "row_factor" in stored:
@@ -116,4 +121,4 @@ def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
     order = stored.get("permutation")
     if order is None:
         order = backend.to_device(torch.arange(layer.in_features, device=layer.device))
-    return backend.function("matmul.lay_out")(stored["trits"], scale, shift, order, layer.block_size)
+    return matmul.lay_out(stored["trits"], scale, shift, order, layer.block_size)
