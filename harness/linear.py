@@ -206,7 +206,7 @@ def use_kernels(layers: list[TernaryLinear], backend: Backend) -> None:
     # The backend works on the current device, whichever the layers are on, and on torch's stream there.
     with torch.cuda.device_of(first), Compute(first.device).queue(backend):
         layouts = [_lay_out(layer, backend) for layer in layers]
-        packed = PackedWeights(backend.function("matmul.join")(layouts))
+        packed = PackedWeights(backend.function("layout.join")(layouts))
     for part, layer in enumerate(layers):
         layer.use_kernels(packed, part)
 
@@ -221,7 +221,7 @@ def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
     order = stored.get("permutation")
     if order is None:
         order = backend.to_device(torch.arange(layer.in_features, device=layer.device))
-    return backend.function("matmul.lay_out")(stored["trits"], scale, shift, order, layer.block_size)
+    return backend.function("layout.lay_out")(stored["trits"], scale, shift, order, layer.block_size)
 
 
 def stored_parts(

@@ -60,6 +60,17 @@ begins with a tile of its own, and has its own rows of ``permutation`` and ``blo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from reference import checks
+from reference.packing import unpack_base3
+from reference.types import CodedGrid, TernaryMatrix
+
 # Columns of a word, of a span (a word of each of the four lanes that share a row), and of a chunk.
 WORD = 16
 SPAN = 4 * WORD
@@ -76,3 +87,291 @@ PARTS = 3
 
 # Smallest block whose alpha and mu can be stored chunk by chunk: a span must lie in one block.
 LEAST_BLOCK = SPAN
+
+Numbers = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A ternary matrix in the packed layout, or several that multiply the same x, its parts.
+
+    Attributes
+    ----------
+    words, grid, permutation, row_factors, block_factors : ndarray
+        The arrays of this module's docstring; factors are None without codes.
+    ends : tuple of int
+        Rows of y up to which every part reaches; the last is n.
+    columns : int
+        m.
+    block_size : int
+        Columns in a block (k); the last may have fewer.
+    in_float16 : bool
+        Whether |alpha| + |mu| of every block is within float16, so that every weight is.
+    """
+
+    words: Any
+    grid: Any
+    permutation: Any
+    ends: tuple[int, ...]
+    columns: int
+    block_size: int
+    row_factors: Any
+    block_factors: Any
+    in_float16: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, m)."""
+        return self.ends[-1], self.columns
+
+    def tiles_of_parts(self) -> list[tuple[int, int]]:
+        """The first tile of every part, and the one after its last."""
+        found, first, begin = [], 0, 0
+        for end in self.ends:
+            last = first + -(-(end - begin) // TILE_ROWS)
+            found.append((first, last))
+            first, begin = last, end
+        return found
+
+    def part(self, index: int) -> TernaryMatrix:
+        """Read one of the matrices back, bit for bit.
+
+        Parameters
+        ----------
+        index : int
+            Which part.
+
+        Returns
+        -------
+        TernaryMatrix
+            alpha and mu have the type they are stored in.
+        """
+        first, last = self.tiles_of_parts()[index]
+        n, m, k = self.ends[index] - (0, *self.ends)[index], self.columns, self.block_size
+        rows = slice(TILE_ROWS * first, TILE_ROWS * first + n)
+
+        words = self.words[first:last]  # (tiles, chunks, 32, 16)
+        tiles, chunks = words.shape[:2]
+        # (tiles, 32, chunks, spans, lanes): back from place 4t + r to word 4r + t.
+        words = words.reshape(tiles, chunks, TILE_ROWS, SPAN // WORD, CHUNK // SPAN).transpose(0, 2, 1, 4, 3)
+        digits = np.stack([words >> np.uint32(2 * i) & np.uint32(3) for i in range(WORD)], axis=-1)
+        T = digits.reshape(TILE_ROWS * tiles, CHUNK * chunks)[:n, :m].astype(np.int8) - np.int8(1)
+
+        def of_blocks(placed: Any) -> Any:
+            """(..., chunks, pairs, 2) to (..., blocks, 2)."""
+            pairs = placed.reshape(*placed.shape[:-3], -1, 2)
+            return pairs[..., :: max(1, k // CHUNK), :][..., : -(-m // k), :]
+
+        if self.grid.ndim == 3:
+            values = self.grid[rows]
+        else:
+            by_row = self.grid[first:last].swapaxes(1, 2).reshape(TILE_ROWS * tiles, chunks, -1, 2)
+            values = of_blocks(by_row[:n])
+        scale, shift = values[..., 0], values[..., 1]
+        if self.row_factors is not None:
+            row, factors = self.row_factors[rows, None], of_blocks(self.block_factors[index])[None]
+            scale, shift = (CodedGrid(values[..., i], row, factors[..., i]) for i in range(2))
+        return TernaryMatrix(T, scale, shift, self.permutation[index, :m].astype(np.intp), k)
+
+
+def lay_words(trits: ArrayLike) -> NDArray[np.uint32]:
+    """Trits of one part, as ``words``.
+
+    Parameters
+    ----------
+    trits : (n, m) array_like
+        -1, 0 and +1, columns in quantization order.
+
+    Returns
+    -------
+    (tiles, chunks, 32, 16) uint32
+
+    Raises
+    ------
+    ValueError
+        If `trits` is not a matrix, is empty, or holds other values.
+
+    Examples
+    --------
+    >>> hex(lay_words([[1, 0, -1]])[0, 0, 0, 0])
+    '0x55555546'
+    """
+    n, m = checks.matrix(trits, "trits").shape
+    T = checks.trits(trits, (n, m), "trits")
+    tiles, chunks = -(-n // TILE_ROWS), -(-m // CHUNK)
+    digits = np.ones((TILE_ROWS * tiles, CHUNK * chunks), dtype=np.uint32)
+    digits[:n, :m] = T + 1
+    digits = digits.reshape(tiles, TILE_ROWS, chunks, CHUNK // SPAN, SPAN // WORD, WORD)
+    places = 4 ** np.arange(WORD, dtype=np.uint32)
+    words = (digits * places).sum(axis=-1, dtype=np.uint32)  # (tiles, 32, chunks, r, t)
+    return np.ascontiguousarray(words.transpose(0, 2, 1, 4, 3)).reshape(tiles, chunks, TILE_ROWS, WORDS)
+
+
+def lay_grid(grid: ArrayLike, columns: int, block_size: int) -> Numbers:
+    """alpha and mu of one part, as a ``grid`` that is not plain.
+
+    Parameters
+    ----------
+    grid : (n, ceil(columns / block_size), 2) array_like of float16 or int8
+        alpha and mu of every block, or their codes.
+    columns : int
+        Columns of the matrix (m).
+    block_size : int
+        Columns in a block (k): 64, 128, 256, 512, ...
+
+    Returns
+    -------
+    (tiles, chunks, 32, pairs, 2) array of the type of `grid`
+
+    Raises
+    ------
+    ValueError
+        If `grid` has another shape or type, or there is no such layout for `block_size`.
+    """
+    values = np.asarray(grid)
+    if values.dtype not in (np.float16, np.int8):
+        raise ValueError(f"grid must be float16 or int8, got {values.dtype}")
+    if not _can_be_tiled(block_size):
+        raise ValueError(f"block_size must be {LEAST_BLOCK} times a power of 2, got {block_size}")
+    checks.same_shape("grid", values, (*values.shape[:1], -(-columns // block_size), 2))
+    rows = _fill_rows(_by_chunk(values, columns, block_size))  # (32 tiles, chunks, pairs, 2)
+    tiled = rows.reshape(-1, TILE_ROWS, *rows.shape[1:])  # (tiles, 32, chunks, pairs, 2)
+    return np.ascontiguousarray(tiled.swapaxes(1, 2))
+
+
+def lay_out(
+    packed: ArrayLike,
+    scale: ArrayLike | CodedGrid,
+    shift: ArrayLike | CodedGrid,
+    permutation: ArrayLike,
+    block_size: int,
+) -> Layout:
+    """Rearrange a matrix of a checkpoint for the kernels.
+
+    Parameters
+    ----------
+    packed : (n, ceil(m / 5)) array_like of uint8
+        Trits as `reference.packing.pack_base3` makes them.
+    scale, shift : (n, ceil(m / block_size)) array_like, or CodedGrid
+        alpha and mu of every block. Two CodedGrids share their factors of rows. Fast kernels read float16
+        and codes.
+    permutation : (m,) array_like of int
+        Original column of every trit.
+    block_size : int
+        Columns in a block; the last may have fewer. Only 64, 128, 256, 512, ... have fast kernels.
+
+    Returns
+    -------
+    Layout
+        Of one part.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a value is not finite, a byte is not the code of trits, `permutation` does
+        not hold every column once, factors are not float16 or not shared, or block_size is not positive.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    order = np.asarray(permutation)
+    m = order.size
+    if order.ndim != 1 or m == 0 or not np.array_equal(np.sort(order), np.arange(m)):
+        raise ValueError(f"permutation must hold every index from 0 to {max(m - 1, 0)} once")
+    words = lay_words(T := unpack_base3(packed, m))
+    columns = np.zeros((1, words.shape[1] * CHUNK), np.uint16 if m <= 2**16 else np.uint32)
+    columns[0, :m] = order
+    n = T.shape[0]
+    alpha, mu = (
+        grid.decode() if isinstance(grid, CodedGrid) else np.asarray(grid) for grid in (scale, shift)
+    )
+    for name, value in (("scale", alpha), ("shift", mu)):
+        checks.same_shape(name, checks.matrix(value, name), (n, -(-m // block_size)))
+    kinds = {alpha.dtype, mu.dtype}
+    row_factors = block_factors = None
+    if isinstance(scale, CodedGrid) and isinstance(shift, CodedGrid) and _can_be_tiled(block_size):
+        _check_factors(scale, shift)
+        grid = lay_grid(np.stack([scale.codes, shift.codes], axis=-1), m, block_size)
+        row_factors = _fill_rows(scale.row[:, 0])
+        block_factors = _by_chunk(np.stack([scale.block, shift.block], axis=-1), m, block_size)
+    elif kinds == {np.dtype(np.float16)} and _can_be_tiled(block_size):
+        grid = lay_grid(np.stack([alpha, mu], axis=-1), m, block_size)
+    else:
+        wide = np.float32 if kinds <= {np.dtype(np.float16), np.dtype(np.float32)} else np.float64
+        grid = _fill_rows(np.stack([alpha, mu], axis=-1).astype(wide))
+    # alpha t + mu is this at the most, in magnitude.
+    largest = (np.abs(alpha.astype(np.float64)) + np.abs(mu.astype(np.float64))).max()
+    in_float16 = bool(largest <= np.finfo(np.float16).max)
+    return Layout(words, grid, columns, (n,), m, block_size, row_factors, block_factors, in_float16)
+
+
+def join(layouts: Sequence[Layout]) -> Layout:
+    """Matrices that multiply the same x, as one layout.
+
+    Parameters
+    ----------
+    layouts : sequence of Layout
+        At most three parts in all, of the same columns, block size, and type of grid.
+
+    Returns
+    -------
+    Layout
+        The parts of all, in this order.
+
+    Raises
+    ------
+    ValueError
+        If they do not fit together.
+    """
+    kinds = {(layout.columns, layout.block_size, layout.grid.dtype.name) for layout in layouts}
+    parts = sum(len(layout.ends) for layout in layouts)
+    if len(kinds) != 1 or parts > PARTS:
+        raise ValueError(
+            f"1 to {PARTS} matrices with the same columns, block size and type of grid can be joined, "
+            f"got {parts} with {sorted(kinds)}"
+        )
+    ends: list[int] = []
+    for layout in layouts:
+        begin = ends[-1] if ends else 0
+        ends += [begin + end for end in layout.ends]
+    names = ["words", "grid", "permutation"]
+    if layouts[0].row_factors is not None:
+        names += ["row_factors", "block_factors"]
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(layout, name) for layout in layouts]) for name in names
+    }
+    in_float16 = all(layout.in_float16 for layout in layouts)
+    return replace(layouts[0], ends=tuple(ends), in_float16=in_float16, **joined)
+
+
+def _check_factors(scale: CodedGrid, shift: CodedGrid) -> None:
+    """Refuse factors that the layout has no place for."""
+    n, blocks = scale.codes.shape
+    for name, grid in (("scale", scale), ("shift", shift)):
+        for kind, shape in (("row", (n, 1)), ("block", (1, blocks))):
+            factors = getattr(grid, kind)
+            checks.same_shape(f"{name}.{kind}", factors, shape)
+            if factors.dtype != np.float16:
+                raise ValueError(f"{name}.{kind} must be float16, got {factors.dtype}")
+    if not np.array_equal(scale.row, shift.row):
+        raise ValueError("scale and shift must have the same factors of rows")
+
+
+def _can_be_tiled(block_size: int) -> bool:
+    """Whether blocks are 64, 128, 256, 512, ... columns."""
+    return block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0
+
+
+def _by_chunk(values: Numbers, columns: int, block_size: int) -> Numbers:
+    """Pairs of blocks (..., blocks, 2) in their places (..., chunks, pairs, 2)."""
+    pairs = max(1, CHUNK // block_size)
+    placed = np.zeros((*values.shape[:-2], -(-columns // CHUNK), pairs, 2), dtype=values.dtype)
+    for j in range(0, columns, min(CHUNK, block_size)):
+        placed[..., j // CHUNK, j % CHUNK // block_size, :] = values[..., j // block_size, :]
+    return placed
+
+
+def _fill_rows(rows: Numbers) -> Numbers:
+    """Rows (n, ...) with zeros below them, up to a whole tile."""
+    filled = np.zeros((-(-len(rows) // TILE_ROWS) * TILE_ROWS, *rows.shape[1:]), dtype=rows.dtype)
+    filled[: len(rows)] = rows
+    return filled

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gpu
-from gpu import matmul
+import gpu.layout
 from gpu.device import xp
 from gpu.kernels.layout import order_type
 from reference.packing import pack_base3
@@ -54,4 +54,4 @@ def test_an_order_of_two_dimensions_is_refused(order):
     case = random_case(9, 200, 128)
     arrays = map(gpu.to_device, (pack_base3(case.trits), case.scale, case.shift, order))
     with pytest.raises(ValueError, match="permutation"):
-        matmul.lay_out(*arrays, 128)
+        gpu.layout.lay_out(*arrays, 128)

@@ -13,6 +13,7 @@ import torch
 from gpu import matmul
 from gpu.device import STANDIN, xp
 from gpu.kernels import tensor_cores
+from gpu.layout import lay_out
 from harness import ops
 from harness.linear import use_kernels
 from harness.ops import ternary_linear
@@ -187,7 +188,7 @@ def test_weights_beyond_float16_are_not_unpacked_in_it(backend, device, mu, fits
 
 def test_rows_that_do_not_fit_into_shared_memory_are_not_unpacked(monkeypatch):
     grids = xp.ones((2, 1, 3), np.float16)
-    layout = matmul.lay_out(xp.zeros((1, 60), np.uint8), *grids, xp.arange(300), 128)
+    layout = lay_out(xp.zeros((1, 60), np.uint8), *grids, xp.arange(300), 128)
     monkeypatch.setattr(matmul, "is_fast", lambda x, layout: True)
     for shared, fits in ((1200, False), (1300, True)):  # 300 couples of 2 bytes are 1200, and there are gaps
         monkeypatch.setattr(matmul, "_limits", lambda x, shared=shared: tensor_cores.Limits(90, shared, 1))
