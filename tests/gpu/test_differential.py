@@ -10,6 +10,7 @@ import gpu
 from golden.cases import Case
 from harness.tolerances import TOLERANCES, check
 from reference.atq import build_optimal_grid, flexible_round
+from reference.layout import Layout
 from reference.types import CodedGrid
 from tests.reference.strategies import GRAM_KINDS, random_gram
 
@@ -69,6 +70,19 @@ def inputs(operation, shape, dtype, kind="correlated"):
         "packing.unpack_base3": {"packed": _packed("pack_base3", T), "count": m},
         "packing.pack_2bit": {"trits": T},
         "packing.unpack_2bit": {"packed": _packed("pack_2bit", T), "count": m},
+        "layout.lay_words": {"trits": T},
+        "layout.lay_grid": {
+            "grid": rng.normal(size=(n, -(-m // 64), 2)).astype(np.float16),
+            "columns": m,
+            "block_size": 64,
+        },
+        "layout.lay_out": {
+            "packed": _packed("pack_base3", T),
+            "scale": rng.normal(size=(n, -(-m // 128))).astype(np.float16),
+            "shift": rng.normal(size=(n, -(-m // 128))).astype(np.float16),
+            "permutation": rng.permutation(m),
+            "block_size": 128,
+        },
         "matmul.matmul": {
             "x": rng.normal(size=(5, m)).astype(np.float32).astype(dtype),
             "packed": _packed("pack_base3", T),
@@ -85,7 +99,9 @@ def _packed(how, T):
 
 
 TOLERANCES_ORDER = list(TOLERANCES)
-OPERATIONS = [o for o in TOLERANCES if o not in gpu.REFUSED and o != "ternarize.ternarize"]
+# Whole matrices have tests of their own: test_ternarize.py, test_layout.py.
+ELSEWHERE = {"ternarize.ternarize", "layout.join"}
+OPERATIONS = [o for o in TOLERANCES if o not in gpu.REFUSED | ELSEWHERE]
 # A remainder is needed, so that there is something to compensate.
 NEED_TWO = ("gptq.compensate", "gptq.eliminate")
 
@@ -110,8 +126,9 @@ def test_operation_agrees_with_the_reference(operation, shape, dtype, layout):
         **{name: given(value) for name, value in arguments.items()}
     )
     outputs = list(TOLERANCES[operation])
-    if isinstance(expected, CodedGrid):
-        expected, got = ([getattr(grid, name) for name in outputs] for grid in (expected, got))
+    if isinstance(expected, CodedGrid | Layout):
+        outputs = [name for name in outputs if getattr(expected, name) is not None]
+        expected, got = ([getattr(value, name) for name in outputs] for value in (expected, got))
     elif len(outputs) == 1:
         expected, got = (expected,), (got,)
     arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
