@@ -33,7 +33,6 @@ def lay_words(trits: Array) -> Array:
     ValueError
         If `trits` is not a matrix, is empty, or holds other values.
     """
-    trits = xp.asarray(trits)
     if trits.ndim != 2 or 0 in trits.shape:
         raise ValueError(f"trits must be a non-empty matrix, got shape {trits.shape}")
     n, m = trits.shape
@@ -41,8 +40,7 @@ def lay_words(trits: Array) -> Array:
     filled = xp.zeros((tiles * TILE_ROWS, chunks * CHUNK), trits.dtype)
     filled[:n, :m] = trits
     words = pack_2bit(filled).view(np.uint32).reshape(tiles, TILE_ROWS, chunks, CHUNK // SPAN, SPAN // WORD)
-    ordered = words.transpose(0, 2, 1, 4, 3)
-    return xp.ascontiguousarray(ordered).reshape(tiles, chunks, TILE_ROWS, WORDS)
+    return words.transpose(0, 2, 1, 4, 3).reshape(tiles, chunks, TILE_ROWS, WORDS)
 
 
 def lay_grid(grid: Array, columns: int, block_size: int) -> Array:
@@ -72,7 +70,7 @@ def lay_grid(grid: Array, columns: int, block_size: int) -> Array:
         raise ValueError(f"block_size must be {LEAST_BLOCK} times a power of 2, got {block_size}")
     checks.same_shape("grid", grid, (*grid.shape[:1], -(-columns // block_size), 2))
     rows = _fill_rows(_by_chunk(grid, columns, block_size))
-    tiled = rows.reshape(-1, TILE_ROWS, *rows.shape[1:]).transpose(0, 2, 1, 3, 4)
+    tiled = rows.reshape(rows.shape[0] // TILE_ROWS, TILE_ROWS, *rows.shape[1:]).transpose(0, 2, 1, 3, 4)
     return xp.ascontiguousarray(tiled)
 
 

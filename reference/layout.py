@@ -146,27 +146,25 @@ class Layout:
         TernaryMatrix
             alpha and mu have the type they are stored in.
         """
-        first, last = self.tiles_of_parts()[index]
         n, m, k = self.ends[index] - (0, *self.ends)[index], self.columns, self.block_size
-        rows = slice(TILE_ROWS * first, TILE_ROWS * first + n)
+        first = TILE_ROWS * self.tiles_of_parts()[index][0]
+        rows = slice(first, first + n)
 
-        words = self.words[first:last]  # (tiles, chunks, 32, 16)
-        tiles, chunks = words.shape[:2]
-        # (tiles, 32, chunks, spans, lanes): back from place 4t + r to word 4r + t.
-        words = words.reshape(tiles, chunks, TILE_ROWS, SPAN // WORD, CHUNK // SPAN).transpose(0, 2, 1, 4, 3)
+        tiles, chunks = self.words.shape[:2]
+        # (tiles, 32, chunks, r, t): back from place 4t + r to word 4r + t.
+        words = self.words.reshape(tiles, chunks, TILE_ROWS, SPAN // WORD, CHUNK // SPAN)
+        words = words.transpose(0, 2, 1, 4, 3)
         digits = np.stack([words >> np.uint32(2 * i) & np.uint32(3) for i in range(WORD)], axis=-1)
-        T = digits.reshape(TILE_ROWS * tiles, CHUNK * chunks)[:n, :m].astype(np.int8) - np.int8(1)
+        T = digits.reshape(TILE_ROWS * tiles, CHUNK * chunks)[rows, :m].astype(np.int8) - np.int8(1)
 
         def of_blocks(placed: Any) -> Any:
             """(..., chunks, pairs, 2) to (..., blocks, 2)."""
-            pairs = placed.reshape(*placed.shape[:-3], -1, 2)
-            return pairs[..., :: max(1, k // CHUNK), :][..., : -(-m // k), :]
+            chunks, pairs = placed.shape[-3:-1]
+            in_order = placed.reshape(*placed.shape[:-3], chunks * pairs, 2)
+            return in_order[..., :: max(1, k // CHUNK), :][..., : -(-m // k), :]
 
-        if self.grid.ndim == 3:
-            values = self.grid[rows]
-        else:
-            by_row = self.grid[first:last].swapaxes(1, 2).reshape(TILE_ROWS * tiles, chunks, -1, 2)
-            values = of_blocks(by_row[:n])
+        grid = self.grid if self.grid.ndim == 3 else np.concatenate(of_blocks(self.grid.swapaxes(1, 2)))
+        values = grid[rows]
         scale, shift = values[..., 0], values[..., 1]
         if self.row_factors is not None:
             row, factors = self.row_factors[rows, None], of_blocks(self.block_factors[index])[None]
@@ -198,13 +196,11 @@ def lay_words(trits: ArrayLike) -> NDArray[np.uint32]:
     """
     n, m = checks.matrix(trits, "trits").shape
     T = checks.trits(trits, (n, m), "trits")
-    tiles, chunks = -(-n // TILE_ROWS), -(-m // CHUNK)
-    digits = np.ones((TILE_ROWS * tiles, CHUNK * chunks), dtype=np.uint32)
-    digits[:n, :m] = T + 1
+    digits = np.pad(T + 1, ((0, -n % TILE_ROWS), (0, -m % CHUNK)), constant_values=1)
+    tiles, chunks = digits.shape[0] // TILE_ROWS, digits.shape[1] // CHUNK
     digits = digits.reshape(tiles, TILE_ROWS, chunks, CHUNK // SPAN, SPAN // WORD, WORD)
-    places = 4 ** np.arange(WORD, dtype=np.uint32)
-    words = (digits * places).sum(axis=-1, dtype=np.uint32)  # (tiles, 32, chunks, r, t)
-    return np.ascontiguousarray(words.transpose(0, 2, 1, 4, 3)).reshape(tiles, chunks, TILE_ROWS, WORDS)
+    words = (digits * 4 ** np.arange(WORD)).sum(axis=-1, dtype=np.uint32)  # (tiles, 32, chunks, r, t)
+    return words.transpose(0, 2, 1, 4, 3).reshape(tiles, chunks, TILE_ROWS, WORDS)
 
 
 def lay_grid(grid: ArrayLike, columns: int, block_size: int) -> Numbers:
@@ -235,7 +231,7 @@ def lay_grid(grid: ArrayLike, columns: int, block_size: int) -> Numbers:
         raise ValueError(f"block_size must be {LEAST_BLOCK} times a power of 2, got {block_size}")
     checks.same_shape("grid", values, (*values.shape[:1], -(-columns // block_size), 2))
     rows = _fill_rows(_by_chunk(values, columns, block_size))  # (32 tiles, chunks, pairs, 2)
-    tiled = rows.reshape(-1, TILE_ROWS, *rows.shape[1:])  # (tiles, 32, chunks, pairs, 2)
+    tiled = rows.reshape(len(rows) // TILE_ROWS, TILE_ROWS, *rows.shape[1:])
     return np.ascontiguousarray(tiled.swapaxes(1, 2))
 
 
@@ -275,7 +271,7 @@ def lay_out(
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     order = np.asarray(permutation)
     m = order.size
-    if order.ndim != 1 or m == 0 or not np.array_equal(np.sort(order), np.arange(m)):
+    if m == 0 or not np.array_equal(np.sort(order), np.arange(m)):
         raise ValueError(f"permutation must hold every index from 0 to {max(m - 1, 0)} once")
     words = lay_words(T := unpack_base3(packed, m))
     columns = np.zeros((1, words.shape[1] * CHUNK), np.uint16 if m <= 2**16 else np.uint32)
@@ -284,8 +280,10 @@ def lay_out(
     alpha, mu = (
         grid.decode() if isinstance(grid, CodedGrid) else np.asarray(grid) for grid in (scale, shift)
     )
+    magnitudes = []
     for name, value in (("scale", alpha), ("shift", mu)):
-        checks.same_shape(name, checks.matrix(value, name), (n, -(-m // block_size)))
+        checks.same_shape(name, value, (n, -(-m // block_size)))
+        magnitudes.append(np.abs(checks.matrix(value, name)))
     kinds = {alpha.dtype, mu.dtype}
     row_factors = block_factors = None
     if isinstance(scale, CodedGrid) and isinstance(shift, CodedGrid) and _can_be_tiled(block_size):
@@ -298,9 +296,8 @@ def lay_out(
     else:
         wide = np.float32 if kinds <= {np.dtype(np.float16), np.dtype(np.float32)} else np.float64
         grid = _fill_rows(np.stack([alpha, mu], axis=-1).astype(wide))
-    # alpha t + mu is this at the most, in magnitude.
-    largest = (np.abs(alpha.astype(np.float64)) + np.abs(mu.astype(np.float64))).max()
-    in_float16 = bool(largest <= np.finfo(np.float16).max)
+    # |alpha| + |mu| is the largest magnitude of alpha t + mu.
+    in_float16 = bool(np.add(*magnitudes).max() <= np.finfo(np.float16).max)
     return Layout(words, grid, columns, (n,), m, block_size, row_factors, block_factors, in_float16)
 
 
@@ -358,7 +355,7 @@ def _check_factors(scale: CodedGrid, shift: CodedGrid) -> None:
 
 def _can_be_tiled(block_size: int) -> bool:
     """Whether blocks are 64, 128, 256, 512, ... columns."""
-    return block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0
+    return block_size >= LEAST_BLOCK and block_size.bit_count() == 1
 
 
 def _by_chunk(values: Numbers, columns: int, block_size: int) -> Numbers:

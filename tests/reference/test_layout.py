@@ -221,6 +221,8 @@ def test_the_order_of_columns(columns, kind):
         (-60000, 5536, False),
         (60000, -5536, False),
         (-65504, -65504, False),
+        (65504, 2**-24, False),
+        (2**-24, 65504, False),
     ],
 )
 def test_weights_beyond_float16_are_known(alpha, mu, fits, kind):
