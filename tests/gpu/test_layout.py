@@ -68,13 +68,20 @@ def reference_layout(*cases):
 
 
 def wide_case(rows, columns, block_size):
-    """One of other types."""
+    """One whose mu are float32."""
     case = random_case(rows, columns, block_size)
-    case.scale, case.shift = case.scale.astype(np.float32), case.shift.astype(np.float64)
+    case.shift = case.shift.astype(np.float32)
     return case
 
 
-@pytest.mark.parametrize("make", [random_case, coded_case, wide_case])
+def wider_case(rows, columns, block_size):
+    """One whose alpha are float64."""
+    case = wide_case(rows, columns, block_size)
+    case.scale = case.scale.astype(np.float64)
+    return case
+
+
+@pytest.mark.parametrize("make", [random_case, coded_case, wide_case, wider_case])
 @pytest.mark.parametrize("block_size", [1, 64, 96, 128, 256, 512, 1024])
 @pytest.mark.parametrize("many_rows", [(1,), (33, 5), (32, 64, 70)], ids=str)
 @pytest.mark.parametrize("columns", [1, 300, 1100])
@@ -106,7 +113,6 @@ def test_the_order_of_many_columns_is_that_of_the_reference(columns):
     [
         ({"row": np.ones((1, 1), np.float16)}, "scale.row has shape"),
         ({"row": np.ones((3, 1), np.float32)}, "scale.row must be float16"),
-        ({"row": np.ones((3, 1), np.float16)}, "the same factors of rows"),
         ({"block": np.ones((1, 1), np.float16)}, "scale.block has shape"),
         ({"block": np.ones((1, 2), np.float32)}, "scale.block must be float16"),
         ({"codes": np.ones((3, 2), np.int16)}, "grid must be float16 or int8, got int16"),
@@ -116,6 +122,13 @@ def test_codes_that_do_not_fit_are_refused(change, message):
     case = coded_case(3, 70, 64)
     case.scale = replace(case.scale, **change)
     with pytest.raises(ValueError, match=message):
+        lay_out(case)
+
+
+def test_factors_of_one_row_that_are_not_shared_are_refused():
+    case = coded_case(3, 70, 64)
+    case.scale = replace(case.scale, row=case.scale.row * np.array([[1], [2], [1]], np.float16))
+    with pytest.raises(ValueError, match="the same factors of rows"):
         lay_out(case)
 
 
