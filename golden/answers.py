@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from golden import whole
+from golden import layout, whole
 from golden.arithmetic import Array, Exact
 from golden.cases import Tensors
 from golden.whole import Kit
@@ -55,6 +55,10 @@ ORIGINS = {
         "packing.unpack_base3": "the trits that were packed, one at a time",
         "packing.pack_2bit": "positional notation, one trit at a time",
         "packing.unpack_2bit": "the trits that were packed, one at a time",
+        "layout.lay_words": "every digit added to the word that the description names",
+        "layout.lay_grid": "the pair of every column of the matrix in the place that the description names",
+        "layout.lay_out": "every digit, pair and index in the place that the description names",
+        "layout.join": "the answers for the parts, one after the other",
         "matmul.matmul": "product with the dense matrix in rational arithmetic",
     },
     "real": {
@@ -94,6 +98,8 @@ def answer(kit: Kit, operation: str, inputs: Tensors, parameters: dict[str, Any]
 
     `inputs` may hold ``H`` where the function itself takes blocks of its inverse.
     """
+    if operation in layout.ANSWERS:  # which depend on the types of floats, and need no arithmetic
+        return layout.ANSWERS[operation](**inputs, **parameters)
     given: dict[str, Array] = {
         name: value if value.dtype.kind in "iub" else kit.numbers(value) for name, value in inputs.items()
     }

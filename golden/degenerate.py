@@ -12,7 +12,7 @@ import numpy as np
 from golden.arithmetic import Array
 from golden.cases import Case
 from golden.drafts import Drafts
-from golden.exact import correlated, sixteenths, trits
+from golden.exact import correlated, joined, matrix, sixteenths, trits
 
 CONSTANT = [[0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [-0.25, -0.25, -0.25, -0.25], [1, 0, 0, 0]]
 
@@ -26,6 +26,7 @@ def cases() -> list[Case]:
     _columns(drafts)
     _gram(drafts)
     _whole(drafts)
+    _layout(drafts)
     _refused(drafts)
     return drafts.cases
 
@@ -203,6 +204,37 @@ def _whole(drafts: Drafts) -> None:
         drafts.add(f"packing.unpack_{codec}", "no-trits", {"packed": packed}, count=0)
 
 
+def _layout(drafts: Drafts) -> None:
+    for t in (-1, 0, 1):
+        drafts.add("layout.lay_words", f"one-trit-{t}", {"trits": np.array([[t]], dtype=np.int8)})
+    one = {"grid": np.array([[[1, -1]]], dtype=np.float16)}
+    drafts.add("layout.lay_grid", "one-column", one, columns=1, block_size=128)
+    # The second block begins with the last column.
+    two = {"grid": np.array([[[1, -1], [2, -2]]], dtype=np.float16)}
+    drafts.add("layout.lay_grid", "one-column-in-a-block", two, columns=1025, block_size=1024)
+    single = {
+        "packed": np.array([[122]], dtype=np.uint8),
+        "scale": np.array([[0.5]], dtype=np.float16),
+        "shift": np.array([[-0.0]], dtype=np.float16),
+        "permutation": np.array([0]),
+    }
+    drafts.add("layout.lay_out", "one-weight", single, block_size=64)
+    drafts.add("layout.lay_out", "blocks-of-one", matrix(91, 2, 3, 1), block_size=1)
+    drafts.add("layout.lay_out", "block-wider-than-matrix", matrix(92, 2, 70, 2048), block_size=2048)
+    drafts.add("layout.lay_out", "zero-codes", matrix(93, 2, 3, 64, "int8") | _zero_codes(), block_size=64)
+    for label, mu in (("largest", 5504), ("beyond", -5536)):
+        grid = {"scale": np.array([[-60000]], np.float16), "shift": np.array([[mu]], np.float16)}
+        drafts.add("layout.lay_out", f"{label}-in-float16", single | grid, block_size=64)
+    whole = joined(95, (1, 1), 5)
+    beyond = {f"layouts.1.{name}": np.array([[-60000]], np.float16) for name in ("scale", "shift")}
+    drafts.add("layout.join", "one-beyond-float16", whole | beyond, block_size=64)
+
+
+def _zero_codes() -> dict[str, Array]:
+    none: dict[str, Array] = {"codes": np.zeros((2, 1), np.int8), "block": np.zeros((1, 1), np.float16)}
+    return {f"{name}.{part}": value for name in ("scale", "shift") for part, value in none.items()}
+
+
 def _refused(drafts: Drafts) -> None:
     W, C = sixteenths(81, 2, 3), correlated(82, 3)
     T = trits(83, 2, 3)
@@ -246,6 +278,7 @@ def _refused(drafts: Drafts) -> None:
         "matmul.matmul", "not-a-permutation", {**product, "permutation": twice}, "ValueError", block_size=3
     )
     refuse("matmul.matmul", "no-code", {**product, "packed": bad_byte}, "ValueError", block_size=3)
+    _refused_layouts(drafts)
     for codec, byte, filling in (("base3", 243, 0), ("2bit", 3, 0)):
         bad = np.array([[byte]], dtype=np.uint8)
         places = 5 if codec == "base3" else 4
@@ -254,6 +287,39 @@ def _refused(drafts: Drafts) -> None:
         refuse(f"packing.unpack_{codec}", "other-filling", {"packed": other}, "ValueError", count=1)
         refuse(f"packing.unpack_{codec}", "length", {"packed": other}, "ValueError", count=places + 1)
         refuse(f"packing.pack_{codec}", "not-a-trit", {"trits": 2 * T}, "ValueError")
+
+
+def _refused_layouts(drafts: Drafts) -> None:
+    refuse = drafts.refuse
+    for label, trits_of in (("not-a-trit", [[0, 2]]), ("half-a-trit", [[0.5]]), ("no-matrix", [0, 1])):
+        refuse("layout.lay_words", label, {"trits": np.array(trits_of)}, "ValueError")
+    grid = {"grid": np.ones((2, 3, 2), dtype=np.float16)}
+    refuse("layout.lay_grid", "blocks-of-96", grid, "ValueError", columns=280, block_size=96)
+    refuse("layout.lay_grid", "shape", grid, "ValueError", columns=193, block_size=64)
+    wide = {"grid": np.ones((2, 3, 2), dtype=np.float32)}
+    refuse("layout.lay_grid", "float32", wide, "ValueError", columns=192, block_size=64)
+    given, coded = matrix(96, 2, 70, 64), matrix(96, 2, 70, 64, "int8")
+    changes: dict[str, dict[str, Array]] = {
+        "not-a-permutation": {"permutation": np.zeros(70, dtype=int)},
+        "no-code": {"packed": np.full((2, 14), 243, dtype=np.uint8)},
+        "shape": {"scale": given["scale"][:, :1]},
+        "nan": {"shift": np.full((2, 2), np.nan, dtype=np.float16)},
+    }
+    for label, change in changes.items():
+        refuse("layout.lay_out", label, given | change, "ValueError", block_size=64)
+    refuse("layout.lay_out", "blocks-of-none", given, "ValueError", block_size=0)
+    changes = {
+        "other-rows": {"shift.row": 2 * coded["shift.row"]},
+        "one-factor": {"scale.row": coded["scale.row"][:1], "shift.row": coded["shift.row"][:1]},
+        "wide-factors": {"scale.block": coded["scale.block"].astype(np.float32)},
+    }
+    for label, change in changes.items():
+        refuse("layout.lay_out", label, coded | change, "ValueError", block_size=64)
+    refuse(
+        "layout.join", "four-parts", joined(97, (1, 2, 3, 4), 5, 64, "float16"), "ValueError", block_size=64
+    )
+    other = {name.replace(".0.", ".1."): value for name, value in joined(98, (1,), 6).items()}
+    refuse("layout.join", "other-columns", joined(97, (1,), 5) | other, "ValueError", block_size=64)
 
 
 def _with_dead(C: Array, dead: list[int]) -> Array:

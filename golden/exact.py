@@ -55,12 +55,31 @@ def inverse(H: Array) -> Array:
     return kit.solve(rational(H), rational(np.eye(len(H)))).astype(np.float64)
 
 
+def matrix(seed: int, rows: int, columns: int, block_size: int, kind: str = "float16") -> dict[str, Array]:
+    """A ternary matrix as a checkpoint holds it; `kind` is the type of alpha and mu, or int8 for codes."""
+    source = random.Random(seed)
+    T, blocks = trits(seed, rows, columns), -(-columns // block_size)
+    made = {
+        "packed": answer(Exact(), "packing.pack_base3", {"trits": T}, {})["packed"],
+        "permutation": np.array(sorted(range(columns), key=lambda _: source.random()), dtype=np.uint16),
+    }
+    for name, own in (("scale", 1), ("shift", 2)):
+        if kind == "int8":
+            made[f"{name}.codes"] = (16 * sixteenths(seed + own, rows, blocks, 127)).astype(np.int8)
+            made[f"{name}.row"] = (sixteenths(seed + 3, rows, 1) / 4 + 2).astype(np.float16)
+            made[f"{name}.block"] = (sixteenths(seed + 3 + own, 1, blocks) / 64 + 1).astype(np.float16)
+        else:
+            made[name] = sixteenths(seed + own, rows, blocks, 2000).astype(kind)
+    return made
+
+
 def cases() -> list[Case]:
     """All exact cases."""
     drafts = Drafts("exact")
     _per_row(drafts)
     _per_matrix(drafts)
     _packing(drafts)
+    _layout(drafts)
     return drafts.cases
 
 
@@ -166,3 +185,50 @@ def _packing(drafts: Drafts) -> None:
             T = np.sign(np.rint(sixteenths(40 + m, 3, m, 24))).astype(np.int8)
             packed = drafts.add(f"packing.pack_{codec}", f"{m}-trits", {"trits": T})["packed"]
             drafts.add(f"packing.unpack_{codec}", f"{m}-trits", {"packed": packed}, count=m)
+
+
+def _layout(drafts: Drafts) -> None:
+    for rows, columns in ((3, 40), (32, 256), (33, 300), (65, 17)):
+        drafts.add("layout.lay_words", f"{rows}x{columns}", {"trits": trits(columns, rows, columns)})
+    for k in (64, 128, 256, 512, 1024):
+        numbers = sixteenths(200 + k, 33, 2 * -(-1100 // k), 2000).reshape(33, -1, 2)
+        for kind, grid in (("float16", numbers), ("int8", np.rint(numbers))):
+            inputs = {"grid": grid.astype(kind)}
+            drafts.add("layout.lay_grid", f"{kind}-{k}", inputs, columns=1100, block_size=k)
+    for kind, rows, columns, k in (
+        ("float16", 33, 300, 64),
+        ("float16", 5, 577, 128),
+        ("float16", 3, 700, 256),
+        ("float16", 2, 1100, 512),
+        ("int8", 33, 300, 64),
+        ("int8", 5, 577, 128),
+        ("int8", 3, 700, 256),
+        ("int8", 2, 1100, 512),
+        # Plain grids: other blocks, and other types.
+        ("float16", 3, 300, 96),
+        ("int8", 3, 300, 96),
+        ("float32", 33, 300, 128),
+        ("float64", 3, 300, 128),
+    ):
+        inputs = matrix(300 + k, rows, columns, k, kind)
+        drafts.add("layout.lay_out", f"{kind}-{k}", inputs, block_size=k)
+    mixed = matrix(320, 3, 300, 64) | {"shift": sixteenths(321, 3, 5).astype(np.float32)}
+    drafts.add("layout.lay_out", "float16-and-float32", mixed, block_size=64)
+    for label, kind, k, many_rows in (
+        ("three-of-float16", "float16", 128, (33, 1, 40)),
+        ("two-of-codes", "int8", 64, (3, 35)),
+        ("two-of-plain", "float16", 96, (32, 2)),
+        ("one", "float16", 256, (4,)),
+    ):
+        drafts.add("layout.join", label, joined(330, many_rows, 270, k, kind), block_size=k)
+
+
+def joined(
+    seed: int, many_rows: tuple[int, ...], columns: int, block_size: int = 64, kind: str = "float16"
+) -> dict[str, Array]:
+    """Matrices of so many rows, as cases name those that are joined."""
+    return {
+        f"layouts.{part}.{name}": value
+        for part, rows in enumerate(many_rows)
+        for name, value in matrix(seed + 10 * part, rows, columns, block_size, kind).items()
+    }

@@ -1,13 +1,12 @@
 """The product with a ternary matrix, straight from packed trits; see `reference.matmul`.
 
-`matmul` has the reference's arguments and float64 results. A model calls `lay_out` once for a matrix as
-it is loaded, and `multiply` for every product.
+`matmul` has the reference's arguments and float64 results. A model calls `gpu.layout.lay_out` once for a
+matrix as it is loaded, and `multiply` for every product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,22 +14,9 @@ import numpy as np
 from gpu import checks
 from gpu.device import STANDIN, Array, xp
 from gpu.kernels import product, tensor_cores
-from gpu.kernels.layout import (
-    CHUNK,
-    PARTS,
-    Layout,
-    can_be_tiled,
-    device_array,
-    fill_rows,
-    lay_grid,
-    lay_words,
-    order_type,
-    same_device,
-    spread,
-)
-from gpu.packing import unpack_base3
+from gpu.kernels.layout import Layout, device_array, same_device
+from gpu.layout import lay_out
 from gpu.twin import twin
-from reference.types import CodedGrid
 
 
 @twin
@@ -43,83 +29,6 @@ def matmul(x: Array, packed: Array, scale: Array, shift: Array, permutation: Arr
     return _in_float64(x, lay_out(packed, scale, shift, columns, block_size))
 
 
-def lay_out(
-    packed: Array, scale: Array | CodedGrid, shift: Array | CodedGrid, permutation: Array, block_size: int
-) -> Layout:
-    """Rearrange a matrix of a checkpoint for the kernels, once.
-
-    Parameters
-    ----------
-    packed : (n, ceil(m / 5)) array of uint8
-        Trits as `gpu.packing.pack_base3` makes them.
-    scale, shift : (n, ceil(m / block_size)) array, or CodedGrid
-        alpha and mu of every block. Fast kernels read float16 and codes.
-    permutation : (m,) array of int
-        Original column of every trit.
-    block_size : int
-        Columns in a block; the last may have fewer. Only 64, 128, 256, 512, ... have fast kernels.
-
-    Returns
-    -------
-    Layout
-
-    Raises
-    ------
-    ValueError
-        As for `matmul`.
-    """
-    order = xp.asarray(permutation)
-    m = order.size
-    if order.ndim != 1 or m == 0 or not (xp.sort(order) == xp.arange(m)).all():
-        raise ValueError(f"permutation must hold every index from 0 to {max(m - 1, 0)} once")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    trits = unpack_base3(packed, m)
-    n = trits.shape[0]
-    columns = xp.zeros((1, -(-m // CHUNK) * CHUNK), order_type(m))
-    columns[0, :m] = order
-    grids = _lay_grid(scale, shift, n, m, block_size)
-    return Layout(lay_words(trits), permutation=columns, ends=(n,), columns=m, block_size=block_size, **grids)
-
-
-def join(layouts: Sequence[Layout]) -> Layout:
-    """Matrices that multiply the same x, as one layout, so that one launch serves them.
-
-    Parameters
-    ----------
-    layouts : sequence of Layout
-        At most three parts in all, of the same columns, block size, and type of grid.
-
-    Returns
-    -------
-    Layout
-        Its products are those of the single ones side by side.
-
-    Raises
-    ------
-    ValueError
-        If they do not fit together.
-    """
-    kinds = {(a.columns, a.block_size, a.grid.dtype.name) for a in layouts}
-    if len(kinds) != 1 or sum(len(a.ends) for a in layouts) > PARTS:
-        raise ValueError(
-            f"1 to {PARTS} matrices with the same columns, block size and type of grid can be joined, "
-            f"got {sum(len(a.ends) for a in layouts)} with {sorted(kinds)}"
-        )
-    ends: list[int] = []
-    for layout in layouts:
-        begin = ends[-1] if ends else 0
-        ends += [begin + end for end in layout.ends]
-    names = ["words", "grid", "permutation"]
-    if layouts[0].row_factors is not None:
-        names += ["row_factors", "block_factors"]
-    joined: dict[str, Any] = {
-        name: xp.concatenate([getattr(layout, name) for layout in layouts]) for name in names
-    }
-    in_float16 = all(layout.in_float16 for layout in layouts)
-    return replace(layouts[0], ends=tuple(ends), in_float16=in_float16, **joined)
-
-
 def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     """``x @ W_hat.T`` in the type of x, on the current stream.
 
@@ -130,7 +39,7 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
         integers that hold its bits (uint16 or int16), as CuPy has no bfloat16. A torch tensor comes as
         ``to_device(x)`` or ``to_device(x.view(torch.int16))``, through DLPack, without a copy.
     layout : Layout
-        What `lay_out` or `join` made.
+        What `gpu.layout` made.
     y : (tokens, n) array of the type of x, optional
         Where the product goes; a new array if left out.
 
@@ -196,7 +105,7 @@ def unpacked(x: Array, layout: Layout) -> Iterator[Array]:
     x : (tokens, m) array
         As for `multiply`; `can_unpack` must hold.
     layout : Layout
-        What `lay_out` or `join` made.
+        What `gpu.layout` made.
 
     Yields
     ------
@@ -222,34 +131,6 @@ def _check_activations(x: Array, layout: Layout) -> None:
     device_array("x", x, (*tensor_cores.TYPES, "float32", "float64"), 2)
     checks.same_shape("x", x, (x.shape[0], layout.columns))
     same_device("x", x, layout.words)
-
-
-def _lay_grid(
-    scale: Array | CodedGrid, shift: Array | CodedGrid, n: int, m: int, block_size: int
-) -> dict[str, Any]:
-    """What `Layout` has of alpha and mu, by its names."""
-    chunks = -(-m // CHUNK)
-    values = [grid.decode() if isinstance(grid, CodedGrid) else xp.asarray(grid) for grid in (scale, shift)]
-    for name, value in zip(("scale", "shift"), values, strict=True):
-        checks.same_shape(name, checks.matrix(value, name), (n, -(-m // block_size)))
-    # alpha t + mu is this at the most, in magnitude.
-    largest = abs(values[0].astype(np.float64)) + abs(values[1].astype(np.float64))
-    in_float16 = bool(largest.max() <= np.finfo(np.float16).max)
-    if isinstance(scale, CodedGrid) and isinstance(shift, CodedGrid) and can_be_tiled(block_size):
-        codes = xp.stack([scale.codes, shift.codes], axis=-1)
-        factors = xp.stack([scale.block, shift.block], axis=-1)
-        return {
-            "grid": lay_grid(codes, chunks, block_size),
-            "row_factors": fill_rows(scale.row[:, 0]),
-            "block_factors": spread(factors, chunks, block_size),
-            "in_float16": in_float16,
-        }
-    kinds = {value.dtype.name for value in values}
-    if kinds == {"float16"} and can_be_tiled(block_size):
-        return {"grid": lay_grid(xp.stack(values, axis=-1), chunks, block_size), "in_float16": in_float16}
-    # Numba's CPU compiler does not know float16.
-    wide = np.float32 if kinds <= {"float16", "float32"} else np.float64
-    return {"grid": fill_rows(xp.stack([value.astype(wide) for value in values], axis=-1))}
 
 
 def _in_float64(x: Array, layout: Layout) -> Array:

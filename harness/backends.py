@@ -16,6 +16,7 @@ import numpy as np
 
 import reference
 from harness.errors import UserError
+from reference.layout import Layout
 from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
 
@@ -107,12 +108,14 @@ class Backend:
         return getattr(self.package, "to_device", _as_numpy)(array)
 
     def to_host(self, array: Any) -> Any:
-        """An array of the backend as NumPy's, or a TernaryMatrix of such arrays."""
+        """An array of the backend as NumPy's, or a TernaryMatrix or Layout of such arrays."""
         if isinstance(array, TernaryMatrix):
             moved = ("trits", "scale", "shift", "permutation")
             return replace(array, **{name: self.to_host(getattr(array, name)) for name in moved})
         if isinstance(array, CodedGrid):
             return CodedGrid(*map(self.to_host, (array.codes, array.row, array.block)))
+        if isinstance(array, Layout):
+            return Layout(**{name: self.to_host(value) for name, value in vars(array).items()})
         return getattr(self.package, "to_host", _unchanged)(array)
 
 

@@ -2,7 +2,8 @@
 
 Read in this order: `twn` (Eq. 1-3), `atq` (Eq. 4-10, Algorithm 1), `aga` (Eq. 11-13), `ssr`
 (Eq. 14-16), `gptq` (block error compensation), `ternarize` (one weight matrix, start to end),
-`grids`, `packing` and `matmul` (what a checkpoint stores), `baselines` (what people compare with).
+`grids`, `packing` and `matmul` (what a checkpoint stores), `layout` (what kernels read), `baselines` (what
+people compare with).
 
 Symbols, used throughout:
 

@@ -43,9 +43,9 @@ pairs: one for each block that begins in the chunk, or that of the block which t
     k = 128               | alpha, mu               | alpha, mu               |    8           4
     k = 256, 512, ...     | alpha, mu                                         |    4           2
 
-The pair of T[i, j] is ``grid[i // 32, j // 256, i % 32, j % 256 // k]`` (0 in the last place where k > 256).
-What fills up is 0. Other blocks, and alpha and mu of other types, are for kernels that are not fast. Their
-grid is plain: (32 tiles, ceil(m / k), 2) float32 or float64.
+The pair of T[i, j] is ``grid[i // 32, j // 256, i % 32, j % 256 // k]``. What fills up is 0. For other
+blocks, and for alpha and mu of other types, the grid is plain: (32 tiles, ceil(m / k), 2) float32 or
+float64. Fast kernels do not read it.
 
 ``permutation``  (parts, 256 chunks) uint16, or uint32 if m > 65536: the original column of every column of T,
 filled up with 0.

@@ -22,6 +22,7 @@ The weight of row i at column ``permutation[j]`` is
 
 Kernels use two bits a trit instead, made when a checkpoint is loaded: byte b holds trits 4b to 4b+3,
 trit 4b+i as the digit t + 1 in bits 2i and 2i+1, the last byte filled up with t = 0; 3 is no digit.
+`reference.layout` says where these bytes lie.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How ternary matrices lie in the memory of a device, for all kernels that multiply with them."""
+"""The packed layout as kernels are given it: arrays that they can read as they are."""
 
 from __future__ import annotations
 
@@ -9,69 +9,20 @@ import numpy as np
 
 from gpu import checks
 from gpu.device import STANDIN, Array, xp
-from gpu.packing import pack_2bit
-
-# Columns of a word, and of a chunk: four lanes of a warp, with four words each.
-WORD = 16
-CHUNK = 256
-WORDS = CHUNK // WORD
-# Rows that lie together.
-TILE_ROWS = 32
-# Matrices that one launch can multiply the same x with.
-PARTS = 3
-
-# Blocks for which alpha and mu can lie chunk by chunk, in whole spans of 64 columns.
-LEAST_BLOCK = 64
+from reference.layout import CHUNK, LEAST_BLOCK, PARTS, TILE_ROWS, WORDS
+from reference.layout import Layout as HostLayout
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A ternary matrix as kernels read it; or several, parts, that multiply the same x.
-
-    Rows of all parts lie one below the other, each part filled up to whole tiles of 32 rows; columns, in
-    the order of quantization, to whole chunks of 256. What fills up is t = 0, and alpha and mu are 0 there.
-
-    Attributes
-    ----------
-    words : (tiles, chunks, 32, 16) uint32
-        Trits: t + 1 of trits 16w to 16w + 15 of a row and chunk, in two bits each, makes word w, from the
-        lowest bits up. Word 4r + t is stored at 4t + r: the four lanes of a warp that share a row load 128
-        bits each, and hold 64 consecutive columns in their r-th words, which lie in one block. 16 rows of
-        a chunk are 1 KiB that lies together.
-    grid : (tiles, chunks, 32, pairs, 2) float16 or int8, or (32 tiles, blocks, 2) float32 or float64
-        alpha and mu. Of the first form, for blocks of 64, 128, 256, 512, ... columns, are those that fast
-        kernels read: 4, 2, 1, 1, ... pairs for every row and chunk. int8 are codes.
-    permutation : (parts, 256 chunks) uint16, or uint32 beyond 65536 columns
-        Original column of every trit of a part, each once; filled up with 0. Fast kernels read uint16, as
-        every processor reads all of it.
-    ends : tuple of int
-        Rows of y up to which every part reaches; the last is n.
-    columns : int
-        m.
-    block_size : int
-        Columns in a block; the last may have fewer.
-    row_factors : (32 tiles,) float16, or None
-        Of a grid of codes: the factor of a row, as in `reference.types.CodedGrid`.
-    block_factors : (parts, chunks, pairs, 2) float16, or None
-        Likewise of a block, for alpha and for mu.
-    in_float16 : bool
-        Whether |alpha| + |mu| of every block is within float16, so that every weight is.
+class Layout(HostLayout):
+    """A `reference.layout.Layout` of arrays of the device.
 
     Raises
     ------
     TypeError, ValueError
-        If an array is not of this type and shape, not contiguous, or not on the device of the others.
+        If an array is not of the type and shape that `reference.layout` states, not contiguous, or not on
+        the device of the others.
     """
-
-    words: Array
-    grid: Array
-    permutation: Array
-    ends: tuple[int, ...]
-    columns: int
-    block_size: int
-    row_factors: Array | None = None
-    block_factors: Array | None = None
-    in_float16: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -106,11 +57,6 @@ class Layout:
         same_device("permutation", self.permutation, self.words)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(n, m)."""
-        return self.ends[-1], self.columns
-
-    @property
     def tiled(self) -> bool:
         """Whether alpha and mu lie as fast kernels read them."""
         return self.grid.ndim == 5
@@ -124,15 +70,6 @@ class Layout:
     def pairs_shift(self) -> int:
         """Logarithm of the pairs of a row and chunk."""
         return self.grid.shape[3].bit_length() - 1
-
-    def tiles_of_parts(self) -> list[tuple[int, int]]:
-        """The first tile of every part, and the one after its last."""
-        found, first = [], 0
-        for begin, end in zip((0, *self.ends), self.ends):  # noqa: B905
-            last = first + -(-(end - begin) // TILE_ROWS)
-            found.append((first, last))
-            first = last
-        return found
 
     def plain_grid(self, part: int) -> Array:
         """alpha and mu of a part, (rows, blocks, 2) float32 or wider."""
@@ -163,40 +100,6 @@ def pairs_of(block_size: int) -> int:
 def can_be_tiled(block_size: int) -> bool:
     """Whether blocks are 64, 128, 256, 512, ... columns."""
     return block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0
-
-
-def lay_words(trits: Array) -> Array:
-    """Trits (n, m) of one part as `Layout.words`."""
-    m = trits.shape[1]
-    chunks = -(-m // CHUNK)
-    filled = xp.zeros((-(-trits.shape[0] // TILE_ROWS) * TILE_ROWS, chunks * CHUNK), np.int8)
-    filled[: trits.shape[0], :m] = trits
-    words = pack_2bit(filled).view(np.uint32).reshape(-1, TILE_ROWS, chunks, 4, 4)
-    ordered = words.transpose(0, 2, 1, 4, 3)
-    return xp.ascontiguousarray(ordered).reshape(-1, chunks, TILE_ROWS, WORDS)
-
-
-def lay_grid(grid: Array, chunks: int, block_size: int) -> Array:
-    """alpha and mu (n, blocks, 2) of one part as a tiled `Layout.grid`."""
-    rows = fill_rows(spread(grid, chunks, block_size))
-    tiled = rows.reshape(-1, TILE_ROWS, *rows.shape[1:]).transpose(0, 2, 1, 3, 4)
-    return xp.ascontiguousarray(tiled)
-
-
-def spread(values: Array, chunks: int, block_size: int) -> Array:
-    """What blocks have (..., blocks, 2) as pairs have it (..., chunks, pairs, 2), filled up with 0."""
-    rows, pairs = values.shape[:-2], pairs_of(block_size)
-    filled = xp.zeros((*rows, chunks * pairs, 2), values.dtype)
-    repeated = xp.repeat(values, max(1, block_size // CHUNK), axis=-2)[..., : chunks * pairs, :]
-    filled[..., : repeated.shape[-2], :] = repeated
-    return filled.reshape(*rows, chunks, pairs, 2)
-
-
-def fill_rows(rows: Array) -> Array:
-    """Rows (n, ...) with zeros after them, up to a whole tile."""
-    filled = xp.zeros((-(-rows.shape[0] // TILE_ROWS) * TILE_ROWS, *rows.shape[1:]), rows.dtype)
-    filled[: rows.shape[0]] = rows
-    return filled
 
 
 def device_array(name: str, array: Any, dtypes: tuple[str, ...], ndim: int, alignment: int = 1) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from golden.cases import Case
 from harness.backends import Backend, MissingOperation
 from harness.verify.tolerances import TOLERANCES, Finding, check
+from reference.layout import Layout
 from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
 EXCEPTIONS: dict[str, type[Exception]] = {"ValueError": ValueError, "LinAlgError": np.linalg.LinAlgError}
@@ -84,16 +85,31 @@ WEIGHTS = ("W", "W_hat", "W_R", "A")
 
 
 def _arguments(backend: Backend, case: Case) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for name, value in case.inputs.items():
-        name, _, member = name.partition(".")
-        if name in WEIGHTS and backend.precision == "float32":
+    given: dict[str, Any] = {}
+    for path, value in case.inputs.items():
+        *groups, name = path.split(".")
+        if (groups or [name])[0] in WEIGHTS and backend.precision == "float32":
             value = _narrowed(value)
-        value = backend.to_device(value)
-        arguments[name] = (*arguments.get(name, ()), value) if member else value
+        members = given
+        for group in groups:
+            members = members.setdefault(group, {})
+        members[name] = backend.to_device(value)
+    if case.operation == "layout.join":
+        lay_out = backend.function("layout.lay_out")
+        return {"layouts": [lay_out(**_whole(part), **case.parameters) for part in given["layouts"].values()]}
     if case.operation == "ternarize.ternarize":
-        return {**arguments, "config": TernaryConfig(**case.parameters)}
-    return {**arguments, **case.parameters}
+        return {**_whole(given), "config": TernaryConfig(**case.parameters)}
+    return {**_whole(given), **case.parameters}
+
+
+def _whole(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments, with the members of grids of codes and of tuples put together."""
+    arguments = {}
+    for name, value in given.items():
+        if isinstance(value, dict):
+            value = CodedGrid(**value) if "codes" in value else tuple(value.values())
+        arguments[name] = value
+    return arguments
 
 
 def _narrowed(weights: np.ndarray) -> np.ndarray:
@@ -105,7 +121,7 @@ def _narrowed(weights: np.ndarray) -> np.ndarray:
 
 def _by_name(backend: Backend, case: Case, result: Any) -> dict[str, Any]:
     """What the function returned, under the names of the case's outputs."""
-    if isinstance(result, TernaryMatrix | CodedGrid):
+    if isinstance(result, TernaryMatrix | CodedGrid | Layout):
         result = backend.to_host(result)
         return {name: np.asarray(_attribute(result, name)) for name in case.outputs}
     if len(case.outputs) == 1:

@@ -9,13 +9,14 @@ still computes in float64, so the same limits hold but for the rows of `_FLOAT32
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from golden.cases import Case
+from reference.layout import Layout
 
 Array = NDArray[Any]
 
@@ -56,7 +57,7 @@ class Tolerance:
 
 EQUAL = "nothing is rounded: integers, or bytes"
 
-
+MOVED = "bits are moved, and what becomes wider is not rounded"
 SUMS = "sums over a row in another order: about m·ε, m·2e-16 for m columns, with room for 100 m"
 
 
@@ -84,6 +85,7 @@ FIGURES = "a figure of the report, a sum of squared errors; a wrong stage shows 
 # How far the output error of a whole matrix (Eq. 11) may be from the reference's, as a share of it.
 OUTPUT_ERROR = 1e-6
 
+_LAYOUT = [(field.name, "equal", 0.0, MOVED) for field in fields(Layout)]
 
 _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
     "twn.symmetric_ternarize": [("alpha", "row", 1e-13, SUMS), ("T", "trits", 1e-12, DECIDED)],
@@ -165,6 +167,10 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
     "packing.unpack_base3": [("trits", "equal", 0, EQUAL)],
     "packing.pack_2bit": [("packed", "equal", 0, EQUAL)],
     "packing.unpack_2bit": [("trits", "equal", 0, EQUAL)],
+    "layout.lay_words": [("words", "equal", 0, EQUAL)],
+    "layout.lay_grid": [("grid", "equal", 0, MOVED)],
+    "layout.lay_out": _LAYOUT,
+    "layout.join": _LAYOUT,
     "matmul.matmul": [("y", "answer", 1e-13, SUMS)],
 }
 

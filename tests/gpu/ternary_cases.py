@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import gpu
-from gpu import matmul as kernels
+from gpu import layout as kernels
 from reference.matmul import matmul
 from reference.packing import pack_base3
 from reference.types import CodedGrid, TernaryMatrix

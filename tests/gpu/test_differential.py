@@ -11,6 +11,7 @@ from harness.backends import load_backend
 from harness.verify.tolerances import TOLERANCES, check
 from reference.aga import align_grid, output_error
 from reference.atq import build_optimal_grid, flexible_round
+from reference.layout import Layout
 from reference.packing import pack_2bit, pack_base3
 from reference.types import CodedGrid
 from tests.reference.strategies import GRAM_KINDS, random_gram
@@ -72,6 +73,19 @@ def inputs(operation, shape, dtype, kind="correlated"):
         "packing.unpack_base3": {"packed": pack_base3(T), "count": m},
         "packing.pack_2bit": {"trits": T},
         "packing.unpack_2bit": {"packed": pack_2bit(T), "count": m},
+        "layout.lay_words": {"trits": T},
+        "layout.lay_grid": {
+            "grid": rng.normal(size=(n, -(-m // 64), 2)).astype(np.float16),
+            "columns": m,
+            "block_size": 64,
+        },
+        "layout.lay_out": {
+            "packed": pack_base3(T),
+            "scale": rng.normal(size=(n, -(-m // 128))).astype(np.float16),
+            "shift": rng.normal(size=(n, -(-m // 128))).astype(np.float16),
+            "permutation": rng.permutation(m),
+            "block_size": 128,
+        },
         "matmul.matmul": {
             "x": rng.normal(size=(5, m)).astype(np.float32).astype(dtype),
             "packed": pack_base3(T),
@@ -84,7 +98,9 @@ def inputs(operation, shape, dtype, kind="correlated"):
 
 
 TOLERANCES_ORDER = list(TOLERANCES)
-OPERATIONS = [o for o in TOLERANCES if o not in gpu.REFUSED and o != "ternarize.ternarize"]
+# Whole matrices have tests of their own: test_ternarize.py, test_layout.py.
+ELSEWHERE = {"ternarize.ternarize", "layout.join"}
+OPERATIONS = [o for o in TOLERANCES if o not in gpu.REFUSED | ELSEWHERE]
 # A remainder is needed, so that there is something to compensate.
 NEED_TWO = ("gptq.compensate", "gptq.eliminate")
 
@@ -106,8 +122,9 @@ def test_operation_agrees_with_the_reference(operation, shape, dtype, layout):
 
     got = GPU[operation](**{name: given(value) for name, value in arguments.items()})
     outputs = list(TOLERANCES[operation])
-    if isinstance(expected, CodedGrid):
-        expected, got = ([getattr(grid, name) for name in outputs] for grid in (expected, got))
+    if isinstance(expected, CodedGrid | Layout):
+        outputs = [name for name in outputs if getattr(expected, name) is not None]
+        expected, got = ([getattr(value, name) for name in outputs] for value in (expected, got))
     elif len(outputs) == 1:
         expected, got = (expected,), (got,)
     arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}

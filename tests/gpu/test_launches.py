@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpu import matmul
 from gpu.device import xp
 from gpu.kernels import tensor_cores
+from gpu.layout import join
 from tests.gpu.ternary_cases import coded_case, lay_out, random_case
 
 AMPERE = tensor_cores.Limits(80, 166912, 108)
@@ -33,7 +33,7 @@ class Recorder:
 
 @pytest.fixture
 def layout():
-    return matmul.join([lay_out(random_case(rows, COLUMNS, 128)) for rows in ROWS])
+    return join([lay_out(random_case(rows, COLUMNS, 128)) for rows in ROWS])
 
 
 def launched(layout, tokens, device, dtype="float16"):

@@ -10,6 +10,7 @@ import gpu
 from gpu import matmul
 from gpu.device import STANDIN, xp
 from gpu.kernels import product, tensor_cores
+from gpu.layout import join
 from reference.matmul import matmul as expected_product
 from reference.packing import pack_base3
 from tests.gpu.ternary_cases import (
@@ -125,7 +126,7 @@ def test_codes_and_joined_matrices(block_size, dtype):
     x = cases[0].activations(5, dtype)
     layouts = [lay_out(case) for case in cases]
     for count in (1, 2, 3):
-        layout = matmul.join(layouts[:count])
+        layout = join(layouts[:count])
         y = gpu.to_host(matmul.multiply(gpu.to_device(x), layout))
         assert y.shape == (5, sum(case.trits.shape[0] for case in cases[:count]))
         begin = 0
@@ -133,7 +134,7 @@ def test_codes_and_joined_matrices(block_size, dtype):
             assert_close(case, x, y[:, begin : begin + len(case.trits)])
             begin += len(case.trits)
     # Which of them come first makes no difference.
-    two = matmul.join([matmul.join(layouts[:2]), layouts[2]])
+    two = join([join(layouts[:2]), layouts[2]])
     assert two.ends == layout.ends
     np.testing.assert_array_equal(gpu.to_host(two.words), gpu.to_host(layout.words))
 
@@ -158,7 +159,7 @@ def test_matrices_that_do_not_fit_together_are_refused():
         [lay_out(coded_case(3, 70, 64))],
     ):
         with pytest.raises(ValueError, match="1 to 3 matrices with the same columns"):
-            matmul.join([layouts[0], *others])
+            join([layouts[0], *others])
 
 
 def test_products_go_where_they_are_asked_to():

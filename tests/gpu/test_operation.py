@@ -13,7 +13,8 @@ import torch
 from gpu import matmul
 from gpu.device import STANDIN, xp
 from gpu.kernels import tensor_cores
-from harness.ternary.kernels import operation, tensors
+from gpu.layout import lay_out
+from harness.ternary.kernels import operation
 from harness.ternary.kernels.launches import share_launch
 from harness.ternary.kernels.operation import UNPACKED_TOKENS, multiply_by_kernels, ternary_linear
 from tests.gpu.emulation import COMPILER, Emulator
@@ -187,18 +188,11 @@ def test_weights_beyond_float16_are_not_unpacked_in_it(backend, device, mu, fits
 
 def test_rows_that_do_not_fit_into_shared_memory_are_not_unpacked(monkeypatch):
     grids = xp.ones((2, 1, 3), np.float16)
-    tensors = matmul.lay_out(xp.zeros((1, 60), np.uint8), *grids, xp.arange(300), 128)
+    layout = lay_out(xp.zeros((1, 60), np.uint8), *grids, xp.arange(300), 128)
     monkeypatch.setattr(matmul, "is_fast", lambda x, layout: True)
     for shared, fits in ((1200, False), (1300, True)):  # 300 couples of 2 bytes are 1200, and there are gaps
         monkeypatch.setattr(matmul, "_limits", lambda x, shared=shared: tensor_cores.Limits(90, shared, 1))
-        assert matmul.can_unpack(xp.zeros((1, 300), np.float16), tensors) == fits
-
-
-def test_constants_of_the_layout_are_those_of_the_kernels():
-    from gpu.kernels import layout as kernels
-
-    for name in ("WORD", "TILE_ROWS", "CHUNK"):
-        assert getattr(tensors, name) == getattr(kernels, name)
+        assert matmul.can_unpack(xp.zeros((1, 300), np.float16), layout) == fits
 
 
 @pytest.mark.parametrize("how", ["aot_eager", "inductor"])

@@ -9,6 +9,7 @@ import gpu
 from gpu import matmul
 from gpu.device import STANDIN
 from gpu.kernels import product
+from gpu.layout import join
 from tests.gpu.ternary_cases import Case, coded_case, lay_out, random_case
 
 standin = pytest.mark.skipif(not STANDIN, reason="counts calls of the CPU's body")
@@ -72,7 +73,7 @@ def test_more_tokens_than_a_grid_has_rows_are_taken_in_portions(
 def test_a_part_is_given_its_own_tiles(calls):
     cases = [whole_numbers(rows, 70, 64) for rows in (33, 5, 96)]
     x = np.random.default_rng(0).integers(-9, 10, size=(2, 70)).astype(float)
-    y = product.multiply(x, matmul.join([lay_out(case) for case in cases]))
+    y = product.multiply(x, join([lay_out(case) for case in cases]))
     np.testing.assert_array_equal(y, np.hstack([x @ dense(case).T for case in cases]))
     assert [tiles for _, tiles in calls] == [2, 1, 3]
 
@@ -101,8 +102,8 @@ def test_weights_beyond_float16_are_found_by_their_magnitude_and_in_any_part(alp
     assert not lay_out(beyond).in_float16
     if make is random_case:
         for parts in ([fits, beyond], [beyond, fits]):
-            assert not matmul.join([lay_out(part) for part in parts]).in_float16
-        assert matmul.join([lay_out(fits), lay_out(fits)]).in_float16
+            assert not join([lay_out(part) for part in parts]).in_float16
+        assert join([lay_out(fits), lay_out(fits)]).in_float16
 
 
 @standin

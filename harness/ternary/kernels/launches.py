@@ -95,8 +95,8 @@ def share_launch(layers: list[TernaryLinear], backend: Backend) -> None:
     backend : Backend
         Lays them out.
     """
-    from gpu import matmul  # needs CuPy and a device
     from gpu.kernels.layout import can_be_tiled
+    from gpu.layout import join  # needs CuPy and a device
 
     if not can_be_tiled(layers[0].block_size):
         return
@@ -104,13 +104,13 @@ def share_launch(layers: list[TernaryLinear], backend: Backend) -> None:
     # The backend works on the current device, whichever the layers are on, and on torch's stream there.
     with torch.cuda.device_of(first), Compute(first.device).queue(backend):
         layouts = [_lay_out(layer, backend) for layer in layers]
-        packed = PackedWeights(matmul.join(layouts))
+        packed = PackedWeights(join(layouts))
     for part, layer in enumerate(layers):
         layer.use_kernels(packed, part)
 
 
 def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
-    from gpu import matmul
+    from gpu.layout import lay_out
 
     stored = {name: backend.to_device(tensor) for name, tensor in layer.stored().items()}
     scale, shift = stored["scale"], stored["shift"]
@@ -121,4 +121,4 @@ def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
     order = stored.get("permutation")
     if order is None:
         order = backend.to_device(torch.arange(layer.in_features, device=layer.device))
-    return matmul.lay_out(stored["trits"], scale, shift, order, layer.block_size)
+    return lay_out(stored["trits"], scale, shift, order, layer.block_size)

@@ -35,7 +35,7 @@ class PackedWeights(nn.Module):
 
     Parameters
     ----------
-    layout : gpu.kernels.layout.Layout
+    layout : reference.layout.Layout
         Arrays of the backend.
     """
 

@@ -87,6 +87,24 @@ def unpack_base3(packed, count):
     return (digits.reshape(*packed.shape[:-1], -1)[..., :count] - 1).astype(np.int8)
 """,
     ),
+    "words_not_interleaved": (
+        "layout",
+        """
+from reference import layout
+def lay_words(trits):
+    words = layout.lay_words(trits)
+    return words.reshape(*words.shape[:3], 4, 4).swapaxes(3, 4).reshape(words.shape)
+""",
+    ),
+    "parts_in_another_order": (
+        "layout",
+        """
+from dataclasses import replace
+from reference import layout
+def join(layouts):
+    return replace(layout.join(layouts), permutation=layout.join(layouts[::-1]).permutation)
+""",
+    ),
     "other_damping": (
         "ternarize",
         """
