@@ -17,7 +17,7 @@ from harness.machine import environment
 from harness.perplexity import Perplexity
 from harness.quantize.options import Options
 from harness.quantize.prepare import Ready
-from harness.quantize.report import layer_row, mean_layer_error
+from harness.quantize.report import layer_row
 
 
 @dataclass
@@ -122,7 +122,6 @@ class Record:
     def add(self, layer: FittedLayer, checksum: int) -> None:
         """Add a finished layer; `checksum` is that of the hidden states after it."""
         self.layers.append({**layer_row(self.done, layer), "outputs_checksum": checksum})
-        self.mean_relative_output_error = mean_layer_error(self.layers)
 
     def measured(self, when: str, result: Perplexity) -> None:
         """Add a perplexity, "before" or "after"."""

@@ -20,7 +20,7 @@ from harness.progress import Progress, Say, say_on_stdout
 from harness.quantize.options import Options
 from harness.quantize.prepare import Ready, choose_backend, prepare, read_texts, take_all_windows
 from harness.quantize.record import Record
-from harness.quantize.report import table
+from harness.quantize.report import mean_layer_error, table
 from harness.quantize.resume import continue_from
 from harness.quantize.sink import Sink, sink_for
 from harness.ternary.embedding import unrounded
@@ -141,6 +141,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
             bar.update(record.done - bar.n)
             for line in layer_lines(record.layers[-1], count, options.config.damping):
                 say(line)
+    record.mean_relative_output_error = mean_layer_error(record.layers)
 
 
 def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:

@@ -65,12 +65,12 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
 ) -> None:
     monkeypatch.setattr("harness.quantize.run.host_memory", lambda: 1_000_000)
     monkeypatch.setattr(
-        "harness.calibration.layerwise._collect_grams", lambda *arguments: torch.empty(1 << 60)
+        "harness.calibration.passage.Passage.collect", lambda *arguments: torch.empty(1 << 60)
     )
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
-    assert "warning: this machine has 0.0 GB of memory for the 0." in printed.out
+    assert "warning: this machine has 0.0 GB of memory, 0." in printed.out
     assert "the memory of this machine is too small; free some of it" in printed.err
     assert not (tmp_path / "out").exists()
 
@@ -146,7 +146,7 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
     with pytest.raises(UserError, match=r"no config\.json"):
         harness.load(tmp_path / "out")
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1].startswith("3 of 3 layers are kept: the same command with --resume")
+    assert printed.out.splitlines()[-1].startswith("3 of 3 layers are kept: add --resume")
     assert printed.err.strip().endswith("interrupted")
 
 

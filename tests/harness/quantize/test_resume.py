@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import harness
 from harness import perplexity
+from harness.calibration.methods import FitError
 from harness.calibration.passage import Passage
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
 from harness.compute import Compute
@@ -97,7 +98,7 @@ def test_a_run_stopped_after_any_layer_goes_on_to_the_same_bytes(
 ) -> None:
     stopped_after(layers, run_main, *command, *switches)
     out = capsys.readouterr().out
-    assert f"{layers} of {LAYERS} layers are kept: the same command with --resume goes on" in out
+    assert f"{layers} of {LAYERS} layers are kept: add --resume to continue" in out
     with pytest.raises(UserError, match=r"no config\.json"):
         harness.load(tmp_path / "out")
 
@@ -223,7 +224,7 @@ def test_another_run_is_not_gone_on_with(
     assert run_main(quantize_main, *command, *switches, "--resume") == EXIT_USAGE
     printed = capsys.readouterr()
     assert message in printed.err
-    assert "repeat its command with --resume, or begin anew with --force" in printed.err
+    assert "repeat the command of that run with --resume, or start over with --force" in printed.err
     assert "layers are kept" not in printed.out
     assert run_main(quantize_main, *command, "--resume") == 0
 
@@ -253,7 +254,7 @@ def test_a_layer_that_gives_something_else_is_noticed(
     capsys.readouterr()
     assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     printed = capsys.readouterr()
-    assert "layer 2 does not give what it gave when it was ternarized" in printed.err
+    assert "layer 2 gives other outputs than when it was ternarized" in printed.err
     assert (tmp_path / "out" / STAGING / PROGRESS).exists()
 
 
@@ -286,7 +287,7 @@ def test_a_matrix_that_cannot_be_fitted_leaves_nothing(
     command: list[object], tmp_path: Path, run_main: Run
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch, run.FitError)
+        stop_after(2, patch, FitError)
         assert run_main(quantize_main, *command) == EXIT_USAGE
     assert not (tmp_path / "out").exists()
 
@@ -295,7 +296,7 @@ def test_where_nothing_was_stopped_a_run_begins(
     command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(quantize_main, *command, "--resume") == 0
-    assert "holds no run that was stopped: beginning with the first layer" in capsys.readouterr().out
+    assert "holds no interrupted run: starting with the first layer" in capsys.readouterr().out
     assert (tmp_path / "out" / CONFIG).is_file()
     assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     assert "exists and is not empty" in capsys.readouterr().err

@@ -144,7 +144,7 @@ DAMAGE = {
     ),
     "modules": (
         edit_config(lambda c: c["quantization_config"].pop("modules")),
-        "modules of quantization_config is no list of names",
+        "modules of quantization_config must be a list of names",
     ),
     "unknown module": (
         edit_config(lambda c: c["quantization_config"]["modules"].append("model.norm")),
@@ -187,11 +187,23 @@ DAMAGE = {
     ),
     "modules of another kind": (
         edit_config(lambda c: c["quantization_config"].update(modules=[["a"]])),
-        "modules of quantization_config is no list of names",
+        "modules of quantization_config must be a list of names",
+    ),
+    "inputs shared by a layer that is not packed": (
+        edit_config(lambda c: c["quantization_config"].update(shared_inputs=[["model.norm"]])),
+        "shared_inputs of quantization_config must be groups of modules",
+    ),
+    "inputs shared by a layer in two groups": (
+        edit_config(lambda c: c["quantization_config"]["shared_inputs"].append([Q_PROJ])),
+        "shared_inputs of quantization_config must be groups of modules",
+    ),
+    "shared inputs of another kind": (
+        edit_config(lambda c: c["quantization_config"].update(shared_inputs={"a": 1})),
+        "shared_inputs of quantization_config must be groups of modules",
     ),
     "coded of another kind": (
         edit_config(lambda c: c["quantization_config"].update(coded="model.embed_tokens")),
-        "coded of quantization_config is no list of names",
+        "coded of quantization_config must be a list of names",
     ),
     "coded module": (
         edit_config(lambda c: c["quantization_config"].update(coded=["model.norm"])),
@@ -199,7 +211,7 @@ DAMAGE = {
     ),
     "block size": (
         edit_config(lambda c: c["quantization_config"].update(block_size="64")),
-        "block_size of quantization_config is no number from 1 on",
+        "block_size of quantization_config must be a positive integer",
     ),
     "heads": (edit_config(lambda c: c.update(num_attention_heads=0)), "does not describe a model"),
     "activation": (edit_config(lambda c: c.update(hidden_act="no-such")), "does not describe a model"),
