@@ -7,7 +7,6 @@ which all bodies of Numba kernels have, knows no CUDA C++, and none of barriers,
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -16,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.faults import cuda, outcome, plant
 from tests.faults.fault import Fault, Key
 from tests.faults.judge import PASSED, UNCOMPILED
-from tests.faults.outcome import Journal, ReasonsError, Verdict
+from tests.faults.outcome import ReasonsError, Verdict
 
 DESCRIPTION = """\
 Plant faults in reference/ and gpu/ and show which of them the tests notice.
@@ -40,8 +39,7 @@ Python and CUDA C++ are judged. Tests compile the latter for a CPU, where
 instructions.cuh is replaced: its faults are not planted. Changes that do not
 compile are no faults, and only counted.
 
-Every verdict is appended to tests/faults/outcome.jsonl as it comes, so nothing
-is lost when the run is killed: --resume takes it up again.
+Every verdict is written to tests/faults/outcome.jsonl as it comes.
 
 It needs no GPU, and what the tests need: numpy, scipy, safetensors, torch,
 numba-cuda, pytest and hypothesis, g++ for CUDA C++; and tree-sitter-cuda."""
@@ -51,8 +49,8 @@ examples:
   python -m tests.faults --since HEAD~1             after a change: the functions it touched
   python -m tests.faults --file gpu/ssr.py          one file
   python -m tests.faults --file gpu/kernels/decode.cu --list   what would be planted
+  python -m tests.faults --package reference        in an hour or two
   python -m tests.faults                            all faults; a night on one core
-  python -m tests.faults --resume                   the rest of a run that was killed
 
 exit code: 0 every survivor has a reason, 1 some have none (they are printed as they
 are entered into survivors.toml), 2 the tests fail without a fault, or bad usage"""
@@ -119,16 +117,6 @@ class Project:
     def faults(self, file: str) -> list[Fault]:
         """The faults of a file."""
         return PLANTERS[Path(file).suffix]((self.root / file).read_text(encoding="utf-8"), file)
-
-    def state(self) -> str:
-        """Digest of everything that a verdict rests on."""
-        digest = hashlib.sha256()
-        for name in self.copied:
-            path = self.root / name
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.suffix in {*PLANTERS, ".cpp", ".hpp", ".toml"}:
-                    digest.update(f"{file}\n".encode() + file.read_bytes())
-        return digest.hexdigest()[:16]
 
     def changed(self, revision: str) -> dict[str, set[int]]:
         """Lines of the sources that differ from a commit, those around a gap included.
@@ -230,31 +218,28 @@ def describe(fault: Fault) -> str:
     return f"{fault.file}:{fault.line} {fault.function}: {fault.change}"
 
 
-def run(project: Project, faults: list[Fault], resume: bool) -> int:
+def run(project: Project, faults: list[Fault]) -> int:
     """Judge faults and report; returns the exit code."""
     reasons = outcome.load_reasons()
-    journal = Journal(outcome.VERDICTS, project.state())
-    known = journal.known() if resume else {}
-    verdicts = [Verdict(fault, *known[fault.key]) for fault in faults if fault.key in known]
-    survived = sum(verdict.by == PASSED for verdict in verdicts)
-    for package in project.tests:
-        left = [f for f in faults if f.key not in known and Path(f.file).parts[0] == package]
-        if left:
-            print(f"{package}: running the tests without a fault", file=sys.stderr)
-            for done, verdict in enumerate(judge(project, package, left, reasons), 1):
-                journal.add(verdict)
-                verdicts.append(verdict)
-                if verdict.by == PASSED:
-                    survived += 1
-                    print(f"survived: {describe(verdict.fault)}", flush=True)
-                if done % 100 == 0 or done == len(left):
-                    print(f"{done} of {len(left)}, {survived} survived", file=sys.stderr, flush=True)
+    verdicts: list[Verdict] = []
+    with outcome.VERDICTS.open("w", encoding="utf-8") as out:
+        for package in project.tests:
+            own = [fault for fault in faults if Path(fault.file).parts[0] == package]
+            if own:
+                print(f"{package}: running the tests without a fault", file=sys.stderr)
+                for done, verdict in enumerate(judge(project, package, own, reasons), 1):
+                    verdicts.append(verdict)
+                    print(json.dumps(asdict(verdict), ensure_ascii=False), file=out, flush=True)
+                    if verdict.by == PASSED:
+                        print(f"survived: {describe(verdict.fault)}", flush=True)
+                    if done % 100 == 0 or done == len(own):
+                        print(f"{done} of {len(own)}", file=sys.stderr, flush=True)
     for file in dict.fromkeys(fault.file for fault in faults):
-        own = [verdict for verdict in verdicts if verdict.fault.file == file]
-        survivors = [verdict.fault.key for verdict in own if verdict.by == PASSED]
-        uncompiled = sum(verdict.by == UNCOMPILED for verdict in own)
+        by = [(verdict.fault.key, verdict.by) for verdict in verdicts if verdict.fault.file == file]
+        survivors = {key for key, said in by if said == PASSED}
+        uncompiled = sum(said == UNCOMPILED for _, said in by)
         print(
-            f"{file}: {len(own) - uncompiled} faults, {len(survivors)} survive, "
+            f"{file}: {len(by) - uncompiled} faults, {len(survivors)} survive, "
             f"{len(reasons.keys() & survivors)} of them explained"
             + (f"; {uncompiled} more changes do not compile" if uncompiled else "")
         )
@@ -306,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not faults:
             print("no fault to plant")
             return 0
-        return run(project, faults, options.resume)
+        return run(project, faults)
     except (Unjudged, ReasonsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

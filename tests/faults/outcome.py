@@ -1,18 +1,16 @@
-"""What came of the faults: the verdicts of a run, and the reasons for survivors."""
+"""What came of a fault, and the reasons for survivors."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.fault import Fault, Key
 
-FOLDER = Path(__file__).parent
-REASONS = FOLDER / "survivors.toml"
-VERDICTS = FOLDER / "outcome.jsonl"
+REASONS = Path(__file__).with_name("survivors.toml")
+VERDICTS = Path(__file__).with_name("outcome.jsonl")
 
 
 class ReasonsError(Exception):
@@ -36,37 +34,6 @@ class Verdict:
     fault: Fault
     by: str
     seconds: float
-
-
-class Journal:
-    """Every verdict as it came, one a line, so that a run that was killed can be resumed.
-
-    Parameters
-    ----------
-    file : Path
-        Where it lies. A line that was cut off does not count; of two on one fault the later does.
-    state : str
-        Digest of the sources, tests and reasons; verdicts on others do not hold.
-    """
-
-    def __init__(self, file: Path, state: str) -> None:
-        self.file, self.state = file, state
-
-    def known(self) -> dict[Key, tuple[str, float]]:
-        """Verdicts of earlier runs that hold, with their seconds."""
-        known = {}
-        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else ():
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if entry["state"] == self.state:
-                    fault = entry["fault"]
-                    known[fault["file"], fault["function"], fault["change"]] = entry["by"], entry["seconds"]
-        return known
-
-    def add(self, verdict: Verdict) -> None:
-        """Append a verdict."""
-        with self.file.open("a", encoding="utf-8") as out:
-            print(json.dumps({"state": self.state, **asdict(verdict)}, ensure_ascii=False), file=out)
 
 
 def load_reasons(file: Path = REASONS) -> dict[Key, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 from textwrap import dedent
 
@@ -13,7 +14,7 @@ from tests.faults import outcome
 from tests.faults.__main__ import Project, Unjudged, judge, main
 from tests.faults.fault import MODULE_LEVEL
 from tests.faults.judge import PASSED
-from tests.faults.outcome import Journal, ReasonsError
+from tests.faults.outcome import ReasonsError
 from tests.faults.plant import find_faults
 
 SAMPLE = dedent(
@@ -205,20 +206,25 @@ def test_tests_that_fail_as_a_file_is_loaded_again_judge_nothing(project, tmp_pa
         judged(project)
 
 
-def test_a_run_is_resumed_as_long_as_nothing_has_changed(project, tmp_path, monkeypatch, capsys):
+def test_a_run_says_what_survives_and_what_has_no_reason(project, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(outcome, "VERDICTS", tmp_path / "outcome.jsonl")
-    monkeypatch.setattr(outcome, "load_reasons", dict)
-    faults = project.faults("toy/sums.py")[:3]
-    assert program.run(project, faults[:2], resume=False) == 0
-    with outcome.VERDICTS.open("a") as file:
-        file.write('{"state": "cut off')
-    assert len(Journal(outcome.VERDICTS, project.state()).known()) == 2
-    with monkeypatch.context() as patch:
-        patch.setattr(program, "judge", lambda *_: pytest.fail("judged again"))
-        assert program.run(project, faults[:2], resume=True) == 0
-    assert "toy/sums.py: 2 faults, 0 survive, 0 of them explained" in capsys.readouterr().out
-    (tmp_path / "tests/toy/test_sums.py").write_text(TOY_TESTS + "\n")
-    assert Journal(outcome.VERDICTS, project.state()).known() == {}
+    faults = [
+        fault
+        for fault in project.faults("toy/sums.py")
+        if fault.change in ("x -= 1 → pass", "x -= 1 → x = 1")
+    ]
+    caught = next(fault for fault in project.faults("toy/sums.py") if fault.function == "double")
+    reasons = {faults[0].key: "a reason", caught.key: "another"}
+    monkeypatch.setattr(outcome, "load_reasons", lambda: reasons)
+    assert program.run(project, [caught, *faults]) == 1
+    out = capsys.readouterr().out
+    assert "toy/sums.py: 3 faults, 2 survive, 1 of them explained" in out
+    assert "survivors.toml explains what tests/toy/test_sums.py::test_double notices" in out
+    assert out.endswith(outcome.as_reasons([faults[1]]) + "\n")
+    lines = [json.loads(line) for line in outcome.VERDICTS.read_text().splitlines()]
+    assert [line["by"] for line in lines] == ["tests/toy/test_sums.py::test_double", PASSED, PASSED]
+    reasons[faults[1].key] = "a third"
+    assert program.run(project, faults) == 0
 
 
 def test_since_a_commit_are_faults_of_the_functions_and_lines_that_differ(project, tmp_path):
