@@ -282,13 +282,18 @@ class Dense(Arithmetic):
         return result[:, :1], result[:, 1:]
 
     def align_printed(self, W: Array, T: Array, C: Array) -> Grid:
-        """Eq. 13 as what it is: least squares, column j weighing as much as the j-th row sum of C."""
+        """Eq. 13 as what it is: least squares, column j weighing as much as the j-th row sum of C.
+
+        Equal trits keep the grid of Eq. 9.
+        """
+        alpha, mu = self.grid(W, T)
         weights = np.array([math.fsum(row) for row in C])
-        result = np.zeros((W.shape[0], 2))
         for i, (w, t) in enumerate(zip(W, T.astype(np.float64), strict=True)):
-            design = np.stack([t, np.ones_like(t)], axis=1)
-            result[i] = np.linalg.solve((design.T * weights) @ design, (design.T * weights) @ w)
-        return result[:, :1], result[:, 1:]
+            if (t != t[0]).any():
+                design = np.stack([t, np.ones_like(t)], axis=1)
+                fitted = np.linalg.solve((design.T * weights) @ design, (design.T * weights) @ w)
+                alpha[i, 0], mu[i, 0] = fitted
+        return alpha, mu
 
     def root(self, C: Array) -> Array:
         """R with R Rᵀ = C; that of the last C is kept."""

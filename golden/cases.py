@@ -1,9 +1,9 @@
 """Golden cases as they lie on disk: read, checked against their SHA-256, written.
 
-`manifest.json` names every case: the operation (``module.function`` of `reference`), the tensors that
-go in and those that must come out, the other arguments, and where the answer comes from. The tensors
-lie in the safetensors files beside it. What is committed is the truth; `golden.generate` only shows
-that it can be made again.
+`manifest.json` lists the cases by operation (``module.function`` of `reference`), by where the answers come
+from and by the names of the arrays that go in and must come out; of each it tells the other arguments. The
+tensors lie in the safetensors files beside it, as ``operation:label.inputs.W``; a case that shares one with
+another says which. What is committed is the truth; `golden.generate` only shows that it can be made again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = Path(__file__).parent
 MANIFEST = "manifest.json"
 KINDS = ("exact", "degenerate", "real")
+GROUPS = ("inputs", "outputs", "margins")
+# Columns of a line of the manifest.
+WIDTH = 110
 
 Array = NDArray[Any]
 Tensors = dict[str, Array]
@@ -156,13 +159,14 @@ def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise GoldenError(f"{path} cannot be read: {error}") from None
     try:
-        manifest = json.loads(text)
-        version = manifest["format_version"]
+        stored = json.loads(text)
+        version = stored["format_version"]
+        if version != FORMAT_VERSION:
+            raise GoldenError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+        manifest = {**stored, "cases": _entries(stored["cases"])}
         intact = _render(manifest) == text
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise GoldenError(f"{path} is not a manifest of golden cases") from None
-    if version != FORMAT_VERSION:
-        raise GoldenError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
     if not intact:
         raise GoldenError(f"{path} has changed: its checksum does not fit. Restore the committed file.")
     return manifest
@@ -193,7 +197,7 @@ def pack(file: str, cases: Iterable[Case], tensors: Tensors | None = None) -> tu
     for case in cases:
         entry: dict[str, Any] = {"name": case.name, "operation": case.operation, "kind": case.kind}
         entry["file"] = file
-        for group in ("inputs", "outputs", "margins"):
+        for group in GROUPS:
             members: Tensors = getattr(case, group)
             if members:
                 entry[group] = {name: store(f"{case.name}.{group}.{name}", a) for name, a in members.items()}
@@ -221,11 +225,63 @@ def write_folder(folder: Path, files: dict[str, Tensors], entries: list[dict]) -
 
 def _render(manifest: dict[str, Any]) -> str:
     """The manifest as text, its last entry being the SHA-256 of everything before."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    body = json.dumps(content, ensure_ascii=False, indent=1)
-    return (
-        json.dumps(
-            {**content, "sha256": hashlib.sha256(body.encode()).hexdigest()}, ensure_ascii=False, indent=1
-        )
-        + "\n"
-    )
+    content = {key: manifest[key] for key in ("format_version", "files")}
+    content["cases"] = _grouped(manifest["cases"])
+    digest = hashlib.sha256(_lines(content).encode()).hexdigest()
+    return _lines({**content, "sha256": digest}) + "\n"
+
+
+def _grouped(entries: list[dict]) -> list[dict]:
+    """Entries without what follows from their labels, by operation, origin and names of their arrays."""
+    groups: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        common = {
+            "operation": entry["operation"],
+            "origin": entry["origin"],
+            **{part: list(entry[part]) for part in GROUPS if part in entry},
+            **({"raises": entry["raises"]} if "raises" in entry else {}),
+        }
+        case: dict[str, Any] = {}
+        if "parameters" in entry:
+            case["parameters"] = entry["parameters"]
+        for part in GROUPS:
+            for member, key in entry.get(part, {}).items():
+                if key != f"{entry['name']}.{part}.{member}":
+                    case.setdefault("shared", {})[f"{part}.{member}"] = key
+        files = groups.setdefault(json.dumps(common), {**common, "cases": {}})["cases"]
+        label = entry["name"].removeprefix(f"{entry['operation']}:")
+        files.setdefault(entry["file"], {})[label] = case
+    return list(groups.values())
+
+
+def _entries(groups: list[dict]) -> list[dict]:
+    """What `_grouped` was made of; the kind of a case is that of its file."""
+    entries = []
+    for group in groups:
+        common = {key: group[key] for key in ("operation", "origin", "raises") if key in group}
+        for file, cases in group["cases"].items():
+            for label, case in cases.items():
+                name, shared = f"{group['operation']}:{label}", case.get("shared", {})
+                entry = {**common, "name": name, "file": file, "kind": file.split(".")[0].split("-")[0]}
+                for part in GROUPS:
+                    if part in group:
+                        keys = {member: f"{part}.{member}" for member in group[part]}
+                        entry[part] = {m: shared.get(key, f"{name}.{key}") for m, key in keys.items()}
+                if "parameters" in case:
+                    entry["parameters"] = case["parameters"]
+                entries.append(entry)
+    return entries
+
+
+def _lines(value: Any, depth: int = 0, before: int = 0) -> str:
+    """JSON with as much on a line as fits there, after so many characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or not value or depth + before + len(text) < WIDTH:
+        return text
+    if isinstance(value, dict):
+        (opening, closing), names = "{}", [f"{json.dumps(key, ensure_ascii=False)}: " for key in value]
+        items = zip(names, value.values(), strict=True)
+    else:
+        (opening, closing), items = "[]", zip([""] * len(value), value, strict=True)
+    inside = [f"{' ' * (depth + 1)}{name}{_lines(item, depth + 1, len(name))}" for name, item in items]
+    return "\n".join([opening, ",\n".join(inside), " " * depth + closing])

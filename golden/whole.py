@@ -79,8 +79,26 @@ def block_variance(kit: Kit, W: Array, block_size: int) -> Any:
     return total / W.shape[1]
 
 
-def ternarize(kit: Kit, W: Array, C: Array, **settings: Any) -> dict[str, Array]:
-    """Every figure of a `TernaryMatrix` and its report, by name."""
+def remaining(kit: Kit, W: Array, W_hat: Array, H: Array, done: list[int], rest: list[int]) -> Array:
+    """The columns `rest` of W, compensated for all that was done to the columns `done`."""
+    if not done:
+        return W[:, rest]
+    error = W[:, done] - kit.numbers(W_hat[:, done])
+    return W[:, rest] + error @ kit.solve(H[np.ix_(rest, rest)], H[np.ix_(rest, done)]).T
+
+
+def conditional_cost(kit: Kit, H: Array, block: list[int], later: list[int]) -> Array:
+    """What a block costs in the end: H_BB less what the later columns can make good."""
+    cost = H[np.ix_(block, block)]
+    if later:
+        cost = cost - H[np.ix_(block, later)] @ kit.solve(H[np.ix_(later, later)], H[np.ix_(later, block)])
+    return cost
+
+
+def ternarize(
+    kit: Kit, W: Array, C: Array, order: list[int] | None = None, **settings: Any
+) -> dict[str, Array]:
+    """Every figure of a `TernaryMatrix` and its report, by name; `order` is that of ``reorder="random"``."""
     config = {**DEFAULTS, **settings}
     k, columns = config["block_size"], W.shape[1]
     W = W.copy()
@@ -93,24 +111,16 @@ def ternarize(kit: Kit, W: Array, C: Array, **settings: Any) -> dict[str, Array]
     stored = _Float16(kit) if config["grid"] == "float16" else _EightBits(kit, W)
     trits, fits = [], []
     done: list[int] = []
-    rest = list(range(columns))
+    rest = list(range(columns) if order is None else order)
     if config["reorder"] == "hessian":
         rest.sort(key=lambda j: -C[j, j])
     while rest:
-        now = W[:, rest]
-        if config["compensation"] and done:
-            error = W[:, done] - kit.numbers(W_hat[:, done])
-            now = now + error @ _moved(kit, H, done, rest)
+        now = remaining(kit, W, W_hat, H, done, rest) if config["compensation"] else W[:, rest]
         chosen = select_block(kit, now, k) if config["reorder"] == "ssr" else range(min(k, len(rest)))
         B = sorted(rest[j] for j in chosen)
         W_B = now[:, [rest.index(j) for j in B]]
         rest = [j for j in rest if j not in B]
-        cost = C[np.ix_(B, B)]
-        if config["aga"] == "conditional":
-            # What the block costs in the end: H_BB less what the remaining columns can make good.
-            cost = H[np.ix_(B, B)]
-            if rest:
-                cost = cost - H[np.ix_(B, rest)] @ kit.solve(H[np.ix_(rest, rest)], H[np.ix_(rest, B)])
+        cost = conditional_cost(kit, H, B, rest) if config["aga"] == "conditional" else C[np.ix_(B, B)]
         result = _fit_block(kit, W_B, C[np.ix_(B, B)], cost, config)
         alpha, mu = stored.add("scale", result["alpha"]), stored.add("shift", result["mu"])
         W_hat[:, B] = alpha * result["T"] + mu
@@ -209,11 +219,6 @@ def _fit_block(kit: Kit, W: Array, C: Array, cost: Array, config: dict[str, Any]
         "aligned": kit.weight_error(residual),
         "output": output,
     }
-
-
-def _moved(kit: Kit, H: Array, Q: list[int], R: list[int]) -> Array:
-    """H_QR H_RR⁻¹: what the errors of the columns Q add to the columns R."""
-    return kit.solve(H[np.ix_(R, R)], H[np.ix_(R, Q)]).T
 
 
 def _shares(values: Any, total: Any) -> Array:

@@ -105,6 +105,10 @@ def _text(node: Node) -> str:
     return node.text.decode()
 
 
+def _lines(node: Node) -> tuple[int, int]:
+    return node.start_point[0] + 1, node.end_point[0] + 1
+
+
 def _grouped(node: Node) -> str:
     return f"({_text(node)})" if node.type in COMPOUND else _text(node)
 
@@ -141,6 +145,8 @@ class _Planter:
         self.scope: list[str] = []
         # Where the statement in hand is, without the statements in it.
         self.shown = (0, 0)
+        # First and last line of the function in hand.
+        self.around: tuple[int, int] | None = None
 
     def plant(self, node: Node, kind: str, text: str) -> None:
         """A fault that puts a text in the place of a node."""
@@ -151,6 +157,7 @@ class _Planter:
             Fault(
                 self.file,
                 node.start_point[0] + 1,
+                self.around or _lines(node),
                 ".".join(self.scope) or MODULE_LEVEL,
                 kind,
                 shown(before.decode(), after.decode()),
@@ -165,10 +172,12 @@ class _Planter:
         macro = node.type == "expression_statement" and not self.scope
         if macro or node.type in LEFT_ALONE:
             return
-        outer = self.shown
+        outer = self.shown, self.around
         if node.type.endswith(("_statement", "declaration")):
             within = node.child_by_field_name("body") or node.child_by_field_name("consequence")
             self.shown = node.start_byte, within.start_byte if within else node.end_byte
+        if node.type == "function_definition":
+            self.around = self.around or _lines(node)
         named_here = self.name(node)
         self.scope += named_here
         for kind, part, text in getattr(self, node.type, lambda _: ())(node):
@@ -176,7 +185,7 @@ class _Planter:
         for child in node.named_children:
             self.visit(child)
         del self.scope[len(self.scope) - len(named_here) :]
-        self.shown = outer
+        self.shown, self.around = outer
 
     def name(self, node: Node) -> list[str]:
         """What a node adds to the qualified name of what lies in it."""

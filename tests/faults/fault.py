@@ -9,6 +9,9 @@ MODULE_LEVEL = "<module>"
 # Characters of an expression shown on either side of what changes in it.
 CONTEXT = 30
 
+# File, function and change of a fault: what a reason for its survival is filed under, without a line number.
+Key = tuple[str, str, str]
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -20,6 +23,8 @@ class Fault:
         Path from the root of the project.
     line : int
         Where the change begins.
+    lines : tuple of int
+        First and last line of the outermost function it lies in, or its own.
     function : str
         Qualified name of the function or class it lies in, `MODULE_LEVEL` outside of any.
     kind : str
@@ -35,6 +40,7 @@ class Fault:
 
     file: str
     line: int
+    lines: tuple[int, int]
     function: str
     kind: str
     change: str
@@ -43,9 +49,13 @@ class Fault:
     text: str
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What a reason for its survival is filed under; it holds no line number."""
+    def key(self) -> Key:
+        """Its name."""
         return self.file, self.function, self.change
+
+    def concerns(self, lines: set[int]) -> bool:
+        """Whether it lies in a function with one of these lines, or outside of functions in one of them."""
+        return not lines.isdisjoint(range(self.lines[0], self.lines[1] + 1))
 
     def planted(self, source: str) -> str:
         """The source with this fault."""
@@ -56,7 +66,7 @@ class Fault:
 def named(faults: Iterable[Fault]) -> list[Fault]:
     """Faults in the order of their lines, each once; a later one of the same name gets a number."""
     seen: set[tuple[int, int, str]] = set()
-    numbers: dict[tuple[str, str, str], int] = {}
+    numbers: dict[Key, int] = {}
     found = []
     for fault in sorted(faults, key=lambda fault: (fault.start, fault.end)):
         place = fault.start, fault.end, fault.text

@@ -1,10 +1,10 @@
 """Runs the tests on one fault after another, each in a fork of a process that has everything loaded.
 
 A program of its own, in one file: it is started in a copy of a project, whose `tests` are not these. It
-passes the tests once as they are, noting which code every test file runs; this compiles the kernels and loads
-what is slow to load. Then it reads one request a line, and for each of them forks a child, which forgets the
-faulty module and whatever imports it, and runs the tests again until one fails. Answers go to the file
-descriptor it was given.
+reads the faults from standard input and passes the tests once as they are, noting which functions every test
+runs; this compiles the kernels and loads what is slow to load. Then it forks a child for each fault, which
+forgets the faulty module and whatever imports it, and runs the tests until one fails. Answers go to standard
+output, one a line.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
+import itertools
 import json
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -30,66 +31,58 @@ import pytest
 SLOWER = 10.0
 # A fault may ask for memory without end.
 MEMORY = 12 * 2**30
-OPTIONS = [
-    "-q",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:faulthandler",
-    "-W",
-    "ignore",
-    "--tb=no",
-    "--no-header",
-    "--no-summary",
-    # Emptied by the next run; folders of their own would pile up.
-    "--basetemp=scratch",
-]
+OPTIONS = ["-q", "-W", "ignore", "--tb=no", "--no-header", "--no-summary"]
+OPTIONS += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
+# Emptied by the next run; folders of their own would pile up.
+OPTIONS += ["--basetemp=scratch"]
 
-
-# What is answered where every test passes.
 PASSED = "passed"
-# What is answered of a change of CUDA C++ that is no fault.
+# Of a change of CUDA C++, which is then no fault.
 UNCOMPILED = "does not compile"
 # Audit event of tests/gpu/emulation.py: a test runs a source of CUDA C++, and whether without a change.
 LAUNCH = "emulation.launch"
-# Whether a test runs the faulty function, whether it is named after the module, and its seconds.
+# A function: its file and outermost name.
+Place = tuple[str, str]
+# Whether a test leaves out the faulty function, whether its file is named otherwise, and its seconds.
 Rank = tuple[bool, bool, float]
-FIRST: Rank = (False, False, 0.0)
-# How many tests that noticed a fault of a function face the next one before all others do.
-REMEMBERED = 3
 
 
 class Recorder:
-    """Pytest plugin: how long every test takes, and which functions of the project its file runs."""
+    """Pytest plugin: how long every test takes, and what of the project it runs."""
 
     def __init__(self) -> None:
+        self.root = f"{Path.cwd()}{os.sep}"
         self.seconds: dict[str, float] = {}
         self.failed: list[str] = []
-        self.codes: dict[str, set[CodeType]] = {}  # by test and by test file
-        self.launches: dict[str, set[tuple[str, bool]]] = {}  # likewise
-        self.watched: set[CodeType] = set()
-        self.heard: set[tuple[str, bool]] = set()
+        self.ran: dict[str, set[Place]] = {}  # by test and by test file
+        self.codes: set[CodeType] = set()
+        self.launches: dict[str, set[tuple[str, bool]]] = {}  # by test
+        self.launched: set[tuple[str, bool]] = set()
         sys.addaudithook(self.hear)
 
     @contextlib.contextmanager
     def watching(self, *names: str) -> Iterator[None]:
         """Count what runs meanwhile for these names."""
-        self.watched, self.heard = set(), set()
+        self.codes, self.launched = set(), set()
         sys.settrace(self.trace)
         try:
             yield
         finally:
             sys.settrace(None)
+            own = (code for code in self.codes if code.co_filename.startswith(self.root))
+            functions = {
+                (code.co_filename.removeprefix(self.root), code.co_qualname.split(".")[0]) for code in own
+            }
             for name in names:
-                self.codes.setdefault(name, set()).update(self.watched)
-                self.launches.setdefault(name, set()).update(self.heard)
+                self.ran.setdefault(name, set()).update(functions)
+                self.launches[name] = self.launched
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == LAUNCH:
-            self.heard.add(arguments)
+            self.launched.add(arguments)
 
     def trace(self, frame: Any, event: str, argument: Any) -> None:
-        self.watched.add(frame.f_code)
+        self.codes.add(frame.f_code)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector: pytest.Collector) -> Any:
@@ -104,44 +97,30 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
-        if report.failed:
-            self.failed.append(report.nodeid)
+        self.pytest_collectreport(report)
 
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+    def pytest_collectreport(self, report: pytest.CollectReport | pytest.TestReport) -> None:
         if report.failed:
             self.failed.append(report.nodeid)
 
 
 class FirstFailure:
-    """Pytest plugin of a child: those tests first that are likely to fail; the first failure ends it.
+    """Pytest plugin of a child: runs the tests by rank; the first failure ends it.
 
     Parameters
     ----------
     answer : int
         File descriptor that the verdict is written to.
-    order : dict of str to Rank or None
-        When every test comes; None if it is not to run.
-    seconds : dict of str to float
-        What every test takes without a fault.
-    patience : float
-        Seconds that a test may take beyond ten times that.
+    ranks : dict of str to Rank
+        The tests to run.
+    limits : dict of str to float
+        Seconds that each of them may take.
     compiled : bool
         Whether the fault is in a source that tests compile.
     """
 
-    def __init__(
-        self,
-        answer: int,
-        order: dict[str, Rank | None],
-        seconds: dict[str, float],
-        patience: float,
-        compiled: bool,
-    ) -> None:
-        self.answer = answer
-        self.order = order
-        self.compiled = compiled
-        self.seconds = seconds
-        self.patience = patience
+    def __init__(self, answer: int, ranks: dict[str, Rank], limits: dict[str, float], compiled: bool) -> None:
+        self.answer, self.ranks, self.limits, self.compiled = answer, ranks, limits, compiled
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self) -> None:
@@ -152,8 +131,8 @@ class FirstFailure:
         hypothesis.settings.load_profile("faults")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        ranks = {item: self.order.get(item.nodeid, FIRST) for item in items}
-        items[:] = sorted((item for item, rank in ranks.items() if rank is not None), key=ranks.get)
+        chosen = [item for item in items if item.nodeid in self.ranks]
+        items[:] = sorted(chosen, key=lambda item: self.ranks[item.nodeid])
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> None:
@@ -162,7 +141,7 @@ class FirstFailure:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
-        signal.setitimer(signal.ITIMER_REAL, self.patience + SLOWER * self.seconds.get(item.nodeid, 0.0))
+        signal.setitimer(signal.ITIMER_REAL, self.limits[item.nodeid])
         return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
@@ -176,31 +155,63 @@ class FirstFailure:
         os._exit(0)
 
 
-class Imports:
-    """Which modules of a project import which, functions' own imports included."""
+class Judge:
+    """The tests of a package, passed once without a fault.
 
-    def __init__(self, root: Path) -> None:
-        self.paths = {path: _module(path.relative_to(root)) for path in root.rglob("*.py")}
-        self.wanted: dict[str, set[str]] = {}
-        self.held: dict[str, set[str]] = {}  # without functions' own imports
-        self.compiles: set[str] = set()
-        self.starts: set[str] = set()
-        known = set(self.paths.values())
-        for path, module in self.paths.items():
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            names = _imported(ast.walk(tree))
-            if any(name.partition(".")[0] == "numba" for name in names):
-                self.compiles.add(module)
-            if "subprocess" in names:
-                self.starts.add(module)
-            for graph, own in ((self.wanted, names), (self.held, _imported(_outside_functions(tree)))):
-                own = own | {module.rpartition(".")[0]}
-                # A package is imported before any module in it.
-                graph[module] = (own | {name.rpartition(".")[0] for name in own}) & known
+    Parameters
+    ----------
+    patience : float
+        Seconds that a test may take beyond ten times what it takes without a fault.
+    brief : float
+        Seconds of tests, without a fault, that judge one of which a reason says that no test can notice it.
+    tests : list of str
+        Files and folders of tests.
+    """
 
-    def dependents(self, module: str) -> set[str]:
-        """A module and all that import it, however indirectly."""
-        return _reaching(module, self.wanted)
+    def __init__(self, patience: float, brief: float, tests: list[str]) -> None:
+        self.patience, self.brief = patience, brief
+        self.importers, self.untraced = _importers(Path.cwd())
+        self.recorder = Recorder()
+        started = time.perf_counter()
+        pytest.main([*OPTIONS, *tests], plugins=[self.recorder])
+        self.seconds = time.perf_counter() - started
+        self.failed, self.ran = self.recorder.failed, self.recorder.ran
+        self.noticed: dict[tuple[str, str], str] = {}  # the last test file by file and function
+        # Objects that are here to stay are not to be copied into every child by the collector's marks.
+        gc.collect()
+        gc.freeze()
+
+    def ranks(self, file: str, function: str) -> dict[str, Rank]:
+        """The tests that can notice a fault, those first that are likely to."""
+        if not file.endswith(".py"):
+            return self.launching(Path(file).name)
+        place, stem = (file, function.split(".")[0]), f"test_{Path(file).stem}."
+        # Any test may notice a fault in what runs as a module is imported, or in compiled code, which leaves
+        # no trace.
+        everywhere = function.startswith("<") or _module(Path(file)) in self.untraced
+        chosen = {name for name in map(_file, self.recorder.seconds) if everywhere or place in self.ran[name]}
+        return {
+            nodeid: (place not in self.ran[nodeid], stem not in nodeid, seconds)
+            for nodeid, seconds in self.recorder.seconds.items()
+            # A file that never runs the package here works on its source, or starts programs that run it.
+            if not chosen or _file(nodeid) in chosen or not self.runs(_file(nodeid), Path(file).parts[0])
+        }
+
+    def launching(self, source: str) -> dict[str, Rank]:
+        """The tests that run a source of CUDA C++ as it is, or with a header any.
+
+        Tests that change the source themselves may find no fault for another reason: that they cannot.
+        """
+        return {
+            nodeid: (False, False, seconds)
+            for nodeid, seconds in self.recorder.seconds.items()
+            if all(sound for _, sound in self.recorder.launches[nodeid])
+            and any(source.endswith(("cuh", name)) for name, _ in self.recorder.launches[nodeid])
+        }
+
+    def runs(self, name: str, package: str) -> bool:
+        """Whether a test file runs a function of a package."""
+        return any(file.startswith(f"{package}/") and function[0] != "<" for file, function in self.ran[name])
 
     def holders(self, module: str) -> set[str]:
         """A module and all that hold what it is when they are loaded, and must be loaded again with it.
@@ -208,171 +219,42 @@ class Imports:
         What a function imports is looked up whenever it is called. Modules that cannot be loaded twice,
         as they register something somewhere, stay out of it by this.
         """
-        return _reaching(module, self.held)
+        found = {module}
+        while more := set().union(*(self.importers.get(name, set()) for name in found)) - found:
+            found |= more
+        return found
 
-
-def _imported(nodes: Iterable[ast.AST]) -> set[str]:
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _outside_functions(child)
-
-
-def _reaching(module: str, graph: dict[str, set[str]]) -> set[str]:
-    found = {module}
-    while more := {name for name, wanted in graph.items() if wanted & found} - found:
-        found |= more
-    return found
-
-
-class Judge:
-    """The tests of a package, passed once without a fault."""
-
-    def __init__(self, patience: float, tests: list[str]) -> None:
-        self.patience = patience
-        self.root = Path.cwd()
-        self.imports = Imports(self.root)
-        self.recorder = Recorder()
-        started = time.perf_counter()
-        code = pytest.main([*OPTIONS, *tests], plugins=[self.recorder])
-        self.seconds = time.perf_counter() - started
-        self.ready = {"code": int(code), "failed": self.recorder.failed, "seconds": self.seconds}
-        self.ran = {
-            name: {
-                (os.path.relpath(code.co_filename, self.root), code.co_qualname.split(".")[0])
-                for code in codes
-                if code.co_filename.startswith(f"{self.root}{os.sep}")
-            }
-            for name, codes in self.recorder.codes.items()
-        }
-        self.files = sorted({_file(nodeid) for nodeid in self.recorder.seconds})
-        self.noticed: dict[tuple[str, str], list[str]] = {}  # by file and function, the latest first
-        # Objects that are here to stay are not to be copied into every child by the collector's marks.
-        gc.collect()
-        gc.freeze()
-
-    def relevant(self, file: str, function: str) -> set[tuple[str, str]]:
-        """The functions of which a test must run one to notice a fault in `function`."""
-        unit = function.split(".")[0]
-        module = _module(Path(file))
-        if module in self.imports.compiles:
-            # Compiled code leaves no trace: what matters is who calls it.
-            callers = self.imports.dependents(module)
-            return {one for one in self.called(Path(file).parts[0]) if _module(Path(one[0])) in callers}
-        return {(file, unit)}
-
-    def called(self, package: str, name: str | None = None) -> set[tuple[str, str]]:
-        """The functions of a package that a test or test file runs, or any of them."""
-        ran = self.ran.values() if name is None else [self.ran[name]]
-        return {one for ones in ran for one in ones if Path(one[0]).parts[0] == package and one[1][0] != "<"}
-
-    def launching(self, source: str) -> tuple[list[str], dict[str, Rank | None]]:
-        """The test files that run a source of CUDA C++ as it is, or a header with any, and their tests.
-
-        Tests that change the source themselves may find no fault for another reason: that they cannot.
-        """
-        order: dict[str, Rank | None] = {}
-        for nodeid, seconds in self.recorder.seconds.items():
-            launches = self.recorder.launches[nodeid]
-            runs = any(source.endswith(("cuh", name)) for name, _ in launches)
-            order[nodeid] = (False, False, seconds) if runs and all(sound for _, sound in launches) else None
-        return sorted({_file(nodeid) for nodeid, rank in order.items() if rank is not None}), order
-
-    def selection(self, file: str, function: str) -> tuple[list[str], dict[str, Rank | None]]:
-        """The test files that can notice a fault, and the order of their tests.
-
-        A file whose tests never run the package here works on its source, or starts programs of its folder
-        that do. Every file is chosen where the fault is in what runs as a module is imported.
-        """
-        if not file.endswith(".py"):
-            return self.launching(Path(file).name)
-        relevant = self.relevant(file, function)
-        package = Path(file).parts[0]
-        dependents = self.imports.dependents(_module(Path(file)))
-        chosen = [
-            name
-            for name in self.files
-            if function.startswith("<")
-            or self.ran[name] & relevant
-            or (not self.called(package, name) and self._reaches(name, dependents))
-        ]
-        if not any(self.ran[name] & relevant for name in chosen):
-            chosen = self.files
-        stem = f"test_{Path(file).stem}."
-        order: dict[str, Rank | None] = {
-            nodeid: (
-                not self.ran[nodeid] & relevant,
-                stem not in _file(nodeid),
-                seconds,
-            )
-            for nodeid, seconds in self.recorder.seconds.items()
-        }
-        return chosen, order
-
-    def _reaches(self, name: str, dependents: set[str]) -> bool:
-        folder = Path(name).parent
-        if _module(Path(name)) not in self.imports.starts:
-            return True
-        programs = (path for path in self.imports.paths if path.parent == self.root / folder)
-        return any(not p.name.startswith("test_") and self.imports.paths[p] in dependents for p in programs)
-
-    def likeliest(
-        self, files: list[str], order: dict[str, Rank | None], budget: float
-    ) -> dict[str, Rank | None]:
-        """An order without the tests that come after so many seconds; the first one always stays."""
-        spent, kept = 0.0, dict.fromkeys(order)
-        for rank, nodeid in sorted((rank, nodeid) for nodeid, rank in order.items() if rank):
-            if _file(nodeid) in files and spent < budget:
-                kept[nodeid] = rank
-                spent += self.recorder.seconds[nodeid]
-        return kept
-
-    def judge(self, file: str, function: str, only: list[str] | None, budget: float | None) -> dict[str, Any]:
+    def judge(self, file: str, function: str, briefly: bool = False) -> str:
         """Who notices the fault that lies in a file now: a test, a "crash", a "hang", or `PASSED`.
 
-        It is `UNCOMPILED` where nobody could. The answer is empty where the tests could not be run at all,
-        whatever the fault. `only` names the test files that are to judge, if not all of them are; `budget` is
-        how many seconds of tests are, beginning with those that are likely to fail.
+        It is `UNCOMPILED` where nobody could, and empty where the tests could not be run at all, whatever
+        the fault.
         """
-        started = time.perf_counter()
-        files, order = self.selection(file, function)
-        if not files:
-            return {"by": "", "seconds": 0.0}
-        files = [name for name in files if only is None or name in only]
-        if not files:
-            return {"by": PASSED, "seconds": 0.0}
-        if budget is not None:
-            order = self.likeliest(files, order, budget)
-        noticed = self.noticed.setdefault((file, function), [])
-        likely = {nodeid: rank if nodeid in noticed else None for nodeid, rank in order.items()}
-        said = ""
-        if remembered := sorted({_file(nodeid) for nodeid in noticed} & set(files)):
-            said = self._run(file, remembered, likely)
+        ranks = self.ranks(file, function)
+        if briefly:
+            ordered = sorted(ranks, key=lambda nodeid: ranks[nodeid])
+            spent = itertools.accumulate((self.recorder.seconds[nodeid] for nodeid in ordered), initial=0.0)
+            ranks = {
+                nodeid: ranks[nodeid] for nodeid, s in zip(ordered, spent, strict=False) if s < self.brief
+            }
+        files = {_file(nodeid) for nodeid in ranks}
+        # What noticed the last fault of the function is likely to notice this one: it is loaded alone.
+        first = self.noticed.get((file, function))
+        said = self._run(file, {first}, ranks) if first in files else PASSED
         if said in ("", PASSED):
-            said = self._run(file, files, order)
-        if said in order:
-            noticed[:] = [said, *(nodeid for nodeid in noticed if nodeid != said)][:REMEMBERED]
-        return {"by": said, "seconds": round(time.perf_counter() - started, 2)}
+            said = self._run(file, files, ranks)
+        if said in ranks:
+            self.noticed[file, function] = _file(said)
+        return said
 
-    def _run(self, file: str, files: list[str], order: dict[str, Rank | None]) -> str:
+    def _run(self, file: str, tests: set[str], ranks: dict[str, Rank]) -> str:
         """What some test files say in a fork, with a fault in `file`; empty if none could be run."""
         reading, writing = os.pipe()
-        plugin = FirstFailure(
-            writing, order, self.recorder.seconds, self.patience, compiled=not file.endswith(".py")
-        )
+        limits = {nodeid: self.patience + SLOWER * self.recorder.seconds[nodeid] for nodeid in ranks}
+        plugin = FirstFailure(writing, ranks, limits, compiled=not file.endswith(".py"))
         child = os.fork()
         if child == 0:
-            self._in_child(_module(Path(file)), files, plugin)
+            self._in_child(_module(Path(file)), sorted(tests), plugin)
         os.close(writing)
         with os.fdopen(reading, "rb") as answer:
             said = answer.read().decode()
@@ -384,27 +266,50 @@ class Judge:
             return "hang" if number == signal.SIGALRM else f"crash, {signal.Signals(number).name}"
         return said
 
-    def _in_child(self, module: str, files: list[str], plugin: FirstFailure) -> None:
+    def _in_child(self, module: str, tests: list[str], plugin: FirstFailure) -> None:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.setitimer(signal.ITIMER_REAL, self.patience + SLOWER * self.seconds)
         verdict = ""
         try:
-            stale = self.imports.holders(module)
+            stale = self.holders(module)
             for name in list(sys.modules):
                 if name in stale or name.partition(".")[0] == "tests":
                     parent, _, child = name.rpartition(".")
                     if parent in sys.modules and hasattr(sys.modules[parent], child):
                         delattr(sys.modules[parent], child)
                     del sys.modules[name]
-            code = pytest.main([*OPTIONS, "-x", *files], plugins=[plugin])
+            code = pytest.main([*OPTIONS, *tests], plugins=[plugin]) if tests else None
             if code == pytest.ExitCode.OK:
                 verdict = PASSED
-            elif code != pytest.ExitCode.NO_TESTS_COLLECTED:
+            elif code not in (None, pytest.ExitCode.NO_TESTS_COLLECTED):
                 verdict = f"pytest ended with {code!r}"
         finally:
             plugin.end(verdict)
+
+
+def _importers(root: Path) -> tuple[dict[str, set[str]], set[str]]:
+    """Who imports a module as it is loaded, and the modules that use Numba."""
+    importers: dict[str, set[str]] = {}
+    untraced = set()
+    for path in root.rglob("*.py"):
+        module, names = _module(path.relative_to(root)), set()
+        waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            inside = ast.iter_child_nodes(node)
+            waiting += [child for child in inside if not isinstance(child, ast.FunctionDef)]
+        if any(name.partition(".")[0] == "numba" for name in names):
+            untraced.add(module)
+        # A package is imported before any module in it.
+        for name in names | {name.rpartition(".")[0] for name in (*names, module)}:
+            importers.setdefault(name, set()).add(module)
+    return importers, untraced
 
 
 def _file(nodeid: str) -> str:
@@ -416,21 +321,40 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def main(answers: int, patience: float, tests: list[str]) -> None:
-    """Pass the tests, say so, and judge what is asked for until there is no more."""
+def _write(file: Path, data: bytes) -> None:
+    # Python takes compiled code for that of any file of the same length and second.
+    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        compiled.unlink()
+    file.write_bytes(data)
+
+
+def answers(patience: float, brief: float, tests: list[str], faults: list[dict]) -> Iterator[dict[str, Any]]:
+    """The tests that fail without a fault; then who notices each fault, file by file."""
+    judge = Judge(patience, brief, tests)
+    yield {"failed": judge.failed}
+    for name, group in itertools.groupby(faults, key=lambda fault: fault["file"]):
+        file, caught = Path(name), True
+        sound = file.read_bytes()
+        for fault in group:
+            started = time.perf_counter()
+            _write(file, sound[: fault["start"]] + fault["text"].encode() + sound[fault["end"] :])
+            by = judge.judge(name, fault["function"], fault["briefly"])
+            _write(file, sound)
+            caught &= by != PASSED
+            yield {"by": by, "seconds": round(time.perf_counter() - started, 2)}
+        # Tests that fail because a file is loaded again would catch any fault of it.
+        yield {"sound": judge.judge(name, "<module>") if caught else PASSED}
+
+
+def main() -> None:
+    """Judge what is asked for."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     # What tests print is of no interest here.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    with os.fdopen(answers, "w", encoding="utf-8") as out:
-
-        def say(answer: dict[str, Any]) -> None:
-            print(json.dumps(answer), file=out, flush=True)
-
-        judge = Judge(patience, tests)
-        say(judge.ready)
-        for line in sys.stdin:
-            say(judge.judge(**json.loads(line)))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    request = json.load(sys.stdin)
+    for answer in answers(**request):
+        print(json.dumps(answer), file=out, flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
+    main()

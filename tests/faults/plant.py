@@ -62,6 +62,8 @@ class _Planter:
         self.faults: list[Fault] = []
         self.scope: list[str] = []
         self.assigned: set[str] = set()
+        # First and last line of the outermost function in hand.
+        self.around: tuple[int, int] | None = None
         self.data = source.encode()
         self.lines = [0]
         for line in self.data.splitlines(keepends=True):
@@ -82,6 +84,7 @@ class _Planter:
             Fault(
                 self.file,
                 node.lineno,
+                self.around or (node.lineno, node.end_lineno or node.lineno),
                 ".".join(self.scope) or MODULE_LEVEL,
                 kind,
                 shown(
@@ -132,6 +135,8 @@ class _Planter:
 
     def statement_FunctionDef(self, node: ast.FunctionDef) -> None:
         arguments = node.args
+        outermost = self.around is None
+        self.around = self.around or (node.lineno, node.end_lineno or node.lineno)
         self.scope.append(node.name)
         for default in (*arguments.defaults, *arguments.kw_defaults):
             self.inside(default)
@@ -139,6 +144,8 @@ class _Planter:
         self.body(node.body)
         self.assigned = outer
         self.scope.pop()
+        if outermost:
+            self.around = None
 
     def statement_ClassDef(self, node: ast.ClassDef) -> None:
         self.scope.append(node.name)

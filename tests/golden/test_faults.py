@@ -1,18 +1,20 @@
-"""The planter of faults, the judge of a small project, and the committed outcome."""
+"""The planter of faults, the judge of a small project, and the reasons for survivors."""
 
 from __future__ import annotations
 
 import ast
 import json
-import warnings
+import subprocess
 from textwrap import dedent
 
 import pytest
 
+from tests.faults import __main__ as program
 from tests.faults import outcome
-from tests.faults.__main__ import FailingTests, Project, judge_files, main
+from tests.faults.__main__ import Project, Unjudged, judge, main
 from tests.faults.fault import MODULE_LEVEL
-from tests.faults.outcome import Journal, OutcomeError, Verdict
+from tests.faults.judge import PASSED
+from tests.faults.outcome import ReasonsError
 from tests.faults.plant import find_faults
 
 SAMPLE = dedent(
@@ -146,60 +148,21 @@ def project(tmp_path):
     return Project(tmp_path, {"toy": ("tests/toy",)}, ("toy", "tests", "pyproject.toml"), patience=0.2)
 
 
-def test_what_no_test_notices_survives_and_nothing_is_judged_twice(project, tmp_path):
-    journal = tmp_path / "journal.jsonl"
+def judged(project, explained=(), text=""):
+    faults = [fault for fault in project.faults("toy/sums.py") if text in fault.change]
+    return {verdict.fault.change: verdict.by for verdict in judge(project, "toy", faults, explained)}
+
+
+def test_what_no_test_notices_survives(project, tmp_path):
     before = (tmp_path / "toy/sums.py").read_text()
-    _, judged = judge_files(project, project.sources(), Journal(journal, tmp_path), resume=False)
-    verdicts = {verdict.fault.change: verdict.by for verdict in judged.verdicts}
+    verdicts = judged(project)
     assert (tmp_path / "toy/sums.py").read_text() == before
     assert verdicts["return x + x → return (x - x)"] == "tests/toy/test_sums.py::test_double"
     assert verdicts["while x > 5: → while True:"] == "hang"
     assert verdicts["while x > 5: → while (x < 5):"] == "hang"
-    survivors = {change for change, by in verdicts.items() if by is None}
+    survivors = {change for change, by in verdicts.items() if by == PASSED}
     assert {"while x > 5: → while (x >= 5):", "x -= 1 → pass", "while x > 5: → while False:"} <= survivors
     assert not any("return" in change for change in survivors)
-
-    # What was cut off as it was written does not count; the rest holds, and needs no process.
-    with journal.open("a") as file:
-        file.write('{"fault": ["toy/sums')
-    again = judge_files(
-        Project(tmp_path, project.tests, ()), project.sources(), Journal(journal, tmp_path), resume=True
-    )
-    assert list(again)[1] == judged
-    # Another test may notice what survived the others.
-    known = Journal(journal, tmp_path)
-    more = {**project.hashes("toy"), "tests/toy/test_more.py": "new"}
-    shared = {**project.hashes("toy"), "tests/toy/conftest.py": "new"}
-    for verdict in judged.verdicts:
-        if verdict.by is None:
-            assert known.find(verdict.fault, more) == (None, ["tests/toy/test_more.py"])
-            assert known.find(verdict.fault, shared) == (None, None)
-        elif verdict.by != "hang":
-            assert known.find(verdict.fault, more) == (verdict, None)
-        assert known.find(verdict.fault, {**more, "toy/sums.py": "changed"}) == (None, None)
-    # A test that failed counts as long as it is the same, whatever other tests its file has.
-    caught_by_double = next(v for v in judged.verdicts if v.by and v.by.endswith("test_double"))
-    file = tmp_path / "tests/toy/test_sums.py"
-    for text, same in {
-        TOY_TESTS.replace("hidden(4) == 4", "hidden(3) == 3"): True,
-        TOY_TESTS.replace("double(3) == 6", "double(2) == 4"): False,
-        TOY_TESTS.replace("import double,", "import double as double,"): False,
-        TOY_TESTS: True,
-    }.items():
-        file.write_text(text)
-        assert known.find(caught_by_double.fault, project.hashes("toy"))[0] == (
-            caught_by_double if same else None
-        )
-    (tmp_path / "tests/toy/test_more.py").write_text(
-        "from toy.sums import hidden\n\n\ndef test_more():\n    assert hidden(7) == 5\n"
-    )
-    _, third = judge_files(project, project.sources(), known, resume=True)
-    caught = {verdict.fault.change: verdict.by for verdict in third.verdicts}
-    assert caught["x -= 1 → pass"] == "hang"
-    assert caught["while x > 5: → while (x >= 5):"] == "tests/toy/test_more.py::test_more"
-    assert [caught[change] for change in verdicts if verdicts[change]] == [
-        by for by in verdicts.values() if by
-    ]
 
 
 def test_what_imports_the_faulty_module_only_in_functions_is_loaded_once(project, tmp_path):
@@ -211,96 +174,118 @@ def test_what_imports_the_faulty_module_only_in_functions_is_loaded_once(project
         "from toy.once import doubled\n\n\ndef test_once():\n    assert doubled(5) == 10\n"
     )
     (tmp_path / "tests/toy/test_sums.py").write_text(TOY_TESTS.replace("double(3)", "2 * 3"))
-    judged = judge_files(
-        project, ["toy/sums.py"], Journal(tmp_path / "journal.jsonl", tmp_path), resume=False
-    )
-    verdicts = {verdict.fault.change: verdict.by for one in judged for verdict in one.verdicts}
+    verdicts = judged(project)
     assert verdicts["return x + x → return (x - x)"] == "tests/toy/test_once.py::test_once"
-    assert verdicts["while x > 5: → while False:"] is None
+    assert verdicts["while x > 5: → while False:"] == PASSED
 
 
 def test_a_fault_that_has_a_reason_faces_the_likely_tests_alone(project, tmp_path):
     (tmp_path / "tests/toy/test_sums.py").write_text(
         "import time\n"
         + TOY_TESTS.replace("double(3) == 6", "double(3) != 5")
-        + "\n\ndef test_slowly():\n    time.sleep(0.5)\n    assert double(3) == 6\n"
+        + "\n\ndef test_slowly():\n    time.sleep(0.1)\n    assert double(3) == 6\n"
     )
     project.brief = 0.001
-    change, journal = "return x + x → return (x - x)", tmp_path / "journal.jsonl"
-    key = "toy/sums.py", "double", change
-
-    def judged(explained):
-        files = judge_files(
-            project, ["toy/sums.py"], Journal(journal, tmp_path), resume=True, explained=explained
-        )
-        return {verdict.fault.change: verdict.by for one in files for verdict in one.verdicts}[change]
-
-    assert judged({key}) is None
-    assert judged({key}) is None
-    # The reason is gone, and so is what rested on it.
-    assert judged(()) == "tests/toy/test_sums.py::test_slowly"
+    change = "return x + x → return (x - x)"
+    assert judged(project, {("toy/sums.py", "double", change)}, change)[change] == PASSED
+    assert judged(project, text=change)[change] == "tests/toy/test_sums.py::test_slowly"
 
 
 def test_tests_that_fail_without_a_fault_judge_nothing(project, tmp_path):
     (tmp_path / "tests/toy/test_sums.py").write_text("def test_wrong():\n    assert False\n")
-    with pytest.raises(FailingTests, match=r"fail without a fault: tests/toy/test_sums\.py::test_wrong"):
-        list(
-            judge_files(
-                project, project.sources(), Journal(tmp_path / "journal.jsonl", tmp_path), resume=False
-            )
-        )
+    with pytest.raises(Unjudged, match=r"fail without a fault: tests/toy/test_sums\.py::test_wrong"):
+        judged(project)
+
+
+def test_tests_that_fail_as_a_file_is_loaded_again_judge_nothing(project, tmp_path):
+    (tmp_path / "tests/toy/test_sums.py").write_text(
+        "import sys\n\nfrom toy.sums import double\n\n\ndef test_once():\n    assert double(1) == 2\n"
+        "    assert not hasattr(sys, 'seen')\n    sys.seen = True\n"
+    )
+    with pytest.raises(Unjudged, match=r"toy/sums\.py is sound and does not pass .*::test_once"):
+        judged(project)
+
+
+def test_a_run_says_what_survives_and_what_has_no_reason(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outcome, "VERDICTS", tmp_path / "outcome.jsonl")
+    faults = [
+        fault
+        for fault in project.faults("toy/sums.py")
+        if fault.change in ("x -= 1 → pass", "x -= 1 → x = 1")
+    ]
+    caught = next(fault for fault in project.faults("toy/sums.py") if fault.function == "double")
+    reasons = {faults[0].key: "a reason", caught.key: "another"}
+    monkeypatch.setattr(outcome, "load_reasons", lambda: reasons)
+    assert program.run(project, [caught, *faults]) == 1
+    out = capsys.readouterr().out
+    assert "toy/sums.py: 3 faults, 2 survive, 1 of them explained" in out
+    assert "survivors.toml explains what tests/toy/test_sums.py::test_double notices" in out
+    assert out.endswith(outcome.as_reasons([faults[1]]) + "\n")
+    lines = [json.loads(line) for line in outcome.VERDICTS.read_text().splitlines()]
+    assert [line["by"] for line in lines] == ["tests/toy/test_sums.py::test_double", PASSED, PASSED]
+    reasons[faults[1].key] = "a third"
+    assert program.run(project, faults) == 0
+
+
+def test_since_a_commit_are_faults_of_the_functions_and_lines_that_differ(project, tmp_path):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    file = tmp_path / "toy/sums.py"
+    file.write_text("LIMIT = 3\n\n\n" + TOY)
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    # No fault lies in a comment.
+    file.write_text(
+        file.read_text()
+        .replace("        x -= 1\n", "        x = 0\n        x = 5\n")
+        .replace("return x + x", "return x + x  #")
+    )
+    (tmp_path / "toy/new.py").write_text("A = 1\n")
+
+    def chosen():
+        changed = project.changed("HEAD")
+        return {
+            fault.function if fault.function != MODULE_LEVEL else fault.change
+            for name in changed
+            for fault in project.faults(name)
+            if fault.concerns(changed[name])
+        }
+
+    assert chosen() == {"double", "hidden", "A = 1 → A = 2", "A = 1 → A = 0"}
+    git("add", ".")
+    git("commit", "-m", "second")
+    assert chosen() == set()
+    file.write_text(file.read_text().replace("        x = 5\n", ""))
+    assert chosen() == {"hidden"}
+    file.write_text(file.read_text().replace("        x = 0\n", "        x = 0\n        x = 5\n"))
+    file.write_text(file.read_text().replace("LIMIT = 3", "LIMIT = 4"))
+    assert chosen() == {"LIMIT = 4 → LIMIT = 5", "LIMIT = 4 → LIMIT = 3"}
+    with pytest.raises(Unjudged, match="nothing"):
+        project.changed("nothing")
 
 
 def test_reasons_are_kept_by_what_the_fault_is(tmp_path):
     faults = find_faults("\n\ndef f(x):\n    return x + 1\n", "a.py")
-    verdicts = [Verdict(fault, None if fault.kind == "operator" else "a test") for fault in faults]
+    text = outcome.as_reasons([fault for fault in faults if fault.kind == "operator"])
     file = tmp_path / "survivors.toml"
-    survivors = [verdict for verdict in verdicts if verdict.by is None]
-    file.write_text(outcome.as_reasons(survivors))
-    with pytest.raises(OutcomeError, match="has no reason"):
+    file.write_text(text)
+    with pytest.raises(ReasonsError, match="has no reason"):
         outcome.load_reasons(file)
-    file.write_text(outcome.as_reasons(survivors).replace('reason = ""', 'reason = "x is 0"'))
-    reasons = outcome.load_reasons(file)
-    assert reasons == {("a.py", "f", "return x + 1 → return (x - 1)"): "x is 0"}
-    record = tmp_path / "outcome.json"
-    outcome.write_outcome(record, "a.py", "abc", verdicts, reasons, ["a.py"])
-    (survivor,) = outcome.load_outcome(record)["a.py"]["survivors"]
-    assert (survivor["line"], survivor["reason"]) == (4, "x is 0")
+    file.write_text(text.replace('reason = ""', 'reason = "x is 0"'))
+    assert outcome.load_reasons(file) == {("a.py", "f", "return x + 1 → return (x - 1)"): "x is 0"}
     file.write_text(file.read_text() * 2)
-    with pytest.raises(OutcomeError, match="or two"):
+    with pytest.raises(ReasonsError, match="or two"):
         outcome.load_reasons(file)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"format_version": 2, "files": {}}',
-        '{"format_version": 1, "files": {"a.py": {}}}',
-        '{"format_version": 1, "files": {"a.py": {"sha256": "", "faults": {"sign": 2}, "caught": 1, '
-        '"survivors": []}}}',
-    ],
-)
-def test_a_malformed_outcome_is_an_error(tmp_path, content):
-    file = tmp_path / "outcome.json"
-    file.write_text(content)
-    with pytest.raises(OutcomeError, match=r"outcome\.json"):
-        outcome.load_outcome(file)
-
-
-def test_every_survivor_that_is_recorded_has_a_reason():
-    outcome.load_reasons()
-    for name, entry in outcome.load_outcome().items():
-        assert [survivor["fault"] for survivor in entry["survivors"] if not survivor["reason"]] == [], name
-
-
-def test_where_no_faults_were_planted_since_it_changed_is_reported():
+def test_every_fault_that_is_explained_can_be_planted():
     project = Project()
-    changed = outcome.changed_since(outcome.OUTCOME, project.root, project.sources())
-    if changed:
-        warnings.warn(f"no faults planted in these as they are: {', '.join(changed)}", stacklevel=1)
+    reasons = outcome.load_reasons()
+    sources = set(project.sources()) & {file for file, _, _ in reasons}
+    assert reasons.keys() - {fault.key for file in sources for fault in project.faults(file)} == set()
 
 
 def test_the_command_lists_what_it_would_plant(capsys):
@@ -310,8 +295,3 @@ def test_the_command_lists_what_it_would_plant(capsys):
     with pytest.raises(SystemExit):
         main(["--file", "reference/nothing.py"])
     assert "no such source: reference/nothing.py" in capsys.readouterr().err
-
-
-def test_the_outcome_is_as_it_is_written():
-    text = outcome.OUTCOME.read_text(encoding="utf-8")
-    assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n"

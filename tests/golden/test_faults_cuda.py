@@ -6,10 +6,10 @@ from textwrap import dedent
 
 import pytest
 
-from tests.faults.__main__ import Project, judge_files
+from tests.faults.__main__ import Project, judge
 from tests.faults.cuda import find_faults, parse
 from tests.faults.fault import MODULE_LEVEL
-from tests.faults.outcome import Journal
+from tests.faults.judge import PASSED, UNCOMPILED
 
 SAMPLE = dedent(
     """
@@ -205,16 +205,9 @@ VERDICTS = {
     "__syncthreads(); → ;": "test_turned",
     "y[threadIdx.x] = staged[63 - threadIdx.x]; → y[threadIdx.x] = staged[62 - threadIdx.x];": "test_turned",
     # The test that changes this condition itself does not find it, which says nothing about the fault.
-    "if (threadIdx.x >= 64) → if (threadIdx.x > 64)": None,
+    "if (threadIdx.x >= 64) → if (threadIdx.x > 64)": PASSED,
+    "const unsigned *own = x + threadIdx.x; → const unsigned *own = threadIdx.x;": UNCOMPILED,
 }
-NO_FAULT = "const unsigned *own = x + threadIdx.x; → const unsigned *own = threadIdx.x;"
-
-
-class Chosen(Project):
-    """Plants those faults that a verdict is known of."""
-
-    def faults(self, file):
-        return [fault for fault in super().faults(file) if fault.change in {*VERDICTS, NO_FAULT}]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate a device")
@@ -236,12 +229,10 @@ def test_faults_of_a_kernel_are_judged_by_those_who_run_it(tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    project = Chosen(tmp_path, {"gpu": ("tests/gpu",)}, ("gpu", "tests", "pyproject.toml"))
-    journal = Journal(tmp_path / "journal.jsonl", tmp_path)
-    (judged,) = judge_files(project, ["gpu/kernels/decode.cu"], journal, resume=False)
+    project = Project(tmp_path, {"gpu": ("tests/gpu",)}, ("gpu", "tests", "pyproject.toml"))
+    faults = [fault for fault in project.faults("gpu/kernels/decode.cu") if fault.change in VERDICTS]
     verdicts = {
-        verdict.fault.change: verdict.by and verdict.by.split("::")[1].partition("[")[0]
-        for verdict in judged.verdicts
+        verdict.fault.change: verdict.by.rpartition("::")[2].partition("[")[0]
+        for verdict in judge(project, "gpu", faults)
     }
     assert verdicts == VERDICTS
-    assert judged.uncompiled == 1

@@ -103,6 +103,7 @@ def test_a_manifest_that_disagrees_is_refused(copy):
     (copy / MANIFEST).write_text(json.dumps(other), encoding="utf-8")
     with pytest.raises(GoldenError, match="format version 99"):
         cases.load_cases(copy)
+    manifest, _ = cases.read_folder(FOLDER)
     manifest["cases"][0]["inputs"]["W"] = "nowhere"
     (copy / MANIFEST).write_text(cases._render(manifest), encoding="utf-8")
     with pytest.raises(GoldenError, match="nowhere"):

@@ -17,7 +17,7 @@ os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 import numpy as np
 
 # TernaryMatrix.dequantize calls these, which CuPy takes over for its own arrays.
-DISPATCHED = {np.repeat, np.empty_like}
+DISPATCHED = {np.broadcast_to, np.empty_like}
 # CuPy accepts these of anything and brings it to the device.
 BRINGING = {"asarray", "array", "ascontiguousarray"}
 METHODS = ("sum", "mean", "max", "min", "any", "all", "argmax", "argmin", "argsort")

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from golden.arithmetic import Dense
+from golden.whole import damped
 from reference.baselines import gptq, round_to_nearest
-from tests.reference.dense_route import damped
 from tests.reference.strategies import dyadic_matrices, quadratic_error, random_gram
 
 
@@ -37,7 +38,7 @@ def clipped_grid(weights, bits):
 def surgeon(W, C, bits, group_size, damping, activation_order, clip):
     """GPTQ as optimal brain surgery: invert H of the columns that are left, quantize one, remove it."""
     columns = W.shape[1]
-    H = damped(C, damping)
+    H, _ = damped(Dense(), C, damping)
     rest = list(range(columns))
     if activation_order:
         rest.sort(key=lambda j: (-C[j, j], j))

@@ -1,5 +1,6 @@
 """One weight matrix from start to end, against a second implementation by another route."""
 
+from dataclasses import asdict
 from itertools import pairwise, product
 
 import numpy as np
@@ -7,14 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from golden import whole
+from golden.arithmetic import Dense
+from golden.whole import conditional_cost, remaining
 from reference.ternarize import ternarize
 from reference.types import ALIGNMENTS, REORDERINGS, STARTS, TernaryConfig
-from tests.reference.dense_route import (
-    conditional_cost,
-    damped,
-    remaining,
-    ternarize_densely,
-)
 from tests.reference.strategies import layers, quadratic_error, random_gram
 
 
@@ -27,18 +25,22 @@ def layer(rows, columns, seed, kind="white"):
     return W, C + 2 * columns * np.outer(alive, alive)
 
 
+def damped(C, damping):
+    H, used = whole.damped(Dense(), C, damping)
+    assert used == damping
+    return H
+
+
 def agree(W, C, config):
+    """Compare with the composition of the golden answers, which keeps no running inverse."""
     result = ternarize(W, C, config)
-    blocks, W_hat = ternarize_densely(W, C, config, result.permutation.tolist())
-    assert result.permutation.tolist() == [j for block in blocks for j in block.columns]
-    assert np.array_equal(result.trits, np.hstack([block.T for block in blocks]))
-    # Equal after rounding to float16: the routes differ by 1e-12, a float16 is 1e-3 wide.
-    for stored, name in ((result.scale, "alpha"), (result.shift, "mu")):
-        if config.grid == "float16":
-            expected = np.column_stack([getattr(b, name) for b in blocks]).astype(np.float16)
-            assert np.array_equal(stored, expected)
-    assert np.array_equal(result.dequantize(), W_hat.astype(np.float32))
-    return result, blocks
+    order = result.permutation.tolist() if config.reorder == "random" else None
+    answer = whole.ternarize(Dense(), W, C, order, **asdict(config))
+    # Equal after rounding to what is stored: the routes differ by 1e-12, a float16 is 1e-3 wide.
+    for name in ("trits", "permutation") + (("scale", "shift") if config.grid == "float16" else ()):
+        assert np.array_equal(getattr(result, name), answer[name]), name
+    assert np.array_equal(result.dequantize(), answer["weights"])
+    return result
 
 
 SHAPES = [(4, 11, 4), (3, 7, 16), (2, 6, 1), (5, 12, 3)]
@@ -52,7 +54,7 @@ def test_every_combination_of_settings_agrees_with_the_dense_route(shape, reorde
     W, C = layer(rows, columns, seed=columns)
     for start, itf, compensation in product(STARTS, (True, False), (True, False)):
         config = TernaryConfig(block_size, start, reorder, itf, aga, compensation, seed=3)
-        result, _ = agree(W, C, config)
+        result = agree(W, C, config)
         assert result.trits.dtype == np.int8
         assert result.scale.dtype == result.shift.dtype == np.float16
         assert result.scale.shape == result.shift.shape == (rows, -(-columns // block_size))
@@ -75,7 +77,7 @@ def test_grids_in_8_bits_agree_with_the_dense_route(kind):
         config = TernaryConfig(
             8, reorder=reorder, aga=aga, compensation=compensation, damping=0.05, grid="int8"
         )
-        result, _ = agree(W, C, config)
+        result = agree(W, C, config)
         assert result.scale.codes.dtype == result.shift.codes.dtype == np.int8
         assert result.scale.row is result.shift.row
 
@@ -85,7 +87,7 @@ def test_limit_of_rounds_agrees_with_the_dense_route(limit):
     W, C = layer(12, 60, 6)
     full = ternarize(W, C, TernaryConfig(30)).report.iterations
     assert full > limit
-    result, _ = agree(W, C, TernaryConfig(30, max_iterations=limit))
+    result = agree(W, C, TernaryConfig(30, max_iterations=limit))
     assert result.report.iterations == limit
 
 
@@ -105,8 +107,8 @@ def test_block_costs_of_what_is_stored_add_up_to_the_whole_error(aga, reorder):
     order, total = result.permutation.tolist(), 0.0
     for b in range(4):
         done, block, later = order[: 4 * b], order[4 * b : 4 * b + 4], order[4 * b + 4 :]
-        W_B = remaining(W, W_hat, H, done, block + later)[:, : len(block)]
-        cost = conditional_cost(H, block, later)
+        W_B = remaining(Dense(), W, W_hat, H, done, block + later)[:, : len(block)]
+        cost = conditional_cost(Dense(), H, block, later)
         own = quadratic_error(W_B, W_hat[:, block], cost)
         total += own
         if aga == "conditional":
@@ -129,7 +131,7 @@ def test_conditional_cost_is_never_above_the_plain_one():
         H = damped(C, config.damping)
         first = list(range(39))
         errors[aga] = quadratic_error(
-            W[:, :39], result.dequantize()[:, :39], conditional_cost(H, first, [39])
+            W[:, :39], result.dequantize()[:, :39], conditional_cost(Dense(), H, first, [39])
         )
     assert errors["conditional"] < errors["exact"]
 
@@ -206,7 +208,7 @@ def test_any_layer_has_a_finite_result_that_is_never_worse_than_the_row_mean(lay
     weight_mean = output_mean = 0.0
     for first in range(0, len(order), k):
         done, rest = order[:first], order[first:]
-        W_B = remaining(alive, W_hat, H, done, rest)[:, :k]
+        W_B = remaining(Dense(), alive, W_hat, H, done, rest)[:, :k]
         mean = W_B.mean(axis=1, keepdims=True)
         block = rest[:k]
         weight_mean += np.square(W_B - mean).sum()
