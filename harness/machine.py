@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 LIBRARIES = (
     "pt2-llm",
     "numpy",
@@ -49,15 +51,15 @@ def peak_memory() -> int:
     """Most bytes this process has had resident; 0 where the system does not tell."""
     try:
         import resource
-    except ImportError:
-        return 0
+    except ImportError:  # Windows; psutil knows the peak there, and on no other system
+        return getattr(psutil.Process().memory_info(), "peak_wset", 0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def host_memory() -> int:
     """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().total)
 
 
 def machine() -> dict[str, Any]:

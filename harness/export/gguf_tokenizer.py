@@ -11,10 +11,11 @@ What is written is the tokenizer that the checkpoint has. transformers reads "sm
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import gguf
-from gguf import TokenType
+from gguf import Keys, TokenType
 
 from harness.errors import UserError
 
@@ -73,6 +74,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
         writer.add_token_scores(_scores(tokens, merges))
     writer.add_token_merges(merges)
 
+    # gguf.SpecialVocab would read other values from the files: it takes a template's last token for eos, even
+    # where the tokenizer has another one. Without a template it leaves add_bos_token out, and llama.cpp then
+    # adds bos for "llama".
     first, last = _surrounds(tokenizer)
     writer.add_add_bos_token(first)
     writer.add_add_eos_token(last)
@@ -87,8 +91,27 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
             found = getattr(config, f"{kind}_token_id", None)
         if isinstance(found, int):
             add(found)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    _add_chat_templates(writer, tokenizer.chat_template)
+
+
+def _add_chat_templates(writer: gguf.GGUFWriter, templates: str | dict[str, str] | None) -> None:
+    """Write the chat template, and those for other uses by their names."""
+    if templates is None:
+        return
+    named = {"default": templates} if isinstance(templates, str) else dict(templates)
+    default = named.pop("default", None)
+    # add_chat_template takes them all as well, but lists their names in another order at every run.
+    for name, template in sorted(named.items()):
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=_key(name)), template)
+    if named:
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, [_key(name) for name in sorted(named)])
+    if default is not None:
+        writer.add_chat_template(default)
+
+
+def _key(name: str) -> str:
+    """A name with nothing in it that gguf does not allow in a key."""
+    return re.sub("[^A-Za-z0-9]", "_", name)
 
 
 def _unknown(what: str) -> UserError:

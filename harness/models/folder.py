@@ -6,7 +6,6 @@ together, config.json last, so that a folder never holds half a model.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 
 from harness.errors import UserError
@@ -58,6 +58,10 @@ CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.js
 STAGING = ".incomplete"
 
 
+# Beside the staging folder, not in it: a run may delete that one only once it holds the lock.
+LOCK = ".incomplete.lock"
+
+
 # In there once a layer is done: what report.json will hold, as far as the run has come.
 PROGRESS = "progress.json"
 
@@ -96,30 +100,31 @@ def staged(out: Path, resumed: bool = False) -> Iterator[Path]:
     folder, made = out / STAGING, not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = locked(out)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}") from None
-    kept = resumed
     try:
-        if not resumed:
-            shutil.rmtree(folder, ignore_errors=True)  # left behind by a run that was killed
-        try:
-            folder.mkdir(exist_ok=resumed)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made: {error.strerror}") from None
-        try:
-            yield folder
-            kept = False
-        except BaseException:
-            kept = (folder / PROGRESS).is_file()
-            raise
+        with locked(out):
+            kept = resumed
+            try:
+                if not resumed:
+                    shutil.rmtree(folder, ignore_errors=True)  # left behind by a run that was killed
+                try:
+                    folder.mkdir(exist_ok=resumed)
+                except OSError as error:
+                    raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+                try:
+                    yield folder
+                    kept = False
+                except BaseException:
+                    kept = (folder / PROGRESS).is_file()
+                    raise
+            finally:
+                if not kept:
+                    shutil.rmtree(folder, ignore_errors=True)
     finally:
-        if not kept:
-            shutil.rmtree(folder, ignore_errors=True)
         if made:
             with suppress(OSError):
                 out.rmdir()
-        os.close(lock)
 
 
 def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
@@ -141,25 +146,38 @@ def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
         os.replace(file, out / file.name)
 
 
-def locked(folder: Path) -> int:
-    """A descriptor that holds the lock of a folder until it is closed, however the process ends.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; the system frees it when the process ends, in whatever way.
+
+    Nothing is held on a file system without locks. The lock file is deleted afterwards; one that a killed
+    process has left stops nobody.
 
     Raises
     ------
     UserError
         If another run holds it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    file = folder / LOCK
+    # A soft lock, which is no more than a file, would outlive its process. Every user who may write to the
+    # folder must be able to open a lock file that was left.
+    lock = FileLock(file, timeout=0, mode=0o666, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lock.acquire()
+    except Timeout:
         raise UserError(
             f"another run is writing to {folder}; wait until it is done, or choose another --out"
         ) from None
     except OSError:
         pass  # a file system without locks
-    return descriptor
+    try:
+        yield
+    finally:
+        # While it is held, or another run could lock the file that is about to go. Windows deletes no open
+        # file; there filelock does it on release.
+        with suppress(OSError):
+            file.unlink()
+        lock.release()
 
 
 def require_free(out: Path, force: bool, resume: bool = False) -> None:
@@ -174,13 +192,15 @@ def require_free(out: Path, force: bool, resume: bool = False) -> None:
         raise UserError(f"{existing} may not be written to")
     if not out.is_dir():
         return
-    os.close(locked(out))
+    if (out / LOCK).exists():
+        with locked(out):
+            pass
     if (out / STAGING / PROGRESS).is_file():
         if not (force or resume):
             raise UserError(
                 f"{out} holds a run that was stopped; --resume goes on with it, --force begins anew"
             )
-    elif any(entry.name != STAGING for entry in out.iterdir()) and not force:
+    elif any(entry.name not in (STAGING, LOCK) for entry in out.iterdir()) and not force:
         raise UserError(f"{out} exists and is not empty; choose another --out, or --force to overwrite")
 
 

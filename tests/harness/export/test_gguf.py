@@ -156,6 +156,40 @@ def test_tokens_around_a_text_are_stated(run_main: Run, tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.add_eos_token"].contents() is False
 
 
+@pytest.mark.parametrize("default", [{"default": "{{ messages }}"}, {}])
+def test_chat_templates_for_other_uses_go_by_their_names(
+    default: dict[str, str], run_main: Run, tmp_path: Path
+) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {**default, "tool_use": "{{ tools }}", "rag-2": "{{ documents }}"}
+    folder = write(tmp_path / "checkpoint", config_of("tied"), tokenizer)
+    file = to_gguf(run_main, folder, tmp_path / "a.gguf")
+    fields = gguf.GGUFReader(file).fields
+    expected: dict[str, Any] = {
+        "tokenizer.chat_templates": ["rag_2", "tool_use"],
+        "tokenizer.chat_template.rag_2": "{{ documents }}",
+        "tokenizer.chat_template.tool_use": "{{ tools }}",
+    }
+    if default:
+        expected["tokenizer.chat_template"] = default["default"]
+    assert {key: field.contents() for key, field in fields.items() if ".chat_template" in key} == expected
+    assert read_tokenizer(file).chat_template == default.get("default")
+
+
+def test_the_tokenizer_s_own_tokens_are_written_whatever_its_template_ends_with(
+    run_main: Run, tmp_path: Path
+) -> None:
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
+    )
+    tokenizer.eos_token = "<pad>"
+    folder = write(tmp_path / "checkpoint", config_of("tied"), tokenizer)
+    fields = gguf.GGUFReader(to_gguf(run_main, folder, tmp_path / "a.gguf")).fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
+    assert fields["tokenizer.ggml.add_eos_token"].contents() is False
+
+
 def overflow(scale: np.ndarray, shift: np.ndarray) -> None:
     scale[2], shift[2] = -6e4, 6e4
 

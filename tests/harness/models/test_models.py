@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -221,8 +222,7 @@ def test_layers_stay_on_disk_if_the_weights_take_more_than_three_fifths_of_the_m
     times: float, streamed: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = int(times * (llama / "model.safetensors").stat().st_size)
-    pages = {"SC_PHYS_PAGES": memory // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
     assert (load_original(str(llama)).read is not None) == streamed
 
 
