@@ -22,7 +22,7 @@ def test_what_a_layer_gives_is_as_of_a_dense_one(backend, device):
     y = layers[0](x.requires_grad_())
     assert off(y.detach().clone().mul_(2), 2 * exact) <= TOLERANCE[torch.float32]
     y.mul_(2)
-    with pytest.raises(RuntimeError, match="is laid out for kernels and takes no weights; keep_dense"):
+    with pytest.raises(RuntimeError, match="uses packed kernels and cannot load weights; call keep_dense"):
         layers[0].load_state_dict(stored)
     layers[0].keep_dense(False)
     layers[0].load_state_dict(stored)
