@@ -52,7 +52,7 @@ def test_a_device_that_is_too_small_ends_the_run_with_what_to_do(
     monkeypatch.setattr("harness.calibration.layerwise._collect_grams", full)
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
-    assert "too small (CUDA out of memory); free some" in capsys.readouterr().err
+    assert "out of GPU memory (CUDA out of memory); free some" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -72,7 +72,7 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
     assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
     assert "warning: this machine has 0.0 GB of memory for the 0." in printed.out
-    assert "the memory of this machine is too small; free some of it" in printed.err
+    assert "this machine is out of memory; free some" in printed.err
     assert not (tmp_path / "out").exists()
 
 
