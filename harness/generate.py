@@ -51,7 +51,7 @@ class Speed:
         )
 
 
-class _Clock(TextStreamer):
+class _TimedStreamer(TextStreamer):
     """Print text as it is generated, and record when the first new token arrived."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -107,7 +107,7 @@ def generate(
     """
     require_unicode(prompt, "the prompt")
     model = original.model
-    text = _in_template(original, prompt) if chat else prompt
+    text = _apply_chat_template(original, prompt) if chat else prompt
     # The template adds the special tokens; the tokenizer must not add them again.
     inputs = original.tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     ids = inputs["input_ids"]
@@ -116,7 +116,7 @@ def generate(
     _require_room(original, ids.shape[1], tokens)
     require_fits(model, ids, ids.shape[1])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    streamer = _Clock(original.tokenizer)
+    streamer = _TimedStreamer(original.tokenizer)
     torch.manual_seed(seed)
     begin = time.perf_counter()
     try:
@@ -213,7 +213,7 @@ def _require_room(original: Original, read: int, written: int) -> None:
         )
 
 
-def _in_template(original: Original, message: str) -> str:
+def _apply_chat_template(original: Original, message: str) -> str:
     if not original.tokenizer.chat_template:
         raise UserError(f"{original.name} has no chat template; drop --chat")
     chat = [{"role": "user", "content": message}]

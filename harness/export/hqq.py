@@ -17,8 +17,8 @@ group size is the greatest common divisor of both, and each group repeats the gr
 
 Each layer also has the scalars of HQQLinear.state_dict(), encoded as hqq encodes them for safetensors, so
 that HQQLinear(None, None).load_state_dict() loads the layer's tensors. Unquantized tensors are unchanged.
-The file is named qmodel.safetensors, after hqq's qmodel.pt. From a model.safetensors, transformers would
-silently initialize weights at random whose names it does not know.
+The file is named qmodel.safetensors, after hqq's qmodel.pt. From a model.safetensors with these names,
+transformers would load no matrix and initialize all of them at random.
 """
 
 from __future__ import annotations
@@ -230,6 +230,7 @@ def _quantization(layers: dict[str, int]) -> dict[str, Any]:
 
 
 def _tag(module: str) -> str:
+    """Return the part of a module's name that all layers share, as hqq does."""
     return ".".join(
         part for part in module.split(".") if part not in ("model", "layers") and not part.isnumeric()
     )

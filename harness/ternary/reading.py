@@ -46,12 +46,12 @@ def verify(folder: Path, model: nn.Module) -> None:
         if name not in expected:
             raise UserError(f"{folder} has a tensor that the model does not have: {name}")
         if module in ternary and part in PACKED:
-            _require_sound(name, part, tensor, expected[name], ternary[module].in_features)
+            _require_packed(name, part, tensor, expected[name], ternary[module].in_features)
         elif part == "weight" and f"{module}.row_factor" in expected:
             codes = torch.empty_like(expected[name], dtype=torch.int8)
-            _require_sound(name, part, tensor, codes, columns=codes.shape[1])
+            _require_packed(name, part, tensor, codes, columns=codes.shape[1])
         else:
-            _require_fit(name, tensor, expected[name])
+            _require_unquantized(name, tensor, expected[name])
         seen.add(name)
     tied = getattr(model, "all_tied_weights_keys", {})
     for name in expected:
@@ -110,7 +110,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"{file} is missing or damaged: {error}") from None
 
 
-def _require_fit(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+def _require_unquantized(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
     """Refuse an unquantized tensor of the wrong shape or kind of dtype, or with non-finite values."""
     if tensor.shape != expected.shape:
         raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
@@ -120,7 +120,7 @@ def _require_fit(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> Non
         raise UserError(f"{name} is damaged: it has a value that is not finite")
 
 
-def _require_sound(name: str, part: str, tensor: torch.Tensor, expected: torch.Tensor, columns: int) -> None:
+def _require_packed(name: str, part: str, tensor: torch.Tensor, expected: torch.Tensor, columns: int) -> None:
     """Refuse a packed tensor of the wrong dtype or shape, or with invalid values."""
     if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
         raise UserError(

@@ -2,8 +2,8 @@
 
 Every output of every operation has a row: how it is compared, its largest allowed error, and the reason.
 The limits allow for other orders of summation, but are far below the error of a wrong formula; the
-reference reaches a thousandth of most of them. A backend with float32 weights still computes in float64,
-so the same limits apply, except for the rows in `_FLOAT32`.
+errors of the reference itself are below a thousandth of most limits. A backend with float32 weights still
+computes in float64, so the same limits apply, except for the rows in `_FLOAT32`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
     "gptq.damp": [("H", "answer", 1e-14, "one sum of the diagonal, one product, one sum")],
     "gptq.invert_damped": [
         ("Hinv", "diagonal", 1e-10, INVERTED),
-        ("damping", "answer", 1e-14, "damping times a power of 10, or 1"),
+        ("damping", "answer", 1e-14, "the initial damping times a power of 10"),
     ],
     "gptq.compensate": [("W_R", "row", 1e-10, INVERTED)],
     "gptq.eliminate": [("Hinv", "diagonal", 1e-10, INVERTED)],
@@ -143,7 +143,7 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
         ("permutation", "equal", 0, "golden similarities at every cut differ by 1e-8 or are exactly tied"),
         ("weights", "equal", 0, "two float32 operations on stored values"),
         ("output error", "answer", OUTPUT_ERROR, "Eq. 11, the objective of the whole method"),
-        ("report.damping", "answer", 1e-14, "damping times a power of 10, or 1"),
+        ("report.damping", "answer", 1e-14, "the initial damping times a power of 10"),
         ("report.weight_power", "answer", 1e-12, FIGURES),
         ("report.output_power", "answer", 1e-12, FIGURES),
         ("report.iterations", "equal", 0, "a count of iterations"),
@@ -250,12 +250,12 @@ def check(case: Case, got: dict[str, Array], precision: str = "float64") -> list
     """
     expected = dict(case.outputs)
     if case.operation == "ternarize.ternarize":
-        expected, got = _with_whole_figures(case, expected), _with_whole_figures(case, got, expected)
+        expected, got = _with_matrix_outputs(case, expected), _with_matrix_outputs(case, got, expected)
     findings = []
     for output, answer in expected.items():
         row = TOLERANCES[case.operation][output]
         limit = row.limits[precision]
-        problem = _other_kind(got.get(output), answer)
+        problem = _mismatch(got.get(output), answer)
         error = float("inf") if problem else _error(row, case, got[output], answer)
         if not error <= limit:
             problem = problem or f"{error:.3g} {row.unit}, allowed {limit:g}"
@@ -263,7 +263,7 @@ def check(case: Case, got: dict[str, Array], precision: str = "float64") -> list
     return findings
 
 
-def _other_kind(got: Array | None, expected: Array) -> str:
+def _mismatch(got: Array | None, expected: Array) -> str:
     """Say why two arrays cannot be compared; return "" if they can."""
     if got is None:
         return "missing"
@@ -291,7 +291,7 @@ def _error(row: Tolerance, case: Case, got: Array, expected: Array) -> float:
         return float((abs(got - expected)[differs] / scale).max(initial=0))
 
 
-def _with_whole_figures(
+def _with_matrix_outputs(
     case: Case, outputs: dict[str, Array], expected: dict[str, Array] | None = None
 ) -> dict[str, Array]:
     """Add two outputs for whole matrices: the output error and the share of trits that differ."""

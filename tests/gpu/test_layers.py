@@ -67,7 +67,7 @@ def test_layers_that_are_given_the_same_input_share_a_launch(backend, device, mo
     assert len(launches) == 6
     for i in (0, 2):
         layers[i](x)
-    assert layers[0].packed._kept is None  # nothing is kept longer than it is needed
+    assert layers[0].packed._pending is None  # nothing is kept longer than it is needed
 
 
 def test_an_input_that_was_changed_in_place_is_another(backend, device):
@@ -99,7 +99,7 @@ def test_a_copy_can_be_made_between_the_layers(backend, device):
     y = layers[0](x)
     copied = copy.deepcopy(layers)
     assert copied[0].packed is copied[1].packed
-    assert copied[0].packed._kept is None
+    assert copied[0].packed._pending is None
     assert torch.equal(copied[0](x), y)
 
 

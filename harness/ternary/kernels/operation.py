@@ -105,9 +105,9 @@ def _layout_of(packed: PackedTensors) -> Any:
 
     _, _, order, row_factors, block_factors, ends, *sizes = packed
     places = [None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in packed[:5]]
-    made_of = (*places, *ends, *sizes)
-    known, layout = _layouts.get(packed.words, (None, None))
-    if known != made_of:
+    key = (*places, *ends, *sizes)
+    cached_key, layout = _layouts.get(packed.words, (None, None))
+    if cached_key != key:
         layout = matmul.Layout(
             # An alias: a layout that referenced the key itself would keep the cache entry alive forever.
             to_device(packed.words.detach()).view("uint32"),
@@ -120,7 +120,7 @@ def _layout_of(packed: PackedTensors) -> Any:
             None if block_factors is None else _numbers(to_device(block_factors)),
             packed.in_float16,
         )
-        _layouts[packed.words] = made_of, layout
+        _layouts[packed.words] = key, layout
     return layout
 
 

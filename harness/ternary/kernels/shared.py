@@ -17,7 +17,7 @@ _BITS = {"uint32": "int32", "uint16": "int16", "float16": "int16"}
 _PAIRS = {"float16": "int32", "int8": "int16"}
 
 
-class _Kept(NamedTuple):
+class _Pending(NamedTuple):
     """Outputs not yet returned to their layers, and the input they were computed from."""
 
     input: torch.Tensor
@@ -49,7 +49,7 @@ class PackedWeights(nn.Module):
         super().__init__()
         self.ends, self.columns, self.block_size = list(layout.ends), layout.columns, layout.block_size
         self.in_float16 = layout.in_float16
-        self._kept: _Kept | None = None
+        self._pending: _Pending | None = None
         for name in ("words", "grid", "permutation", "row_factors", "block_factors"):
             array = getattr(layout, name)
             if array is not None:
@@ -74,12 +74,17 @@ class PackedWeights(nn.Module):
 
     def forward(self, x: torch.Tensor, part: int) -> torch.Tensor:
         """Map (..., m) to the (..., n) outputs of one of the layers, in the dtype of x."""
-        # Read and write `_kept` once each: other threads may run the same model on other tensors.
-        kept, version = self._kept, _version(x)
-        if kept is None or kept.input is not x or kept.version != version or part not in kept.outputs:
-            kept = _Kept(x, version, self._outputs(x))
-        output = kept.outputs.pop(part)
-        self._kept = kept if kept.outputs else None
+        # Read and write `_pending` once each: other threads may run the same model on other tensors.
+        pending, version = self._pending, _version(x)
+        if (
+            pending is None
+            or pending.input is not x
+            or pending.version != version
+            or part not in pending.outputs
+        ):
+            pending = _Pending(x, version, self._outputs(x))
+        output = pending.outputs.pop(part)
+        self._pending = pending if pending.outputs else None
         return output
 
     def _outputs(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -92,7 +97,7 @@ class PackedWeights(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy needs no outputs, and torch cannot deep-copy tensors inside an autograd graph.
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_pending": None}
 
 
 def _version(x: torch.Tensor) -> int | None:

@@ -48,7 +48,7 @@ def test_what_was_rounded_is_what_is_printed(format_: str, plain: Path, tmp_path
     assert 0.95 < exported.rounding.used <= 1
     assert exported.weights == 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 160)
     summary = exported.summary("it")
-    assert f"{exported.rounding.largest:.2g} at most" in summary
+    assert f"by at most {exported.rounding.largest:.2g} alpha" in summary
     # HQQ's groups are of 64 weights in rows of 128, of 32 in rows of 160; each has 32 bits of its own.
     narrow, wide = exported.weights - 2 * 128 * 160, 2 * 128 * 160
     bits = 5 * exported.weights if format_ == "gguf" else narrow * (2 + 32 / 64) + wide * (2 + 32 / 32)
