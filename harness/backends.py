@@ -1,4 +1,4 @@
-"""Backends by package name, and the operations that they offer."""
+"""Load a backend by its package name, and look up the operations it offers (``module.function``)."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
 
 class MissingOperation(LookupError):
-    """A backend that lacks an operation of the reference."""
+    """Raised if a backend lacks an operation of the reference."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A package with the modules and functions of `reference`.
+    """A package with the same modules and functions as `reference`.
 
     Attributes
     ----------
     name : str
         Name of the package.
     package : module
-        It may define ``REFUSED``, operations it leaves out on purpose; ``PRECISIONS``, if it computes
-        in more than float64; and if its arrays are not NumPy's, the functions ``to_device``, ``to_host``,
-        ``on_stream`` and ``use_allocator`` of `gpu.device`. Where it cannot run, importing it raises a
-        RuntimeError that says why.
+        May define ``REFUSED``, the operations it leaves out on purpose, and ``PRECISIONS``, if it supports
+        more than float64. If its arrays are not NumPy arrays, it defines ``STANDIN = False`` and the
+        functions ``to_device``, ``to_host``, ``on_stream`` and ``use_allocator`` of `gpu.device`.
+        If it cannot run on this machine, importing it raises a RuntimeError with the reason.
     precision : str
-        Type of the weights it is given.
+        dtype of the weights passed to it.
     note : str
-        What was chosen and why, where the name left that open.
+        For the name ``auto``: which backend was chosen, and why.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Backend:
         return offered
 
     def function(self, operation: str) -> Callable[..., Any]:
-        """The function of an operation, as in ``function("ternarize.ternarize")``.
+        """Return the function of an operation, as in ``function("ternarize.ternarize")``.
 
         Raises
         ------
@@ -87,28 +87,28 @@ class Backend:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Types of weights that it computes with, the preferred one first."""
+        """Supported dtypes of the weights, the preferred one first."""
         return getattr(self.package, "PRECISIONS", ("float64",))
 
     @property
     def on_device(self) -> bool:
-        """Whether its arrays are in the memory of a CUDA device."""
+        """Whether its arrays are in the memory of a CUDA GPU."""
         return not getattr(self.package, "STANDIN", True)
 
     def ternarize(self, W: Any, C: Any, config: TernaryConfig) -> TernaryMatrix:
-        """The operation ``ternarize.ternarize`` on what `to_device` takes, to arrays of the backend."""
+        """Ternarize W, given C (each NumPy or DLPack); the result holds arrays of the backend."""
         return self.function("ternarize.ternarize")(self.to_device(W), self.to_device(C), config=config)
 
     def on_stream(self, pointer: int) -> AbstractContextManager[None]:
-        """Work on a CUDA stream; nothing is changed for a backend without a device."""
+        """Run on a CUDA stream; without effect for a backend without a device."""
         return self.package.on_stream(pointer) if self.on_device else nullcontext()
 
     def to_device(self, array: Any) -> Any:
-        """A NumPy array, or one of another library through DLPack, as the backend takes it."""
+        """Convert a NumPy array, or a DLPack array of another library, to an array of the backend."""
         return getattr(self.package, "to_device", _as_numpy)(array)
 
     def to_host(self, array: Any) -> Any:
-        """An array of the backend as NumPy's, or a TernaryMatrix or Layout of such arrays."""
+        """Convert an array of the backend, or a TernaryMatrix, CodedGrid or Layout of them, to NumPy."""
         if isinstance(array, TernaryMatrix):
             moved = ("trits", "scale", "shift", "permutation")
             return replace(array, **{name: self.to_host(getattr(array, name)) for name in moved})
@@ -120,21 +120,21 @@ class Backend:
 
 
 def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
-    """The backend of a name: ``reference``, ``gpu``, any package of the same shape, or ``auto``.
+    """Load a backend: ``reference``, ``gpu``, another package with the same modules, or ``auto``.
 
-    ``auto`` is ``gpu`` where there is a CUDA device and what it needs is installed, else ``reference``.
+    ``auto`` means ``gpu`` if this machine has a CUDA GPU and the required packages, else ``reference``.
 
     Parameters
     ----------
     name : str
         Name of the package.
     precision : {"float32", "float64"}, optional
-        Type of the weights; what the backend prefers if left out.
+        dtype of the weights; the backend's preferred one if omitted.
 
     Raises
     ------
     UserError
-        If there is no such backend, no device for it, or it does not compute in that precision.
+        If the backend does not exist, cannot run here, or does not support the precision.
     """
     note = ""
     if name == "auto":
@@ -142,7 +142,7 @@ def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
             package = _package("gpu")
             name, note = "gpu", f"backend auto: gpu ({package.describe()})"
         except UserError as error:
-            name, note = "reference", f"{error}; auto is reference (NumPy, float64)"
+            name, note = "reference", f"backend auto: reference (NumPy, float64); {error}"
             package = _package("reference")
     else:
         package = _package(name)
@@ -154,13 +154,15 @@ def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
 
 def _package(name: str) -> ModuleType:
     if not name.isidentifier() or importlib.util.find_spec(name) is None:
-        raise UserError(f"unknown backend {name!r}: there is no Python package of that name; use reference")
+        raise UserError(f"unknown backend {name!r}: no Python package has this name; use --backend reference")
     try:
         package = importlib.import_module(name)
-    except RuntimeError as error:  # no device: the package says so as it is imported
+    except RuntimeError as error:  # raised at import if there is no device
         raise UserError(f"backend {name} cannot run here: {error}") from None
     if importlib.util.find_spec(name + ".ternarize") is None:
-        raise UserError(f"{name!r} is no backend: it has no module {name}.ternarize; use reference")
+        raise UserError(
+            f"{name!r} is not a backend: it has no module {name}.ternarize; use --backend reference"
+        )
     return package
 
 

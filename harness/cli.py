@@ -1,4 +1,4 @@
-"""The frame of every command line: argument types, help, exit codes, and errors in one line."""
+"""Shared by all command lines: argument types, help formatting, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Callable
 
 from harness.errors import UserError
 
-EXIT_MISS = 1  # a check found a difference
+EXIT_MISS = 1  # a check failed
 
 
-EXIT_USAGE = 2  # the input cannot be used; the message says why
+EXIT_USAGE = 2  # unusable input; the message says why
 
 
 EXIT_INTERRUPTED = 130
 
 
-# No count is larger, and libraries take no larger ones.
+# The largest count that is accepted: libraries take 32-bit integers.
 LARGEST = 2**31 - 1
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as written; defaults shown where there is one to show."""
+    """Keep the line breaks of descriptions; show defaults other than None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -32,13 +32,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """The type of an argument that must be a whole number from `minimum`."""
+    """Return an argparse type for integers of at least `minimum`."""
 
     def convert(value: str) -> int:
         try:
             number = int(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {value!r}") from None
+            raise argparse.ArgumentTypeError(f"must be an integer, got {value!r}") from None
         if number < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
         if number > LARGEST:
@@ -51,41 +51,43 @@ def at_least(minimum: int) -> Callable[[str], int]:
 positive = at_least(1)
 
 
-# A window of one token predicts nothing.
+# A window of one token has nothing to predict.
 window_length = at_least(2)
 
 
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
-    """The option that lets code which comes with a model run."""
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    """Add the option ``--trust-remote-code``."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow Python code shipped with the model to run"
+    )
 
 
-def _lack_of_memory(error: Exception) -> str | None:
-    """What to do about a lack of memory; None if the error says something else."""
-    less = "ask for less at a time (fewer or shorter windows, fewer tokens or rows)"
-    torch = sys.modules.get("torch")  # which takes seconds to import
+def _out_of_memory_message(error: Exception) -> str | None:
+    """Explain an out-of-memory error; return None for any other error."""
+    less = "use fewer or shorter windows, or fewer tokens or rows"
+    torch = sys.modules.get("torch")  # importing it would take seconds
     full = torch is not None and isinstance(error, torch.OutOfMemoryError)
     if full or type(error).__module__.startswith("cupy"):
         first = str(error).partition(". ")[0]
         return (
-            f"the memory of the GPU is too small ({first}); free some of it, {less}, or do without it "
+            f"out of GPU memory ({first}); free some, {less}, or run on the CPU "
             "(--backend reference, or --cpu)"
         )
-    # torch has no class of its own for the host's.
+    # torch raises a plain RuntimeError when the host is out of memory.
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"the memory of this machine is too small; free some of it, or {less}"
+        return f"this machine is out of memory; free some, or {less}"
     return None
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run a command line and exit: bad input and Ctrl-C end in one line, never in a stack trace.
+    """Run a command line and exit with its status.
 
-    So does a lack of memory, on the host or on a device.
+    Bad input, Ctrl-C and a lack of memory (host or device) print one line instead of a stack trace.
     """
-    # Quantization reads local files and says itself what it does; a hub's bars would hide that.
+    # The programs print their own progress; log lines of transformers would bury it.
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-        if "transformers" in sys.modules:  # it has read its level as it was imported
+        if "transformers" in sys.modules:  # it read its log level at import
             sys.modules["transformers"].logging.set_verbosity_error()
     try:
         status = main()
@@ -97,16 +99,16 @@ def run(main: Callable[[], int]) -> None:
         print("interrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe (head, say) has gone; nothing more can be printed to it.
+        # The reader of the pipe (such as head) is gone; nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_MISS
     except (MemoryError, RuntimeError) as error:
-        reason = _lack_of_memory(error)
+        reason = _out_of_memory_message(error)
         if reason is None:
             raise
         print(f"error: {reason}", file=sys.stderr)
         status = EXIT_USAGE
-    except OSError as error:  # a path that may not be looked at, or is too long to be one
+    except OSError as error:  # a path without read permission, or one that is too long
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"error: {what}", file=sys.stderr)
         status = EXIT_USAGE

@@ -1,4 +1,4 @@
-"""Where layers run, and where hidden states wait between them."""
+"""The device that layers run on, and where hidden states are kept between layers."""
 
 from __future__ import annotations
 
@@ -18,52 +18,52 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Compute:
-    """A device, and how layers run on it.
+    """A device, with the dtype and memory to use on it.
 
     Attributes
     ----------
     device : torch.device
-        Where layers run and matrices are fitted.
+        Device that runs the layers and fits the matrices.
     dtype : torch.dtype or None
-        What layers run in; None is what the model is stored in.
+        dtype that layers run in; None for the dtype of the model.
     memory : int or None
-        Bytes of the device that may be used; None for the host.
+        Bytes of device memory that may be used; None on the host.
     """
 
     device: torch.device = HOST
-    # 16-bit arithmetic is as slow as float32 or slower on most CPUs, and less exact.
+    # On most CPUs, 16-bit arithmetic is no faster than float32, and it is less exact.
     dtype: torch.dtype | None = torch.float32
     memory: int | None = None
 
     def describe(self) -> str:
-        """The device in words."""
+        """Name of the device, for people."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     def peak_memory(self) -> int:
-        """Most bytes of the device that torch and the backend have had at a time; 0 for the host."""
+        """Peak device memory of torch and the backend together, in bytes; 0 on the host."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def wait(self) -> None:
-        """Return once the device has done all that is queued, so that clocks can be read."""
+        """Synchronize with the device, so that elapsed time can be measured."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     @contextmanager
     def queue(self, backend: Backend) -> Iterator[None]:
-        """Let the backend work on torch's current stream."""
+        """Run the backend on torch's current stream."""
         pointer = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         with backend.on_stream(pointer):
             yield
 
     def holds(self, model: Any, seqlen: int) -> bool:
-        """Whether a whole model fits, with the logits of a window in float32 and room for a layer to run."""
+        """Whether a whole model fits, with the float32 logits of a window and room to run a layer."""
         if self.memory is None:
             return True
         weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         return 1.1 * weights + 8 * seqlen * model.config.get_text_config().vocab_size <= self.memory
 
     def place(self, hidden: list[torch.Tensor], reserved: float) -> list[torch.Tensor]:
-        """Hidden states on the device if they fit beside `reserved` bytes, else in pinned host memory."""
+        """Move hidden states to the device if they fit beside `reserved` bytes, else pin them on the host."""
         if self.memory is None:
             return hidden
         size = sum(states.numel() * states.element_size() for states in hidden)
@@ -73,17 +73,17 @@ class Compute:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json has it: "bfloat16"."""
+    """Name of a dtype as in config.json, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def default_compute(limit: int | None = None) -> Compute:
-    """The current CUDA device if torch has one, else the host.
+    """Return the current CUDA device if torch has one, else the host.
 
     Parameters
     ----------
     limit : int, optional
-        Most bytes of the device to use; what is free now if left out.
+        Bytes of device memory to use at most; by default, all that is free now.
     """
     if not torch.cuda.is_available():
         return Compute()
@@ -96,13 +96,13 @@ def default_compute(limit: int | None = None) -> Compute:
 
 
 def compute_for(backend: Backend, limit: int | None = None) -> Compute:
-    """Where layers run for a backend: on its device, whose memory it takes from torch from here on."""
+    """Return the device that layers run on for a backend; from then on, torch allocates its memory."""
     if not backend.on_device:
         return Compute()
     compute = default_compute(limit)
     if compute.device == HOST:
         raise UserError(
-            f"backend {backend.name} has a CUDA device, but this torch is built without CUDA: "
+            f"backend {backend.name} found a CUDA GPU, but this build of torch has no CUDA support; "
             "install a CUDA build of torch, or use --backend reference"
         )
     share_memory(backend)
@@ -110,7 +110,7 @@ def compute_for(backend: Backend, limit: int | None = None) -> Compute:
 
 
 def share_memory(backend: Backend) -> None:
-    """Let a backend take the memory of its device from torch, whose CUDA graphs know what is theirs."""
+    """Make a backend allocate device memory through torch, so that torch's CUDA graphs track it."""
     if backend.on_device:
         backend.package.use_allocator(torch.cuda.caching_allocator_alloc, _release)
 
@@ -120,8 +120,8 @@ def _release(pointer: int, device: int) -> None:
 
 
 def seconds_of(work: Callable[[], Any], compute: Compute, warm_up: bool = True) -> float:
-    """Seconds that work takes on a device."""
-    if warm_up:  # the first time also allocates, compiles and picks kernels
+    """Time `work` on a device, in seconds."""
+    if warm_up:  # the first call also allocates, compiles and selects kernels
         work()
     compute.wait()
     begin = time.perf_counter()

@@ -15,9 +15,9 @@ from harness.models.loading import MODEL_HELP
 from harness.perplexity import measure_on
 
 DESCRIPTION = """\
-Measure perplexity as the GPTQ family does: windows of --seqlen tokens that do not overlap, from
-the start of the text; the exponential of the mean negative log-likelihood. The protocol is printed
-with the number, as numbers by different protocols cannot be compared.
+Measure perplexity as the GPTQ family does: split the text into consecutive windows of --seqlen tokens
+and take the exponential of the mean negative log-likelihood. The protocol is printed with the result,
+because perplexities by different protocols are not comparable.
 
   python -m harness.evaluate smollm2-ternary --data wikitext2
   python -m harness.evaluate --data wikitext2:wiki.test.raw --windows 8
@@ -25,22 +25,26 @@ with the number, as numbers by different protocols cannot be compared.
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.evaluate", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"a ternary checkpoint; or {MODEL_HELP}")
     parser.add_argument("--data", required=True, metavar="TEXT", help=text.SOURCES_HELP)
-    parser.add_argument("--text-column", metavar="NAME", help="field of .jsonl, .parquet and .arrow rows")
-    parser.add_argument("--seqlen", type=window_length, default=2048, help="tokens in a window")
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="field to read from .jsonl, .parquet and .arrow rows"
+    )
+    parser.add_argument("--seqlen", type=window_length, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=positive, metavar="N", help="measure only the first N windows")
     parser.add_argument(
-        "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="what a GGUF is loaded in"
+        "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="dtype to dequantize a GGUF file to"
     )
     parser.add_argument(
-        "--packed", action="store_true", help="keep no dense weights of a ternary checkpoint: slow, and small"
+        "--packed",
+        action="store_true",
+        help="do not dequantize a ternary checkpoint in advance; saves memory, but is slow on a CPU",
     )
-    parser.add_argument("--cpu", action="store_true", help="do not use a CUDA device that torch has")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
     add_trust_remote_code(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

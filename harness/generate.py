@@ -1,4 +1,4 @@
-"""Let a ternary or an original model write: python -m harness.generate PATH --prompt TEXT."""
+"""Generate text with a ternary or an original model: python -m harness.generate PATH --prompt TEXT."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from harness.models.loading import MODEL_HELP
 from harness.models.original import Original, require_fits
 from harness.text import require_unicode
 
-# Logits that are divided by less are no finite float32 any more.
+# Dividing logits by a smaller temperature could overflow float32.
 LEAST_TEMPERATURE = 1e-6
 
 
 DESCRIPTION = """\
 Continue a prompt with a ternary checkpoint, or with an original model for comparison. The text is
-printed as it comes, and at the end tokens a second, of reading the prompt and of writing.
+printed as it is generated. The last line gives the speed of prefill and decoding in tokens per second.
 
   python -m harness.generate smollm2-ternary --prompt "The capital of France is"
   python -m harness.generate smollm2-ternary --prompt "Tell me a joke." --chat --temperature 0.7
@@ -35,7 +35,7 @@ printed as it comes, and at the end tokens a second, of reading the prompt and o
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens, and seconds, of the prompt (and the first token) and of what was written after it."""
+    """Tokens and seconds of the prefill (which yields the first token) and of decoding after it."""
 
     prompt: int
     written: int
@@ -44,15 +44,15 @@ class Speed:
 
     def __str__(self) -> str:
         after = self.written - 1
-        writing = f", {after / self.writing_seconds:.1f} tokens/s written" if after > 0 else ""
+        decoding = f" at {after / self.writing_seconds:.1f} tokens/s" if after > 0 else ""
         return (
-            f"{self.prompt} tokens of prompt in {self.prompt_seconds:.2f} s "
-            f"({self.prompt / self.prompt_seconds:.1f} tokens/s), {self.written} tokens written{writing}"
+            f"prompt of {self.prompt} tokens in {self.prompt_seconds:.2f} s "
+            f"({self.prompt / self.prompt_seconds:.1f} tokens/s); generated {self.written} tokens{decoding}"
         )
 
 
-class _Clock(TextStreamer):
-    """Prints text as it comes, and notes when the first new token did."""
+class _TimedStreamer(TextStreamer):
+    """Print text as it is generated, and record when the first new token arrived."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -60,7 +60,7 @@ class _Clock(TextStreamer):
         self.calls = 0
 
     def put(self, value: torch.Tensor) -> None:
-        """Called with the prompt, then with every token."""
+        """Take the prompt (first call), then each new token."""
         self.calls += 1
         if self.calls == 2:
             self.first = time.perf_counter()
@@ -85,15 +85,15 @@ def generate(
     prompt : str
         Text to continue.
     tokens : int
-        Most tokens to write; fewer if the model ends its text.
+        Maximum number of new tokens; the model may stop earlier.
     temperature : float
-        0 takes the likeliest token; above, tokens are drawn.
+        Sampling temperature; 0 for greedy decoding.
     seed : int
-        Of the draw.
+        Seed for sampling.
     chat : bool
-        Give the prompt as a user's message, by the model's template.
+        Pass the prompt as a user message, through the model's chat template.
     compiled : bool
-        Use a cache of fixed size, for which transformers compiles the model on a CUDA device.
+        Use a static cache, for which transformers compiles the model on a CUDA GPU.
 
     Returns
     -------
@@ -102,14 +102,13 @@ def generate(
     Raises
     ------
     UserError
-        If the prompt is empty or no Unicode text, or longer with what is to be written than the model has
-        positions for; or if the template for `chat` is missing or fails, or a setting of the model's
-        generation is not what transformers takes.
+        If the prompt is empty or not valid Unicode, if prompt and new tokens exceed the model's context,
+        if the chat template is missing or fails, or if transformers rejects a generation setting.
     """
     require_unicode(prompt, "the prompt")
     model = original.model
-    text = _in_template(original, prompt) if chat else prompt
-    # A template writes the special tokens itself; those of the tokenizer would come on top.
+    text = _apply_chat_template(original, prompt) if chat else prompt
+    # The template adds the special tokens; the tokenizer must not add them again.
     inputs = original.tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     ids = inputs["input_ids"]
     if ids.numel() == 0:
@@ -117,7 +116,7 @@ def generate(
     _require_room(original, ids.shape[1], tokens)
     require_fits(model, ids, ids.shape[1])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    streamer = _Clock(original.tokenizer)
+    streamer = _TimedStreamer(original.tokenizer)
     torch.manual_seed(seed)
     begin = time.perf_counter()
     try:
@@ -130,12 +129,12 @@ def generate(
                 **({"cache_implementation": "static"} if compiled else {}),
                 **sampling,
             )
-    except (TypeError, ValueError) as error:  # transformers looks at a setting only when it needs it
+    except (TypeError, ValueError) as error:  # transformers checks some settings only when it uses them
         settings = model.generation_config.to_diff_dict()
         settings.pop("transformers_version", None)
         raise UserError(
-            f"{original.name} cannot write: {_in_one_line(error)}. The settings in its {GENERATION} are "
-            f"{settings}"
+            f"{original.name} cannot generate: {_in_one_line(error)}; check the settings in its "
+            f"{GENERATION}: {settings}"
         ) from None
     end = time.perf_counter()
     first = streamer.first or end
@@ -150,27 +149,33 @@ def main() -> int:
     add = parser.add_argument
     add("model", nargs="?", metavar="PATH", help=f"a ternary checkpoint; or {MODEL_HELP}")
     add("--prompt", required=True, metavar="TEXT", help="text to continue")
-    add("--chat", action="store_true", help="give the prompt as a user's message, by the model's template")
-    add("--tokens", type=positive, default=64, metavar="N", help="most tokens to write")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token")
-    add("--seed", type=int, default=0, metavar="N", help="of the draw, if the temperature is above 0")
+    add("--chat", action="store_true", help="pass the prompt as a user message, through the chat template")
+    add("--tokens", type=positive, default=64, metavar="N", help="maximum number of new tokens")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="sampling temperature; 0 for greedy decoding",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed for sampling, if the temperature is above 0")
     add(
         "--packed",
         action="store_true",
-        help="keep no dense weights on a CPU either: slow, and small",
+        help="do not dequantize the weights in advance on a CPU; saves memory, but is slow",
     )
     add(
         "--compile",
         action="store_true",
-        help="on a CUDA device, compile the model with CUDA graphs: a slow start, and fast writing after it",
+        help="on a CUDA GPU, compile the model with CUDA graphs; starts slowly, then generates faster",
     )
-    add("--cpu", action="store_true", help="do not use a CUDA device that torch has")
+    add("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
     add_trust_remote_code(parser)
     arguments = parser.parse_args()
     if not (arguments.temperature == 0 or LEAST_TEMPERATURE <= arguments.temperature < float("inf")):
-        parser.error(f"--temperature must be 0, or a number from {LEAST_TEMPERATURE} on")
+        parser.error(f"--temperature must be 0, or finite and at least {LEAST_TEMPERATURE}")
     if not -(2**63) <= arguments.seed < 2**64:
-        parser.error("--seed must be a number of 64 bits")
+        parser.error("--seed must be a 64-bit integer")
 
     device = "cpu" if arguments.cpu else default_compute().device
     original = open_model(
@@ -181,8 +186,8 @@ def main() -> int:
     )
     if original.read is not None:
         raise UserError(
-            f"{original.name} is too large for the memory of this machine, and writing takes all of it; "
-            "harness.evaluate takes it layer by layer"
+            f"{original.name} is too large for the memory of this machine, and generation needs the whole "
+            "model in memory; only harness.evaluate and harness.quantize run it layer by layer"
         )
     original.model.to(device)
     speed = generate(
@@ -199,25 +204,24 @@ def main() -> int:
 
 
 def _require_room(original: Original, read: int, written: int) -> None:
-    """Refuse to write beyond the model's context."""
+    """Refuse to generate beyond the model's context."""
     positions = getattr(original.model.config.get_text_config(), "max_position_embeddings", None)
     if positions and read + written > positions:
         raise UserError(
-            f"a prompt of {read} tokens and --tokens {written} are {read + written} tokens, more than the "
+            f"the prompt ({read} tokens) and --tokens {written} make {read + written} tokens, more than the "
             f"{positions} positions of {original.name}; shorten the prompt or lower --tokens"
         )
 
 
-def _in_template(original: Original, message: str) -> str:
+def _apply_chat_template(original: Original, message: str) -> str:
     if not original.tokenizer.chat_template:
-        raise UserError(f"{original.name} has no chat template; leave out --chat")
+        raise UserError(f"{original.name} has no chat template; drop --chat")
     chat = [{"role": "user", "content": message}]
     try:
         return original.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program, and can fail in every way
+    except Exception as error:  # a template is a program: it can raise anything
         raise UserError(
-            f"the chat template of {original.name} failed; mend it, or leave out --chat: "
-            f"{_in_one_line(error)}"
+            f"the chat template of {original.name} failed; fix it, or drop --chat: {_in_one_line(error)}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Verify and measure everything on this machine's CUDA device: python -m harness.hardware [PART ...]."""
+"""Verify and measure the GPU backend on this machine's GPU: python -m harness.hardware [PART ...]."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ FULL_SIZE = "tests/gpu/test_full_size.py"
 COMPILATION = "tests/gpu/test_compilation.py"
 
 
-# Most of the first run of the tests is CuPy and Numba compiling kernels on the host, each on one core.
+# In a first run, tests mostly wait for CuPy and Numba to compile kernels, each on one core of the host.
 WORKERS = 8
 
 
-# What each part shows, and what it runs.
+# Every part: what it checks or measures, and the command that it runs.
 PARTS = {
     "tests": (
-        "every test of the GPU backend but those of full size and those that need no device",
+        "all tests of the GPU backend, except full-size tests and tests that need no GPU",
         f"python -m pytest tests/gpu --ignore {FULL_SIZE} --ignore {COMPILATION}",
     ),
     "golden": (
-        "the golden cases, for the record",
+        "all golden cases; updates the record",
         f"python -m harness.verify --backend gpu --record {RECORD}",
     ),
     "full-size": (
-        "matrices of a 7B model's sizes against the reference",
+        "matrices of the sizes of a 7B model, against the reference",
         f"python -m pytest {FULL_SIZE}::test_output_error_is_that_of_the_reference",
     ),
     "largest": (
-        "a matrix of 8192 x 28672, and its first blocks against the reference",
+        "an 8192 x 28672 matrix; its first blocks against the reference",
         f"python -m pytest {FULL_SIZE} -klargest",
     ),
     "model": (
-        "every matrix of a real model against the reference, for the record",
+        "every matrix of a real model, against the reference; updates the record",
         f"python -m harness.verify --backend gpu --model --record {RECORD}",
     ),
     "speed": (
-        "quantization at the shapes of large models",
+        "quantization at large model shapes",
         "python -m harness.benchmark quantize benchmarks/quantize.json --backend gpu --layers 4 "
         "--shape llama-7b llama-13b llama3-8b qwen3-14b",
     ),
@@ -67,22 +67,22 @@ PARTS = {
         "--shape llama-7b llama-65b",
     ),
     "generation": (
-        "tokens a second of ternary models against dense ones",
+        "tokens per second of ternary and dense models",
         "python -m harness.benchmark generate benchmarks/generate.json --shape llama-7b",
     ),
     "generation-65b": (
-        "the same for a quarter of a 65B model, as not all of its dense weights fit on one device",
+        "the same for a quarter of a 65B model, whose dense weights do not fit on one GPU",
         "python -m harness.benchmark generate benchmarks/generate-65b.json --shape llama-65b --layers 20",
     ),
     "sanitizer": (
-        "the packed kernels under compute-sanitizer, if that is installed",
-        # CuPy and torch ask the runtime what it may refuse to answer, and take no for an answer.
+        "the packed kernels under compute-sanitizer, if it is installed",
+        # CuPy and torch probe the CUDA runtime with calls that may fail, and handle the failure.
         "compute-sanitizer --report-api-errors no --error-exitcode 1 "
         "python -m pytest -x tests/gpu/test_matmul.py tests/gpu/test_tensor_cores.py "
         "tests/gpu/test_warpgroup.py tests/gpu/test_fitting.py",
     ),
     "memory": (
-        "the shape of a 65B model in 40 GB of device memory",
+        "quantization at the shape of a 65B model, in 40 GB of GPU memory",
         "python -m harness.benchmark quantize benchmarks/quantize-65b.json --backend gpu --layers 2 "
         "--shape llama-65b --device-memory 40",
     ),
@@ -90,9 +90,9 @@ PARTS = {
 
 
 DESCRIPTION = f"""\
-Run the GPU backend through everything that needs a CUDA device, in a clone of the repository and on
-whatever versions are installed there; tox is not needed. What passes is written to {RECORD},
-figures go to benchmarks/. A part that fails does not stop the others.
+Run all checks and benchmarks of the GPU backend that need a CUDA GPU. Run this in a clone of the
+repository; it uses the installed versions, without tox. Verified files are recorded in
+{RECORD}, benchmark results in benchmarks/. A part that fails does not stop the others.
 
 parts:
 """ + "\n".join(f"  {name:14} {what}" for name, (what, _) in PARTS.items())
@@ -103,17 +103,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m harness.hardware", description=DESCRIPTION, formatter_class=HelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="which parts; all if left out")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; all by default")
     parts = parser.parse_args().parts or list(PARTS)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        parser.error(f"no part {unknown[0]!r}; known are {', '.join(PARTS)}")
+        parser.error(f"unknown part {unknown[0]!r}; choose from {', '.join(PARTS)}")
     require_device()
     return run_parts({part: command_of(part) for part in parts})
 
 
 def command_of(part: str) -> list[str]:
-    """The words of a part's command; tests run side by side if pytest-xdist is installed."""
+    """Return the command of a part; its tests run in parallel if pytest-xdist is installed."""
     words = PARTS[part][1].split()
     if part == "tests" and importlib.util.find_spec("xdist") is not None:
         words += ["--numprocesses", str(WORKERS)]
@@ -121,17 +121,17 @@ def command_of(part: str) -> list[str]:
 
 
 def require_device() -> None:
-    """Refuse to run without a device, or elsewhere than in a clone."""
+    """Refuse to run without a GPU, or outside a clone."""
     try:
         print(load_backend("gpu").package.identity())
     except RuntimeError as error:
-        raise UserError(f"{error}; these checks are for a CUDA device") from None
+        raise UserError(f"{error}; these checks need a CUDA GPU") from None
     if not Path(FULL_SIZE).is_file():
-        raise UserError(f"there is no {FULL_SIZE} here; run this in a clone of the repository")
+        raise UserError(f"{FULL_SIZE} not found; run this in the root of a clone of the repository")
 
 
-def _lacking(command: list[str]) -> str | None:
-    """What a command needs that not every machine with a device has."""
+def _missing_requirement(command: list[str]) -> str | None:
+    """Name the first program or package that a command needs and this machine lacks."""
     if command[0] != "python" and shutil.which(command[0]) is None:
         return command[0]
     needed = (EMBEDDED_PACKAGE, "gguf") if "--model" in command else ()
@@ -139,12 +139,12 @@ def _lacking(command: list[str]) -> str | None:
 
 
 def run_parts(commands: dict[str, list[str]]) -> int:
-    """Run commands one after the other; the exit code says whether all that could be run passed."""
+    """Run the commands in turn; return 0 if every command that could run passed, else `EXIT_MISS`."""
     outcomes = []
     for part, command in commands.items():
         print(f"== {part}: {' '.join(command)}", flush=True)
-        if lacking := _lacking(command):
-            outcomes.append((part, 0, f"not run: {lacking} is not installed"))
+        if missing := _missing_requirement(command):
+            outcomes.append((part, 0, f"not run: {missing} is not installed"))
             continue
         begin = time.perf_counter()
         here = [sys.executable if word == "python" else word for word in command]

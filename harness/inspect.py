@@ -1,4 +1,4 @@
-"""What is in a ternary checkpoint, byte by byte: python -m harness.inspect PATH."""
+"""Show the contents of a ternary checkpoint, every byte counted: python -m harness.inspect PATH."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from harness.ternary.linear import TernaryLinear
 from harness.ternary.reading import tensors_of, weight_map
 
 DESCRIPTION = """\
-Print what a ternary checkpoint holds: the bytes of every kind, bits a weight with everything counted,
-and for each layer its shape, size and how often -1, 0 and +1 occur.
+Show the contents of a ternary checkpoint. For each ternary layer: its shape, bytes, bits per weight and
+the shares of -1, 0 and +1. For the whole checkpoint: bytes and bits per weight by kind of tensor.
 
   python -m harness.inspect smollm2-ternary
 """
@@ -36,7 +36,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A packed matrix; `counts` of its trits -1, 0 and +1."""
+    """A packed matrix; `counts` are the numbers of trits -1, 0 and +1."""
 
     name: str
     rows: int
@@ -46,30 +46,30 @@ class Layer:
 
     @property
     def bits(self) -> float:
-        """Bits a weight, alpha, mu and permutation counted."""
+        """Bits per weight, including alpha, mu and the permutation."""
         return 8 * self.bytes / (self.rows * self.columns)
 
 
 def describe(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Sizes and layers of a checkpoint.
+    """Collect the sizes and layers of a checkpoint.
 
     Parameters
     ----------
     folder : Path
         A ternary checkpoint.
     trust_remote_code : bool
-        Whether code that comes with the model may run.
+        Whether Python code shipped with the model may run.
 
     Returns
     -------
     dict
-        ``block_size``; ``bytes`` by kind (`KINDS`) of tensors, and ``bytes_on_disk`` of the weight files
-        with their headers; ``layers``, a list of `Layer`.
+        ``block_size``; ``bytes`` by kind of tensor (`KINDS`); ``bytes_on_disk``, the size of the weight
+        files including headers; ``layers``, a list of `Layer`.
 
     Raises
     ------
     UserError
-        If the folder is no such checkpoint, or a file or tensor of it is missing or damaged.
+        If the folder is not a ternary checkpoint, or one of its files or tensors is missing or damaged.
     """
     model = load(folder, dense=False, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
@@ -88,7 +88,7 @@ def describe(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The description as people read it."""
+    """Format the description for people."""
     layers: list[Layer] = found["layers"]
     weights = sum(layer.rows * layer.columns for layer in layers)
     ternary = sum(found["bytes"][kind] for kind in KINDS if kind != "rest")
@@ -102,10 +102,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     text.append("")
     for kind, what in KINDS.items():
         size = found["bytes"][kind]
-        share = f"{8 * size / weights:7.3f} bits a weight" if kind != "rest" else ""
+        share = f"{8 * size / weights:7.3f} bits per weight" if kind != "rest" else ""
         text.append(f"{what:36} {size:16,} bytes  {share}".rstrip())
     text.append(
-        f"{'ternary layers in all':36} {ternary:16,} bytes  {8 * ternary / weights:7.3f} bits a weight"
+        f"{'all ternary layers':36} {ternary:16,} bytes  {8 * ternary / weights:7.3f} bits per weight"
     )
     text.append(f"{'weight files on disk':36} {found['bytes_on_disk']:16,} bytes")
     text.append(f"{len(layers)} ternary layers, {weights:,} weights, blocks of {found['block_size']} columns")
@@ -115,11 +115,11 @@ def lines(found: dict[str, Any]) -> list[str]:
 def _layer(name: str, layer: TernaryLinear) -> Layer:
     parts = [getattr(layer, part) for part in PACKED]
     size = sum(tensor.numel() * tensor.element_size() for tensor in parts if tensor is not None)
-    # Counted by bytes, as a large layer's trits would take five times their room unpacked.
+    # Count bytes, not trits: unpacked, the trits of a large layer take five times the memory.
     occurrences = torch.bincount(layer.trits.flatten().long(), minlength=3**5)
     codes = unpack_base3(torch.arange(3**5, dtype=torch.uint8)[:, None], 5)
     minus, zero, plus = (int(((codes == t).sum(1) * occurrences).sum()) for t in (-1, 0, 1))
-    zero -= layer.out_features * (5 * layer.trits.shape[1] - layer.in_features)  # the filling of the rows
+    zero -= layer.out_features * (5 * layer.trits.shape[1] - layer.in_features)  # padding of the rows
     return Layer(name, layer.out_features, layer.in_features, size, (minus, zero, plus))
 
 
@@ -129,7 +129,7 @@ def main() -> int:
         prog="python -m harness.inspect", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="folder of a ternary checkpoint")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print a single JSON object")
     add_trust_remote_code(parser)
     arguments = parser.parse_args()
     found = describe(arguments.path, arguments.trust_remote_code)

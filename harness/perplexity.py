@@ -1,4 +1,4 @@
-"""Perplexity as the GPTQ family measures it."""
+"""Measure perplexity by the protocol of the GPTQ family."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from harness.models.decoder import DecoderLayers, locate_layers
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say, say_on_stderr
 
-# Rows of logits turned into float32 at a time; a vocabulary is wide.
+# Rows of logits converted to float32 at a time, to bound memory with large vocabularies.
 LOGIT_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and everything it depends on.
+    """A perplexity, with everything needed to compare it.
 
     Attributes
     ----------
     value : float
-        exp of the mean negative log-likelihood a token; infinite if that overflows.
+        exp of the mean negative log-likelihood per token; infinite if that overflows.
     windows, seqlen : int
-        Windows measured, and tokens in each.
+        Number of windows measured, and tokens per window.
     tokens : int
-        Tokens of the whole stream.
+        Tokens in the whole stream.
     protocol : str
-        Text, split and joining, windows and dtype in words.
+        Text, split, joiner, windows and dtype, in words.
     """
 
     value: float
@@ -52,7 +52,7 @@ def measure(
     source: str,
     progress: Callable[[], object] = lambda: None,
 ) -> Perplexity:
-    """Perplexity over windows that do not overlap.
+    """Measure the perplexity over windows that do not overlap.
 
     Parameters
     ----------
@@ -61,9 +61,9 @@ def measure(
     windows : (count, seqlen) int64 tensor
         Token ids.
     tokens : int
-        Tokens of the stream that the windows were cut from.
+        Tokens in the stream that the windows were cut from.
     source : str
-        What the stream is, for the protocol.
+        Description of the stream, for the protocol.
     progress : callable
         Called after every window.
 
@@ -73,8 +73,8 @@ def measure(
 
     Notes
     -----
-    The mean cross-entropy over the seqlen - 1 predictions inside a window counts seqlen times, so that
-    the result is exp(sum / (count · seqlen)), as in GPTQ's code. The model runs in its own dtype.
+    As in GPTQ's code, the mean cross-entropy of the seqlen - 1 predictions in a window is weighted by
+    seqlen; the result is exp(sum / (count · seqlen)). The model runs in its own dtype.
     """
     losses = []
     for window in windows:
@@ -94,7 +94,7 @@ def measure_by_layers(
     compute: Compute,
     progress: Callable[[], object] = lambda: None,
 ) -> Perplexity:
-    """The same as `measure`, with one decoder layer at a time on the device, for models larger than it.
+    """Measure as `measure` does, one decoder layer on the device at a time, for models that do not fit.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def measure_by_layers(
     decoder : DecoderLayers
         The decoder layers.
     compute : Compute
-        Where they run, in the dtype of the model.
+        Device that runs them, in the dtype of the model.
     progress : callable
         Called after every layer.
     """
@@ -130,15 +130,15 @@ def measure_on(
     when: str = "",
     say: Say = say_on_stderr,
 ) -> Perplexity:
-    """Perplexity of a model on a text by the text's protocol, with its progress.
+    """Measure the perplexity of a model on a text by the text's protocol, with a progress bar.
 
-    A model that fits on the device is moved there and back. Otherwise, or if the model is not in memory, one
-    decoder layer at a time is on the device.
+    A model that fits on the device is moved there and back. Otherwise, or if its decoder layers are on
+    disk, it runs one decoder layer at a time.
 
     Raises
     ------
     UserError
-        If the text is shorter than one window, or a window is longer than the model allows.
+        If the text is shorter than one window, or a window is longer than the model's context.
     """
     model = original.model
     tokens = text.tokenize(stream, original.tokenizer)
@@ -160,7 +160,7 @@ def measure_on(
 
 
 def _mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
-    """Mean cross-entropy of the tokens of a window after the first."""
+    """Mean cross-entropy of a window's tokens, the first excluded."""
     predicted, targets = logits[0, :-1], window[1:].to(logits.device)
     loss = 0.0
     for rows, goal in zip(predicted.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):

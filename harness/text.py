@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: named data sets, local files, and what every machine has."""
+"""Text for calibration and evaluation: named data sets, local files, and Python's own documentation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CALIBRATION, EVALUATION = "calibration", "evaluation"
 BUILTIN = "builtin"
 
 
-# Endings of files that are text as they are; the empty one for files without.
+# Suffixes of plain text files; "" stands for no suffix.
 PLAIN = (".txt", ".raw", ".md", "")
 
 
-# Topics of the built-in text that begin beyond this share of it are kept for evaluation.
+# Topics that begin after this share of the built-in text are held out for evaluation.
 HELD_OUT_FROM = 0.8
 
 
@@ -33,8 +33,8 @@ HELD_OUT_FROM = 0.8
 class _Split:
     hub: dict[str, Any]  # arguments of datasets.load_dataset
     joiner: str
-    rows: int | None = None  # leading rows taken; None for all
-    windows: int | None = None  # leading evaluation windows taken; None for all
+    rows: int | None = None  # use only the first rows; None for all
+    windows: int | None = None  # evaluate only the first windows; None for all
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ _PTB = {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 
 
-# Splits, joining and sizes are those of the GPTQ family, so that numbers can be compared.
+# Splits, joiners and sizes follow the GPTQ family, so that perplexities are comparable.
 DATA_SETS = {
     "wikitext2": _DataSet(
         "text",
@@ -90,19 +90,19 @@ DATA_SETS = {
 
 
 SOURCES_HELP = (
-    "wikitext2, c4 or ptb (downloaded with the package `datasets`); NAME:FILE for a local file read with "
-    "that data set's rows and joining, such as wikitext2:wiki.test.raw; a .txt, .jsonl, .parquet or "
-    f".arrow file; or {BUILTIN}, text of the Python documentation that every machine has"
+    "wikitext2, c4 or ptb, downloaded with the package `datasets`; NAME:FILE for a local copy of such a "
+    "data set, such as wikitext2:wiki.test.raw; a .txt, .jsonl, .parquet or .arrow file; or "
+    f"{BUILTIN}, the documentation that comes with Python"
 )
 
 
 @dataclass(frozen=True)
 class Text:
-    """A stream of text and how it came about, in words that belong beside every number made with it."""
+    """A stream of text, with its protocol: how it was made, to be reported with every result."""
 
     stream: str
     protocol: str
-    windows: int | None = None  # leading evaluation windows the protocol takes; None for all
+    windows: int | None = None  # the protocol evaluates only the first windows; None for all
 
 
 def read_text(source: str, use: str, column: str | None = None) -> Text:
@@ -111,20 +111,21 @@ def read_text(source: str, use: str, column: str | None = None) -> Text:
     Parameters
     ----------
     source : str
-        As `SOURCES_HELP` says.
+        One of the sources in `SOURCES_HELP`.
     use : {"calibration", "evaluation"}
-        Which split of a named data set, or share of the built-in text.
+        Selects the split of a named data set, or the part of the built-in text.
     column : str, optional
-        Field of the rows of a .jsonl, .parquet or .arrow file; the data set's own, or ``text``.
+        Field to read from the rows of a .jsonl, .parquet or .arrow file. By default the field of the
+        named data set, or ``text``.
 
     Raises
     ------
     UserError
-        If the file is missing, empty, of an unknown kind or has no such column, or a data set
+        If the file is missing, empty or of an unknown type, if it lacks the column, or if a data set
         cannot be downloaded.
     """
     if not source:
-        raise UserError("the name of a text is empty: a variable that is not set?")
+        raise UserError("the name of the text is empty; is a shell variable unset?")
     if source == BUILTIN:
         text = _builtin(use)
     elif source in DATA_SETS:
@@ -134,47 +135,47 @@ def read_text(source: str, use: str, column: str | None = None) -> Text:
         if not (colon and name in DATA_SETS):
             name, path = "", source
         elif not path:
-            raise UserError(f"{source} names no file after the colon: a variable that is not set?")
+            raise UserError(f"{source} has no file name after the colon; is a shell variable unset?")
         text = _local(name, Path(path), use, column)
     if not text.stream.strip():
-        raise UserError(f"{source} holds no text")
+        raise UserError(f"{source} contains no text")
     require_unicode(text.stream, source)
     return text
 
 
 def require_rows(column: str | None, *sources: str) -> None:
-    """Refuse the name of a field where no text comes in rows with fields."""
+    """Refuse ``--text-column`` if no source has rows with fields."""
     if column is not None and not any(Path(source).suffix.lower() in READERS for source in sources):
         raise UserError(
-            f"--text-column {column} is for rows of {', '.join(READERS)} files, and there are none here; "
-            "leave it out"
+            f"--text-column {column} applies only to {', '.join(READERS)} files, and no such file is given; "
+            "drop --text-column"
         )
 
 
 def require_unicode(text: str, source: str) -> None:
-    """Refuse half a surrogate pair, which JSON may hold and a command line may make; no tokenizer takes it.
+    """Refuse text with a lone surrogate: JSON files and command lines may hold one, tokenizers reject it.
 
     Raises
     ------
     UserError
-        If `text` has one; says where in `source`.
+        If `text` has a lone surrogate; the message gives its position in `source`.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise UserError(
-            f"{source} is not Unicode text: character {error.start} is {code}, half a pair"
+            f"{source} is not valid Unicode: character {error.start} is {code}, a lone surrogate"
         ) from None
 
 
 def tokenize(text: Text, tokenizer: Any) -> torch.Tensor:
-    """The token ids of the whole stream, (tokens,), exactly as the tokenizer gives them."""
+    """Tokenize the whole stream, (tokens,), with the special tokens that the tokenizer adds."""
     return tokenizer(text.stream, return_tensors="pt", verbose=False).input_ids[0]
 
 
 def calibration_windows(tokens: torch.Tensor, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Windows at random starts, (nsamples, seqlen), as the GPTQ family draws them.
+    """Draw windows at random starts, (nsamples, seqlen), as the GPTQ family does.
 
     Raises
     ------
@@ -183,8 +184,8 @@ def calibration_windows(tokens: torch.Tensor, nsamples: int, seqlen: int, seed: 
     """
     if len(tokens) < seqlen + 1:
         raise UserError(
-            f"the calibration text has {len(tokens)} tokens; windows of {seqlen} need at least {seqlen + 1}. "
-            "Use more text or a smaller --seqlen"
+            f"the calibration text has {len(tokens)} tokens, but windows of {seqlen} need at least "
+            f"{seqlen + 1}; use more text or a smaller --seqlen"
         )
     generator = random.Random(seed)
     starts = [generator.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
@@ -192,7 +193,7 @@ def calibration_windows(tokens: torch.Tensor, nsamples: int, seqlen: int, seed: 
 
 
 def evaluation_windows(tokens: torch.Tensor, seqlen: int, limit: int | None) -> torch.Tensor:
-    """Windows from the start that do not overlap, (windows, seqlen); the rest is left out.
+    """Cut consecutive windows that do not overlap, (windows, seqlen); drop the remainder.
 
     Raises
     ------
@@ -202,8 +203,8 @@ def evaluation_windows(tokens: torch.Tensor, seqlen: int, limit: int | None) -> 
     count = len(tokens) // seqlen
     if count == 0:
         raise UserError(
-            f"the evaluation text has {len(tokens)} tokens, less than one window of {seqlen}. "
-            "Use more text or shorter windows"
+            f"the evaluation text has {len(tokens)} tokens, less than one window of {seqlen}; "
+            "use more text or shorter windows"
         )
     count = min(count, limit) if limit else count
     return tokens[: count * seqlen].reshape(count, seqlen)
@@ -228,8 +229,8 @@ def _downloaded(name: str, use: str) -> Text:
         import datasets
     except ImportError:
         raise UserError(
-            f"{name} is downloaded with the package `datasets`: pip install '.[eval]' in the clone, "
-            f"or give a local copy as {name}:FILE"
+            f"downloading {name} requires the package `datasets`; run pip install '.[eval]' in the clone, "
+            f"or pass a local copy as {name}:FILE"
         ) from None
     data_set = DATA_SETS[name]
     split = data_set.splits[use]
@@ -237,10 +238,10 @@ def _downloaded(name: str, use: str) -> Text:
         loaded = datasets.load_dataset(**split.hub)
         rows = loaded.take(split.rows) if split.rows else loaded
         texts = [row[data_set.column] for row in rows]
-    except Exception as error:  # the hub's failures share no base class
+    except Exception as error:  # errors of the hub share no base class
         raise UserError(
-            f"{name} could not be downloaded ({type(error).__name__}: {_first_line(error)}). "
-            f"Without a hub, give a local copy as {name}:FILE"
+            f"{name} could not be downloaded ({type(error).__name__}: {_first_line(error)}); "
+            f"without access to the Hugging Face Hub, pass a local copy as {name}:FILE"
         ) from None
     return _joined(texts, name, use, f"{split.hub['path']}, {split.hub['split']} split")
 
@@ -248,7 +249,7 @@ def _downloaded(name: str, use: str) -> Text:
 def _local(name: str, path: Path, use: str, column: str | None) -> Text:
     if not path.is_file():
         known = ", ".join([*DATA_SETS, BUILTIN])
-        raise UserError(f"{path} is not a file; text is one of {known}, or a file that exists")
+        raise UserError(f"{path} is not a file; use one of {known}, or an existing file")
     column = column or (DATA_SETS[name].column if name else "text")
     suffix = path.suffix.lower()
     try:
@@ -259,7 +260,8 @@ def _local(name: str, path: Path, use: str, column: str | None) -> Text:
         elif suffix in PLAIN:
             return Text(path.read_bytes().decode("utf-8-sig"), f"{path.name} as it is")
         else:
-            raise UserError(f"{path}: text files end in {', '.join(filter(None, (*PLAIN, *READERS)))}")
+            endings = ", ".join(filter(None, (*PLAIN, *READERS)))
+            raise UserError(f"{path} has an unknown file type; text files end in {endings}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
@@ -275,7 +277,7 @@ def _joined(rows: list[str], name: str, use: str, origin: str) -> Text:
 
 
 def _text_rows(path: Path, keeps_newline: bool) -> Iterable[str]:
-    """Rows of a published text file: a line of one space stands for the empty row."""
+    """Read the rows of a published text file, in which a line of one space is an empty row."""
     with path.open(encoding="utf-8-sig") as lines:
         for line in lines:
             if keeps_newline:
@@ -296,8 +298,8 @@ def _jsonl_rows(path: Path, column: str) -> Iterable[str]:
             if not isinstance(row, dict) or column not in row:
                 fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                 raise UserError(
-                    f"{path}, line {number} has no field {column!r} (it has: {fields}); "
-                    "name one with --text-column"
+                    f"{path}, line {number} has no field {column!r} (found: {fields}); "
+                    "choose the field with --text-column"
                 )
             if not isinstance(row[column], str):
                 raise UserError(f"{path}, line {number}: field {column!r} is not text")
@@ -313,7 +315,7 @@ def _arrow_rows(path: Path, column: str) -> Iterable[str]:
     ipc = _pyarrow("ipc")
 
     def read() -> Any:
-        # `datasets` writes the stream format, others the file format; only the latter has a magic.
+        # `datasets` writes the stream format, others the file format; only the latter has a magic number.
         with path.open("rb") as file:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
@@ -338,8 +340,8 @@ def _table_rows(path: Path, column: str, read: Any) -> Iterable[str]:
         raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
     if column not in table.column_names:
         raise UserError(
-            f"{path} has no column {column!r} (it has: {', '.join(table.column_names)}); "
-            "name one with --text-column"
+            f"{path} has no column {column!r} (found: {', '.join(table.column_names)}); "
+            "choose the column with --text-column"
         )
     rows = table.column(column).to_pylist()
     if not all(isinstance(row, str) for row in rows):
@@ -354,7 +356,8 @@ def _pyarrow(module: str) -> Any:
         return importlib.import_module(f"pyarrow.{module}")
     except ImportError:
         raise UserError(
-            "parquet and arrow files are read with the package `pyarrow`: pip install '.[eval]' in the clone"
+            "reading .parquet and .arrow files requires the package `pyarrow`; "
+            "run pip install '.[eval]' in the clone"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Measure speed, memory and quality, and write the figures to a file: python -m harness.benchmark."""
+"""Measure speed, memory and quality, and write the results to a file: python -m harness.benchmark."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from harness.quantize.options import NO_EVALUATION, Options
 from harness.quantize.run import quantize
 
 DESCRIPTION = """\
-Measure on this machine and write the figures to a file, with command, machine and date.
+Run a benchmark on this machine and write the results to a file, with command, machine and date.
 
-  run      a whole quantization, stage by stage, against two plain forward passes of the same tokens
-  methods  the paper's ablations and 2-bit baselines side by side, on one text
-  quantize random layers of the shapes of large models through the whole pipeline
-  matmul   microseconds of products with the matrices of these shapes, packed and dense
-  generate tokens a second of models of these shapes, dense and ternary
-  plot     draw a file that matmul or generate wrote; where matplotlib is installed they do so themselves
+  run      time every stage of a quantization, and two plain forward passes of the same tokens
+  methods  compare the paper's ablations and 2-bit baselines on the same text
+  quantize quantize random weights in the shapes of large models
+  matmul   time products with matrices of large models, packed and dense
+  generate measure tokens per second of random models of these shapes, dense and ternary
+  plot     redraw the results of matmul or generate, which plot them too if matplotlib is installed
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
@@ -51,7 +51,7 @@ Measure on this machine and write the figures to a file, with command, machine a
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.benchmark", description=DESCRIPTION, formatter_class=HelpFormatter
     )
@@ -59,68 +59,72 @@ def parser() -> argparse.ArgumentParser:
 
     def kind(name: str, what: str) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=what, description=what, formatter_class=HelpFormatter)
-        where = "where the figures go, as JSON; left out, they are only printed"
+        where = "JSON file for the results; by default they are only printed"
         sub.add_argument("file", nargs="?", type=Path, metavar="FILE", help=where)
         return sub
 
     defaults = Options()
-    sub = kind("run", "a whole quantization, stage by stage, against two plain passes of the same tokens")
+    sub = kind("run", "time every stage of a quantization, and two plain forward passes of the same tokens")
     model = sub.add_mutually_exclusive_group()
     model.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
-    sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="windows")
-    sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens in a window")
+    sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="calibration windows")
+    sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens per window")
     model.add_argument(
-        "--report", type=Path, metavar="FILE", help="report.json of a run made on this machine"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="summarize this report.json of an earlier run on this machine instead of a new run",
     )
 
-    sub = kind("methods", "the paper's ablations and 2-bit baselines side by side, on one text")
+    sub = kind("methods", "compare the paper's ablations and 2-bit baselines on the same text")
     listed = "\n".join(f"  {key:16} {method.words}" for key, method in METHODS.items())
-    sub.epilog = f"methods, and what the results call them:\n{listed}"
+    sub.epilog = f"methods, and their names in the results:\n{listed}"
     sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
-    sub.add_argument("--eval", default=text.BUILTIN, metavar="TEXT", help="text for perplexity")
-    sub.add_argument("--nsamples", type=positive, default=16, help="windows of calibration text")
-    sub.add_argument("--seqlen", type=window_length, default=1024, help="tokens in a window")
-    sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens in an evaluation window")
+    sub.add_argument("--eval", default=text.BUILTIN, metavar="TEXT", help="text to measure perplexity on")
+    sub.add_argument("--nsamples", type=positive, default=16, help="calibration windows")
+    sub.add_argument("--seqlen", type=window_length, default=1024, help="tokens per calibration window")
+    sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens per evaluation window")
     sub.add_argument("--eval-windows", type=positive, default=8, help="evaluation windows")
-    sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="only these methods")
+    sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="run only these methods")
 
     scale = Scale("")
-    sub = kind("quantize", "random layers of the shapes of large models through the whole pipeline")
-    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help="models to imitate")
-    sub.add_argument("--layers", type=positive, metavar="N", help="only N layers; the rest is extrapolated")
-    sub.add_argument("--nsamples", type=positive, default=scale.nsamples, help="windows")
-    sub.add_argument("--seqlen", type=window_length, default=scale.seqlen, help="tokens in a window")
+    shape_help = "models whose shapes to use, with random weights"
+    sub = kind("quantize", "quantize random weights in the shapes of large models")
+    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help=shape_help)
+    sub.add_argument("--layers", type=positive, metavar="N", help="run only N layers, and extrapolate")
+    sub.add_argument("--nsamples", type=positive, default=scale.nsamples, help="calibration windows")
+    sub.add_argument("--seqlen", type=window_length, default=scale.seqlen, help="tokens per window")
     sub.add_argument("--backend", default="auto", help="as for harness.quantize")
-    sub.add_argument("--device-memory", type=positive, metavar="GB", help="most memory of the device to use")
+    sub.add_argument("--device-memory", type=positive, metavar="GB", help="limit on the GPU memory to use")
 
-    sub = kind("matmul", "microseconds of products with the matrices of large shapes, packed and dense")
-    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help="models to imitate")
+    sub = kind("matmul", "time products with matrices of large models, packed and dense")
+    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help=shape_help)
     sub.add_argument(
         "--batch",
         nargs="+",
         type=positive,
         default=[1, 4, 16, 128, 2048],
         metavar="N",
-        help="rows of activations",
+        help="numbers of rows of activations",
     )
     sub.add_argument(
-        "--dtype", choices=("float16", "bfloat16"), default="bfloat16", help="type of activations"
+        "--dtype", choices=("float16", "bfloat16"), default="bfloat16", help="dtype of the activations"
     )
 
     lengths = Lengths()
-    sub = kind("generate", "tokens a second of models of large shapes, dense and ternary")
-    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help="models to imitate")
-    sub.add_argument("--layers", type=positive, metavar="N", help="only N decoder layers")
-    sub.add_argument("--prefill", type=positive, default=lengths.prefill, help="tokens of the prompt")
-    sub.add_argument("--decode", type=positive, default=lengths.decode, help="tokens to write")
+    sub = kind("generate", "measure tokens per second of random models of large shapes, dense and ternary")
+    sub.add_argument("--shape", nargs="+", choices=SHAPES, required=True, help=shape_help)
+    sub.add_argument("--layers", type=positive, metavar="N", help="use only N decoder layers")
+    sub.add_argument("--prefill", type=positive, default=lengths.prefill, help="tokens in the prompt")
+    sub.add_argument("--decode", type=positive, default=lengths.decode, help="tokens to generate")
 
-    what = "draw a file that matmul or generate wrote (needs matplotlib)"
+    what = "draw the results of matmul or generate (requires matplotlib)"
     sub = kinds.add_parser("plot", help=what, description=what, formatter_class=HelpFormatter)
-    sub.add_argument("file", type=Path, metavar="FILE", help="JSON that matmul or generate wrote")
+    sub.add_argument("file", type=Path, metavar="FILE", help="JSON file written by matmul or generate")
     sub.add_argument(
-        "svg", nargs="?", type=Path, metavar="SVG", help="what to write; beside FILE if left out"
+        "svg", nargs="?", type=Path, metavar="SVG", help="file to write; by default next to FILE"
     )
     return parser
 
@@ -178,13 +182,13 @@ def main() -> int:
 
 
 def _require_writable(file: Path) -> None:
-    """Refuse a file that could not be written after all was measured."""
+    """Refuse a file that cannot be written, before anything is measured."""
     if file.is_dir():
-        raise UserError(f"{file} is a folder; FILE names the file to write")
+        raise UserError(f"{file} is a folder; pass a file name as FILE")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{file.parent} cannot be made: {error.strerror}") from None
+        raise UserError(f"the folder {file.parent} cannot be created: {error.strerror}") from None
     probe = file.with_name(file.name + ".partial")
     try:
         probe.touch()
@@ -210,14 +214,14 @@ def _quantize_shapes(
 
 
 def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of the report named on the command line, or of a run made for it."""
+    """Summarize the report given on the command line, or else a new run."""
     if arguments.report:
         try:
             return summarize(json.loads(arguments.report.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise UserError(f"{arguments.report} is missing or damaged: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{arguments.report} is not the report of a run: {error!r}") from None
+            raise UserError(f"{arguments.report} is not a quantization report: {error!r}") from None
     with TemporaryDirectory() as folder:
         record = quantize(
             Options(
@@ -233,7 +237,7 @@ def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _without_folders(word: str) -> str:
-    """A word of the command line without the folders of this machine."""
+    """Remove the folders of this machine from a command-line argument."""
     name, colon, path = word.rpartition(":")
     return f"{name}{colon}{Path(path).name}" if Path(path).is_absolute() else word
 

@@ -1,4 +1,4 @@
-"""Tokens a second of models of real shapes, dense and ternary, side by side in one run."""
+"""Measure tokens per second of random models in real shapes, dense and ternary, in the same run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens that are read and written, as in the paper's Fig. 4."""
+    """Tokens of prefill and decoding, by default as in the paper's Fig. 4."""
 
     prefill: int = 128
     decode: int = 256
@@ -36,27 +36,27 @@ class Lengths:
 def generation_speed(
     shape: str, compute: Compute, layers: int | None = None, lengths: Lengths = Lengths()
 ) -> dict[str, Any]:
-    """Tokens a second of reading a prompt, of writing after it, and of both, at batch 1.
+    """Measure tokens per second of prefill, of decoding, and of both, at batch size 1.
 
-    Both models are random, run through ``generate`` with a static cache, and are compiled by it with CUDA
-    graphs where there is a device: what writes tokens; transformers may read the prompt without.
+    Both models have random weights and run ``generate`` with a static cache. On a GPU, transformers
+    compiles decoding with CUDA graphs; it may run the prefill without.
 
     Parameters
     ----------
     shape : str
-        One of `harness.scale.SHAPES`.
+        One of `harness.benchmark.shapes.SHAPES`.
     compute : Compute
-        Where they run.
+        Device that runs the models.
     layers : int, optional
-        Decoder layers; all if left out.
+        Number of decoder layers; by default all.
     lengths : Lengths
-        Tokens of the prompt, and tokens written.
+        Tokens in the prompt, and tokens to generate.
 
     Returns
     -------
     dict
-        For the ``dense`` and the ``ternary`` model: tokens a second of ``prefill``, ``decode`` and ``both``,
-        and bytes of the model; and the ratios of these.
+        For the ``dense`` and the ``ternary`` model, tokens per second of ``prefill``, ``decode`` and
+        ``both``, and bytes of the model; and the ratios of the two.
     """
     figures = {
         kind: _speed(random_network(shape, layers, kind == "ternary", compute), compute, lengths)
@@ -76,7 +76,7 @@ def generation_speed(
 
 
 def random_network(shape: str, layers: int | None, ternary: bool, compute: Compute) -> Any:
-    """A model of a shape with random weights, made on the device it runs on."""
+    """Make a model of a shape with random weights, directly on its device."""
     depth = SHAPES[shape].depth(layers)
     model = make_model(shape, depth, DTYPE)
     decoder = attach_empty_layers(model, depth)
@@ -97,11 +97,11 @@ def random_network(shape: str, layers: int | None, ternary: bool, compute: Compu
 
 @torch.no_grad()
 def fill(module: nn.Module) -> None:
-    """Random weights of a size that keeps activations finite."""
+    """Fill a module with random weights, scaled so that activations stay finite."""
     if isinstance(module, TernaryLinear):
         m = module.in_features
         module.trits.random_(0, 3**5)
-        # The filling of the last byte is t = 0: the digit 1 in every place beyond the row.
+        # The last byte is padded with t = 0: digit 1 in every position beyond the row.
         used = m - 5 * (module.trits.shape[1] - 1)
         module.trits[:, -1] = module.trits[:, -1] % 3**used + (3**5 - 3**used) // 2
         module.scale.fill_(m**-0.5)
@@ -117,28 +117,28 @@ def fill(module: nn.Module) -> None:
 
 
 class _Stamps(BaseStreamer):
-    """Notes when the prompt was taken, and when each token was there.
+    """Record the times of the prompt and of every new token.
 
-    Writing is timed within a run: the difference of a long run and a short one is noise where few tokens
-    are written, and may be below 0.
+    Decoding is timed within a run. The difference between a long and a short run would be mostly noise for
+    few tokens, and could be negative.
     """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Called with what has been copied to the host, so a device is done with it."""
+        """Take tokens; they are on the host already, so the device has finished them."""
         self.seconds.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no output is buffered."""
 
 
 def _speed(model: Any, compute: Compute, lengths: Lengths) -> dict[str, float]:
     prompt = torch.randint(0, model.config.vocab_size, (1, lengths.prefill), device=compute.device)
-    tokens = lengths.decode + 1  # the first one comes with the prompt
-    reading, writing, both = [], [], []
-    for _ in range(REPEATS + 1):  # the first compiles
+    tokens = lengths.decode + 1  # prefill yields the first one
+    prefill, decode, both = [], [], []
+    for _ in range(REPEATS + 1):  # the first run compiles
         compute.wait()
         stamps = _Stamps()
         begin = time.perf_counter()
@@ -156,12 +156,12 @@ def _speed(model: Any, compute: Compute, lengths: Lengths) -> dict[str, float]:
         compute.wait()
         both.append(time.perf_counter() - begin)
         _, first, *_, last = stamps.seconds
-        reading.append(first - begin)
-        writing.append(last - first)
+        prefill.append(first - begin)
+        decode.append(last - first)
     tensors = (*model.parameters(), *model.buffers())
     return {
-        "prefill": _rounded(lengths.prefill / median(reading[1:])),
-        "decode": _rounded(lengths.decode / median(writing[1:])),
+        "prefill": _rounded(lengths.prefill / median(prefill[1:])),
+        "decode": _rounded(lengths.decode / median(decode[1:])),
         "both": _rounded((lengths.prefill + lengths.decode) / median(both[1:])),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }

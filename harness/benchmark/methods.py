@@ -1,4 +1,4 @@
-"""The paper's ablations and 2-bit baselines, side by side on one text."""
+"""Compare the paper's ablations and 2-bit baselines on the same text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_ORDER = TernaryConfig(reorder="none")
 
 @dataclass(frozen=True)
 class Method:
-    """One of `METHODS`: what results call it, and the settings of its run."""
+    """A method to compare: its name in the results, and the settings of its run."""
 
     words: str
     method: str = PT2_LLM
@@ -43,11 +43,11 @@ METHODS: dict[str, Method] = {
 
 
 def summarize(record: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a run, from its report: seconds by stage, memory, error, perplexity.
+    """Summarize the report of a run: seconds by stage, memory, error, perplexity.
 
-    The pass that makes the outputs of every layer is a plain one: float32, all windows, nothing
-    collected. Twice that is what calibration would take if everything else were free. It is timed
-    between the other stages, so that a busy machine slows both alike.
+    ``ratio`` compares the time of the run with two plain forward passes of the calibration tokens. The
+    stage ``outputs`` is one such pass: float32, all windows, no Gram matrices. Calibration needs two
+    passes even if everything else were free. The stages alternate, so a busy machine slows all alike.
     """
     seconds = dict(record["seconds"])
     total = seconds["load"] + seconds.pop("layers")
@@ -76,12 +76,12 @@ def compare_methods(
     save: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, Any]]:
-    """Perplexity and mean relative output error of every method, everything else equal.
+    """Measure perplexity and mean relative output error of every method, with everything else equal.
 
-    `save` gets the results so far after every method, so that a run that is killed loses only one.
+    `save` receives the results so far after every method; an interrupted run loses only one method.
     """
     if options.evaluation == NO_EVALUATION:
-        raise UserError("methods are compared by their perplexity on a text; give --eval one")
+        raise UserError("methods are compared by perplexity, which needs a text; pass one with --eval")
     results: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
         for name in methods:
@@ -99,7 +99,7 @@ def compare_methods(
                     ),
                     say=lambda line: None,
                 )
-            except FitError as error:  # a method that diverges is a result, too
+            except FitError as error:  # a method that diverges is also a result
                 results[method.words] = {"error": str(error)}
             else:
                 before = record["perplexity"].get("before")

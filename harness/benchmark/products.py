@@ -1,4 +1,4 @@
-"""Microseconds of single products with ternary and dense matrices of real models' shapes."""
+"""Time products with ternary and dense matrices in the shapes of real models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness.compute import Compute, dtype_name, share_memory
 from harness.ternary.kernels.launches import share_launch
 from harness.ternary.linear import TernaryLinear
 
-# Larger than the L2 cache of an H200 twice over, so that weights come from memory at every product.
+# More than twice the L2 cache of an H200, so that every product reads its weights from memory.
 ROTATED_BYTES = 128e6
 
 
@@ -36,7 +36,7 @@ BLOCK_SIZE = 128
 
 @dataclass(frozen=True)
 class Matrices:
-    """Linear layers that are given the same input, and what they are in the model."""
+    """Linear layers that read the same input, and their role in the model."""
 
     name: str
     rows: tuple[int, ...]
@@ -44,7 +44,10 @@ class Matrices:
 
 
 def matrices_of(shape: str) -> list[Matrices]:
-    """The different matrices of a decoder layer of one of `harness.scale.SHAPES`, alone and together."""
+    """List the distinct matrices of a decoder layer, alone and in groups that read the same input.
+
+    `shape` is one of `harness.benchmark.shapes.SHAPES`.
+    """
     size = SHAPES[shape]
     hidden, intermediate, narrow = size.hidden, size.intermediate, size.head_width * size.groups
     found = [Matrices("q and o", (hidden,), hidden)]
@@ -60,30 +63,31 @@ def matrices_of(shape: str) -> list[Matrices]:
 
 
 def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch.dtype) -> dict[str, Any]:
-    """Every matrix of a layer at every batch: packed, dense, and dequantized at every call.
+    """Time the product with every matrix of a layer, at every batch size, in several ways.
 
-    Without a device there are no kernels, so that what is packed is dequantized.
-    Matrices that a model multiplies the same input with are also taken together: ``packed`` is then one
-    launch, ``separate`` one for each, and the other ways are one after the other. ``gemlite`` is its 2-bit
-    product of the same weights, where that is installed and has a device.
+    ``packed`` uses the packed kernels, ``dense`` dense weights, and ``dequantized`` dequantizes at every
+    call. ``gemlite`` is gemlite's 2-bit product of the same weights, if gemlite is installed. On the host
+    there are no kernels: ``packed`` dequantizes at every call.
+    Matrices that read the same input are also timed as a group: ``packed`` is then a single launch,
+    ``separate`` one launch per matrix; the other ways run one matrix after the other.
 
     Parameters
     ----------
     shape : str
-        One of `harness.scale.SHAPES`.
+        One of `harness.benchmark.shapes.SHAPES`.
     compute : Compute
-        Where they run; on a device inside a CUDA graph.
+        Device that runs the products; on a GPU, inside a CUDA graph.
     batches : list of int
-        Rows of the activations.
+        Numbers of rows of the activations.
     dtype : torch.dtype
-        Type of activations and dense weights.
+        dtype of activations and dense weights.
 
     Returns
     -------
     dict
-        ``copy_gb_s``, the bandwidth of a copy in the same run, reads and writes counted; and ``products``,
-        for every matrix and batch the microseconds of each way, what of that bandwidth the packed one
-        reaches by the bytes it reads, and its ratio to the dense one.
+        ``copy_gb_s``, the bandwidth of a copy in the same run, counting reads and writes; and ``products``:
+        for every matrix and batch, the microseconds of each way, the share of that bandwidth which
+        ``packed`` reaches by the bytes it reads, and its speedup over ``dense``.
     """
     bandwidth = _copy_bandwidth(compute)
     rows = []
@@ -119,14 +123,14 @@ def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch
 
 
 def gemlite_product(layer: TernaryLinear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The product with the same weights by gemlite: codes t + 1 in 2 bits, a float zero for every block.
+    """Make gemlite's product with the same weights: 2-bit codes t + 1, a float zero point per block.
 
-    gemlite has no permutation, so columns stay in the order of quantization.
+    gemlite has no permutation, so the columns stay in quantization order.
 
     Parameters
     ----------
     layer : TernaryLinear
-        On a CUDA device; its columns must be whole blocks.
+        A layer on a CUDA GPU; its number of columns must be a multiple of the block size.
 
     Returns
     -------
@@ -143,7 +147,7 @@ def gemlite_product(layer: TernaryLinear) -> Callable[[torch.Tensor], torch.Tens
 
 
 def _rotated(matrices: Matrices, compute: Compute, dtype: torch.dtype) -> list[list[TernaryLinear]]:
-    """As many random groups of layers as do not fit in a cache."""
+    """Make enough random copies of the layers to exceed the L2 cache."""
     size = 2.25 / 8 * sum(matrices.rows) * matrices.columns
     count = max(2, int(ROTATED_BYTES / size)) if compute.device.type == "cuda" else 2
 
@@ -156,7 +160,7 @@ def _rotated(matrices: Matrices, compute: Compute, dtype: torch.dtype) -> list[l
 
 
 def _ways(layers: list[TernaryLinear], compute: Compute) -> dict[str, Callable[[torch.Tensor], Any]]:
-    """The products with layers that are given the same input, in every way there is here."""
+    """Return every available way to compute the products of layers that read the same input."""
     alone, weights = copy.deepcopy(layers), [layer.dequantize() for layer in layers]
     for layer in alone:
         layer.keep_dense(False)
@@ -189,8 +193,8 @@ def _bytes_read(layer: TernaryLinear) -> int:
 
 @torch.no_grad()
 def _seconds(calls: list[Callable[[], Any]], compute: Compute) -> float:
-    """Median seconds of a call, each of which has weights of its own."""
-    for call in calls[:3]:  # compiles, and picks kernels
+    """Median seconds per call; every call has its own weights."""
+    for call in calls[:3]:  # compile and select kernels
         call()
     compute.wait()
     if compute.device.type != "cuda":
@@ -218,10 +222,9 @@ def _clocked(call: Callable[[], Any], compute: Compute) -> float:
 
 
 def _copy_bandwidth(compute: Compute) -> float:
-    """Bytes a second of a copy, read and written."""
+    """Bytes per second of a copy, counting reads and writes."""
     size = int(COPIED_BYTES if compute.device.type == "cuda" else COPIED_BYTES / 20)
-    source = torch.empty(size, dtype=torch.uint8, device=compute.device).random_(
-        0, 256
-    )  # zeros may cost less
+    # Random bytes: zeros may be faster to copy.
+    source = torch.empty(size, dtype=torch.uint8, device=compute.device).random_(0, 256)
     target = torch.empty_like(source)
     return 2 * size / _seconds([lambda: target.copy_(source)] * 3, compute)

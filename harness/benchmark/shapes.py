@@ -1,4 +1,4 @@
-"""Shapes of real models, and random models of these shapes."""
+"""Shapes of real models, and models with random weights in these shapes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from harness.models.original import quiet_transformers
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a model is."""
+    """Dimensions of a model."""
 
     hidden: int
     intermediate: int
     layers: int
     heads: int
-    groups: int  # heads of keys and values
+    groups: int  # key-value heads
     vocabulary: int
     family: str = "Llama"
 
     @property
     def head_width(self) -> int:
-        """Features of a head."""
+        """Features per attention head."""
         return self.hidden // self.heads
 
     def depth(self, most: int | None) -> int:
-        """Its number of layers, or that most of them; None is all."""
+        """Number of layers, limited to `most`; None for no limit."""
         return min(most or self.layers, self.layers)
 
 
@@ -46,31 +46,31 @@ SHAPES = {
 }
 
 
-# Of the random weights and norms: the share of columns that stand out, and by how much. Language
-# models have a few such channels, and they are what makes Gram matrices ill conditioned.
+# Outlier channels of the random weights and norms: their share, and their scale. Language models have a
+# few such channels, which make Gram matrices ill-conditioned.
 OUTLIERS, OUTLIER_SCALE = 0.005, 10.0
 
 
 def make_model(shape: str, layers: int, dtype: torch.dtype, positions: int = 2048) -> Any:
-    """A random model of a shape with one layer, to which `attach_empty_layers` may give so many."""
+    """Make a random model with one decoder layer; `attach_empty_layers` can extend it to `layers`."""
     size = SHAPES[shape]
     config = getattr(quiet_transformers(), f"{size.family}Config")(
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
-        num_hidden_layers=layers,  # for which Qwen3's has a list of settings
+        num_hidden_layers=layers,  # Qwen3Config makes a list with one setting per layer
         num_attention_heads=size.heads,
         num_key_value_heads=size.groups,
         head_dim=size.head_width,
         vocab_size=size.vocabulary,
         max_position_embeddings=positions,
-        tie_word_embeddings=True,  # a head of its own would only take memory
+        tie_word_embeddings=True,  # an untied LM head would only take memory
     )
     config.num_hidden_layers = 1
     return quiet_transformers().AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def random_reader(shapes: dict[str, torch.Size], device: torch.device) -> Reader:
-    """Weights by name, the same at every call."""
+    """Return a reader of random weights; a name always gives the same weights."""
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = {}

@@ -1,4 +1,4 @@
-"""Write a ternary checkpoint in another format: python -m harness.export CHECKPOINT."""
+"""Export a ternary checkpoint to another format: python -m harness.export CHECKPOINT."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from harness.export.gguf import export_gguf
 from harness.export.hqq import export_hqq
 
 DESCRIPTION = """\
-Write a ternary checkpoint in a format that other programs read.
+Export a ternary checkpoint to a format that other programs read.
 
-  gguf  a file of type Q4_1, 5 bits a weight, for llama.cpp and for transformers (gguf_file=); models of
-        the architectures llama, mistral, qwen2 and qwen3
-  hqq   a folder in the layout of HQQ at 2 bits with a float zero, 2.25 bits a weight in groups of 128;
-        models of any architecture
+  gguf  a GGUF file of type Q4_1, 5 bits per weight, for llama.cpp and for transformers (gguf_file=);
+        for the architectures llama, mistral, qwen2 and qwen3
+  hqq   a folder in HQQ's layout, 2 bits with a float zero point, 2.25 bits per weight in groups of 128;
+        for any architecture
 
-Both store alpha * t + mu as a scale and an offset. The offset is rounded to float16, which moves the
-weights of a block by less than a thousandth of its alpha unless mu is much larger than alpha; what it
-came to is printed. Nothing else changes.
+Both formats store alpha * t + mu as a scale and an offset. The offset is rounded to float16. Unless mu is
+much larger than alpha, this moves the weights of a block by less than 1/1000 of its alpha; the actual
+error is printed. Nothing else changes.
 
-Both have groups of neighbouring columns, so the checkpoint must have been made without reordering,
-which costs accuracy:
+Both formats group neighbouring columns, so the checkpoint must be quantized without reordering, which
+costs accuracy:
 
   python -m harness.quantize MODEL --reorder none --out DIR
   python -m harness.export DIR --format gguf --out model.gguf
@@ -31,14 +31,14 @@ which costs accuracy:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.export", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that harness.quantize wrote")
-    add("--format", choices=("gguf", "hqq"), required=True, help="what to write")
-    add("--out", type=Path, required=True, metavar="PATH", help="the GGUF file or the HQQ folder to write")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="folder written by harness.quantize")
+    add("--format", choices=("gguf", "hqq"), required=True, help="format to write")
+    add("--out", type=Path, required=True, metavar="PATH", help="GGUF file or HQQ folder to write")
     add("--force", action="store_true", help="overwrite PATH if it exists")
     add_trust_remote_code(parser)
     return parser

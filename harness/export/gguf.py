@@ -1,10 +1,10 @@
-"""A ternary checkpoint as a GGUF file of type Q4_1.
+"""Export a ternary checkpoint to a GGUF file of type Q4_1.
 
-Q4_1 holds 32 columns in 20 bytes: d and m in float16, then 16 bytes, byte i with column i in its low
+Q4_1 stores 32 columns in 20 bytes: d and m in float16, then 16 bytes; byte i has column i in its low
 four bits and column i + 16 in its high four. A weight is d * q + m. Here d = alpha, m = mu - alpha
-and q = t + 1, so m is all that is rounded. Four bits for three values is what it costs: 5 bits a weight.
+and q = t + 1, so only m is rounded. The price is four bits for three values: 5 bits per weight in all.
 
-Everything else goes in as it is, vectors in float32 as llama.cpp wants them.
+All other tensors keep their dtype, except vectors: llama.cpp needs them in float32.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from reference.types import TernaryMatrix
 COLUMNS = gguf.GGML_QUANT_SIZES[Type.Q4_1][0]
 
 
-# What transformers reads back of biases; it leaves others out without a word.
+# The biases that transformers reads back from GGUF; it silently drops all others.
 QKV_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How GGUF names and lays out one kind of model.
+    """How GGUF names and lays out the tensors of an architecture.
 
-    `interleaved` says that rows 2i and 2i + 1 of a head of q and k are what rotary embeddings turn
-    together, where transformers has the two halves of a head.
+    If `interleaved`, rotary embeddings rotate rows 2i and 2i + 1 of each q and k head together; in
+    transformers they rotate row i of the first half of the head with row i of the second half.
     """
 
     arch: gguf.MODEL_ARCH
@@ -69,7 +69,7 @@ _PLAIN = {torch.bfloat16: Type.BF16, torch.float16: Type.F16, torch.float32: Typ
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor that will be written, made only when its turn comes."""
+    """A tensor to write; `make` computes its data only when it is written."""
 
     name: str
     kind: Type
@@ -82,18 +82,18 @@ class _Entry:
 
 
 def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code: bool = False) -> Exported:
-    """Write a checkpoint that was made without reordering as a GGUF file.
+    """Export a checkpoint without reordering to a GGUF file.
 
     Parameters
     ----------
     folder : Path
         The checkpoint.
     out : Path
-        The file; it appears only once it is whole. Its folder is made if it is not there.
+        The GGUF file; it appears only when complete. Its folder is created if needed.
     force : bool
-        Whether it may exist.
+        Whether to overwrite an existing file.
     trust_remote_code : bool
-        Whether code that comes with the model may run.
+        Whether Python code shipped with the model may run.
 
     Returns
     -------
@@ -102,8 +102,8 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
     Raises
     ------
     UserError
-        If the checkpoint is damaged or reordered, GGUF or transformers' reader of it lacks what the
-        model needs, its columns do not fall into groups of 32 with one alpha, or the file lies inside the
+        If the checkpoint is damaged or reordered, if GGUF or transformers' GGUF reader does not support
+        a feature of the model, if a group of 32 columns spans two blocks, or if the file is inside the
         checkpoint or cannot be written.
 
     Notes
@@ -112,11 +112,11 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
     abs(m - (mu - alpha)) is at most half a unit in the last place of float16.
     """
     if out.is_dir():
-        raise UserError(f"{out} is a folder; --out names the file to write")
+        raise UserError(f"{out} is a folder; pass a file name to --out")
     require_outside(folder, out)
     require_free(out.parent, force=True)
     if out.exists() and not force:
-        raise UserError(f"{out} exists; choose another --out, or --force to overwrite")
+        raise UserError(f"{out} exists; choose another --out, or pass --force to overwrite it")
     stored = read_unpermuted(folder, trust_remote_code)
     architecture = _architecture(stored)
     rounding = Rounding()
@@ -137,7 +137,7 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
         writer.close()
         partial.unlink(missing_ok=True)
         if made and not out.exists():
-            with suppress(OSError):  # it was not made, or somebody else has put something into it
+            with suppress(OSError):  # the folder was not created, or others put files into it
                 out.parent.rmdir()
     quantized = [entry for entry in entries if entry.kind == Type.Q4_1]
     return Exported(
@@ -150,16 +150,16 @@ def export_gguf(folder: Path, out: Path, force: bool = False, trust_remote_code:
 
 
 def pack_q4_1(matrix: TernaryMatrix, name: str, rounding: Rounding) -> NDArray[np.uint8]:
-    """The bytes of a matrix in Q4_1, and what its offsets lost.
+    """Encode a matrix in Q4_1.
 
     Parameters
     ----------
     matrix : TernaryMatrix
-        (n, m) in the original order, every 32 columns within one block.
+        (n, m) in the original order, every group of 32 columns within one block.
     name : str
-        Of its layer, for errors.
+        Name of the layer, for error messages.
     rounding : Rounding
-        Counts its blocks.
+        The rounding errors of the matrix are added to it.
 
     Returns
     -------
@@ -168,7 +168,7 @@ def pack_q4_1(matrix: TernaryMatrix, name: str, rounding: Rounding) -> NDArray[n
     Raises
     ------
     UserError
-        If mu - alpha is beyond float16.
+        If mu - alpha overflows float16.
     """
     n, m = matrix.trits.shape
     alpha, mu = matrix.scale.astype(np.float64), matrix.shift.astype(np.float64)
@@ -176,7 +176,7 @@ def pack_q4_1(matrix: TernaryMatrix, name: str, rounding: Rounding) -> NDArray[n
     with np.errstate(over="ignore"):
         offset = exact.astype(np.float16)
     if not np.isfinite(offset).all():
-        raise UserError(f"{name}: mu - alpha of a block is beyond float16, which Q4_1 stores it in")
+        raise UserError(f"{name}: mu - alpha of a block overflows float16, in which Q4_1 stores it")
     varied = alpha != 0
     moved = np.abs(offset - exact)[varied]
     rounding.add(moved, half_unit(exact[varied]), alpha[varied], mu[varied])
@@ -192,18 +192,18 @@ def pack_q4_1(matrix: TernaryMatrix, name: str, rounding: Rounding) -> NDArray[n
 
 
 def interleave(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Rows of q or k in the order of GGUF's llama: the two halves of every head take turns."""
+    """Reorder the rows of q or k as GGUF's llama does: interleave the two halves of each head."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _architecture(stored: Stored) -> Architecture:
-    """How to write this model; refuses what would not be the same model when read back."""
+    """Return the model's GGUF architecture; refuse features that GGUF or its readers would drop."""
     config = stored.config
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         raise UserError(
-            f"{stored.folder} is of type {config.model_type}, which the GGUF export does not know; "
-            f"it knows {', '.join(ARCHITECTURES)}"
+            f"{stored.folder} has model type {config.model_type}, which the GGUF export does not support; "
+            f"supported are {', '.join(ARCHITECTURES)}"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     window = getattr(config, "sliding_window", None)
@@ -211,20 +211,20 @@ def _architecture(stored: Stored) -> Architecture:
         (rope.get("rope_type", "default") != "default", f"its rope scaling ({rope.get('rope_type')})"),
         (rope.get("partial_rotary_factor") not in (None, 1), "its partial rotary embedding"),
         (window and window < config.max_position_embeddings, f"its attention in windows of {window} tokens"),
-        (getattr(stored.model, "_auto_class", None) is not None, "the code that comes with it"),
+        (getattr(stored.model, "_auto_class", None) is not None, "the Python code shipped with it"),
         (config.hidden_act != "silu", f"its activation {config.hidden_act}"),
     )
     for fault, what in faults:
         if fault:
-            raise UserError(f"{stored.folder}: {what} would be lost on reading the GGUF file back")
+            raise UserError(f"{stored.folder} cannot be exported: {what} would be lost in the GGUF file")
     for name in stored.tensors:
         if name.endswith(".bias") and not name.endswith(architecture.biases):
-            raise UserError(f"{stored.folder}: {name} would be lost on reading the GGUF file back")
+            raise UserError(f"{stored.folder} cannot be exported: {name} would be lost in the GGUF file")
     return architecture
 
 
 def _entries(stored: Stored, architecture: Architecture, rounding: Rounding) -> list[_Entry]:
-    """Every tensor by its GGUF name; the ternary ones count what they lose when they are made."""
+    """List all tensors under their GGUF names; making a ternary one adds its error to `rounding`."""
     config = stored.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
@@ -232,7 +232,7 @@ def _entries(stored: Stored, architecture: Architecture, rounding: Rounding) -> 
     def renamed(name: str) -> str:
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise UserError(f"{stored.folder}: GGUF has no name for the tensor {name}")
+            raise UserError(f"{stored.folder} cannot be exported: GGUF has no name for the tensor {name}")
         return found
 
     def ternary(module: str) -> _Entry:
@@ -250,7 +250,7 @@ def _entries(stored: Stored, architecture: Architecture, rounding: Rounding) -> 
     def plain(name: str, tensor: torch.Tensor) -> _Entry:
         kind = Type.F32 if tensor.ndim == 1 else _PLAIN.get(tensor.dtype)
         if kind is None:
-            raise UserError(f"{name} is {tensor.dtype}, which GGUF cannot hold".replace("torch.", ""))
+            raise UserError(f"{name} is {tensor.dtype}, which GGUF does not support".replace("torch.", ""))
 
         def make() -> NDArray[Any]:
             values = tensor.float() if kind == Type.F32 else tensor
@@ -265,21 +265,20 @@ def _entries(stored: Stored, architecture: Architecture, rounding: Rounding) -> 
 
 
 def _require_groups(module: str, columns: int, block_size: int) -> None:
-    """Refuse blocks that begin or end within 32 columns of Q4_1."""
+    """Refuse blocks that begin or end inside a Q4_1 group of 32 columns."""
     if columns % COLUMNS:
-        raise UserError(f"{module} has rows of {columns} weights; Q4_1 needs a multiple of {COLUMNS}")
+        raise UserError(f"{module} has {columns} columns, but Q4_1 needs a multiple of {COLUMNS}")
     if block_size % COLUMNS and block_size < columns:
         raise UserError(
-            f"{module} has blocks of {block_size} columns; groups of {COLUMNS} columns, which share an "
-            f"alpha in Q4_1, would lie across their borders. Quantize with a --block-size that is a "
-            f"multiple of {COLUMNS}"
+            f"{module} has blocks of {block_size} columns, which do not align with the groups of {COLUMNS} "
+            f"columns of Q4_1; quantize with a --block-size that is a multiple of {COLUMNS}"
         )
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: Any, folder: Path) -> None:
-    """What llama.cpp and transformers must know besides tensors and tokens."""
+    """Write the model's hyperparameters as GGUF metadata."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # transformers takes a name that is just "mistral" for another architecture.
+    # transformers would take the bare name "mistral" for another architecture.
     writer.add_name(f"{folder.resolve().name} PT²-LLM")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -1,24 +1,24 @@
-"""A ternary checkpoint in the layout of HQQ at 2 bits.
+"""Export a ternary checkpoint to HQQ's 2-bit layout.
 
-The layout is that of hqq 0.2.8 (axis=1, packing "2bit_u8"). A matrix is read row by row as groups of
-`group_size` weights; with the digits q of all groups as rows of a matrix of G rows,
+The layout is that of hqq 0.2.8 (axis=1, packing "2bit_u8"). Read row by row, a matrix splits into G groups
+of `group_size` weights. A layer is stored as
 
-``NAME.W_q``    uint8, (G / 4, group_size): row g holds the digits of groups g, g + G/4, g + G/2 and
+``NAME.W_q``    uint8, (G / 4, group_size): row g holds the digits q of groups g, g + G/4, g + G/2 and
                 g + 3G/4, two bits each, the first in the highest bits.
 ``NAME.scale``  float16, (G, 1).
 ``NAME.zero``   float16, (G, 1).
 
-and a weight is (q - zero) * scale. Here scale = alpha, zero = 1 - mu / alpha and q = t + 1, so zero is
-all that is rounded. Where alpha is 0 there is no such zero; then scale = mu, zero = 0 and q = 1, which is
-exact. The same serves where abs(zero) is beyond float16, as t then vanishes beside mu.
+and a weight is (q - zero) * scale. Here scale = alpha, zero = 1 - mu / alpha and q = t + 1, so only zero
+is rounded. If alpha is 0, zero is undefined; then scale = mu, zero = 0 and q = 1, which is exact. The
+same is used if zero overflows float16, because t is negligible beside mu then.
 
-HQQ's groups must not end within a row, so where rows are no multiple of the block size, groups are
-their greatest common divisor, and the grid of a block is repeated for each of its groups.
+The length of a row must be a multiple of HQQ's group size. If it is no multiple of the block size, the
+group size is the greatest common divisor of both, and each group repeats the grid of its block.
 
-Beside these, each layer has the scalars of HQQLinear.state_dict(), encoded as hqq encodes them for
-safetensors, so that HQQLinear(None, None).load_state_dict() takes the layer's tensors. What is not
-ternary is stored as it was. The file is qmodel.safetensors, after hqq's qmodel.pt, as transformers
-would fill a model from a model.safetensors with random weights where it does not know the names.
+Each layer also has the scalars of HQQLinear.state_dict(), encoded as hqq encodes them for safetensors, so
+that HQQLinear(None, None).load_state_dict() loads the layer's tensors. Unquantized tensors are unchanged.
+The file is named qmodel.safetensors, after hqq's qmodel.pt. From a model.safetensors with these names,
+transformers would load no matrix and initialize all of them at random.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ from reference.types import TernaryMatrix
 WEIGHTS = "qmodel.safetensors"
 
 
-# A GGUF file is a whole model by itself: a config.json beside it takes nothing from it.
+# Suffixes of weight files that need a config.json beside them; a GGUF file does not.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 
 
-GROUP_MULTIPLE = 8  # hqq takes no other groups
+GROUP_MULTIPLE = 8  # hqq refuses other group sizes
 
 
-PACKED_GROUPS = 4
+PACKED_GROUPS = 4  # groups per byte
 
 
-# What hqq keeps of how a layer was quantized; the last two are settings of its own search, which did not run.
+# hqq's record of how a layer was quantized. The last two belong to its own optimizer, which did not run.
 _SETTINGS = {"nbits": 2, "axis": 1, "view_as_float": False, "channel_wise": True, "round_zero": False}
 
 
@@ -80,18 +80,18 @@ _STATE: dict[str, Any] = {
 
 
 def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: bool = False) -> Exported:
-    """Write a checkpoint that was made without reordering as a folder in HQQ's layout.
+    """Export a checkpoint without reordering to a folder in HQQ's layout.
 
     Parameters
     ----------
     folder : Path
         The checkpoint.
     out : Path
-        The folder; it has a config.json only once it is whole.
+        The folder to write; config.json appears in it only when it is complete.
     force : bool
-        Whether it may hold something already; what has the name of a file of the export is replaced.
+        Whether the folder may contain files; those with the name of an exported file are overwritten.
     trust_remote_code : bool
-        Whether code that comes with the model may run.
+        Whether Python code shipped with the model may run.
 
     Returns
     -------
@@ -100,14 +100,14 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
     Raises
     ------
     UserError
-        If the checkpoint is damaged or reordered, its blocks are no groups that HQQ has, or the folder lies
-        inside the checkpoint, holds another model, or cannot be written.
+        If the checkpoint is damaged or reordered, if HQQ does not support its block size, or if the
+        folder is inside the checkpoint, contains another model, or cannot be written.
 
     Notes
     -----
     With zero as stored, each weight is float32(alpha) * (q - float32(zero)), where
-    abs(zero - (1 - mu / alpha)) is at most half a unit in the last place of float16. hqq itself
-    computes this in float16, or in the type it is told, and rounds again.
+    abs(zero - (1 - mu / alpha)) is at most half a unit in the last place of float16. hqq itself computes
+    the weight in float16, or in the dtype it is given, and rounds again.
     """
     require_outside(folder, out)
     require_free(out, force)
@@ -135,7 +135,7 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
 
 
 def pack_hqq(matrix: TernaryMatrix, group_size: int, rounding: Rounding) -> dict[str, NDArray[Any]]:
-    """A matrix in HQQ's layout, and what its zeros lost.
+    """Encode a matrix in HQQ's layout.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def pack_hqq(matrix: TernaryMatrix, group_size: int, rounding: Rounding) -> dict
     group_size : int
         Weights in a group.
     rounding : Rounding
-        Counts the matrix's blocks.
+        The rounding errors of the matrix are added to it.
 
     Returns
     -------
@@ -180,36 +180,36 @@ def pack_hqq(matrix: TernaryMatrix, group_size: int, rounding: Rounding) -> dict
 
 
 def _require_no_other_model(out: Path) -> None:
-    """Refuse to put this model's config.json and tokenizer in the place of those of other weights."""
+    """Refuse to overwrite the config.json and tokenizer of another model's weights."""
     entries = sorted(out.iterdir()) if out.is_dir() else []
     others = [entry.name for entry in entries if entry.suffix in OTHER_WEIGHTS and entry.name != WEIGHTS]
     if others:
         raise UserError(
-            f"{out} holds another model's weights ({others[0]}), whose config.json would be replaced; "
-            "choose another --out"
+            f"{out} contains another model's weights ({others[0]}), and the export would overwrite their "
+            "config.json; choose another --out"
         )
 
 
 def _group_size(stored: Stored, module: str) -> int:
-    """The largest groups that end with the rows and with the blocks."""
+    """Return the largest group size that divides the rows and the blocks."""
     layer = stored.layers[module]
     rows, columns, block_size = layer.out_features, layer.in_features, layer.block_size
     size = columns if block_size >= columns else math.gcd(block_size, columns)
     if size % GROUP_MULTIPLE:
         raise UserError(
-            f"{module} has blocks of {block_size} in rows of {columns} weights, which fall into "
-            f"groups of {size}; HQQ's are multiples of {GROUP_MULTIPLE}"
+            f"{module} has blocks of {block_size} in rows of {columns} weights, which need groups of {size}; "
+            f"HQQ needs a multiple of {GROUP_MULTIPLE}, so quantize with another --block-size"
         )
     if rows * columns // size % PACKED_GROUPS:
         raise UserError(
-            f"{module} has {rows * columns // size} groups of {size} weights; HQQ packs multiples of "
-            f"{PACKED_GROUPS} groups"
+            f"{module} has {rows * columns // size} groups of {size} weights; HQQ needs a multiple of "
+            f"{PACKED_GROUPS} groups, so quantize with another --block-size"
         )
     return size
 
 
 def _state(shape: tuple[int, int], group_size: int) -> dict[str, torch.Tensor]:
-    """The scalars of a layer, as hqq encodes them: text as character codes, truth values as bytes."""
+    """Encode a layer's scalars as hqq does: strings as character codes, booleans as uint8."""
     state = {"shape": torch.tensor(shape), "group_size": torch.tensor(group_size, dtype=torch.int32)}
     for key, value in _STATE.items():
         if isinstance(value, str):
@@ -221,7 +221,7 @@ def _state(shape: tuple[int, int], group_size: int) -> dict[str, torch.Tensor]:
 
 
 def _quantization(layers: dict[str, int]) -> dict[str, Any]:
-    """transformers' description of it: settings by the part of a layer's name that all layers share."""
+    """Make transformers' quantization_config: settings by the part of the name shared by all layers."""
     settings = {
         _tag(module): {"weight_quant_params": {**_SETTINGS, "group_size": group_size, "optimize": False}}
         for module, group_size in layers.items()
@@ -230,6 +230,7 @@ def _quantization(layers: dict[str, int]) -> dict[str, Any]:
 
 
 def _tag(module: str) -> str:
+    """Return the part of a module's name that all layers share, as hqq does."""
     return ".".join(
         part for part in module.split(".") if part not in ("model", "layers") and not part.isnumeric()
     )
@@ -239,7 +240,7 @@ def _write(stored: Stored, layers: dict[str, int], tensors: dict[str, torch.Tens
     with staged(out) as folder:
         try:
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-            (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to the owner alone
+            (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable by the owner only
             stored.tokenizer.save_pretrained(folder)
             if (stored.folder / GENERATION).is_file():
                 shutil.copyfile(stored.folder / GENERATION, folder / GENERATION)
@@ -248,5 +249,5 @@ def _write(stored: Stored, layers: dict[str, int], tensors: dict[str, torch.Tens
             config["quantization_config"] = _quantization(layers)
             write_json(folder / CONFIG, config)
             move_into(folder, out, stale=(GENERATION,))
-        except Exception as error:  # the tokenizer raises plain Exception where the disk is full
+        except Exception as error:  # the tokenizer raises plain Exception on a full disk
             raise UserError(f"{out} could not be written: {error}") from None

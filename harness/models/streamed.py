@@ -1,4 +1,4 @@
-"""Models larger than memory: decoder layers stay on disk and are read one at a time."""
+"""Load models larger than memory: their decoder layers stay on disk and are read one at a time."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from harness.models.decoder import DecoderLayers, Reader, find_decoder_layers
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
 
-# Share of the memory that weights may take: hidden states and what a run works with need room, too.
+# Share of the memory that weights may take; the rest is for hidden states and working memory.
 MEMORY_SHARE = 0.6
 
 
 def is_larger_than_memory(folder: Path) -> bool:
-    """Whether the weights of a model folder leave too little of this machine's memory."""
+    """Whether the weights of a model folder take more than `MEMORY_SHARE` of this machine's memory."""
     if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
-        return False  # in files that cannot be read tensor by tensor
+        return False  # without safetensors files, tensors cannot be read one at a time
     files = [folder / name for name in set(files_of_tensors(folder).values())]
     return sum(file.stat().st_size for file in files if file.exists()) > MEMORY_SHARE * host_memory()
 
 
 def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
-    """Load what is outside the decoder layers; of those, only the shapes.
+    """Load a model without the weights of its decoder layers.
 
     Parameters
     ----------
     folder : Path
         A model folder with safetensors files.
     trust_remote_code : bool
-        Whether code that comes with the model may run.
+        Whether Python code shipped with the model may run.
 
     Returns
     -------
     Original
-        Its ``read`` takes the weights of the layers from the files.
+        Its ``read`` reads the weights of the layers from the files.
 
     Raises
     ------
     UserError
-        If the files do not hold every tensor under the name that the model has for it.
+        If the files lack a tensor of the model, or store it under another name.
     """
     transformers = quiet_transformers()
 
@@ -62,7 +62,7 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     lacking = sorted(expected - files.keys())
     if lacking:
         raise UserError(
-            f"{folder} is too large to be loaded whole, and cannot be read layer by layer: "
+            f"{folder} is too large to load as a whole, and cannot be read layer by layer: "
             f"its files have no tensor {lacking[0]}"
         )
     info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
@@ -71,15 +71,15 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
 
 
 def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False) -> DecoderLayers:
-    """Put `depth` decoder layers without weights, on torch's meta device, in the place of a model's own.
+    """Replace a model's decoder layers with `depth` layers on torch's meta device, without weights.
 
-    What layers compute for themselves and no file holds (causal masks, tables of positions) is that of the
+    Non-persistent buffers (causal masks, position tables) are in no file; all layers take them from the
     model's first layer.
 
     Raises
     ------
     UserError
-        If a layer has such a tensor that the first has not.
+        If a layer has a non-persistent buffer that the first layer lacks.
     """
     model.config.get_text_config().num_hidden_layers = depth
     with torch.device("meta"):
@@ -93,8 +93,8 @@ def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False)
         for buffer in [name for name, _ in layer.named_buffers() if name not in stored]:
             if buffer not in computed:
                 raise UserError(
-                    f"{type(model).__name__} cannot be read layer by layer: its first layer has no {buffer}, "
-                    f"which layer {index} computes"
+                    f"{type(model).__name__} cannot be read layer by layer: layer {index} has a "
+                    f"non-persistent buffer {buffer} that layer 0 lacks"
                 )
             owner, _, own = buffer.rpartition(".")
             layer.get_submodule(owner).register_buffer(own, computed[buffer], persistent=False)

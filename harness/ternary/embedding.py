@@ -1,7 +1,7 @@
-"""Embedding and head in 8 bits: codes with a factor for every row, on disk; dense in memory.
+"""Embedding and LM head in 8 bits: int8 codes and one factor per row on disk, dense in memory.
 
-A row of the matrix is ``row_factor * codes``, computed in float32 and rounded to the model's dtype. A
-quantization run rounds them before it calibrates, so that calibration sees what is stored.
+A row of the matrix is ``row_factor * codes``, computed in float32 and rounded to the model's dtype.
+Quantization rounds embedding and head before it calibrates, so that calibration uses the stored values.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from reference.types import CODE_LIMIT
 
 
 def encode(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is stored: ``weight`` (rows, columns) int8, the codes, and ``row_factor`` (rows,) float32.
+    """Encode a matrix: ``weight`` (rows, columns) int8 holds the codes, ``row_factor`` is (rows,) float32.
 
-    The largest weight of every row has the largest code.
+    The largest weight of each row gets the largest code.
     """
     rows = weight.float()
     factor = torch.linalg.vector_norm(rows, torch.inf, dim=1) / CODE_LIMIT
@@ -33,13 +33,13 @@ def _codes(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def decode(weight: torch.Tensor, row_factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight (rows, columns) of what `encode` gave."""
+    """Decode the output of `encode` to dense weights (rows, columns)."""
     return (row_factor[:, None] * weight).to(dtype)
 
 
 @dataclass(frozen=True)
 class CodedMatrix:
-    """An embedding or a head in 8 bits; `original` is its weight before."""
+    """An embedding or LM head in 8 bits; `original` is its weight before rounding."""
 
     module: Any
     parts: dict[str, torch.Tensor]
@@ -47,22 +47,22 @@ class CodedMatrix:
 
     @property
     def saved_bytes(self) -> int:
-        """How much less is stored."""
+        """Bytes saved in the checkpoint."""
         return self.original.nbytes - sum(tensor.nbytes for tensor in self.parts.values())
 
 
 def round_embeddings(model: Any) -> dict[str, CodedMatrix]:
-    """Round a model's embedding, and its head if that is another matrix, to 8 bits.
+    """Round a model's embedding to 8 bits, and its LM head unless the two are tied.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Its weights are replaced by those that will be read back.
+        Changed in place: its weights become those that the checkpoint will give back.
 
     Returns
     -------
     dict of str to CodedMatrix
-        By the names of the modules.
+        By module name.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     found = [embedding]
@@ -79,7 +79,7 @@ def round_embeddings(model: Any) -> dict[str, CodedMatrix]:
 
 @contextmanager
 def unrounded(coded: dict[str, CodedMatrix]) -> Iterator[None]:
-    """Put the original weights back for a while."""
+    """Restore the original weights inside a ``with`` block."""
     rounded = {name: matrix.module.weight.data for name, matrix in coded.items()}
     for matrix in coded.values():
         matrix.module.weight.data = matrix.original
@@ -91,36 +91,45 @@ def unrounded(coded: dict[str, CodedMatrix]) -> Iterator[None]:
 
 
 def expect_codes(module: Any) -> None:
-    """Let a module be loaded that has codes in the place of its weight.
+    """Prepare a module for loading codes in place of its weight.
 
     Raises
     ------
     UserError
-        If it has no matrix of weights.
+        If its weight is not a matrix.
     """
     if getattr(module, "weight", None) is None or module.weight.ndim != 2:
-        raise UserError(f"config.json: coded names a {type(module).__name__}, which has no matrix to code")
+        raise UserError(
+            f"config.json: `coded` lists a {type(module).__name__}, which has no weight matrix to decode"
+        )
     with torch.device(module.weight.device):
         module.register_buffer("row_factor", torch.zeros(len(module.weight), dtype=torch.float32))
 
 
 def take_codes(module: Any, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """Put the weight that the loaded codes stand for in their place; factors are kept for `kept_codes`.
+    """Replace loaded codes with dense weights; keep the row factors for `kept_codes`.
 
-    `stored` is what calibration saw it in, `dtype` what the model is loaded in.
+    Parameters
+    ----------
+    module : nn.Module
+        Holds codes in ``weight``, and ``row_factor``.
+    stored : torch.dtype
+        dtype of the weights during calibration.
+    dtype : torch.dtype
+        dtype that the model is loaded in.
     """
     codes, factor = module.weight.data, module.row_factor
     del module.row_factor
-    # Its bits, as what converts a model's floating-point tensors must leave it alone.
+    # Kept as integers, so that converting the model to another dtype does not change it.
     module.register_buffer("row_factor_bits", factor.view(torch.int32), persistent=False)
     weight = decode(codes, factor, stored).to(dtype)
     module.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def kept_codes(module: Any) -> dict[str, torch.Tensor]:
-    """What is stored of a module: what `take_codes` was given, but for rows that have changed or are new.
+    """Return the codes to save: for unchanged rows, the loaded ones bit for bit.
 
-    Those, and a module that has taken the place of the loaded one, are as `encode` makes them.
+    Rows that are new or have changed, and modules that were not loaded from codes, are encoded anew.
     """
     weight = module.weight.data
     parts = encode(weight)
@@ -129,8 +138,8 @@ def kept_codes(module: Any) -> dict[str, torch.Tensor]:
     factor = module.row_factor_bits.view(torch.float32)[: len(weight)]
     rows = weight[: len(factor)].float()
     codes = _codes(rows, factor)
-    # A weight is off its code by the rounding to bfloat16 at the most, less than half a step: so codes are
-    # found again, and a row of other weights is seen.
+    # Rounding to bfloat16 moves a decoded weight by less than half a step: rounding recovers the codes of
+    # an unchanged row, and a changed row is off the grid.
     on_grid = (rows - factor[:, None] * codes).abs() <= 2**-8 * rows.abs()
     same = (on_grid & (codes.abs() <= CODE_LIMIT)).all(1).nonzero()[:, 0]
     parts["weight"][same] = codes[same].to(torch.int8)

@@ -1,4 +1,4 @@
-"""A linear layer whose weights stay packed trits."""
+"""A linear layer with packed ternary weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class TernaryLinear(nn.Module):
     """``nn.Linear`` with the weights ``alpha * t + mu``, stored as `reference.packing` describes.
 
-    The tensors of the checkpoint are its buffers; or, after `use_kernels`, the same numbers in the layout of
-    the packed kernels, where a trit takes 2 bits instead of 1.6. What is saved is what was loaded, bit for
-    bit, in either case. Changing the module's dtype never changes alpha and mu.
+    Its buffers are the tensors of the checkpoint. `use_kernels` replaces them with the same numbers in the
+    layout of the packed kernels, at 2 bits per trit instead of 1.6. Either way, saving writes exactly the
+    bits that were loaded. Changing the module's dtype never changes alpha and mu.
 
     Parameters
     ----------
@@ -29,24 +29,23 @@ class TernaryLinear(nn.Module):
     block_size : int
         Columns that share alpha and mu.
     grid : {"float16", "int8"}
-        What alpha and mu are stored in.
+        Storage type of alpha and mu.
     permuted : bool
         Whether there is a permutation.
     bias : bool
         Whether there is a bias.
     dtype : torch.dtype
-        What weights are rounded to: the dtype that calibration saw them in.
+        dtype that dequantized weights are rounded to, the same as during calibration.
 
     Attributes
     ----------
     trits, scale, shift, permutation, row_factor, scale_factor, shift_factor : tensors or None
-        As in the checkpoint; `permutation` is None where it is the identity, factors in float16 grids, and
-        all of them while kernels are used.
+        As in the checkpoint. `permutation` is None if it is the identity, the factors are None for float16
+        grids, and all are None after `use_kernels`.
     weight : (n, m) tensor or None
-        Dense weights, if they are kept (`keep_dense`). Without these and without kernels, they are made at
-        every call.
+        Dense weights, if kept (`keep_dense`). Without them and without kernels, every call dequantizes.
     packed : PackedWeights or None
-        What the kernels read, shared with layers that are given the same input.
+        Weights in the layout of the kernels, shared with layers that read the same input.
     """
 
     trits: torch.Tensor
@@ -86,11 +85,11 @@ class TernaryLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.trits.device if self.packed is None else self.packed.words.device
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of this layer, by the names in `PACKED`."""
+        """Tensors of this layer as a checkpoint stores them, by the names in `PACKED`."""
         if self.packed is None:
             tensors = {name: getattr(self, name) for name in PACKED}
         else:
@@ -101,7 +100,7 @@ class TernaryLinear(nn.Module):
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def matrix(self) -> Matrix:
-        """The same with trits, and with a permutation in any case."""
+        """The layer's matrix with unpacked trits; its permutation is never None."""
         if self.packed is not None:
             return self.packed.tensors().part(self.part)
         tensors = self.stored()
@@ -111,32 +110,32 @@ class TernaryLinear(nn.Module):
         return Matrix(**tensors)
 
     def dequantize(self) -> torch.Tensor:
-        """The (n, m) weights, columns in their original order, in the dtype that calibration saw."""
+        """Compute the (n, m) weights, columns in original order, in the dtype used during calibration."""
         return self.matrix().dequantize(self.block_size, self.weight_dtype)
 
     def keep_dense(self, keep: bool) -> None:
-        """Keep dense weights beside the stored tensors, for speed; or drop them, for memory."""
+        """Keep dense weights beside the stored tensors (faster), or drop them (smaller)."""
         for name, tensor in self.stored().items():
             setattr(self, name, tensor)
         self.packed = None
         self.weight = self.dequantize() if keep else None
 
     def use_kernels(self, packed: PackedWeights, part: int) -> None:
-        """Multiply by the packed trits themselves; drops the stored tensors, and dense weights.
+        """Multiply by packed trits from now on; drop the stored tensors and the dense weights.
 
         Parameters
         ----------
         packed : PackedWeights
-            The weights of this layer in the kernels' layout, and perhaps those of others.
+            Weights in the kernels' layout, of this layer and possibly of others.
         part : int
-            Which of them are this layer's.
+            Index of this layer among them.
         """
         self.packed, self.part = packed, part
         for name in (*PACKED, "weight"):
             setattr(self, name, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., m) to (..., n), in the dtype of x."""
+        """Map (..., m) to (..., n), in the dtype of x."""
         if self.packed is not None:
             y = self.packed(x, self.part)
             return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -153,16 +152,14 @@ class TernaryLinear(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         if self.packed is not None:
             prefix, errors = arguments[1], arguments[-1]
-            errors.append(
-                f"{prefix[:-1]} is laid out for kernels and takes no weights; keep_dense undoes that"
-            )
+            errors.append(f"{prefix[:-1]} uses packed kernels and cannot load weights; call keep_dense first")
             return
         super()._load_from_state_dict(*arguments)
         if self.weight is not None:
             self.weight = self.dequantize()
 
     def extra_repr(self) -> str:
-        """What is printed of the module."""
+        """Describe the module for ``print``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"block_size={self.block_size}, bias={self.bias is not None}, "
@@ -170,7 +167,7 @@ class TernaryLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # What converts floating-point tensors leaves integers alone, and what moves tensors moves both.
+        # View the tensors as integers meanwhile: conversion to another dtype skips those, a move does not.
         kept = {name: getattr(self, name) for name in PACKED}
         kept = {name: tensor for name, tensor in kept.items() if tensor is not None}
         for name, tensor in kept.items():

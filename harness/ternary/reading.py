@@ -1,4 +1,4 @@
-"""Read a ternary checkpoint, and refuse one that is damaged, tensor by tensor."""
+"""Read a ternary checkpoint; check every tensor and name the one that is damaged."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from reference.types import CODE_LIMIT
 
 
 def verify(folder: Path, model: nn.Module) -> None:
-    """Refuse a checkpoint that is not, tensor by tensor, what a model with `TernaryLinear` layers needs.
+    """Check that the tensors of a checkpoint are those that a model with `TernaryLinear` layers needs.
 
     Parameters
     ----------
     folder : Path
         The checkpoint.
     model : nn.Module
-        The model, on any device; only its shapes and types are looked at.
+        The model, on any device; only shapes and dtypes of its tensors are used.
 
     Raises
     ------
     UserError
-        If a tensor is missing, left over, of the wrong shape or type, or damaged; names the tensor.
+        If a tensor is missing, unknown, damaged, or of the wrong shape or dtype; the message names it.
     """
     ternary = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
     expected = model.state_dict()
@@ -40,18 +40,18 @@ def verify(folder: Path, model: nn.Module) -> None:
     for name, tensor in tensors_of(folder):
         module, _, part = name.rpartition(".")
         if module in ternary and part == "weight":
-            raise UserError(f"{name} is stored beside its packed form")
+            raise UserError(f"{folder} holds {name} both dense and packed; quantize the model again")
         if module in ternary and part == "permutation" and name not in expected:
-            raise UserError(f"the tensor {name} is there, though the order is the original")
+            raise UserError(f"{folder} holds {name}, but its config.json says that {module} is not reordered")
         if name not in expected:
-            raise UserError(f"{folder} has tensors the model does not know: {name}")
+            raise UserError(f"{folder} has a tensor that the model does not have: {name}")
         if module in ternary and part in PACKED:
-            _require_sound(name, part, tensor, expected[name], ternary[module].in_features)
+            _require_packed(name, part, tensor, expected[name], ternary[module].in_features)
         elif part == "weight" and f"{module}.row_factor" in expected:
             codes = torch.empty_like(expected[name], dtype=torch.int8)
-            _require_sound(name, part, tensor, codes, columns=codes.shape[1])
+            _require_packed(name, part, tensor, codes, columns=codes.shape[1])
         else:
-            _require_fit(name, tensor, expected[name])
+            _require_unquantized(name, tensor, expected[name])
         seen.add(name)
     tied = getattr(model, "all_tied_weights_keys", {})
     for name in expected:
@@ -61,22 +61,22 @@ def verify(folder: Path, model: nn.Module) -> None:
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that was saved with a checkpoint; code that came with it runs only if trusted."""
+    """Load the tokenizer saved with a checkpoint; code shipped with it runs only if trusted."""
     transformers = quiet_transformers()
 
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{path} has no tokenizer that can be read: {error}") from None
+        raise UserError(f"the tokenizer in {path} cannot be read: {error}") from None
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """The file that holds each tensor, after a look at whether all of them are there.
+    """Map every tensor name to its file, and check the files against the index.
 
     Raises
     ------
     UserError
-        If a file is missing, damaged, or holds other tensors than the index lists.
+        If a file is missing or damaged, or its tensors differ from those in the index.
     """
     if (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         with _opened(folder / SINGLE) as shard:
@@ -87,13 +87,13 @@ def weight_map(folder: Path) -> dict[str, str]:
         with _opened(folder / file) as shard:
             stored = set(shard.keys())
         for name in sorted(listed ^ stored):
-            what = "lacks the tensor" if name in listed else "holds, unlisted in the index,"
+            what = "lacks the tensor" if name in listed else "holds a tensor that the index does not list:"
             raise UserError(f"{folder / file} {what} {name}")
     return files
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint, by name."""
+    """Iterate over the tensors of a checkpoint, with their names."""
     files = weight_map(folder)
     for file in sorted(set(files.values())):
         with _opened(folder / file) as shard:
@@ -110,18 +110,18 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"{file} is missing or damaged: {error}") from None
 
 
-def _require_fit(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
-    """Refuse a tensor that is stored as it was but cannot be what the model needs."""
+def _require_unquantized(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse an unquantized tensor of the wrong shape or kind of dtype, or with non-finite values."""
     if tensor.shape != expected.shape:
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}, the model needs {tuple(expected.shape)}")
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
     if tensor.is_floating_point() != expected.is_floating_point():
-        raise UserError(f"{name} is {tensor.dtype}, the model needs {expected.dtype}".replace("torch.", ""))
+        raise UserError(f"{name} is {tensor.dtype}, expected {expected.dtype}".replace("torch.", ""))
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise UserError(f"{name} holds a value that is not finite")
+        raise UserError(f"{name} is damaged: it has a value that is not finite")
 
 
-def _require_sound(name: str, part: str, tensor: torch.Tensor, expected: torch.Tensor, columns: int) -> None:
-    """Refuse a packed tensor of another type or shape, or with a value that it cannot have."""
+def _require_packed(name: str, part: str, tensor: torch.Tensor, expected: torch.Tensor, columns: int) -> None:
+    """Refuse a packed tensor of the wrong dtype or shape, or with invalid values."""
     if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
         raise UserError(
             f"{name} is {tensor.dtype} {tuple(tensor.shape)}, "
@@ -134,8 +134,8 @@ def _require_sound(name: str, part: str, tensor: torch.Tensor, expected: torch.T
             raise UserError(f"{name} is damaged: {error}") from None
     elif part == "permutation":
         if not torch.equal(tensor.long().sort().values, torch.arange(columns)):
-            raise UserError(f"{name} does not hold every column once")
+            raise UserError(f"{name} is damaged: it does not hold every column exactly once")
     elif not torch.isfinite(tensor).all():
-        raise UserError(f"{name} holds a value that is not finite")
+        raise UserError(f"{name} is damaged: it has a value that is not finite")
     elif not tensor.is_floating_point() and int(tensor.int().abs().max()) > CODE_LIMIT:
-        raise UserError(f"{name} holds a code beyond {CODE_LIMIT}")
+        raise UserError(f"{name} is damaged: it has a code beyond ±{CODE_LIMIT}")

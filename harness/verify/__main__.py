@@ -1,4 +1,4 @@
-"""Whether a backend computes the paper: every golden case, by the one tolerance table."""
+"""Verify a backend by the golden cases, or by the reference on a real model: python -m harness.verify."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from harness.verify.record import add_to_record
 from harness.verify.tolerances import TOLERANCES
 
 DESCRIPTION = """\
-Check that a backend computes the paper.
+Verify that a backend computes what the paper says.
 
-Runs every golden case through the backend and compares the answers with the
-committed ones by one tolerance table. Golden answers come from rational
+Runs every golden case through the backend and compares the results with the
+committed answers, by one table of tolerances. Golden answers come from rational
 arithmetic, enumeration and dense least squares, never from the code under test.
 
-For every operation the report shows the number of cases, and for every output
-the worst error, the tolerance, what both are relative to, and why the tolerance
-is what it is. Errors of trits are distances of a decision from its threshold;
-those of bytes and indices count the entries that differ."""
+For every operation, the report shows the number of cases; for every output, the
+worst error, the tolerance, the quantity both are relative to, and the reason for
+the tolerance. The error of a trit is the distance of its decision from the
+threshold. The error of bytes and indices is the number of entries that differ."""
 
 
 EPILOG = """\
 examples:
   python -m harness.verify --backend reference      the reference, all cases
-  python -m harness.verify --operation atq          one module, by the GPU where there is one
+  python -m harness.verify --operation atq          one module, on the GPU if there is one
   python -m harness.verify --operation aga.align_grid --kind real
   python -m harness.verify --backend mybackend      any package with the modules and functions of reference/
-  python -m harness.verify --json > verify.json     the same for a program
+  python -m harness.verify --json > verify.json     a report for programs
   python -m harness.verify --backend gpu --record golden/gpu-verified.json
   python -m harness.verify --backend gpu --model --record golden/gpu-verified.json
 
-exit code: 0 all within tolerance, 1 a miss or a changed golden file, 2 bad usage"""
+exit code: 0 all within tolerance, 1 an error beyond its tolerance or a changed golden file, 2 bad usage"""
 
 
 EMBEDDED = "(embedded)"
 
 
 def render(backend: Backend, outcomes: list[Outcome], seconds: float) -> str:
-    """The report as people read it."""
+    """Format the report for people."""
     lines = []
     for outcome in outcomes:
         state = "MISS" if outcome.misses else "refused" if outcome.refused == outcome.cases else "ok"
@@ -71,7 +71,7 @@ def render(backend: Backend, outcomes: list[Outcome], seconds: float) -> str:
 
 
 def as_json(backend: Backend, outcomes: list[Outcome]) -> dict[str, Any]:
-    """The report of one precision as programs read it, by operation."""
+    """Make the JSON report of one precision, by operation."""
     operations = {}
     for outcome in outcomes:
         rows = {output: TOLERANCES[outcome.operation][output] for output in outcome.worst}
@@ -94,7 +94,7 @@ def as_json(backend: Backend, outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.verify",
         description=DESCRIPTION,
@@ -102,56 +102,59 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--backend", default="auto", help="package with the functions of reference/, or auto (auto)"
+        "--backend",
+        default="auto",
+        help="reference, gpu, a package with the same modules, or auto: gpu if it can run, else reference "
+        "(default: auto)",
     )
-    parser.add_argument("--operation", metavar="NAME", help="only this module or module.function (all)")
-    parser.add_argument("--kind", choices=KINDS, help="only cases of this kind (all)")
+    parser.add_argument("--operation", metavar="NAME", help="only this module or module.function")
+    parser.add_argument("--kind", choices=KINDS, help="only cases of this kind")
     parser.add_argument(
         "--golden",
         type=Path,
         default=FOLDER,
         metavar="DIR",
-        help="folder of the golden files (the package's own)",
+        help="folder of the golden files (default: the ones in the package)",
     )
     parser.add_argument(
         "--precision",
         choices=("float32", "float64"),
-        help="type of the weights (all that the backend computes in)",
+        help="dtype of the weights (default: all that the backend supports)",
     )
     parser.add_argument(
         "--model",
         nargs="?",
         const=EMBEDDED,
         metavar="MODEL",
-        help="fit every matrix of a real model by the backend and by the reference, on the same inputs, "
-        "instead of the golden cases; without a name, the embedded model of harness.quantize",
+        help="instead of the golden cases, fit every matrix of a real model with the backend and with the "
+        "reference, on the same inputs; without MODEL, the default model of harness.quantize",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print a single JSON object")
     parser.add_argument(
         "--record",
         type=Path,
         metavar="FILE",
-        help="if all passes on a device, write what was verified there into this record "
-        "(golden/gpu-verified.json)",
+        help="if everything passes on a GPU, record the verified files in FILE, such as "
+        "golden/gpu-verified.json",
     )
     options = parser.parse_args(arguments)
     other_cases = options.golden != FOLDER
     if options.record and (options.operation or options.kind or options.precision or other_cases):
-        parser.error("--record is for all cases: leave out --operation, --kind, --precision and --golden")
+        parser.error("--record needs all cases; drop --operation, --kind, --precision and --golden")
     if options.model and (options.operation or options.kind or other_cases):
-        parser.error("--operation, --kind and --golden choose golden cases: leave them out with --model")
+        parser.error("--model runs no golden cases; drop --operation, --kind and --golden")
 
     first = load_backend(options.backend, options.precision)
     if first.note:
         print(first.note, file=sys.stderr)
     if options.record and not first.on_device:
         raise UserError(
-            f"--record is for what passes on a CUDA device, and the backend {first.name} does not run on one "
-            "here; leave it out, or run --backend gpu where there is a device"
+            f"--record needs a CUDA GPU, but backend {first.name} does not run on one here; drop --record, "
+            "or use --backend gpu on a machine with a GPU"
         )
     backends = [first] if options.precision else [replace(first, precision=p) for p in first.precisions]
     if options.model:
-        from harness.verify.real_model import compare_on_model  # torch and transformers take seconds to load
+        from harness.verify.real_model import compare_on_model  # importing torch takes seconds
 
         source = None if options.model == EMBEDDED else options.model
         part = "real_model"
@@ -181,15 +184,15 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_MISS
     if options.record:
         add_to_record(options.record, first, part, results)
-        print(f"{options.record} written", file=sys.stderr)
+        print(f"wrote {options.record}", file=sys.stderr)
     return 0
 
 
 def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
-    """The golden cases asked for."""
+    """Load the selected golden cases."""
     known = {name for operation in TOLERANCES for name in (operation, operation.partition(".")[0])}
     if options.operation and options.operation not in known:
-        parser.error(f"no operation {options.operation!r}; known are {', '.join(TOLERANCES)}")
+        parser.error(f"unknown operation {options.operation!r}; choose from {', '.join(TOLERANCES)}")
     cases = [
         case
         for case in load_cases(options.golden)
@@ -197,7 +200,7 @@ def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         and (not options.operation or f"{case.operation}.".startswith(f"{options.operation}."))
     ]
     if not cases:
-        parser.error(f"no case of {options.operation} is of kind {options.kind}")
+        parser.error(f"operation {options.operation} has no cases of kind {options.kind}; drop --kind")
     return cases
 
 

@@ -1,4 +1,4 @@
-"""Run golden cases through a backend and compare the answers."""
+"""Run golden cases through a backend and check the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXCEPTIONS: dict[str, type[Exception]] = {"ValueError": ValueError, "LinAlgError
 
 @dataclass
 class Outcome:
-    """One operation over all of its cases."""
+    """Results of one operation over all its cases."""
 
     operation: str
     cases: int = 0
@@ -27,7 +27,7 @@ class Outcome:
     refused: int = 0
 
     def add(self, case: Case, findings: list[Finding]) -> None:
-        """Take in what came of one case."""
+        """Add the findings of one case."""
         self.cases += 1
         for finding in findings:
             if finding.output and finding.error >= self.worst.get(finding.output, (-1.0, ""))[0]:
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def verify(backend: Backend, cases: list[Case]) -> list[Outcome]:
-    """Run the cases; one outcome per operation, in the order of the table."""
+    """Run the cases; return one outcome per operation, in the order of `TOLERANCES`."""
     outcomes: dict[str, Outcome] = {}
     for case in cases:
         outcome = outcomes.setdefault(case.operation, Outcome(case.operation))
@@ -50,13 +50,13 @@ def verify(backend: Backend, cases: list[Case]) -> list[Outcome]:
 
 
 def _refuses(backend: Backend, case: Case) -> bool:
-    """Whether the backend leaves out the operation, or the alignment that the case asks for."""
+    """Whether the backend refuses the operation, or the variant of AGA in the case."""
     printed = case.parameters.get("aga") == "printed" and "aga.align_grid_printed" in backend.refused
     return case.operation in backend.refused or printed
 
 
 def run_case(backend: Backend, case: Case) -> list[Finding]:
-    """Call the backend and compare."""
+    """Run one case and check its outputs."""
     try:
         function = backend.function(case.operation)
     except MissingOperation as missing:
@@ -66,21 +66,19 @@ def run_case(backend: Backend, case: Case) -> list[Finding]:
     except Exception as error:
         if case.raises and isinstance(error, EXCEPTIONS[case.raises]):
             return []
-        wanted = f", {case.raises} was expected" if case.raises else ""
-        return [Finding("", np.inf, f"{type(error).__name__}: {error}{wanted}")]
+        wanted = f", expected {case.raises}" if case.raises else ""
+        return [Finding("", np.inf, f"raised {type(error).__name__}: {error}{wanted}")]
     if case.raises:
-        return [Finding("", np.inf, f"an answer came back, {case.raises} was expected")]
+        return [Finding("", np.inf, f"returned a result, expected {case.raises}")]
     try:
         got = _by_name(backend, case, result)
     except Exception as error:
         wanted = ", ".join(case.outputs)
-        return [
-            Finding("", np.inf, f"what came back does not hold {wanted}: {type(error).__name__}: {error}")
-        ]
+        return [Finding("", np.inf, f"the result does not contain {wanted}: {type(error).__name__}: {error}")]
     return check(case, got, backend.precision)
 
 
-# Arguments that a backend takes in the precision of the weights.
+# Arguments passed in the precision of the backend's weights.
 WEIGHTS = ("W", "W_hat", "W_R", "A")
 
 
@@ -113,14 +111,14 @@ def _whole(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _narrowed(weights: np.ndarray) -> np.ndarray:
-    """Weights in float32 if that holds them exactly: rounding them would be another case."""
+    """Convert weights to float32 if that is exact; rounded weights would be a different case."""
     with np.errstate(over="ignore"):
         narrow = weights.astype(np.float32)
     return narrow if np.array_equal(narrow, weights, equal_nan=True) else weights
 
 
 def _by_name(backend: Backend, case: Case, result: Any) -> dict[str, Any]:
-    """What the function returned, under the names of the case's outputs."""
+    """Map the names of the case's outputs to the returned arrays."""
     if isinstance(result, TernaryMatrix | CodedGrid | Layout):
         result = backend.to_host(result)
         return {name: np.asarray(_attribute(result, name)) for name in case.outputs}

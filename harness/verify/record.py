@@ -1,6 +1,6 @@
-"""The record of what has been verified on hardware: which files, on which device, with which errors.
+"""The record of hardware verification: which files passed, on which device, with which errors.
 
-Only a program that ran on a device writes it, so it is the one place that says that something did.
+Only a program that has run on a GPU writes the record, so it is the only evidence that something ran.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SUFFIXES = (".py", ".cu", ".cuh")
 
 
 class RecordError(UserError):
-    """A record that cannot be read."""
+    """Raised if a record cannot be read."""
 
 
 def hashes(package: Path) -> dict[str, str]:
-    """SHA-256 of every source file of a backend, by its path in the package."""
+    """Compute the SHA-256 of every source file of a backend, by path in the package."""
     return {
         path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(package.rglob("*"))
@@ -36,18 +36,18 @@ def hashes(package: Path) -> dict[str, str]:
 
 
 def add_to_record(file: Path, backend: Backend, part: str, results: dict[str, Any]) -> None:
-    """Write down what a full pass on a device has shown, beside the other parts of the same state.
+    """Record that a backend passed all checks of a part on a device.
 
     Parameters
     ----------
     file : Path
-        The record. What it holds of other files, another device or other libraries is dropped.
+        The record. Parts recorded for other file contents, devices or libraries are dropped.
     backend : Backend
         The backend that passed.
     part : {"golden", "real_model"}
-        What it passed.
+        The checks that it passed.
     results : dict
-        What `harness.verify` prints of it as JSON; of golden cases the worst errors are kept.
+        JSON report of `harness.verify`; for golden cases only the worst errors are kept.
 
     Raises
     ------
@@ -57,9 +57,7 @@ def add_to_record(file: Path, backend: Backend, part: str, results: dict[str, An
     try:
         identity = backend.package.identity()
     except (AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"nothing to record: backend {backend.name} did not run on a device: {error}"
-        ) from None
+        raise UserError(f"cannot record: backend {backend.name} did not run on a CUDA GPU: {error}") from None
     state = {
         "format_version": FORMAT_VERSION,
         **identity,
@@ -87,12 +85,12 @@ def _worst_errors(operations: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def changed_since(file: Path, package: Path) -> list[str]:
-    """Files of a backend that no pass on hardware has seen as they are now.
+    """List the files of a backend that have changed since they were verified on hardware.
 
     Raises
     ------
     RecordError
-        If there is a record and it is malformed.
+        If the record exists but is malformed.
     """
     now = hashes(package)
     if not file.exists():
@@ -107,9 +105,11 @@ def _read(file: Path) -> dict[str, Any]:
         version = record["format_version"]
         whole = isinstance(record["files"], dict) and isinstance(record["passed"], dict)
     except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{file} is not a record of verification: {error!r}") from None
+        raise RecordError(f"{file} is not a verification record: {error!r}") from None
     if version != FORMAT_VERSION:
-        raise RecordError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}")
+        raise RecordError(
+            f"{file} has format version {version}, but this program reads only version {FORMAT_VERSION}"
+        )
     if not whole:
-        raise RecordError(f"{file} is not a record of verification: files or passed is no object")
+        raise RecordError(f"{file} is not a verification record: `files` or `passed` is not an object")
     return record

@@ -1,9 +1,9 @@
-"""The tolerance table, and the one checker that applies it.
+"""The table of tolerances, and the check that applies it.
 
-Every output of every operation has a row that says how it is compared, how far it may be off, and
-why. Limits leave room for other orders of summation and lie far below what a wrong formula gives; the
-reference itself stays within a thousandth of most of them. A backend that is given weights in float32
-still computes in float64, so the same limits hold but for the rows of `_FLOAT32`.
+Every output of every operation has a row: how it is compared, its largest allowed error, and the reason.
+The limits allow for other orders of summation, but are far below the error of a wrong formula; the
+errors of the reference itself are below a thousandth of most limits. A backend with float32 weights still
+computes in float64, so the same limits apply, except for the rows in `_FLOAT32`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Tolerance:
     Attributes
     ----------
     operation, output : str
-        What it is for.
+        Operation and output it applies to.
     measure : str
         "equal": no entry may differ. "trits": a trit may differ only where the decision on it was
         nearer to its threshold than the limit, and nowhere in exact and degenerate cases. Otherwise
         the largest difference, divided by a scale of `SCALES`.
     limits : dict of str to float
-        By the precision of the weights.
+        Largest allowed error, by precision of the weights.
     reasons : dict of str to str
-        Why it is compared so, and why the limit is what it is.
+        Reason for the measure and the limit, by precision of the weights.
     """
 
     operation: str
@@ -47,7 +47,7 @@ class Tolerance:
 
     @property
     def unit(self) -> str:
-        """What errors and limits of this row are in."""
+        """Unit of the errors and limits of this row."""
         if self.measure == "equal":
             return "entries that differ"
         if self.measure == "trits":
@@ -55,34 +55,34 @@ class Tolerance:
         return f"of {SCALES[self.measure][0]}"
 
 
-EQUAL = "nothing is rounded: integers, or bytes"
+EQUAL = "integers or bytes: nothing is rounded"
 
-MOVED = "bits are moved, and what becomes wider is not rounded"
-SUMS = "sums over a row in another order: about m·ε, m·2e-16 for m columns, with room for 100 m"
-
-
-DECIDED = "a decision nearer to its threshold than rounding is not determined; golden ties are exact"
+MOVED = "bits are moved; widening is exact"
+SUMS = "row sums in another order: an error of about m·ε = m·2e-16 for m columns; allows 100 m"
 
 
-STORED = "computed to 1e-9 or better, and no golden value is that near to where float16 rounds up or down"
+DECIDED = "within rounding error of its threshold a decision may go either way; golden ties are exact"
 
 
-CODED = "computed to 1e-9 or better, and no golden value is that near to the middle of two codes, or is there"
+STORED = "computed to 1e-9 or better; no golden value is that close to a rounding boundary of float16"
 
 
-ALIGNED = "sums over C, amplified by the condition of Eq. 12's 2x2 system, up to 1e3 on the slices"
+CODED = "computed to 1e-9 or better; no golden value is that close to a tie of two codes without being tied"
 
 
-PRINTED = "as for align_grid, and a row sum of C is a difference of larger numbers"
+ALIGNED = "sums over C, amplified by the condition number of Eq. 12's 2x2 system, up to 1e3 on the slices"
 
 
-INVERTED = "ε times the condition of H: 3e-12, as it is 1.3e4 on the worst slice; with room for 30 of these"
+PRINTED = "as for align_grid; also, a row sum of C is a difference of larger numbers"
 
 
-FIGURES = "a figure of the report, a sum of squared errors; a wrong stage shows in the first digits"
+INVERTED = "ε times the condition number of H, 1.3e4 on the worst slice, is 3e-12; allows 30 times that"
 
 
-# How far the output error of a whole matrix (Eq. 11) may be from the reference's, as a share of it.
+FIGURES = "a sum of squared errors in the report; a wrong stage changes its first digits"
+
+
+# Largest relative difference between the output error (Eq. 11) of a whole matrix and the reference's.
 OUTPUT_ERROR = 1e-6
 
 _LAYOUT = [(field.name, "equal", 0.0, MOVED) for field in fields(Layout)]
@@ -97,15 +97,15 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
     "atq.weight_error": [("error", "energy", 1e-13, SUMS)],
     "atq.weight_error_gradient": [("d_alpha", "slope", 1e-13, SUMS), ("d_mu", "slope", 1e-13, SUMS)],
     "atq.build_optimal_grid": [
-        ("alpha", "row", 1e-12, SUMS + "; Eq. 9 amplifies them by at most m"),
-        ("mu", "row", 1e-12, SUMS + "; Eq. 9 amplifies them by at most m"),
+        ("alpha", "row", 1e-12, SUMS + "; Eq. 9 amplifies it by at most m"),
+        ("mu", "row", 1e-12, SUMS + "; Eq. 9 amplifies it by at most m"),
     ],
     "atq.flexible_round": [("T", "trits", 1e-12, DECIDED)],
     "atq.iterative_ternary_fitting": [
         ("alpha", "row", 1e-12, "the grid of the last trits, as for build_optimal_grid"),
         ("mu", "row", 1e-12, "the grid of the last trits, as for build_optimal_grid"),
-        ("T", "trits", 1e-9, DECIDED + "; the grids behind them carry the error of build_optimal_grid"),
-        ("errors", "energy", 1e-12, SUMS + ", in every half-step; their number must agree"),
+        ("T", "trits", 1e-9, DECIDED + "; the grids they are based on have the error of build_optimal_grid"),
+        ("errors", "energy", 1e-12, SUMS + ", in every half-step; the number of half-steps must agree"),
     ],
     "aga.output_error": [("error", "power", 1e-12, SUMS + ", and C adds m terms to each")],
     "aga.output_error_gradient": [
@@ -123,37 +123,32 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
     "ssr.permute": [("permuted", "equal", 0, "columns are copied")],
     "ssr.cosine_similarity": [("S", "one", 1e-13, "sums over a column; a cosine is at most 1")],
     "ssr.select_block": [
-        ("indices", "equal", 0, "golden similarities at the cut differ by 1e-8 or are tied")
+        ("indices", "equal", 0, "golden similarities at the cut differ by 1e-8 or are exactly tied")
     ],
     "ssr.block_variance": [("variance", "answer", 1e-12, SUMS)],
     "gptq.gram": [("C", "diagonal", 1e-13, SUMS.replace("m columns", "m tokens"))],
     "gptq.damp": [("H", "answer", 1e-14, "one sum of the diagonal, one product, one sum")],
     "gptq.invert_damped": [
         ("Hinv", "diagonal", 1e-10, INVERTED),
-        ("damping", "answer", 1e-14, "one of the stated steps"),
+        ("damping", "answer", 1e-14, "the initial damping times a power of 10"),
     ],
     "gptq.compensate": [("W_R", "row", 1e-10, INVERTED)],
     "gptq.eliminate": [("Hinv", "diagonal", 1e-10, INVERTED)],
     "ternarize.ternarize": [
         ("trits", "trits", 1e-9, DECIDED + "; the margin of a case is that of its closest decision"),
-        ("share of other trits", "one", 0, "in float64 no golden decision is near enough to turn"),
+        ("share of other trits", "one", 0, "in float64, no golden decision is close enough to flip"),
         ("scale", "equal", 0, STORED),
         ("shift", "equal", 0, STORED),
         *((f"{part}.codes", "equal", 0, CODED) for part in ("scale", "shift")),
         *((f"{part}.row", "equal", 0, STORED) for part in ("scale", "shift")),
         *((f"{part}.block", "equal", 0, STORED) for part in ("scale", "shift")),
-        ("permutation", "equal", 0, "golden similarities at every cut differ by 1e-8, or are tied exactly"),
-        ("weights", "equal", 0, "two float32 operations on what is stored"),
-        (
-            "output error",
-            "answer",
-            OUTPUT_ERROR,
-            "Eq. 11 of the result; what must be kept of a whole matrix",
-        ),
-        ("report.damping", "answer", 1e-14, "one of the stated steps"),
+        ("permutation", "equal", 0, "golden similarities at every cut differ by 1e-8 or are exactly tied"),
+        ("weights", "equal", 0, "two float32 operations on stored values"),
+        ("output error", "answer", OUTPUT_ERROR, "Eq. 11, the objective of the whole method"),
+        ("report.damping", "answer", 1e-14, "the initial damping times a power of 10"),
         ("report.weight_power", "answer", 1e-12, FIGURES),
         ("report.output_power", "answer", 1e-12, FIGURES),
-        ("report.iterations", "equal", 0, "rounds are counted"),
+        ("report.iterations", "equal", 0, "a count of iterations"),
         ("report.weight_errors", "answer", 1e-10, FIGURES),
         ("report.aligned_weight_error", "answer", 1e-10, FIGURES),
         ("report.output_errors", "answer", 1e-10, FIGURES),
@@ -175,12 +170,10 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
 }
 
 
-ROUNDED = (
-    "three float32 roundings, of what is moved and of the difference, each 6e-8 of at most twice the row"
-)
+ROUNDED = "three roundings to float32, each by up to 6e-8 of a value that is at most twice the row's largest"
 
 
-# Limits and reasons that differ for weights in float32.
+# Limits and reasons that differ for float32 weights.
 _FLOAT32: dict[str, dict[str, tuple[float, str]]] = {
     "gptq.compensate": {"W_R": (3e-7, ROUNDED)},
 }
@@ -203,7 +196,7 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
 
 
 def _row_scale(case: Case, expected: Array) -> Array:
-    """The largest weight or answer of the row."""
+    """Largest |weight| or |answer| of each row."""
     weights = case.inputs["W"] if "W" in case.inputs else case.inputs["W_R"]
     return np.maximum(abs(weights).max(axis=1), abs(expected).max(axis=1))[:, None]
 
@@ -213,7 +206,7 @@ def _power(case: Case, expected: Array) -> Array:
     return np.maximum(((W @ C) * W).sum(), expected)
 
 
-# What a difference is divided by: words for people, and a function of the case and the answer.
+# Scales that differences are divided by: a description, and a function of the case and the answer.
 SCALES: dict[str, tuple[str, Callable[[Case, Array], Any]]] = {
     "one": ("1", lambda case, expected: 1.0),
     "answer": ("the largest |answer|", lambda case, expected: abs(expected).max(initial=0)),
@@ -237,7 +230,7 @@ SCALES: dict[str, tuple[str, Callable[[Case, Array], Any]]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """How one output of one case compared: its error, and what was wrong if the table does not allow it."""
+    """Error of one output of one case; `miss` says what is wrong if it exceeds the tolerance."""
 
     output: str
     error: float
@@ -245,15 +238,30 @@ class Finding:
 
 
 def check(case: Case, got: dict[str, Array], precision: str = "float64") -> list[Finding]:
-    """Compare the outputs of one call, on weights of a precision, with the case's answer, by the table."""
+    """Compare the outputs of one call with the case's answers by the table.
+
+    Parameters
+    ----------
+    case : Case
+        The golden case.
+    got : dict of str to array
+        Outputs of the backend, by name.
+    precision : {"float32", "float64"}
+        Precision of the weights passed to the backend.
+
+    Returns
+    -------
+    list of Finding
+        One for each output of the case.
+    """
     expected = dict(case.outputs)
     if case.operation == "ternarize.ternarize":
-        expected, got = _with_whole_figures(case, expected), _with_whole_figures(case, got, expected)
+        expected, got = _with_matrix_outputs(case, expected), _with_matrix_outputs(case, got, expected)
     findings = []
     for output, answer in expected.items():
         row = TOLERANCES[case.operation][output]
         limit = row.limits[precision]
-        problem = _other_kind(got.get(output), answer)
+        problem = _mismatch(got.get(output), answer)
         error = float("inf") if problem else _error(row, case, got[output], answer)
         if not error <= limit:
             problem = problem or f"{error:.3g} {row.unit}, allowed {limit:g}"
@@ -261,13 +269,13 @@ def check(case: Case, got: dict[str, Array], precision: str = "float64") -> list
     return findings
 
 
-def _other_kind(got: Array | None, expected: Array) -> str:
-    """What makes two arrays incomparable, if anything does."""
+def _mismatch(got: Array | None, expected: Array) -> str:
+    """Say why two arrays cannot be compared; return "" if they can."""
     if got is None:
         return "missing"
     if got.shape != expected.shape:
         return f"shape {got.shape} instead of {expected.shape}"
-    # Any signed integer serves as an index; bytes, trits and stored floats have one type.
+    # Indices may be of any signed integer type; bytes, trits and stored floats have exactly one dtype.
     narrow = expected.dtype.itemsize <= 2 or expected.dtype.kind == "u"
     if got.dtype.kind != expected.dtype.kind or (narrow and got.dtype != expected.dtype):
         return f"dtype {got.dtype} instead of {expected.dtype}"
@@ -284,15 +292,15 @@ def _error(row: Tolerance, case: Case, got: Array, expected: Array) -> float:
         margin = np.broadcast_to(case.margins.get(row.output, np.array(np.inf)), expected.shape)
         return float(margin[differs].max(initial=0))
     scale = np.broadcast_to(SCALES[row.measure][1](case, expected), expected.shape)[differs]
-    # Where the scale is 0 nothing may differ: a difference there is infinitely wrong.
+    # If the scale is 0, any difference counts as an infinite error.
     with np.errstate(divide="ignore"):
         return float((abs(got - expected)[differs] / scale).max(initial=0))
 
 
-def _with_whole_figures(
+def _with_matrix_outputs(
     case: Case, outputs: dict[str, Array], expected: dict[str, Array] | None = None
 ) -> dict[str, Array]:
-    """Whole matrices are also compared by output error and by the share of equal trits."""
+    """Add two outputs for whole matrices: the output error and the share of trits that differ."""
     outputs = dict(outputs)
     W, C = case.inputs["W"], case.inputs["C"]
     weights, trits = outputs.get("weights"), outputs.get("trits")

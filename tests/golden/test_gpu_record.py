@@ -84,6 +84,6 @@ def test_a_backend_without_a_device_records_nothing(tmp_path, package):
         raise RuntimeError("NumPy stands in")
 
     backend.package.identity = no_device
-    with pytest.raises(UserError, match="did not run on a device: NumPy stands in"):
+    with pytest.raises(UserError, match="did not run on a CUDA GPU: NumPy stands in"):
         add_to_record(tmp_path / "record.json", backend, "golden", {})
     assert not (tmp_path / "record.json").exists()

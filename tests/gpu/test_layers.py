@@ -22,7 +22,7 @@ def test_what_a_layer_gives_is_as_of_a_dense_one(backend, device):
     y = layers[0](x.requires_grad_())
     assert off(y.detach().clone().mul_(2), 2 * exact) <= TOLERANCE[torch.float32]
     y.mul_(2)
-    with pytest.raises(RuntimeError, match="is laid out for kernels and takes no weights; keep_dense"):
+    with pytest.raises(RuntimeError, match="uses packed kernels and cannot load weights; call keep_dense"):
         layers[0].load_state_dict(stored)
     layers[0].keep_dense(False)
     layers[0].load_state_dict(stored)
@@ -68,7 +68,7 @@ def test_layers_that_are_given_the_same_input_share_a_launch(backend, device, mo
     assert len(launches) == 6
     for i in (0, 2):
         layers[i](x)
-    assert layers[0].packed._kept is None  # nothing is kept longer than it is needed
+    assert layers[0].packed._pending is None  # nothing is kept longer than it is needed
 
 
 def test_an_input_that_was_changed_in_place_is_another(backend, device):
@@ -100,7 +100,7 @@ def test_a_copy_can_be_made_between_the_layers(backend, device):
     y = layers[0](x)
     copied = copy.deepcopy(layers)
     assert copied[0].packed is copied[1].packed
-    assert copied[0].packed._kept is None
+    assert copied[0].packed._pending is None
     assert torch.equal(copied[0](x), y)
 
 

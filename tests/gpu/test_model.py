@@ -11,14 +11,14 @@ from harness.compute import compute_for
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
 from harness.ternary.reading import tensors_of
-from tests.harness import exports
+from tests.harness.export import checkpoints
 
 PROMPT = torch.tensor([[5, 9, 200, 17, 33, 64], [11, 7, 250, 3, 90, 41]])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return exports.write(tmp_path_factory.mktemp("model") / "checkpoint", exports.config_of("tied"))
+    return checkpoints.write(tmp_path_factory.mktemp("model") / "checkpoint", checkpoints.config_of("tied"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_logits_are_those_of_dense_weights(model, folder):
         copy.deepcopy(model)(PROMPT.to(model.device)).logits,
     ):
         torch.testing.assert_close(logits.cpu(), expected, rtol=1e-4, atol=1e-4)
-    assert all(layer.packed._kept is None for layer in ternary(model))
+    assert all(layer.packed._pending is None for layer in ternary(model))
 
 
 def test_projections_of_one_input_share_a_launch(model):

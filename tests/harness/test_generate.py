@@ -69,7 +69,7 @@ def test_a_template_that_fails_is_told_in_one_line(
     model.tokenizer.chat_template = template
     assert run_main(generate.main, "--prompt", "w5", "--cpu", "--chat") == EXIT_USAGE
     error = capsys.readouterr().err
-    assert "the chat template of the model failed; mend it, or leave out --chat: " + message in error
+    assert "the chat template of the model failed; fix it, or drop --chat: " + message in error
     assert error.count("\n") == 1
 
 
@@ -81,8 +81,8 @@ def test_settings_that_are_none_are_told_in_one_line(
     (folder / "generation_config.json").write_text(json.dumps({setting: "x"}))
     assert run_main(generate.main, folder, "--prompt", "w5", "--tokens", 2, "--cpu") == EXIT_USAGE
     error = capsys.readouterr().err
-    assert f"{folder} cannot write: " in error
-    assert "The settings in its generation_config.json are {" in error
+    assert f"{folder} cannot generate: " in error
+    assert "check the settings in its generation_config.json: {" in error
     assert f"'{setting}': 'x'" in error
     assert error.count("\n") == 1
 

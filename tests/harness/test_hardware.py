@@ -42,7 +42,7 @@ def test_without_a_device_nothing_is_run(
     assert run_main(hardware.main, "tests") == EXIT_USAGE
     assert "gpu" in capsys.readouterr().err
     assert run_main(hardware.main, "nothing") == EXIT_USAGE
-    assert "no part 'nothing'; known are tests, golden" in capsys.readouterr().err
+    assert "unknown part 'nothing'; choose from tests, golden" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", hardware.PARTS)

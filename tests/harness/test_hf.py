@@ -97,7 +97,7 @@ def test_codes_that_are_none_are_refused(words_file: Path, tmp_path: Path) -> No
     tensors = load_file(file)
     tensors[name][3, 1] = -128
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} holds a code beyond 127"):
+    with pytest.raises(UserError, match=f"{name} is damaged: it has a code beyond ±127"):
         harness.load(folder)
 
 

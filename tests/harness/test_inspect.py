@@ -92,7 +92,7 @@ def test_a_prompt_is_continued_with_the_likeliest_tokens(
             ids.append(int(np.argmax(model(torch.tensor([ids])).logits[0, -1].float().numpy())))
     words = [f"w{i}" for i in ids[3:] if i > 2]
     assert captured.out.split()[: len(words)] == words
-    assert "3 tokens of prompt" in captured.err
+    assert "prompt of 3 tokens" in captured.err
     assert "tokens/s" in captured.err
 
 
@@ -105,7 +105,7 @@ def test_transformers_does_not_warn_of_what_nobody_asked_for(quantized: Path, tm
     command = [sys.executable, "-m", "harness.generate", folder, "--prompt", "w3", "--tokens", "2", "--cpu"]
     run = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0
-    assert run.stderr.startswith("1 tokens of prompt")
+    assert run.stderr.startswith("prompt of 1 tokens")
 
 
 def test_without_a_path_the_embedded_model_writes(
@@ -117,23 +117,23 @@ def test_without_a_path_the_embedded_model_writes(
 
     monkeypatch.setattr(generate, "open_model", embedded)
     assert run_main(generate.main, "--prompt", "w5 w6", "--tokens", "3", "--cpu") == 0
-    assert "2 tokens of prompt" in capsys.readouterr().err
+    assert "prompt of 2 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--prompt", ""), "the prompt is empty"),
-        (("--prompt", "w3 \udcff"), "the prompt is not Unicode text: character 3 is U+DCFF"),
+        (("--prompt", "w3 \udcff"), "the prompt is not valid Unicode: character 3 is U+DCFF"),
         (
             ("--prompt", "w3 w4", "--tokens", "2047"),
-            "a prompt of 2 tokens and --tokens 2047 are 2049 tokens, more than the 2048 positions of",
+            "the prompt (2 tokens) and --tokens 2047 make 2049 tokens, more than the 2048 positions of",
         ),
-        (("--prompt", "w3", "--chat"), "has no chat template; leave out --chat"),
-        (("--prompt", "w3", "--temperature", "-1"), "must be 0, or a number from 1e-06 on"),
-        (("--prompt", "w3", "--temperature", "1e-320"), "must be 0, or a number from 1e-06 on"),
+        (("--prompt", "w3", "--chat"), "has no chat template; drop --chat"),
+        (("--prompt", "w3", "--temperature", "-1"), "must be 0, or finite and at least 1e-06"),
+        (("--prompt", "w3", "--temperature", "1e-320"), "must be 0, or finite and at least 1e-06"),
         (("--prompt", "w3", "--tokens", f"{10**30}"), "must be at most 2147483647"),
-        (("--prompt", "w3", "--seed", str(2**64)), "--seed must be a number of 64 bits"),
+        (("--prompt", "w3", "--seed", str(2**64)), "--seed must be a 64-bit integer"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(

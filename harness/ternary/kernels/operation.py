@@ -1,8 +1,8 @@
-"""The packed product as an operation of torch, for ``torch.compile`` and CUDA graphs.
+"""The packed product as a custom torch operation, for ``torch.compile`` and CUDA graphs.
 
 ``torch.ops.pt2_llm.ternary_linear`` takes the tensors of `harness.ternary.kernels.tensors.PackedTensors`. On
-a CUDA device it runs the kernels of `gpu`. Elsewhere plain torch unpacks the same tensors: slow, and the
-kernels' reference in tests.
+a CUDA GPU it launches the kernels of `gpu`. Elsewhere plain torch unpacks the same tensors; this is slow,
+and serves as the reference for the kernels in tests.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from harness.ternary.kernels.tensors import PAIRS, PackedTensors
 
-# From so many tokens on, weights are unpacked into a workspace, a matrix at a time, for the library's
-# product, which may add up a row in an order that depends on how many there are. Reasoned, not measured: on
-# an H100 writing the weights takes the time of the library's product with about 190 tokens, and the packed
-# kernel, which unpacks trits in the time that tensor cores leave, some 3/4 of the library's rate.
+# From this many tokens on, unpack the weights into a workspace, one matrix at a time, and multiply with
+# cuBLAS, whose summation order may depend on the number of tokens. The threshold is an estimate, not
+# measured: on an H100, writing the weights takes as long as cuBLAS takes for about 190 tokens, and the
+# packed kernel, which overlaps unpacking with the tensor cores, reaches about 3/4 of the rate of cuBLAS.
 UNPACKED_TOKENS = 512
 
 
@@ -34,7 +34,7 @@ def ternary_linear(
     columns: int,
     in_float16: bool,
 ) -> torch.Tensor:
-    """``x @ W_hat.T``, of one matrix or of several side by side.
+    """Compute ``x @ W_hat.T`` for one matrix, or for several matrices side by side.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def ternary_linear(
 
     Returns
     -------
-    (tokens, n) tensor of the type of x
+    (tokens, n) tensor in the dtype of x
     """
     packed = PackedTensors(
         words, grid, permutation, row_factors, block_factors, ends, block_size, columns, in_float16
@@ -69,17 +69,17 @@ def _(x: torch.Tensor, *weights: Any) -> torch.Tensor:
 
 
 def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> torch.Tensor:
-    """`ternary_linear` by the GPU backend, on a CUDA stream.
+    """Run `ternary_linear` with the kernels of the GPU backend, on a CUDA stream.
 
-    The result is torch's memory, as a CUDA graph of torch must know what lives on after it.
+    torch allocates the result, so that torch's CUDA graphs track its lifetime.
     """
     from gpu import matmul, on_stream, to_device  # needs CuPy and a device
 
     y = x.new_empty(x.shape[0], packed.ends[-1])
-    # The backend works on the current device, which PyTorch does not set for operations in Python.
+    # The backend runs on the current device, which PyTorch does not set for Python operations.
     with torch.cuda.device_of(x), on_stream(stream):
         layout = _layout_of(packed)
-        x = x.detach().contiguous()  # DLPack takes nothing that has a gradient
+        x = x.detach().contiguous()  # DLPack refuses tensors that require gradients
         bits = to_device(_bits(x))
         if x.shape[0] < UNPACKED_TOKENS or not matmul.can_unpack(bits, layout):
             matmul.multiply(bits, layout, to_device(_bits(y)))
@@ -94,22 +94,22 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
     return y
 
 
-# By words. To wrap a layout's tensors and to check them takes the host longer than a product of few tokens
-# takes the device.
+# Layouts by their words. For few tokens, wrapping and checking the tensors of a layout on the host takes
+# longer than the product on the device.
 _layouts = WeakTensorKeyDictionary()
 
 
 def _layout_of(packed: PackedTensors) -> Any:
-    """The backend's layout, which lives as long as the words do, or until a tensor is another one."""
+    """Return the backend's layout, cached until the words are freed or a tensor is replaced."""
     from gpu import matmul, to_device
 
     _, _, order, row_factors, block_factors, ends, *sizes = packed
     places = [None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in packed[:5]]
-    made_of = (*places, *ends, *sizes)
-    known, layout = _layouts.get(packed.words, (None, None))
-    if known != made_of:
+    key = (*places, *ends, *sizes)
+    cached_key, layout = _layouts.get(packed.words, (None, None))
+    if cached_key != key:
         layout = matmul.Layout(
-            # Through an alias, as a layout that held the words themselves would never be dropped.
+            # An alias: a layout that referenced the key itself would keep the cache entry alive forever.
             to_device(packed.words.detach()).view("uint32"),
             _numbers(to_device(packed.grid)),
             to_device(order).view(f"uint{8 * order.element_size()}"),
@@ -120,7 +120,7 @@ def _layout_of(packed: PackedTensors) -> Any:
             None if block_factors is None else _numbers(to_device(block_factors)),
             packed.in_float16,
         )
-        _layouts[packed.words] = made_of, layout
+        _layouts[packed.words] = key, layout
     return layout
 
 
@@ -129,5 +129,5 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _numbers(bits: Any) -> Any:
-    """Pairs of numbers (..., 2) of the backend's array of integers that hold them."""
+    """View a backend array of integers as the pairs of numbers (..., 2) that it holds."""
     return bits.view(PAIRS[bits.dtype.name]).reshape(*bits.shape, 2)

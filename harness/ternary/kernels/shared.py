@@ -1,4 +1,4 @@
-"""Weights for the packed kernels, of one linear layer or of several that are given the same input."""
+"""Packed weights of one linear layer, or of several layers that read the same input."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 from harness.ternary.kernels.operation import ternary_linear
 from harness.ternary.kernels.tensors import PackedTensors
 
-# Integers that hold numbers, and pairs of numbers.
+# dtypes of the integers that hold a single number (`_BITS`) or a pair (`_PAIRS`).
 _BITS = {"uint32": "int32", "uint16": "int16", "float16": "int16"}
 
 
 _PAIRS = {"float16": "int32", "int8": "int16"}
 
 
-class _Kept(NamedTuple):
-    """Outputs that have not been asked for yet, and what they were computed from."""
+class _Pending(NamedTuple):
+    """Outputs not yet returned to their layers, and the input they were computed from."""
 
     input: torch.Tensor
     version: int | None
@@ -28,10 +28,10 @@ class _Kept(NamedTuple):
 class PackedWeights(nn.Module):
     """Weights in the kernels' layout; one launch computes the outputs of all layers that share them.
 
-    The outputs of the others are kept until they are called with the very same tensor, as the projections
-    of attention and the two of a gated MLP are. A tensor that has been changed in place is another one,
-    but for what PyTorch does not count changes of: tensors of its inference mode, and of a graph while it
-    is traced.
+    The first layer called with an input launches the kernel. The outputs of the other layers are kept
+    until these layers are called with the same tensor object, as for the q, k and v projections or the
+    gate and up projections. An input changed in place counts as a new input. PyTorch does not track
+    in-place changes in inference mode and while tracing a graph; there they go unnoticed.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class PackedWeights(nn.Module):
         super().__init__()
         self.ends, self.columns, self.block_size = list(layout.ends), layout.columns, layout.block_size
         self.in_float16 = layout.in_float16
-        self._kept: _Kept | None = None
+        self._pending: _Pending | None = None
         for name in ("words", "grid", "permutation", "row_factors", "block_factors"):
             array = getattr(layout, name)
             if array is not None:
@@ -59,7 +59,7 @@ class PackedWeights(nn.Module):
             self.register_buffer(name, array, persistent=False)
 
     def tensors(self) -> PackedTensors:
-        """The layout."""
+        """The packed tensors."""
         return PackedTensors(
             self.words,
             self.grid,
@@ -73,28 +73,33 @@ class PackedWeights(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, part: int) -> torch.Tensor:
-        """(..., m) to the (..., n) outputs of one of the layers, in the dtype of x."""
-        # Read and written once each: other threads may run the same model on other tensors.
-        kept, version = self._kept, _version(x)
-        if kept is None or kept.input is not x or kept.version != version or part not in kept.outputs:
-            kept = _Kept(x, version, self._outputs(x))
-        output = kept.outputs.pop(part)
-        self._kept = kept if kept.outputs else None
+        """Map (..., m) to the (..., n) outputs of one of the layers, in the dtype of x."""
+        # Read and write `_pending` once each: other threads may run the same model on other tensors.
+        pending, version = self._pending, _version(x)
+        if (
+            pending is None
+            or pending.input is not x
+            or pending.version != version
+            or part not in pending.outputs
+        ):
+            pending = _Pending(x, version, self._outputs(x))
+        output = pending.outputs.pop(part)
+        self._pending = pending if pending.outputs else None
         return output
 
     def _outputs(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Those of all layers."""
+        """Compute the outputs of all layers."""
         y = ternary_linear(x.reshape(-1, x.shape[-1]), *self.tensors())
         y = y.view(*x.shape[:-1], self.ends[-1])
         begins = [0, *self.ends[:-1]]
-        # Slices rather than parts of a split, which nobody may change in place where gradients are kept.
+        # Slices, because autograd forbids changing the results of a split in place.
         return {part: y[..., begins[part] : end] for part, end in enumerate(self.ends)}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no use for outputs, and none can be made of tensors inside a graph of gradients.
-        return {**self.__dict__, "_kept": None}
+        # A copy needs no outputs, and torch cannot deep-copy tensors inside an autograd graph.
+        return {**self.__dict__, "_pending": None}
 
 
 def _version(x: torch.Tensor) -> int | None:
-    """How often a tensor has been changed in place, where that is counted."""
+    """Count the in-place changes of a tensor; None where PyTorch does not track them."""
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version

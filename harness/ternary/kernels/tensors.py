@@ -1,8 +1,8 @@
-"""Ternary weights as the packed kernels read them, in tensors of torch.
+"""Ternary weights in the layout of the packed kernels, as torch tensors.
 
-The layout is that of `reference.layout`, and every tensor is of integers that hold its bits: torch
-has few operations on unsigned ones, and what converts a model's floating-point tensors must leave alpha and
-mu alone. A pair of alpha and mu is one integer.
+The layout is that of `reference.layout`. Every tensor holds its bits as signed integers: torch has
+few operations on unsigned integers, and converting a model's dtype must not touch alpha and mu. One
+integer holds a pair (alpha, mu).
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reference.layout import CHUNK, TILE_ROWS, WORD
+# Trits per word, rows per tile, columns per chunk; as in `gpu.kernels.layout`.
+WORD, TILE_ROWS, CHUNK = 16, 32, 256
 
-# What a pair in an integer consists of.
+
+# dtype of the numbers in a pair, by the dtype of the integer that holds the pair.
 PAIRS = {"int16": "int8", "int32": "float16"}
 
 
 class Matrix(NamedTuple):
-    """A ternary matrix as a checkpoint holds it, but for the trits, which are (n, m) int8.
+    """A ternary matrix as stored in a checkpoint, but with unpacked trits, (n, m) int8.
 
-    alpha and mu are float16, or int8 with factors; columns of trits are in quantization order.
+    alpha and mu are float16, or int8 with factors. The columns of the trits are in quantization order.
     """
 
     trits: torch.Tensor
@@ -32,7 +34,7 @@ class Matrix(NamedTuple):
     shift_factor: torch.Tensor | None = None
 
     def dequantize(self, block_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The (n, m) weights, columns in their original order, computed in float32 and rounded."""
+        """Compute the (n, m) weights in float32, columns in original order, and round them to `dtype`."""
         block = torch.arange(self.trits.shape[1], device=self.trits.device) // block_size
         alpha, mu = self.grid()
         ordered = (alpha[:, block] * self.trits + mu[:, block]).to(dtype)
@@ -41,7 +43,7 @@ class Matrix(NamedTuple):
         return weight
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha and mu of every block, (n, blocks) float32."""
+        """Compute alpha and mu of every block, (n, blocks) float32."""
         if self.row_factor is None or self.scale_factor is None or self.shift_factor is None:
             return self.scale.float(), self.shift.float()
         row = self.row_factor.float()[:, None]
@@ -49,26 +51,26 @@ class Matrix(NamedTuple):
 
 
 class PackedTensors(NamedTuple):
-    """A layout, of one matrix or of several, parts, that multiply the same x.
+    """The packed layout of one matrix, or of several matrices (parts) that multiply the same x.
 
     Attributes
     ----------
     words : (tiles, chunks, 32, 16) int32
         Trits.
     grid : (tiles, chunks, 32, pairs) int32 or int16
-        alpha and mu: pairs of float16, or of codes.
+        Pairs (alpha, mu), in float16 or as int8 codes.
     permutation : (parts, 256 chunks) int16, or int32 beyond 65536 columns
         Original column of every trit.
     row_factors : (32 tiles,) int16, or None
-        Of codes: factors of rows, float16.
+        For int8 codes: row factors, float16.
     block_factors : (parts, chunks, pairs) int32, or None
-        Of codes: factors of blocks, pairs of float16.
+        For int8 codes: block factors of alpha and mu, pairs of float16.
     ends : list of int
-        Rows at which every part ends.
+        End row of every part.
     block_size, columns : int
-        Columns in a block, and m.
+        Columns per block, and m.
     in_float16 : bool
-        Whether no weight is beyond float16.
+        Whether all weights are within the range of float16.
     """
 
     words: torch.Tensor
@@ -82,7 +84,7 @@ class PackedTensors(NamedTuple):
     in_float16: bool
 
     def part(self, index: int) -> Matrix:
-        """One of the matrices, read back bit for bit."""
+        """Unpack one of the matrices, bit for bit as it was stored."""
         begins = [0, *self.ends]
         rows = begins[index + 1] - begins[index]
         first = sum(
@@ -92,7 +94,7 @@ class PackedTensors(NamedTuple):
         in_rows = slice(TILE_ROWS * tiles.start, TILE_ROWS * tiles.stop)
 
         words = self.words[tiles]
-        # Four lanes of a warp share a chunk, and their words are interleaved.
+        # Four lanes of a warp share a chunk; their words are interleaved.
         ordered = (
             words.view(*words.shape[:3], 4, 4)
             .permute(0, 2, 1, 4, 3)
@@ -115,12 +117,12 @@ class PackedTensors(NamedTuple):
         )
 
     def _of_blocks(self, pairs: torch.Tensor) -> torch.Tensor:
-        """Pairs of blocks, (rows, blocks, 2), from those of chunks."""
+        """Select the pairs of blocks, (rows, blocks, 2), from those of chunks."""
         blocks = -(-self.columns // self.block_size)
         return pairs[:, :: max(1, self.block_size // CHUNK)][:, :blocks]
 
 
 def numbers(bits: Any) -> Any:
-    """The pairs of numbers (..., 2) that integers hold, of a tensor."""
+    """View a tensor of integers as the pairs of numbers (..., 2) that it holds."""
     kind = PAIRS[str(bits.dtype).removeprefix("torch.")]
     return bits.contiguous().view(getattr(torch, kind)).view(*bits.shape, 2)

@@ -83,7 +83,7 @@ def test_json_that_is_no_report_is_refused(
 ) -> None:
     (tmp_path / "other.json").write_text(content)
     assert run_main(benchmark_main, "run", "--report", tmp_path / "other.json") == EXIT_USAGE
-    assert "other.json is not the report of a run" in capsys.readouterr().err
+    assert "other.json is not a quantization report" in capsys.readouterr().err
 
 
 def test_the_ratio_is_the_total_over_two_passes_that_make_outputs(tmp_path: Path, run_main: Run) -> None:
@@ -159,7 +159,7 @@ def test_methods_are_not_compared_without_a_text(
         "harness.benchmark.methods.quantize", lambda *arguments, **options: pytest.fail("quantized")
     )
     assert run_main(benchmark_main, "methods", "--model", llama, "--eval", "none") == EXIT_USAGE
-    assert "compared by their perplexity on a text; give --eval one" in capsys.readouterr().err
+    assert "compared by perplexity, which needs a text; pass one with --eval" in capsys.readouterr().err
 
 
 def test_layers_of_a_shape_go_through_the_whole_pipeline(tmp_path: Path, run_main: Run) -> None:

@@ -48,7 +48,7 @@ def test_what_was_rounded_is_what_is_printed(format_: str, plain: Path, tmp_path
     assert 0.95 < exported.rounding.used <= 1
     assert exported.weights == 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 160)
     summary = exported.summary("it")
-    assert f"{exported.rounding.largest:.2g} at most" in summary
+    assert f"by at most {exported.rounding.largest:.2g} alpha" in summary
     # HQQ's groups are of 64 weights in rows of 128, of 32 in rows of 160; each has 32 bits of its own.
     narrow, wide = exported.weights - 2 * 128 * 160, 2 * 128 * 160
     bits = 5 * exported.weights if format_ == "gguf" else narrow * (2 + 32 / 64) + wide * (2 + 32 / 32)
@@ -70,8 +70,8 @@ def test_a_model_from_start_to_end(
     capsys.readouterr()
     assert run_main(export_main, folder, "--format", format_, "--out", out) == 0
     printed = capsys.readouterr().out
-    assert "bits each" in printed
-    assert "alpha in the mean of" in printed
+    assert "bits per ternary weight" in printed
+    assert "alpha on average over" in printed
     if format_ == "gguf":
         values = []
         for source in (folder, out):
@@ -133,7 +133,7 @@ def test_a_reordered_checkpoint_is_refused(
     assert run_main(export_main, quantized, "--format", format_, "--out", tmp_path / "out") == EXIT_USAGE
     error = capsys.readouterr().err
     assert "were reordered" in error
-    assert "columns from all over the row" in error
+    assert "groups of neighbouring columns" in error
     assert "--reorder none" in error
     assert not (tmp_path / "out").exists()
 
@@ -146,7 +146,7 @@ def test_grids_of_8_bits_are_refused(
     assert run_main(quantize_main, llama, "--out", folder, *arguments, *SMALL) == 0
     capsys.readouterr()
     assert run_main(export_main, folder, "--format", "hqq", "--out", tmp_path / "out") == EXIT_USAGE
-    assert "would round alpha, too; quantize with --grid float16" in capsys.readouterr().err
+    assert "would round alpha as well; quantize with --grid float16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format_", ["gguf", "hqq"])

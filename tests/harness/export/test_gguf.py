@@ -203,13 +203,17 @@ def scaled_rope() -> Any:
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (tiny.CONFIGS["opt"], {}, "is of type opt, which the GGUF export does not know; it knows llama, mis"),
-        (tiny.CONFIGS["llama"], {}, "mlp.down_proj has rows of 176 weights; Q4_1 needs a multiple of 32"),
+        (
+            tiny.CONFIGS["opt"],
+            {},
+            "has model type opt, which the GGUF export does not support; supported are llama, mis",
+        ),
+        (tiny.CONFIGS["llama"], {}, "mlp.down_proj has 176 columns, but Q4_1 needs a multiple of 32"),
         (lambda: config_of("tied"), {"block_size": 48}, "a --block-size that is a multiple of 32"),
         (lambda: config_of("tied"), {"tokenizer": tiny.make_tokenizer()}, "tokenizer is WordLevel, for wh"),
-        (lambda: config_of("tied"), {"change": overflow}, "mu - alpha of a block is beyond float16"),
+        (lambda: config_of("tied"), {"change": overflow}, "mu - alpha of a block overflows float16"),
         (scaled_rope, {}, "its rope scaling (linear) would be lost"),
-        (lambda: transformers.LlamaConfig(**SIZES, attention_bias=True), {}, "_proj.bias would be lost on"),
+        (lambda: transformers.LlamaConfig(**SIZES, attention_bias=True), {}, "_proj.bias would be lost in"),
         (lambda: transformers.LlamaConfig(**SIZES, hidden_act="gelu"), {}, "its activation gelu would be"),
         (
             lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
@@ -252,7 +256,7 @@ def test_code_that_comes_with_a_model_cannot_go_into_gguf(
     arguments = (folder, "--format", "gguf", "--out", out, "--trust-remote-code")
     with code_cache(tmp_path / "modules"):
         assert run_main(export_main, *arguments) == EXIT_USAGE
-    assert "the code that comes with it would be lost" in capsys.readouterr().err
+    assert "the Python code shipped with it would be lost" in capsys.readouterr().err
     assert not out.exists()
 
 

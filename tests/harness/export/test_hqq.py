@@ -135,7 +135,7 @@ def test_a_folder_of_another_model_is_not_written_into(
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert run_main(export_main, plain, "--format", "hqq", "--out", out, "--force") == EXIT_USAGE
     error = capsys.readouterr().err
-    assert "holds another model's weights (" in error
+    assert "contains another model's weights (" in error
     assert "choose another --out" in error
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
@@ -167,5 +167,5 @@ def test_groups_that_hqq_does_not_have_are_refused(
 ) -> None:
     folder = write(tmp_path / "checkpoint", config_of("tied"), block_size=36)
     assert run_main(export_main, folder, "--format", "hqq", "--out", tmp_path / "out") == EXIT_USAGE
-    assert "fall into groups of 4; HQQ's are multiples of 8" in capsys.readouterr().err
+    assert "need groups of 4; HQQ needs a multiple of 8" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -102,7 +102,7 @@ def test_windows_and_tokens_must_fit_the_model() -> None:
     require_fits(model, torch.tensor([95]), 128)
     with pytest.raises(UserError, match="windows of 129 tokens are longer than the 128 positions"):
         require_fits(model, torch.tensor([95]), 129)
-    with pytest.raises(UserError, match="token 96, the model has 96"):
+    with pytest.raises(UserError, match="token 96, but the model has only 96 tokens"):
         require_fits(model, torch.tensor([96]), 128)
 
 
@@ -147,7 +147,7 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_a_hub(tmp_path: Path) -> N
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
-    for name, message in (("model.bin", "not a .gguf file"), ("model.gguf", "does not begin with 'GGUF'")):
+    for name, message in (("model.bin", "not a .gguf file"), ("model.gguf", "does not start with 'GGUF'")):
         (tmp_path / name).write_bytes(b"nothing here")
         with pytest.raises(UserError, match=message):
             load_original(str(tmp_path / name))
@@ -158,7 +158,7 @@ def test_a_truncated_gguf_is_refused(tmp_path: Path) -> None:
     for size in (16, 100_000, 5_000_000):
         with source.open("rb") as file:
             (tmp_path / "cut.gguf").write_bytes(file.read(size))
-        with pytest.raises(UserError, match=r"cut\.gguf could not be read; is it complete"):
+        with pytest.raises(UserError, match=r"cut\.gguf could not be read; is the file complete"):
             load_original(str(tmp_path / "cut.gguf"))
 
 
@@ -179,7 +179,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(llama: Path, tmp_path: Pat
     tensors = load_file(llama / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(3)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"wrong shape for .*model\.norm\.weight"):
+    with pytest.raises(UserError, match=r"wrong shape: .*model\.norm\.weight"):
         load_original(str(tmp_path))
 
 
@@ -191,7 +191,7 @@ def test_a_missing_tensor_is_refused_by_name(llama: Path, tmp_path: Path) -> Non
     tensors = load_file(llama / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks model\.norm\.weight"):
+    with pytest.raises(UserError, match=r"lacks the tensors model\.norm\.weight"):
         load_original(str(tmp_path))
 
 

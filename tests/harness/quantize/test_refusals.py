@@ -51,7 +51,7 @@ def test_a_device_that_is_too_small_ends_the_run_with_what_to_do(
     monkeypatch.setattr("harness.calibration.passage.Passage.collect", full)
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
-    assert "too small (CUDA out of memory); free some" in capsys.readouterr().err
+    assert "out of GPU memory (CUDA out of memory); free some" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -71,7 +71,7 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
     assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
     assert "warning: this machine has 0.0 GB of memory, 0." in printed.out
-    assert "the memory of this machine is too small; free some of it" in printed.err
+    assert "this machine is out of memory; free some" in printed.err
     assert not (tmp_path / "out").exists()
 
 
@@ -81,12 +81,12 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
         (("--out", "OUT"), "exists and is not empty; choose another --out, or --force"),
         (("--out", "LINK"), "LINK exists and is not a folder"),
         ((), "--out DIR is missing"),
-        (("--out", "NEW", "--seqlen", "400"), "has 400 tokens; windows of 400 need at least 401"),
+        (("--out", "NEW", "--seqlen", "400"), "has 400 tokens, but windows of 400 need at least 401"),
         (("--out", "NEW", "--damping", "-1"), "damping must be finite and not negative"),
         (("--out", "NEW", "--calibration", "no.txt"), "no.txt is not a file"),
-        (("--out", "NEW", "--calibration", ""), "the name of a text is empty: a variable that is not set?"),
-        (("--out", "NEW", "--eval", "c4:"), "c4: names no file after the colon"),
-        (("--out", "NEW", "--text-column", "words"), "--text-column words is for rows of .jsonl, .parquet"),
+        (("--out", "NEW", "--calibration", ""), "the name of the text is empty; is a shell variable unset?"),
+        (("--out", "NEW", "--eval", "c4:"), "c4: has no file name after the colon"),
+        (("--out", "NEW", "--text-column", "words"), "--text-column words applies only to .jsonl, .parquet"),
         (("--out", "NEW", "--seed", "-1"), "seed must not be negative"),
         (("--out", "NEW", "--eval", "TEXT", "--eval-seqlen", "401"), "less than one window of 401"),
     ],

@@ -175,7 +175,7 @@ DAMAGE = {
     "tensor gone": (edit_tensor(f"{Q_PROJ}.shift", lambda t: None), rf"lacks the tensor {Q_PROJ}\.shift"),
     "permutation": (
         edit_tensor(f"{Q_PROJ}.permutation", put((0,), 200)),
-        rf"{Q_PROJ}\.permutation does not hold every column once",
+        rf"{Q_PROJ}\.permutation is damaged: it does not hold every column exactly once",
     ),
     "permutation gone": (
         edit_tensor(f"{Q_PROJ}.permutation", lambda t: None, unlist=True),
@@ -207,7 +207,7 @@ DAMAGE = {
     ),
     "coded module": (
         edit_config(lambda c: c["quantization_config"].update(coded=["model.norm"])),
-        r"config\.json: coded names a LlamaRMSNorm, which has no matrix",
+        r"config\.json: `coded` lists a LlamaRMSNorm, which has no weight matrix",
     ),
     "block size": (
         edit_config(lambda c: c["quantization_config"].update(block_size="64")),
@@ -223,19 +223,19 @@ DAMAGE = {
     ),
     "weight beside": (
         edit_tensor("model.norm.weight", lambda t: t, beside={f"{Q_PROJ}.weight": torch.zeros(128, 128)}),
-        rf"{Q_PROJ}\.weight is stored beside its packed form",
+        rf"holds {Q_PROJ}\.weight both dense and packed",
     ),
     "norm value": (
         edit_tensor("model.norm.weight", put((4,), torch.nan)),
-        r"model\.norm\.weight holds a value that is not finite",
+        r"model\.norm\.weight is damaged: it has a value that is not finite",
     ),
     "norm type": (
         edit_tensor("model.norm.weight", lambda t: t.int()),
-        r"model\.norm\.weight is int32, the model needs bfloat16",
+        r"model\.norm\.weight is int32, expected bfloat16",
     ),
     "unlisted": (
         edit_index(lambda m: m.pop("model.norm.weight")),
-        r"unlisted in the index, model\.norm\.weight",
+        r"the index does not list: model\.norm\.weight",
     ),
     "norm missing": (
         edit_tensor("model.norm.weight", lambda t: None, unlist=True),
@@ -243,7 +243,7 @@ DAMAGE = {
     ),
     "norm shape": (
         edit_tensor("model.norm.weight", lambda t: t[1:].contiguous()),
-        r"model\.norm\.weight has shape \(127,\), the model needs \(128,\)",
+        r"model\.norm\.weight has shape \(127,\), expected \(128,\)",
     ),
     "left over": (
         edit_tensor("model.norm.weight", lambda t: t),
@@ -282,7 +282,7 @@ def test_a_tensor_left_over_is_refused(damaged: Path) -> None:
     file = damaged / "model-00004-of-00004.safetensors"
     save_file({**load_file(file), "model.extra": torch.zeros(1)}, file)
     edit_index(lambda m: m.update({"model.extra": file.name}))(damaged)
-    with pytest.raises(UserError, match=r"does not know: model\.extra"):
+    with pytest.raises(UserError, match=r"does not have: model\.extra"):
         harness.load(damaged)
 
 

@@ -133,7 +133,7 @@ def test_codes_are_checked(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors[name][5, 6] = -128
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} holds a code beyond 127"):
+    with pytest.raises(UserError, match=f"{name} is damaged: it has a code beyond ±127"):
         harness.load(tmp_path / "out")
     tensors[name] = tensors[name].bfloat16()
     save_file(tensors, file, metadata={"format": "pt"})
