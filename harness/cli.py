@@ -10,13 +10,8 @@ from collections.abc import Callable
 from harness.errors import UserError
 
 EXIT_MISS = 1  # a check failed
-
-
 EXIT_USAGE = 2  # unusable input; the message says why
-
-
 EXIT_INTERRUPTED = 130
-
 
 # The largest count that is accepted: libraries take 32-bit integers.
 LARGEST = 2**31 - 1
@@ -49,8 +44,6 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 positive = at_least(1)
-
-
 # A window of one token has nothing to predict.
 window_length = at_least(2)
 

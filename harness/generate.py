@@ -23,7 +23,6 @@ from harness.text import require_unicode
 # Dividing logits by a smaller temperature could overflow float32.
 LEAST_TEMPERATURE = 1e-6
 
-
 DESCRIPTION = """\
 Continue a prompt with a ternary checkpoint, or with an original model for comparison. The text is
 printed as it is generated. The last line gives the speed of prefill and decoding in tokens per second.

@@ -17,17 +17,11 @@ from harness.machine import duration
 from harness.models.gguf import EMBEDDED_PACKAGE
 
 RECORD = "golden/gpu-verified.json"
-
-
 FULL_SIZE = "tests/gpu/test_full_size.py"
-
-
 COMPILATION = "tests/gpu/test_compilation.py"
-
 
 # In a first run, tests mostly wait for CuPy and Numba to compile kernels, each on one core of the host.
 WORKERS = 8
-
 
 # Every part: what it checks or measures, and the command that it runs.
 PARTS = {
@@ -87,7 +81,6 @@ PARTS = {
         "--shape llama-65b --device-memory 40",
     ),
 }
-
 
 DESCRIPTION = f"""\
 Run all checks and benchmarks of the GPU backend that need a CUDA GPU. Run this in a clone of the

@@ -23,7 +23,6 @@ the shares of -1, 0 and +1. For the whole checkpoint: bytes and bits per weight 
   python -m harness.inspect smollm2-ternary
 """
 
-
 KINDS = {
     "trits": "trits, five to a byte",
     "scale": "alpha",

@@ -16,14 +16,10 @@ import torch
 from harness.errors import UserError
 
 CALIBRATION, EVALUATION = "calibration", "evaluation"
-
-
 BUILTIN = "builtin"
-
 
 # Suffixes of plain text files; "" stands for no suffix.
 PLAIN = (".txt", ".raw", ".md", "")
-
 
 # Topics that begin after this share of the built-in text are held out for evaluation.
 HELD_OUT_FROM = 0.8
@@ -45,13 +41,8 @@ class _DataSet:
 
 
 _C4 = {"path": "allenai/c4", "streaming": True, "split": "train"}
-
-
 _PTB = {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}
-
-
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
-
 
 # Splits, joiners and sizes follow the GPTQ family, so that perplexities are comparable.
 DATA_SETS = {
@@ -87,7 +78,6 @@ DATA_SETS = {
         },
     ),
 }
-
 
 SOURCES_HELP = (
     "wikitext2, c4 or ptb, downloaded with the package `datasets`; NAME:FILE for a local copy of such a "

@@ -15,39 +15,21 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which people with any kind of colour blindness tell apart, without the two that
 # are too light for a thin line on white. Markers tell lines apart where there is no colour at all.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-
 GREY = "#595959"
-
-
 BARS = {"dense": "#A6A6A6", "ternary": COLOURS[0]}
-
-
 DENSE_LINE: dict[str, Any] = {"color": GREY, "linewidth": 1, "linestyle": (0, (4, 2))}
-
-
 PALE_LINE: dict[str, Any] = {"color": "#C4C4C4", "linewidth": 1}
 
-
 STAGES = {"prefill": "reading the prompt", "decode": "writing after it", "both": "end to end"}
-
-
 PACKED = "packed"
-
-
 SOME_LAYERS = (
     "Where only some layers of a model were measured, the whole model is slower and its ratio another: "
     "embedding and head, dense in both, weigh less in it."
 )
 
-
 # More panels side by side, or more pairs of bars in a third of the width, cannot be read on a page.
 MOST_ABREAST = 4
-
-
 # Inches; scaled to the width of a README, text is as large as the page's small print.
 WIDTH, LEFT, RIGHT, HEADER, LINE = 9.2, 1.0, 0.15, 1.08, 0.13
 

@@ -20,8 +20,6 @@ from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
 
 DTYPE = torch.bfloat16
-
-
 REPEATS = 5
 
 

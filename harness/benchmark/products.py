@@ -23,14 +23,8 @@ from harness.ternary.linear import TernaryLinear
 
 # More than twice the L2 cache of an H200, so that every product reads its weights from memory.
 ROTATED_BYTES = 128e6
-
-
 COPIED_BYTES = 1e9
-
-
 REPEATS = 20
-
-
 BLOCK_SIZE = 128
 
 

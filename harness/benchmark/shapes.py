@@ -45,7 +45,6 @@ SHAPES = {
     "qwen3-14b": Shape(5120, 17408, 40, 40, 8, 151936, "Qwen3"),
 }
 
-
 # Outlier channels of the random weights and norms: their share, and their scale. Language models have a
 # few such channels, which make Gram matrices ill-conditioned.
 OUTLIERS, OUTLIER_SCALE = 0.005, 10.0

@@ -8,7 +8,6 @@ from harness.compute import HOST
 
 CHUNK_TOKENS = 8192
 
-
 SUMS = "float32 products, float64 sums"
 
 

@@ -38,7 +38,6 @@ from reference.types import TernaryMatrix
 
 COLUMNS = gguf.GGML_QUANT_SIZES[Type.Q4_1][0]
 
-
 # The biases that transformers reads back from GGUF; it silently drops all others.
 QKV_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
@@ -62,7 +61,6 @@ ARCHITECTURES = {
     "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, False, QKV_BIASES),
     "qwen3": Architecture(gguf.MODEL_ARCH.QWEN3, False),
 }
-
 
 _PLAIN = {torch.bfloat16: Type.BF16, torch.float16: Type.F16, torch.float32: Type.F32}
 

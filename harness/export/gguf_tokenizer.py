@@ -21,7 +21,6 @@ from harness.errors import UserError
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
-
 # How regular expressions split words, by the name llama.cpp has for it.
 _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -29,8 +28,6 @@ _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
 }
-
-
 PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS.values())
 
 

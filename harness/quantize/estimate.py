@@ -20,7 +20,6 @@ from reference.types import TernaryConfig
 # Seconds of `reference.ternarize` on one core of 2024: a weight, and a column cubed.
 TERNARIZE_WEIGHT, TERNARIZE_CUBE = 7e-7, 2.2e-10
 
-
 # Resident size of an interpreter with torch and transformers loaded.
 IMPORTS_BYTES = 700e6
 

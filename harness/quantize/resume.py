@@ -25,11 +25,7 @@ from reference.types import TernaryConfig
 
 # What must be the same in both records; of the options, those that are in no other part of it.
 SAME = ("model", "dtype", "method", "backend", "device", "machine", "config", "calibration", "versions")
-
-
 SAME_OPTIONS = ("embedding", "gguf_dtype", "trust_remote_code")
-
-
 EVALUATION_OPTIONS = ("evaluation", "evaluation_seqlen", "evaluation_windows", "text_column")
 
 

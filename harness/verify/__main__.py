@@ -30,7 +30,6 @@ worst error, the tolerance, the quantity both are relative to, and the reason fo
 the tolerance. The error of a trit is the distance of its decision from the
 threshold. The error of bytes and indices is the number of entries that differ."""
 
-
 EPILOG = """\
 examples:
   python -m harness.verify --backend reference      the reference, all cases
@@ -42,7 +41,6 @@ examples:
   python -m harness.verify --backend gpu --model --record golden/gpu-verified.json
 
 exit code: 0 all within tolerance, 1 an error beyond its tolerance or a changed golden file, 2 bad usage"""
-
 
 EMBEDDED = "(embedded)"
 

@@ -17,8 +17,6 @@ from harness.files import json_text
 from harness.machine import versions
 
 FORMAT_VERSION = 1
-
-
 SUFFIXES = (".py", ".cu", ".cuh")
 
 

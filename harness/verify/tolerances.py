@@ -59,28 +59,13 @@ EQUAL = "integers or bytes: nothing is rounded"
 
 MOVED = "bits are moved; widening is exact"
 SUMS = "row sums in another order: an error of about m·ε = m·2e-16 for m columns; allows 100 m"
-
-
 DECIDED = "within rounding error of its threshold a decision may go either way; golden ties are exact"
-
-
 STORED = "computed to 1e-9 or better; no golden value is that close to a rounding boundary of float16"
-
-
 CODED = "computed to 1e-9 or better; no golden value is that close to a tie of two codes without being tied"
-
-
 ALIGNED = "sums over C, amplified by the condition number of Eq. 12's 2x2 system, up to 1e3 on the slices"
-
-
 PRINTED = "as for align_grid; also, a row sum of C is a difference of larger numbers"
-
-
 INVERTED = "ε times the condition number of H, 1.3e4 on the worst slice, is 3e-12; allows 30 times that"
-
-
 FIGURES = "a sum of squared errors in the report; a wrong stage changes its first digits"
-
 
 # Largest relative difference between the output error (Eq. 11) of a whole matrix and the reference's.
 OUTPUT_ERROR = 1e-6
@@ -169,9 +154,7 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
     "matmul.matmul": [("y", "answer", 1e-13, SUMS)],
 }
 
-
 ROUNDED = "three roundings to float32, each by up to 6e-8 of a value that is at most twice the row's largest"
-
 
 # Limits and reasons that differ for float32 weights.
 _FLOAT32: dict[str, dict[str, tuple[float, str]]] = {

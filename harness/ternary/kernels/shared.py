@@ -12,8 +12,6 @@ from harness.ternary.kernels.tensors import PackedTensors
 
 # dtypes of the integers that hold a single number (`_BITS`) or a pair (`_PAIRS`).
 _BITS = {"uint32": "int32", "uint16": "int16", "float16": "int16"}
-
-
 _PAIRS = {"float16": "int32", "int8": "int16"}
 
 

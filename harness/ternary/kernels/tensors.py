@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Trits per word, rows per tile, columns per chunk; as in `gpu.kernels.layout`.
-WORD, TILE_ROWS, CHUNK = 16, 32, 256
-
+from reference.layout import CHUNK, TILE_ROWS, WORD
 
 # dtype of the numbers in a pair, by the dtype of the integer that holds the pair.
 PAIRS = {"int16": "int8", "int32": "float16"}
