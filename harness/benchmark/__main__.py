@@ -16,7 +16,7 @@ import torch
 
 from harness import text
 from harness.backends import load_backend
-from harness.benchmark import plot
+from harness.benchmark import figures
 from harness.benchmark.generation import Lengths, generation_speed
 from harness.benchmark.methods import METHODS, compare_methods, summarize
 from harness.benchmark.products import product_speed
@@ -38,7 +38,7 @@ Measure on this machine and write the figures to a file, with command, machine a
   quantize random layers of the shapes of large models through the whole pipeline
   matmul   microseconds of products with the matrices of these shapes, packed and dense
   generate tokens a second of models of these shapes, dense and ternary
-  plot     draw a file that matmul or generate wrote; where matplotlib is installed they do so themselves
+  plot     draw a file that methods, matmul or generate wrote; with matplotlib installed they do so themselves
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
@@ -116,9 +116,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--prefill", type=positive, default=lengths.prefill, help="tokens of the prompt")
     sub.add_argument("--decode", type=positive, default=lengths.decode, help="tokens to write")
 
-    what = "draw a file that matmul or generate wrote (needs matplotlib)"
+    what = "draw a file that methods, matmul or generate wrote (needs matplotlib)"
     sub = kinds.add_parser("plot", help=what, description=what, formatter_class=HelpFormatter)
-    sub.add_argument("file", type=Path, metavar="FILE", help="JSON that matmul or generate wrote")
+    sub.add_argument("file", type=Path, metavar="FILE", help="JSON that one of them wrote")
     sub.add_argument(
         "svg", nargs="?", type=Path, metavar="SVG", help="what to write; beside FILE if left out"
     )
@@ -129,7 +129,7 @@ def main() -> int:
     """Run the command line."""
     arguments = parser().parse_args()
     if arguments.kind == "plot":
-        print(plot.draw(arguments.file, arguments.svg))
+        print(figures.draw(arguments.file, arguments.svg))
         return 0
     if arguments.file is not None:
         _require_writable(arguments.file)
@@ -172,8 +172,8 @@ def main() -> int:
         results = compare_methods(options, arguments.only or list(METHODS), save)
     save(results)
     print(json_text(results))
-    if arguments.kind in ("matmul", "generate") and arguments.file is not None:
-        plot.draw_beside(arguments.file)
+    if arguments.kind in ("methods", "matmul", "generate") and arguments.file is not None:
+        figures.draw_beside(arguments.file)
     return 0
 
 
