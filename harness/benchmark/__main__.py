@@ -16,7 +16,7 @@ import torch
 
 from harness import text
 from harness.backends import load_backend
-from harness.benchmark import plot
+from harness.benchmark import figures
 from harness.benchmark.generation import Lengths, generation_speed
 from harness.benchmark.methods import METHODS, compare_methods, summarize
 from harness.benchmark.products import product_speed
@@ -38,7 +38,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
   quantize quantize random weights in the shapes of large models
   matmul   time products with matrices of large models, packed and dense
   generate measure tokens per second of random models of these shapes, dense and ternary
-  plot     redraw the results of matmul or generate, which plot them too if matplotlib is installed
+  plot     redraw the results of methods, matmul or generate, which plot them too if matplotlib is installed
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
@@ -120,9 +120,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--prefill", type=positive, default=lengths.prefill, help="tokens in the prompt")
     sub.add_argument("--decode", type=positive, default=lengths.decode, help="tokens to generate")
 
-    what = "draw the results of matmul or generate (requires matplotlib)"
+    what = "draw the results of methods, matmul or generate (requires matplotlib)"
     sub = kinds.add_parser("plot", help=what, description=what, formatter_class=HelpFormatter)
-    sub.add_argument("file", type=Path, metavar="FILE", help="JSON file written by matmul or generate")
+    sub.add_argument("file", type=Path, metavar="FILE", help="JSON file written by one of them")
     sub.add_argument(
         "svg", nargs="?", type=Path, metavar="SVG", help="file to write; by default next to FILE"
     )
@@ -133,7 +133,7 @@ def main() -> int:
     """Run the command line."""
     arguments = parser().parse_args()
     if arguments.kind == "plot":
-        print(plot.draw(arguments.file, arguments.svg))
+        print(figures.draw(arguments.file, arguments.svg))
         return 0
     if arguments.file is not None:
         _require_writable(arguments.file)
@@ -176,8 +176,8 @@ def main() -> int:
         results = compare_methods(options, arguments.only or list(METHODS), save)
     save(results)
     print(json_text(results))
-    if arguments.kind in ("matmul", "generate") and arguments.file is not None:
-        plot.draw_beside(arguments.file)
+    if arguments.kind in ("methods", "matmul", "generate") and arguments.file is not None:
+        figures.draw_beside(arguments.file)
     return 0
 
 

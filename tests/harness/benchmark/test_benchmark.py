@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.benchmark import generation, plot
+from harness.benchmark import figures, generation
 from harness.benchmark.__main__ import main as benchmark_main
 from harness.benchmark.generation import Lengths, fill, generation_speed, random_network
 from harness.benchmark.methods import METHODS, Method
@@ -150,6 +150,7 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
     assert results[names[1]]["bits_per_weight"] == pytest.approx(2 + 18 / 128, abs=1e-3)
     assert results["original"]["perplexity"] > 1
     assert "windows of 24" in results["protocol"]["evaluation"]
+    assert b"rtn-2bit" in file.with_suffix(".svg").read_bytes()
 
 
 def test_methods_are_not_compared_without_a_text(
@@ -267,7 +268,7 @@ def test_a_plot_that_fails_leaves_what_was_measured(
         raise fault
 
     monkeypatch.setattr("harness.benchmark.__main__.product_speed", lambda *arguments: {"products": []})
-    monkeypatch.setattr(plot, "svg_of", fail)
+    monkeypatch.setattr(figures, "figure_of", fail)
     assert run_main(benchmark_main, "matmul", file, "--shape", "tiny") == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"tiny": {"products": []}}

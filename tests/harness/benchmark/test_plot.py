@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -18,8 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from harness.benchmark import plot
+from harness.benchmark import figures
 from harness.benchmark.__main__ import main as benchmark_main
+from harness.benchmark.methods import METHODS
 from harness.benchmark.shapes import SHAPES
 from harness.cli import EXIT_USAGE
 
@@ -82,6 +84,17 @@ def generate(*shapes: str, layers: int = 1000, device: str = DEVICE) -> dict[str
     return record_of("generate", {shape: result(shape) for shape in shapes})
 
 
+def methods(**results: Any) -> dict[str, Any]:
+    found = {
+        "original": {"perplexity": 19.13},
+        "protocol": {"evaluation": "some text, 8 windows"},
+        "SSR + ITF + AGA": {"bits_per_weight": 1.903, "perplexity": 804.47},
+        "another one": {"bits_per_weight": 2.141, "perplexity": 145.98},
+        **results,
+    }
+    return record_of("methods", found)
+
+
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
@@ -95,123 +108,130 @@ def lines(panel: Axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_lines_of_products_are_the_numbers_of_the_file() -> None:
-    figure = plot.figure_of(matmul("llama-7b", "llama-65b"))
-    packed, _, share, _, dequantized, _, other, last = figure.axes
-    assert lines(packed) == {
-        "q and o": [(1, 4.0), (16, 0.5)],
-        "down": [(1, 8.0), (16, 0.25)],
-        "q, k and v in one launch": [(1, 6.0)],
-    }
-    assert lines(share)["down"] == [(1, 0.5), (16, 0.03125)]
-    assert lines(dequantized)["q and o"] == [(1, 0.25), (16, 0.1)]
-    assert lines(other) == {"q and o": [(1, 2.0)], "down": [], "q, k and v in one launch": []}
-    assert [packed.get_title("left"), share.get_title("right")] == ["llama-7b", "100 % = 2,346 GB/s"]
-    assert [panel.get_ylabel() for panel in (packed, share, dequantized, other)] == [
-        "packed\ntimes as fast\nas dense",
-        "packed\nbandwidth, share\nof a copy's",
-        "dequantized\ntimes as fast\nas dense",
-        "other\ntimes as fast\nas dense",
+    figure = figures.figure_of(matmul("llama-7b", "llama-65b"))
+    assert [panel.get_title("left") for panel in figure.axes] == ["llama-7b", "llama-65b"]
+    for panel in figure.axes:
+        drawn = lines(panel)
+        assert drawn.pop("as fast as dense")[0][1] == 1
+        assert drawn == {
+            "q and o": [(1, 4.0), (16, 0.5)],
+            "down": [(1, 8.0), (16, 0.25)],
+            "q, k and v in one launch": [(1, 6.0)],
+        }
+        assert panel.get_xscale() == panel.get_yscale() == "log"
+        assert panel.get_ylim() == figure.axes[0].get_ylim()  # or panels could not be compared
+    assert {*lines(figure.axes[0])} <= {*texts(figure)}  # in the legend
+
+
+def test_a_matrix_looks_the_same_in_every_panel_and_is_in_the_legend() -> None:
+    record = matmul("llama-7b", "llama3-8b")
+    wider = record["results"]["llama3-8b"]
+    wider["products"] = [product("k and v", 1, 2.0, 4.0), *wider["products"]]
+    figure = figures.figure_of(record)
+    looks = [
+        {line.get_label(): (line.get_color(), line.get_marker()) for line in panel.lines}
+        for panel in figure.axes
     ]
-    assert last.get_xlabel() == "batch (rows of activations)"
-    assert packed.get_xscale() == packed.get_yscale() == "log"
-    # Panels can only be compared on one scale, and it has to hold the slowest and the fastest.
-    assert packed.get_ylim() == dequantized.get_ylim() == other.get_ylim()
-    assert packed.get_ylim()[0] < 0.1 < 8 < packed.get_ylim()[1]
+    assert "k and v" not in looks[0]
+    assert "k and v" in looks[1]
+    assert looks[1] | looks[0] == looks[1]
+    assert len(set(looks[1].values())) == len(looks[1])
+    assert "k and v" in texts(figure)
 
 
 def test_bars_of_generation_are_the_numbers_of_the_file() -> None:
-    figure = plot.figure_of(generate("llama-7b", "llama-65b"))
+    figure = figures.figure_of(generate("llama-7b", "llama-65b", layers=32))
     heights = [[bar.get_height() for bar in panel.patches] for panel in figure.axes]
-    assert heights == [[12000.0, 11400.0] * 2, [50.5, 101.0] * 2, [75.0, 225.0] * 2]
-    assert [[text.get_text() for text in panel.texts[:3]] for panel in figure.axes] == [
-        ["12k", "11.4k", "0.95×"],
-        ["50.5", "101", "2.00×"],
-        ["75", "225", "3.00×"],
+    assert heights == [[12000.0] * 2 + [11400.0] * 2, [50.5] * 2 + [101.0] * 2, [75.0] * 2 + [225.0] * 2]
+    assert [panel.get_title("left") for panel in figure.axes] == [
+        "prefill: reading the prompt",
+        "decode: writing after it",
+        "both: end to end",
     ]
-    assert [panel.get_title("left").partition(":")[0] for panel in figure.axes] == [
-        "prefill",
-        "decode",
-        "both",
-    ]
-    assert figure.axes[0].get_ylabel() == "tokens a second"
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["llama\n7b", "llama\n65b"]
-    assert not any("layers" in text for text in texts(figure))
-
-
-def test_generation_with_some_of_the_layers_says_so() -> None:
-    figure = plot.figure_of(generate("llama-7b", "llama-65b", layers=32))
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
-        "llama\n7b",
-        "llama\n65b\n32 of 80\nlayers",
-    ]
-    assert any("the whole model is slower" in text for text in texts(figure))
+    for panel in figure.axes:
+        # A model of which only some layers were measured says so.
+        names = [label.get_text() for label in panel.get_xticklabels()]
+        assert names == ["llama-7b", "llama-65b\n32 of 80 layers"]
+    assert {"dense", "ternary", "12,000", "50.5", "225"} <= {*texts(figure)}
 
 
 @pytest.mark.parametrize("make", [matmul, generate])
-def test_a_plot_says_what_it_was_measured_on(make: Callable[..., dict[str, Any]]) -> None:
-    figure = plot.figure_of(make("tiny"))
-    assert any(text.startswith(f"measured on {DEVICE}; bfloat16; 2001-02-03") for text in texts(figure))
-    assert any("--shape tiny (torch 9.8.7)" in text for text in texts(figure))
-    figure = plot.figure_of(make("tiny", device="CPU"))
-    assert any(text.startswith("measured on CPU: Some CPU, 3 cores; bfloat16;") for text in texts(figure))
+def test_a_plot_of_speed_says_what_it_was_measured_on(make: Callable[..., dict[str, Any]]) -> None:
+    heading = " ".join(texts(figures.figure_of(make("tiny"))))
+    assert f"measured on {DEVICE}; bfloat16" in heading
+    assert "2001-02-03" in heading
+    heading = " ".join(texts(figures.figure_of(make("tiny", device="CPU"))))
+    assert "measured on CPU: Some CPU, 3 cores; bfloat16" in heading
 
 
-@pytest.mark.parametrize("shapes", [("tiny",), ("llama-7b", "llama3-8b"), PAPER, tuple(SHAPES)])
-@pytest.mark.parametrize("make", [matmul, generate])
-def test_nothing_that_is_written_overlaps_or_is_cut_off(
-    make: Callable[..., dict[str, Any]], shapes: tuple[str, ...]
-) -> None:
-    record = make(*shapes, device="CPU")
-    record["machine"]["cpu"] = "Some(R) Company(R) Family 1234X 56-Core Processor @ 7.89GHz"
-    for result in record["results"].values():
-        result.update(layers=2)
-    for products in (result.get("products", []) for result in record["results"].values()):
-        products.extend(product("k and v", 2**power, 1.0, 2.0) for power in range(14))
-    with plot._style():
-        figure = plot.figure_of(record)
+def test_points_of_methods_are_the_numbers_of_the_file() -> None:
+    broken = {"a": {"error": "not positive definite"}, "b": {"bits_per_weight": 1.0, "perplexity": "inf"}}
+    figure = figures.figure_of(methods(**broken))
+    (panel,) = figure.axes
+    original, points = panel.lines
+    assert list(original.get_ydata()) == [19.13, 19.13]
+    drawn = list(zip(points.get_xdata(), points.get_ydata(), strict=True))
+    assert drawn == [(1.903, 804.47), (2.141, 145.98)]
+    assert panel.get_yscale() == "log"
+    # Each label is tied to its point.
+    assert {label.get_text(): label.xy for label in panel.texts} == {
+        "original: 19.1": (panel.get_xlim()[1], 19.13),
+        "SSR + ITF + AGA: 804": (1.903, 804.47),
+        "another one: 146": (2.141, 145.98),
+    }
+    assert any("Diverged: a, b. Text: some text, 8 windows; 2001-02-03" in text for text in texts(figure))
+
+
+@pytest.mark.parametrize("perplexity", [20.0, 19.2, 1e6])
+def test_labels_of_methods_do_not_touch_even_where_points_do(perplexity: float) -> None:
+    """Every method there is, with nearly one perplexity."""
+    results = {
+        method.words: {"bits_per_weight": 1.9 + 0.01 * i, "perplexity": perplexity + 0.001 * i}
+        for i, method in enumerate(METHODS.values())
+    }
+    with figures.style():
+        figure = figures.figure_of(methods(**results))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        boxes = [
-            (text.get_text(), text.get_window_extent())
-            for text in figure.findobj(Text)
-            if text.get_text().strip() and text.get_visible() and _is_shown(text)
-        ]
-    assert len(boxes) > 20
+        # Without the lines to the points, which an annotation counts.
+        boxes = [Text.get_window_extent(label) for label in figure.axes[0].texts]
+    boxes.sort(key=lambda box: box.y0)
+    assert len(boxes) == len(METHODS) + 3
     width, height = canvas.get_width_height()
-    for text, box in boxes:
-        assert 0 <= box.x0, text
-        assert box.x1 <= width, text
-        assert 0 <= box.y0, text
-        assert box.y1 <= height, text
-    for (one, first), (other, second) in itertools.combinations(boxes, 2):
-        assert not first.overlaps(second), f"{one!r} and {other!r}"
+    assert boxes[0].y0 >= 0
+    assert boxes[-1].y1 <= height
+    assert all(box.x1 <= width for box in boxes)
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
 
 
-def _is_shown(text: Text) -> bool:
-    """Whether a text is not the label of a tick outside of its axis."""
-    panel = text.axes
-    if panel is None:
-        return True
-    for axis in (panel.xaxis, panel.yaxis):
-        for tick in axis.get_major_ticks():
-            if text in (tick.label1, tick.label2):
-                low, high = sorted(axis.get_view_interval())
-                return low <= tick.get_loc() <= high
-    return True
+def test_the_picture_of_the_readme_shows_the_figures_beside_it() -> None:
+    """Its text is drawn as shapes, each after a comment with a line of it."""
+    folder = Path(figures.__file__).parents[2] / "benchmarks"
+    written = " ".join(comments(folder / "methods.svg"))
+    for name, result in json.loads((folder / "methods.json").read_text())["results"].items():
+        if name != "protocol":
+            digits = 0 if result["perplexity"] > 100 else 1
+            assert f"{name}: {result['perplexity']:,.{digits}f}" in written
 
 
-@pytest.mark.parametrize("make", [matmul, generate])
+def comments(svg: Path) -> list[str]:
+    builder = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
+    root = ElementTree.fromstring(svg.read_bytes(), builder)
+    return [(element.text or "").strip() for element in root.iter() if element.tag is ElementTree.Comment]
+
+
+@pytest.mark.parametrize("record", [matmul(*PAPER), generate(*PAPER), methods()])
 def test_the_file_is_the_same_at_every_run_and_with_every_setting(
-    make: Callable[..., dict[str, Any]], tmp_path: Path
+    record: dict[str, Any], tmp_path: Path
 ) -> None:
     file, settings = tmp_path / "results.json", tmp_path / "matplotlibrc"
-    file.write_text(json.dumps(make(*PAPER)))
+    file.write_text(json.dumps(record))
     settings.write_text("font.size: 20\nsvg.fonttype: none\naxes.facecolor: red\n")
-    target = plot.draw(file)
+    target = figures.draw(file)
     assert target == tmp_path / "results.svg"
     elsewhere = tmp_path / "new" / "again.svg"
     program = (
-        "import sys; from pathlib import Path; from harness.benchmark.plot import draw;"
+        "import sys; from pathlib import Path; from harness.benchmark.figures import draw;"
         " draw(*map(Path, sys.argv[1:]))"
     )
     subprocess.run(
@@ -223,9 +243,10 @@ def test_the_file_is_the_same_at_every_run_and_with_every_setting(
     assert b"<dc:date>" not in target.read_bytes()
 
 
-def test_a_dollar_in_a_command_is_no_formula(tmp_path: Path) -> None:
-    record = {**matmul("tiny"), "command": r"benchmark $\nosuch$.json"}
-    assert rb"benchmark $\nosuch$.json" in plot.svg_of(record)
+def test_a_dollar_in_a_name_is_no_formula() -> None:
+    record = methods(**{r"$\nosuch$": {"bits_per_weight": 2.0, "perplexity": 200.0}})
+    with figures.style():
+        figures.figure_of(record).savefig(io.BytesIO(), format="svg")
 
 
 def test_products_are_drawn_as_soon_as_they_are_measured(
@@ -236,23 +257,17 @@ def test_products_are_drawn_as_soon_as_they_are_measured(
     printed = capsys.readouterr()
     assert "tiny" in json.loads(printed.out)
     assert printed.err == f"plot: {tmp_path / 'matmul.svg'}\n"
-    drawn = (tmp_path / "matmul.svg").read_bytes()
-    # What is written is drawn as shapes, each after a comment with the text.
-    builder = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-    root = ElementTree.fromstring(drawn, builder)
-    written = [element.text for element in root.iter() if element.tag is ElementTree.Comment]
-    record = json.loads(file.read_text())
-    assert any(f"measured on CPU: {record['machine']['cpu']}" in text for text in written)
-    assert " tiny " in written
+    assert "tiny" in comments(tmp_path / "matmul.svg")
 
-    figure = plot.figure_of(record)
+    record = json.loads(file.read_text())
+    figure = figures.figure_of(record)
     assert lines(figure.axes[0])["k and v"] == [
         (row["batch"], row["times_faster_than_dense"])
         for row in record["results"]["tiny"]["products"]
         if row["matrix"] == "k and v"
     ]
     assert run_main(benchmark_main, "plot", file, tmp_path / "again.svg") == 0
-    assert (tmp_path / "again.svg").read_bytes() == drawn
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "matmul.svg").read_bytes()
 
 
 def test_results_are_kept_where_there_is_no_matplotlib(
@@ -294,17 +309,21 @@ def _on_two_devices() -> dict[str, Any]:
     ("content", "message"),
     [
         ("{", "is missing or damaged"),
-        ([], "only results of harness.benchmark's matmul and generate have a plot"),
-        (record_of("matmul", {}), "only results of harness.benchmark's matmul and generate have a plot"),
+        ([], "only results of harness.benchmark's methods, matmul and generate have"),
+        (record_of("matmul", {}), "only results of harness.benchmark's methods, matmul and generate have"),
         (record_of("run", {"ratio": 1.3, "model": "m"}), "only results of"),
         (record_of("quantize", {"tiny": {"seconds_a_layer": {}}}), "only results of"),
-        (_without(matmul("tiny"), "results", "tiny", "products", 0, "dense_us"), "there is no 'dense_us'"),
+        (_without(matmul("tiny"), "results", "tiny", "products", 0, "batch"), "there is no 'batch'"),
         (_without(matmul("tiny"), "results", "tiny", "device"), "there is no 'device'"),
         (_without(generate("tiny"), "results", "tiny", "ternary", "both"), "there is no 'both'"),
         (_without(generate("tiny"), "date"), "there is no 'date'"),
-        (_with_first_product(packed_us="nan", dequantized_us="nan"), "'nan' is no number"),
-        (_with_first_product(batch=0), "0 is not above 0"),
-        (record_of("matmul", {"tiny": {"products": []}}), "a shape has no products"),
+        (_without(methods(), "results", "protocol"), "there is no 'protocol'"),
+        (_without(methods(), "results", "original"), "only results of"),
+        (methods(x={"perplexity": 3.0}), "there is no 'bits_per_weight'"),
+        (record_of("matmul", {"tiny": {"products": []}}), "only results of"),
+        (methods(x=[]), "cannot be drawn"),
+        (_with_first_product(times_faster_than_dense="nan"), "'nan' is no number above 0"),
+        (_with_first_product(batch=0), "0 is no number above 0"),
         (record_of("matmul", {"tiny": {"products": ["row"]}}), "cannot be drawn"),
         (_on_two_devices(), f"its results differ in device (CPU, {DEVICE}); draw each run by itself"),
     ],
@@ -337,5 +356,5 @@ def test_a_plot_goes_to_a_file_of_its_own(
     assert file.read_text() == content
     # Results in a file with any other name are not overwritten by their plot.
     odd = file.rename(tmp_path / "results.svg")
-    assert plot.draw(odd) == tmp_path / "results.svg.svg"
+    assert figures.draw(odd) == tmp_path / "results.svg.svg"
     assert odd.read_text() == content
