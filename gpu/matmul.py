@@ -16,8 +16,6 @@ from gpu import checks
 from gpu.device import STANDIN, Array, xp
 from gpu.kernels import product, tensor_cores
 from gpu.kernels.layout import (
-    CHUNK,
-    PARTS,
     Layout,
     can_be_tiled,
     device_array,
@@ -29,6 +27,7 @@ from gpu.kernels.layout import (
     spread,
 )
 from gpu.packing import unpack_base3
+from reference.layout import CHUNK, PARTS
 from reference.types import CodedGrid
 
 

@@ -1,6 +1,6 @@
 """Ternary weights as the packed kernels read them, in tensors of torch.
 
-The layout is that of `gpu.kernels.layout.Layout`, and every tensor is of integers that hold its bits: torch
+The layout is that of `reference.layout`, and every tensor is of integers that hold its bits: torch
 has few operations on unsigned ones, and what converts a model's floating-point tensors must leave alpha and
 mu alone. A pair of alpha and mu is one integer.
 """
@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Digits in a word, rows in a tile, columns in a chunk; as in `gpu.kernels.layout`.
-WORD, TILE_ROWS, CHUNK = 16, 32, 256
+from reference.layout import CHUNK, TILE_ROWS, WORD
 
 # What a pair in an integer consists of.
 PAIRS = {"int16": "int8", "int32": "float16"}

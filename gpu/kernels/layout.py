@@ -10,18 +10,7 @@ import numpy as np
 from gpu import checks
 from gpu.device import STANDIN, Array, xp
 from gpu.packing import pack_2bit
-
-# Columns of a word, and of a chunk: four lanes of a warp, with four words each.
-WORD = 16
-CHUNK = 256
-WORDS = CHUNK // WORD
-# Rows that lie together.
-TILE_ROWS = 32
-# Matrices that one launch can multiply the same x with.
-PARTS = 3
-
-# Blocks for which alpha and mu can lie chunk by chunk, in whole spans of 64 columns.
-LEAST_BLOCK = 64
+from reference.layout import CHUNK, LEAST_BLOCK, PARTS, TILE_ROWS, WORDS
 
 
 @dataclass(frozen=True)

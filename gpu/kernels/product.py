@@ -14,7 +14,8 @@ from numba import cuda, float64, njit
 from gpu.device import STANDIN, Array, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
 from gpu.kernels.launching import launch
-from gpu.kernels.layout import CHUNK, TILE_ROWS, WORD, Layout
+from gpu.kernels.layout import Layout
+from reference.layout import CHUNK, TILE_ROWS, WORD
 
 # CUDA's limit for the second dimension of a grid.
 MOST_TOKENS = 65535

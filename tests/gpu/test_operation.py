@@ -13,7 +13,7 @@ import torch
 from gpu import matmul
 from gpu.device import STANDIN, xp
 from gpu.kernels import tensor_cores
-from harness import layout, ops
+from harness import ops
 from harness.linear import use_kernels
 from harness.ops import ternary_linear
 from tests.gpu.emulation import COMPILER, Emulator
@@ -192,13 +192,6 @@ def test_rows_that_do_not_fit_into_shared_memory_are_not_unpacked(monkeypatch):
     for shared, fits in ((1200, False), (1300, True)):  # 300 couples of 2 bytes are 1200, and there are gaps
         monkeypatch.setattr(matmul, "_limits", lambda x, shared=shared: tensor_cores.Limits(90, shared, 1))
         assert matmul.can_unpack(xp.zeros((1, 300), np.float16), layout) == fits
-
-
-def test_constants_of_the_layout_are_those_of_the_kernels():
-    from gpu.kernels import layout as kernels
-
-    for name in ("WORD", "TILE_ROWS", "CHUNK"):
-        assert getattr(layout, name) == getattr(kernels, name)
 
 
 @pytest.mark.parametrize("how", ["aot_eager", "inductor"])
