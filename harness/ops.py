@@ -14,12 +14,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from harness.layout import PAIRS, PackedTensors
 
-# From so many tokens on, weights are unpacked into a workspace, a matrix at a time, for the library's
-# product, which may add up a row in an order that depends on how many there are. Reasoned, not measured: on
-# an H100 writing the weights takes the time of the library's product with about 190 tokens, and the packed
-# kernel, which unpacks trits in the time that tensor cores leave, some 3/4 of the library's rate.
-UNPACKED_TOKENS = 512
-
 
 @torch.library.custom_op("pt2_llm::ternary_linear", mutates_args=())
 def ternary_linear(
@@ -81,7 +75,7 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
         layout = _layout_of(packed)
         x = x.detach().contiguous()  # DLPack takes nothing that has a gradient
         bits = to_device(_bits(x))
-        if x.shape[0] < UNPACKED_TOKENS or not matmul.can_unpack(bits, layout):
+        if not matmul.prefers_unpacked(bits, layout):
             matmul.multiply(bits, layout, to_device(_bits(y)))
             return y
         begin = 0
