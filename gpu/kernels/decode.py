@@ -37,7 +37,7 @@ STAGE_BYTES = ROWS * WORDS * 4 + ROWS * (CHUNK // SPAN) * 4
 PARAMETERS = Struct(
     "DecodeParameters",
     x=ACTIVATIONS,
-    span_sums=Pointer(("float32",), optional=True),
+    span_sums=Pointer("float32", optional=True),
     matrix=MATRIX,
     y=ACTIVATIONS,
     tokens=Int(),

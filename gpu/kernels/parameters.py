@@ -28,29 +28,49 @@ TYPES = {"float16": "float16", "uint16": "bfloat16", "int16": "bfloat16"}
 LEAST_INT, MOST_INT = -(2**31), 2**31 - 1
 
 
-@dataclass(frozen=True)
 class Pointer:
-    """A field that is a device array, or None if `optional`, which is a null pointer.
+    """A field that is a device array; or None, a null pointer, if `optional`.
 
-    `dtypes` are those that the array may have.
+    Parameters
+    ----------
+    *names : str
+        dtypes that the array may have.
+    optional : bool
+        Whether it may be None.
     """
-
-    dtypes: tuple[str, ...]
-    optional: bool = False
 
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.uint64)
 
+    def __init__(self, *names: str, optional: bool = False) -> None:
+        self.names, self.optional = names, optional
+        self.dtypes = frozenset(map(np.dtype, names))
 
-@dataclass(frozen=True)
+    def check(self, struct: str, field: str, value: Any) -> None:
+        """Refuse an array that the kernel cannot read."""
+        if value is None and self.optional:
+            return
+        if not isinstance(value, xp.ndarray):
+            raise TypeError(f"{struct}.{field} must be an array of {xp.__name__}, got {type(value).__name__}")
+        if value.dtype not in self.dtypes:
+            raise TypeError(f"{struct}.{field} must be {' or '.join(self.names)}, got {value.dtype}")
+        if not value.flags.c_contiguous:
+            raise ValueError(f"{struct}.{field} must be contiguous in C order, got strides {value.strides}")
+
+
 class Int:
     """A field that is a C++ int, or an array of `count` of them."""
 
-    count: int = 1
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+        self.dtype: np.dtype[Any] = np.dtype((np.int32, (count,)) if count > 1 else np.int32)
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The NumPy dtype of the field."""
-        return np.dtype((np.int32, (self.count,)) if self.count > 1 else np.int32)
+    def check(self, struct: str, field: str, value: Any) -> None:
+        """Refuse what is no int, or does not fit."""
+        numbers = (value,) if self.count == 1 else value
+        if len(numbers) != self.count or any(type(number) is not int for number in numbers):
+            raise TypeError(f"{struct}.{field} takes {self.count} int, got {value!r}")
+        if not all(LEAST_INT <= number <= MOST_INT for number in numbers):
+            raise ValueError(f"{struct}.{field} does not fit into a C++ int: {value}")
 
 
 class Struct:
@@ -87,24 +107,15 @@ class Struct:
         ValueError
             If an array is not contiguous in C order, or a number does not fit into a C++ int.
         """
-        self._check(values)
+        self.check(self.name, "", values)
         return Arguments(self, values)
 
-    def _check(self, values: Mapping[str, Any]) -> None:
-        if values.keys() != self.fields.keys():
-            raise TypeError(f"{self.name} has the fields {', '.join(self.fields)}, got {', '.join(values)}")
-        for field, kind in self.fields.items():
-            value, name = values[field], f"{self.name}.{field}"
-            if isinstance(kind, Struct):
-                kind._check(value)
-            elif isinstance(kind, Pointer):
-                _check_array(name, value, kind)
-            else:
-                numbers = (value,) if kind.count == 1 else value
-                if len(numbers) != kind.count or any(type(number) is not int for number in numbers):
-                    raise TypeError(f"{name} takes {kind.count} int, got {value!r}")
-                if not all(LEAST_INT <= number <= MOST_INT for number in numbers):
-                    raise ValueError(f"{name} does not fit into a C++ int: {value}")
+    def check(self, struct: str, field: str, value: Mapping[str, Any]) -> None:
+        """Refuse values that are not those of the fields; the arguments are those of every kind of field."""
+        if value.keys() != self.fields.keys():
+            raise TypeError(f"{self.name} has the fields {', '.join(self.fields)}, got {', '.join(value)}")
+        for name, kind in self.fields.items():
+            kind.check(self.name, name, value[name])
 
     def assertions(self) -> Iterator[str]:
         """C++ that compiles only if the declaration of the struct has this layout."""
@@ -130,17 +141,6 @@ class Arguments:
         return np.array(_row(self.struct, self.values, address), self.struct.dtype)
 
 
-def _check_array(name: str, value: Any, kind: Pointer) -> None:
-    if value is None and kind.optional:
-        return
-    if not isinstance(value, xp.ndarray):
-        raise TypeError(f"{name} must be an array of {xp.__name__}, got {type(value).__name__}")
-    if value.dtype.name not in kind.dtypes:
-        raise TypeError(f"{name} must be {' or '.join(kind.dtypes)}, got {value.dtype}")
-    if not value.flags.c_contiguous:
-        raise ValueError(f"{name} must be contiguous in C order, got strides {value.strides}")
-
-
 def _row(struct: Struct, values: Mapping[str, Any], address: Callable[[Array], int]) -> tuple[Any, ...]:
     row: list[Any] = []
     for field, kind in struct.fields.items():
@@ -155,16 +155,16 @@ def _row(struct: Struct, values: Mapping[str, Any], address: Callable[[Array], i
 
 
 # x, what is made of x, and y.
-ACTIVATIONS = Pointer(tuple(TYPES))
-SUMS = Pointer(("float32",))
-PERMUTATION = Pointer(("uint16",))
+ACTIVATIONS = Pointer(*TYPES)
+SUMS = Pointer("float32")
+PERMUTATION = Pointer("uint16")
 
 MATRIX = Struct(
     "Matrix",
-    words=Pointer(("uint32",)),
-    grid=Pointer(("float16", "int8")),
-    block_factors=Pointer(("float16",), optional=True),
-    row_factors=Pointer(("float16",), optional=True),
+    words=Pointer("uint32"),
+    grid=Pointer("float16", "int8"),
+    block_factors=Pointer("float16", optional=True),
+    row_factors=Pointer("float16", optional=True),
     permutation=PERMUTATION,
     m=Int(),
     pairs_shift=Int(),

@@ -184,7 +184,7 @@ from gpu.kernels.parameters import Pointer, Struct
 from gpu.kernels.sources import Source
 from tests.gpu.emulation import Emulator
 
-WORDS = Pointer(("uint32",))
+WORDS = Pointer("uint32")
 TURNED = Struct("Turned", x=WORDS, y=WORDS)
 SOURCE = Source("decode.cu", {}, [TURNED], {"reverse64": "DECODE(reverse64)"})
 

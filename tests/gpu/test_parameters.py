@@ -17,8 +17,8 @@ SOURCES = [module.SOURCE for module in (arrange, decode, prefill, warpgroup, den
 OUTER = Struct(
     "Outer",
     first=Int(),
-    x=Pointer(("float16", "uint16")),
-    inner=Struct("Inner", sums=Pointer(("float32",), optional=True), ends=Int(3)),
+    x=Pointer("float16", "uint16"),
+    inner=Struct("Inner", sums=Pointer("float32", optional=True), ends=Int(3)),
     last=Int(),
 )
 

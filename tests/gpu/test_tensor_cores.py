@@ -124,7 +124,7 @@ def test_parts_of_any_size_are_multiplied(run):
 
 
 @pytest.mark.parametrize(("shared", "tokens"), [(LEAST_SHARED, 16), (MUCH_SHARED, 9), (MOST_SHARED, 9)])
-def test_a_processor_takes_several_tiles_of_many_chunks(shared, tokens, run):
+def test_an_sm_takes_several_tiles_of_many_chunks(shared, tokens, run):
     # 10 chunks, so that two of the eight groups of warps have one more than the others; all of x is in shared
     # memory, or a chunk at a time.
     case = random_case(150, 2500, 128)
