@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 from gpu.device import Array
 from gpu.kernels.arrange import arrange
 from gpu.kernels.layout import Layout
@@ -12,13 +10,13 @@ from gpu.kernels.sources import (
     PADDING,
     ROWS,
     TILE,
+    VARIANTS,
     WARP,
     Launch,
     Limits,
     Source,
     launch,
     variant,
-    variants,
 )
 from reference.layout import CHUNK, SPAN, TILE_ROWS, WORDS
 
@@ -49,14 +47,6 @@ def _name(columns: int, gather: bool, kind: str) -> str:
     return f"decode{columns}{'_gather' if gather else ''}_{kind}"
 
 
-def _kernels() -> dict[str, str]:
-    found = {}
-    for (kind, c_types), tiles, gather in product(variants(), (1, 2), (True, False)):
-        name = _name(TILE * tiles, gather, kind)
-        found[name] = f"DECODE({name}, {c_types}, {tiles}, {str(gather).lower()})"
-    return found
-
-
 SOURCE = Source(
     "decode.cu",
     {
@@ -67,7 +57,13 @@ SOURCE = Source(
         "STAGE_BYTES": STAGE_BYTES,
     },
     [PARAMETERS],
-    _kernels(),
+    {
+        name: f"DECODE({name}, {c_types}, {tiles}, {str(gather).lower()})"
+        for kind, c_types in VARIANTS.items()
+        for tiles in (1, 2)
+        for gather in (True, False)
+        for name in [_name(TILE * tiles, gather, kind)]
+    },
 )
 
 

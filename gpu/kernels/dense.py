@@ -9,7 +9,7 @@ import numpy as np
 from gpu.device import Array, xp
 from gpu.kernels.layout import Layout
 from gpu.kernels.parameters import ACTIVATIONS, MATRIX, Int, Struct, matrix
-from gpu.kernels.sources import ROWS, Launch, Limits, Source, launch, variant, variants
+from gpu.kernels.sources import ROWS, VARIANTS, Launch, Limits, Source, launch, variant
 from reference.layout import TILE_ROWS
 
 THREADS = 256
@@ -31,7 +31,7 @@ SOURCE = Source(
     "dense.cu",
     {"THREADS": THREADS, "ROW_PAIRS": ROW_PAIRS},
     [PARAMETERS],
-    {f"dense_{kind}": f"DENSE(dense_{kind}, {c_types})" for kind, c_types in variants()},
+    {f"dense_{kind}": f"DENSE(dense_{kind}, {c_types})" for kind, c_types in VARIANTS.items()},
 )
 
 

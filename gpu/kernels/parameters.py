@@ -58,17 +58,18 @@ class Pointer:
 
 
 class Int:
-    """A field that is a C++ int, or an array of `count` of them."""
+    """A field that is a C++ int, or with a count an array of so many."""
 
-    def __init__(self, count: int = 1) -> None:
+    def __init__(self, count: int | None = None) -> None:
         self.count = count
-        self.dtype: np.dtype[Any] = np.dtype((np.int32, (count,)) if count > 1 else np.int32)
+        self.dtype: np.dtype[Any] = np.dtype((np.int32, () if count is None else (count,)))
 
     def check(self, struct: str, field: str, value: Any) -> None:
         """Refuse what is no int, or does not fit."""
-        numbers = (value,) if self.count == 1 else value
-        if len(numbers) != self.count or any(type(number) is not int for number in numbers):
-            raise TypeError(f"{struct}.{field} takes {self.count} int, got {value!r}")
+        numbers = (value,) if self.count is None else value
+        expected = 1 if self.count is None else self.count
+        if len(numbers) != expected or any(type(number) is not int for number in numbers):
+            raise TypeError(f"{struct}.{field} takes {expected} int, got {value!r}")
         if not all(LEAST_INT <= number <= MOST_INT for number in numbers):
             raise ValueError(f"{struct}.{field} does not fit into a C++ int: {value}")
 

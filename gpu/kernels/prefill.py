@@ -6,7 +6,7 @@ from gpu.device import Array
 from gpu.kernels.arrange import arrange
 from gpu.kernels.layout import Layout
 from gpu.kernels.parameters import ACTIVATIONS, MATRIX, SUMS, Int, Struct, matrix
-from gpu.kernels.sources import PADDING, WARP, Launch, Limits, Source, launch, variant, variants
+from gpu.kernels.sources import PADDING, VARIANTS, WARP, Launch, Limits, Source, launch, variant
 from reference.layout import CHUNK, SPAN
 
 # Tiles of rows of a CUDA block, one a warp, and tokens of a block.
@@ -34,7 +34,7 @@ SOURCE = Source(
     "prefill.cu",
     {"WARPS": WARPS, "TOKENS": TOKENS, "THREADS": THREADS, "STRIDE": STRIDE},
     [PARAMETERS],
-    {f"prefill_{kind}": f"PREFILL(prefill_{kind}, {c_types})" for kind, c_types in variants()},
+    {f"prefill_{kind}": f"PREFILL(prefill_{kind}, {c_types})" for kind, c_types in VARIANTS.items()},
 )
 
 

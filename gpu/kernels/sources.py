@@ -9,7 +9,7 @@ kernel is compiled alone, so that the first product waits for no other kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,15 +102,17 @@ def _text_of(file: str) -> str:
     return f'#line 1 "{file}"\n{(FOLDER / file).read_text(encoding="utf-8")}'
 
 
-def variants() -> Iterator[tuple[str, str]]:
-    """For every type of x and of grid: the end of a kernel's name, and its arguments of a template."""
-    for dtype, c_type in (("float16", "Float16"), ("bfloat16", "BFloat16")):
-        yield dtype, f"{c_type}, Float16Grid"
-        yield f"{dtype}_int8", f"{c_type}, Int8Grid"
+# For every type of x and of grid, by the end of a kernel's name: arguments of its template.
+VARIANTS = {
+    "float16": "Float16, Float16Grid",
+    "float16_int8": "Float16, Int8Grid",
+    "bfloat16": "BFloat16, Float16Grid",
+    "bfloat16_int8": "BFloat16, Int8Grid",
+}
 
 
 def variant(dtype: Any, layout: Layout) -> str:
-    """The end of the name of a kernel for a type of x and a layout."""
+    """The key of `VARIANTS` for a type of x and a layout."""
     return TYPES[dtype.name] + ("" if layout.row_factors is None else "_int8")
 
 

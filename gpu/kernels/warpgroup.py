@@ -7,7 +7,7 @@ import numpy as np
 from gpu.device import Array, xp
 from gpu.kernels.layout import Layout
 from gpu.kernels.parameters import ACTIVATIONS, MATRIX, PERMUTATION, SUMS, TYPES, Int, Struct, matrix
-from gpu.kernels.sources import ROWS, WARP, Launch, Limits, Source, launch, variant, variants
+from gpu.kernels.sources import ROWS, VARIANTS, WARP, Launch, Limits, Source, launch, variant
 from reference.layout import CHUNK
 
 # The compute capability with wgmma, and its target that no later device runs.
@@ -59,7 +59,7 @@ SOURCE = Source(
         "combine_float16": "COMBINE(combine_float16, Float16)",
         "combine_bfloat16": "COMBINE(combine_bfloat16, BFloat16)",
     }
-    | {f"warpgroup_{kind}": f"WARPGROUP(warpgroup_{kind}, {c_types})" for kind, c_types in variants()},
+    | {f"warpgroup_{kind}": f"WARPGROUP(warpgroup_{kind}, {c_types})" for kind, c_types in VARIANTS.items()},
     HOPPER_TARGET,
 )
 

@@ -1,5 +1,6 @@
 """Which kernel is chosen, by hand: for every device, type of x, layout and number of tokens."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,6 +48,7 @@ def chosen(tokens, dtype, device, layout=None, library=False):
         (17, RTX, "prefill"),
         (16, RTX, "decode"),
         (1, TURING, "product"),
+        (1, TURING._replace(capability=79), "product"),
         (17, TURING, "product"),
         (1, NO_DEVICE, "product"),
         (17, NO_DEVICE, "product"),
@@ -97,6 +99,17 @@ def test_layouts_without_fast_kernels():
         assert chosen(1, "float16", HOPPER, lay_out(random_case(3, 300, block_size))) == "product"
     for block_size in (64, 128, 256, 512):
         assert chosen(1, "float16", HOPPER, lay_out(random_case(3, 300, block_size))) == "decode"
+
+
+def test_numbers_of_tokens():
+    most = sys.maxsize
+    assert {kernel.name: (kernel.least, kernel.most) for kernel in TABLE} == {
+        "dense": (512, most),
+        "decode": (1, 16),
+        "warpgroup": (17, most),
+        "prefill": (17, most),
+        "product": (0, most),
+    }
 
 
 def test_every_kernel_but_two_has_a_launcher():

@@ -68,6 +68,11 @@ def test_the_bytes_of_a_struct():
         ({"first": 2**31}, ValueError, r"Outer\.first does not fit"),
         ({"last": -(2**31) - 1}, ValueError, r"Outer\.last does not fit"),
         ({"inner": {"sums": None, "ends": (1, 2)}}, TypeError, r"Inner\.ends takes 3 int"),
+        (
+            {"inner": {"sums": xp.zeros(2, np.float16), "ends": (1, 2, 3)}},
+            TypeError,
+            r"Inner\.sums must be float32, got float16",
+        ),
         ({"inner": {"sums": None}}, TypeError, "Inner has the fields sums, ends, got sums"),
         ({"other": 1}, TypeError, "Outer has the fields"),
     ],
@@ -100,6 +105,11 @@ def test_constants_are_stated_once(source):
     for name, value in (SHARED_BY_ALL | source.constants).items():
         assert re.findall(rf"\bint {name} = (\w+)", text) == [str(value)], name
     assert text.startswith(f'#line 1 "{INSTRUCTIONS}"')
+    one, *others = source.kernels.values()
+    assert all(macro in source.text().splitlines() for macro in (one, *others))
+    some = source.text([next(iter(source.kernels))]).splitlines()
+    assert one in some
+    assert not {*others} & {*some}
     assert source.text([], "// other").startswith("// other\n#line")
 
 
