@@ -197,3 +197,17 @@ def test_as_many_chunks_as_fit_where_not_all_do():
     name, _, _, _, shared, numbers = launched(layout, 16, HOPPER)[-1]
     assert (name, numbers["phase"]) == ("decode.cu", 18)
     assert shared == 16 * (3840 + 1024) + 256 + 18 * (8192 + 256)
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"), [(227, [16]), (160, [8, 8]), (125, [6, 6, 4]), (86, [16])], ids=str
+)
+def test_fewer_tokens_at_once_where_x_of_all_does_not_fit(shared, expected):
+    """17 chunks of 16 tokens take 217 KiB of shared memory, of 8 tokens 139 KiB, of 6 tokens 122 KiB."""
+    layout = lay_out(random_case(40, 4200, 128))
+    record = Recorder()
+    y = xp.zeros((16, 40), np.float16)
+    multiply_on(Limits(90, shared * 1024, 3), xp.zeros((16, 4200), np.float16), layout, y, record)
+    launches = [numbers for name, *_, numbers in record.seen if name == "decode.cu"]
+    assert [numbers["tokens"] for numbers in launches] == expected
+    assert record.arrays["y"].shape == (expected[-1], 40)
