@@ -1,7 +1,7 @@
 """The product with a ternary matrix, straight from packed trits; see `reference.matmul`.
 
-`matmul` has the reference's arguments and float64 results. A model calls `gpu.layout.lay_out` once for a
-matrix as it is loaded, and `multiply` for every product.
+`matmul` has the reference's arguments and float64 results, for checks. A model calls `gpu.layout.lay_out`
+once when it loads a matrix, and `multiply` for every product. `gpu.kernels.choice` chooses the kernel.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import numpy as np
 
 from gpu import checks
 from gpu.device import STANDIN, Array, xp
-from gpu.kernels import product, tensor_cores
+from gpu.kernels import dense, product
+from gpu.kernels.choice import Kernel, choose
 from gpu.kernels.layout import Layout, device_array, same_device
+from gpu.kernels.parameters import TYPES
+from gpu.kernels.sources import NO_DEVICE, Limits, limits
 from gpu.layout import lay_out
 from gpu.twin import twin
 
@@ -35,18 +38,18 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     Parameters
     ----------
     x : (tokens, m) array on the device, C-ordered
-        Activations, columns in the original order: float16, float32, float64, or bfloat16 as 16-bit
-        integers that hold its bits (uint16 or int16), as CuPy has no bfloat16. A torch tensor comes as
-        ``to_device(x)`` or ``to_device(x.view(torch.int16))``, through DLPack, without a copy.
+        Activations, columns in the original order: float16, float32, float64, or the bits of bfloat16 as
+        uint16 or int16, because CuPy has no bfloat16. ``to_device(x)`` and ``to_device(x.view(torch.int16))``
+        take a torch tensor through DLPack, without a copy.
     layout : Layout
-        What `gpu.layout` made.
+        From `gpu.layout.lay_out` or `gpu.layout.join`.
     y : (tokens, n) array of the type of x, optional
-        Where the product goes; a new array if left out.
+        Is overwritten with the product; a new array if left out.
 
     Returns
     -------
     y : (tokens, n) array of the type of x
-        Rows of the parts of a joined layout side by side.
+        The products with the parts of a joined layout side by side.
 
     Raises
     ------
@@ -57,15 +60,15 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
 
     Notes
     -----
-    16-bit activations take the tensor cores of a device of compute capability 8.0 or higher, if alpha
-    and mu are float16 or codes, the block size is 64, 128, 256, ..., and a row of x fits into the shared
-    memory of a block; sums are then float32, and all else is computed in float64. A row of y depends on its
-    own row of x alone, to the bit as long as the same kernel is chosen, which is one up to 16 tokens and
-    another above. On Hopper the latter rounds weights to the type of x, if that can hold them all.
+    16-bit activations use the tensor cores of a device of compute capability 8.0 or higher, if alpha and mu
+    are float16 or codes, the block size is 64, 128, 256, ..., and a row of x fits into the shared memory of a
+    CUDA block. Sums are float32 then, and float64 otherwise. A row of y depends only on its own row of x, to
+    the bit as long as the same kernel is chosen: one kernel serves up to 16 tokens, another more. On Hopper
+    the latter rounds weights to the type of x, if that type holds them all.
 
-    Infinity or NaN in a row of x makes its row of y infinite or NaN. Finite bfloat16 whose sum over a block
-    leaves the range of float32 does the same. CuPy has all float32 sums and factors below 2⁻¹²⁶ count as 0,
-    which only bfloat16 and subnormal scales come near.
+    Infinity or NaN in a row of x makes its row of y infinite or NaN. So does finite bfloat16 whose sum over a
+    block leaves the range of float32. CuPy compiles with flushing: float32 sums and factors below 2⁻¹²⁶
+    count as 0, which only bfloat16 and subnormal scales come near.
     """
     _check_activations(x, layout)
     n = layout.ends[-1]
@@ -76,42 +79,33 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
     same_device("y", y, layout.words)
     if x.shape[0] == 0:
         return y
-    if is_fast(x, layout):
-        tensor_cores.multiply(x, layout, _limits(x), y)
-    else:
+    chosen = _kernel(x, layout, library=False)
+    if chosen.multiply is None:
         y[:] = _narrowed(_in_float64(x, layout), x.dtype)
+    else:
+        chosen.multiply(x, layout, _limits(x), y)
     return y
 
 
-def is_fast(x: Array, layout: Layout) -> bool:
-    """Whether the tensor cores of a device multiply these."""
-    if STANDIN or x.dtype.name not in tensor_cores.TYPES:
-        return False
-    return tensor_cores.takes(layout, _limits(x))
-
-
-def can_unpack(x: Array, layout: Layout) -> bool:
-    """Whether `unpacked` serves as well as `multiply`: a weight beyond the type of x is finite there only."""
-    if not is_fast(x, layout) or not tensor_cores.holds_weights(x.dtype, layout):
-        return False
-    return tensor_cores.couples_at_once(layout.columns, _limits(x).shared) > 0
+def prefers_unpacked(x: Array, layout: Layout) -> bool:
+    """Whether a caller with a library's product should take it, with the weights of `unpacked`."""
+    return _kernel(x, layout, library=True).name == "dense"
 
 
 def unpacked(x: Array, layout: Layout) -> Iterator[Array]:
-    """Weights for a library's product, for so many tokens that making them, one part at a time, pays.
+    """Dense weights for a library's product, one part at a time.
 
     Parameters
     ----------
     x : (tokens, m) array
-        As for `multiply`; `can_unpack` must hold.
+        As for `multiply`; `prefers_unpacked` must hold.
     layout : Layout
         What `gpu.layout` made.
 
     Yields
     ------
     B : (rows, m) array of the type of x
-        For every part: ``x @ B.T`` are its columns of the product, as they are of dense weights in the
-        type of x, which these are.
+        For every part, dense weights in the type of x: ``x @ B.T`` are the part's columns of the product.
 
     Raises
     ------
@@ -120,15 +114,19 @@ def unpacked(x: Array, layout: Layout) -> Iterator[Array]:
     """
     _check_activations(x, layout)
     for part in range(len(layout.ends)):
-        yield tensor_cores.unpack(layout, part, x.dtype, _limits(x))
+        yield dense.unpack(layout, part, x.dtype, _limits(x))
 
 
-def _limits(x: Array) -> tensor_cores.Limits:
-    return tensor_cores.limits(x.device.id)
+def _kernel(x: Array, layout: Layout, library: bool) -> Kernel:
+    return choose(x.shape[0], x.dtype, layout, _limits(x), library)
+
+
+def _limits(x: Array) -> Limits:
+    return NO_DEVICE if STANDIN else limits(x.device.id)
 
 
 def _check_activations(x: Array, layout: Layout) -> None:
-    device_array("x", x, (*tensor_cores.TYPES, "float32", "float64"), 2)
+    device_array("x", x, (*TYPES, "float32", "float64"), 2)
     checks.same_shape("x", x, (x.shape[0], layout.columns))
     same_device("x", x, layout.words)
 
@@ -146,7 +144,7 @@ def _narrowed(y: Array, dtype: Any) -> Array:
         if dtype.kind == "f":
             return y.astype(dtype)
         bits = y.astype(np.float32).view(np.uint32)
-    # To the nearest, ties to even; a NaN whose high bits are 0 must not become infinity.
+    # Rounds to the nearest, ties to even; a NaN whose high bits are 0 must not become infinity.
     nearest = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
     upper = xp.where(xp.isnan(y), np.uint32(0x7FC00000), nearest) >> np.uint32(16)
     return upper.astype(np.uint16).view(dtype)

@@ -54,7 +54,7 @@ def _build(target: Target) -> Any:
         else:
             alpha_correction = c * right_alpha - b * right_mu
             mu_correction = a * right_mu - b * right_alpha
-        if divisor == 0.0:  # a system of zeros corrects nothing
+        if divisor == 0.0:  # a system of zeros: no correction
             divisor = 1.0
         if lane == 0:
             grids[row, 0] = alpha + alpha_correction / divisor

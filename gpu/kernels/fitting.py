@@ -97,7 +97,7 @@ def _build(target: Target) -> Any:
             error = record(W, T, row, alpha, mu, errors, step + 1, partial, lane, lanes)
             step += 2
             rounds += 1
-        if changed and limit > 0:  # the limit was hit: the grid of the last trits
+        if changed and limit > 0:  # stopped by the limit: the grid of the last trits
             alpha, mu = build_optimal_grid(W, T, row, partial, lane, lanes)
             error = record(W, T, row, alpha, mu, errors, step, partial, lane, lanes)
             step += 1

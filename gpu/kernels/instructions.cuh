@@ -1,7 +1,7 @@
-// The instructions that CUDA C++ has no words for without headers, for the two 16-bit types.
-// tests/gpu/emulation.cpp has the same functions in plain C++, by the PTX manual, for a CPU.
+// All assembly: instructions for which CUDA C++ has no function, or none without headers.
+// tests/gpu/emulation.cpp has the same functions in plain C++, after the PTX manual, for a CPU.
 
-// Bits of the mantissa and bias of the exponent are all that tells the two types apart.
+// The two 16-bit types differ in the bits of the mantissa and the bias of the exponent.
 struct Float16 {
     static constexpr int MANTISSA = 10, BIAS = 15;
 };
@@ -19,7 +19,7 @@ __device__ inline float widen(BFloat16, unsigned short bits) {
     return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }
 
-// To the nearest, ties to even; beyond the range infinity.
+// Rounds to the nearest, ties to even; infinity beyond the range.
 __device__ inline unsigned short narrow(Float16, float value) {
     unsigned short bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -32,14 +32,14 @@ __device__ inline unsigned short narrow(BFloat16, float value) {
     return bits;
 }
 
-// Four of the bytes of `low` (0 to 3) and `high` (4 to 7), by four bits of the selector each.
+// Picks four of the bytes of `low` (0 to 3) and `high` (4 to 7), each by four bits of the selector.
 __device__ inline unsigned bytes_of(unsigned low, unsigned high, unsigned selector) {
     unsigned bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
     return bytes;
 }
 
-// a b + c of two pairs.
+// a b + c in both halves.
 __device__ inline unsigned fma2(Float16, unsigned a, unsigned b, unsigned c) {
     unsigned d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -57,7 +57,7 @@ __device__ inline unsigned fma2(BFloat16, unsigned a, unsigned b, unsigned c) {
 //   a[0] A[g][2t, 2t+1]   a[1] A[g+8][2t, 2t+1]   a[2] A[g][2t+8, 2t+9]   a[3] A[g+8][2t+8, 2t+9]
 //   b0 B[2t, 2t+1][g]     b1 B[2t+8, 2t+9][g]
 //   d[0], d[1] D[g][2t, 2t+1]   d[2], d[3] D[g+8][2t, 2t+1]
-// Volatile, as no compiler may move it to where some lanes do not go.
+// Volatile, because the compiler must not move it to where lanes have diverged.
 __device__ inline void mma(Float16, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -72,8 +72,8 @@ __device__ inline void mma(BFloat16, float (&d)[4], const unsigned (&a)[4], unsi
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes from memory to shared memory, past the registers. Copies belong to the group that is closed
-// next; a thread sees its own once all but the newest N of its groups are done.
+// Copies 16 bytes from global to shared memory, past the registers. A copy belongs to the group that is closed
+// next. After await_groups<N>() all but the newest N groups of this thread are done, and it sees their copies.
 __device__ inline void copy_async(uint4 *to, const uint4 *from) {
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
@@ -86,7 +86,7 @@ __device__ inline void await_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- of a warpgroup: four warps, the first of which is a multiple of four. Only for sm_90a.
+// ---- warpgroups: four warps, the first of which is a multiple of four. Only for sm_90a.
 
 constexpr int WARPGROUP_COLUMNS = 128;
 
@@ -110,15 +110,16 @@ constexpr int WARPGROUP_COLUMNS = 128;
         "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0; }" \
         : WARPGROUP_SUMS(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(described(b)) : "memory")
 
-// Where B is: from the first eight rows of a column, 16 bytes, to the others, and from eight columns to the next.
+// The matrix descriptor of B: its address; the distance from the first eight rows of a column to the other eight;
+// the distance from eight columns to the next eight.
 __device__ inline unsigned long long described(const uint4 *b) {
     const auto encoded = [](unsigned long long bytes) { return bytes / 16; };
     return encoded(__cvta_generic_to_shared(b)) | encoded(WARPGROUP_COLUMNS * 16) << 16 | encoded(8 * 16) << 32;
 }
 
-// D += A B, 64x128 += 64x16 16x128, begun and not done. Every warp has 16 rows, A as for `mma`, of D
-// d[4j] to d[4j + 3] as for `mma` with the j-th 8 columns. B lies in shared memory as (2, 128, 8): the first
-// eight rows of all columns, then the others. Neither may change before the product is done.
+// Starts D += A B, 64x128 += 64x16 16x128. Every warp has 16 rows: A as for `mma`, and d[4j] to d[4j + 3] are D of
+// `mma` for the j-th 8 columns. B lies in shared memory as (2, 128, 8): the first eight rows of all columns, then
+// the other eight. A, B and D must not be touched before the product is done.
 __device__ inline void multiply_async(Float16, float (&d)[64], const unsigned (&a)[4], const uint4 *b) {
     WARPGROUP_PRODUCT("f16");
 }
@@ -127,7 +128,8 @@ __device__ inline void multiply_async(BFloat16, float (&d)[64], const unsigned (
     WARPGROUP_PRODUCT("bf16");
 }
 
-// After registers of the products to come, up to four, have been written: here, for all that a compiler knows.
+// A fence between writing the registers of the next products, up to four, and starting them. The operands tell
+// the compiler that the registers are written here.
 __device__ inline void begin_products(unsigned (&a)[4][4]) {
     asm volatile("wgmma.fence.sync.aligned;"
         : "+r"(a[0][0]), "+r"(a[0][1]), "+r"(a[0][2]), "+r"(a[0][3]), "+r"(a[1][0]), "+r"(a[1][1]), "+r"(a[1][2]),
@@ -135,7 +137,7 @@ __device__ inline void begin_products(unsigned (&a)[4][4]) {
           "+r"(a[3][2]), "+r"(a[3][3])::"memory");
 }
 
-// Products belong to the group that is closed next; all but the newest N groups are done after await_products.
+// A product belongs to the group that is closed next. After await_products<N>() all but the newest N groups are done.
 __device__ inline void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int N>
@@ -143,8 +145,8 @@ __device__ inline void await_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// No compiler may move what reads or writes sums across this, for all that it knows of them.
+// Keeps the compiler from moving reads and writes of sums across this point.
 __device__ inline void settle(float (&d)[64]) { asm volatile("" : WARPGROUP_SUMS(d)::"memory"); }
 
-// What this thread has written to shared memory, for products that begin after a barrier.
+// Makes what this thread has written to shared memory visible to products that start after a barrier.
 __device__ inline void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

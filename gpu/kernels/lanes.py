@@ -1,8 +1,8 @@
-"""What kernels share: one source for two compilers, sums over the lanes of a block, and Eq. 9 of a row.
+"""What the Numba kernels share: one source for two compilers, sums over the lanes of a block, Eq. 9 of a row.
 
-The body of a kernel is plain Numba and is compiled twice: for CUDA, with LANES lanes and real barriers,
-and for the CPU with one lane and none, which stands in for it at full matrix sizes. The simulator runs
-the CUDA one.
+The body of a kernel is plain Numba and is compiled twice: for CUDA, with LANES lanes and real barriers, and
+for the CPU, with one lane and no barriers. The latter stands in for CUDA at full matrix sizes; Numba's
+simulator runs the former.
 
 Where lanes share a row, lane l takes the columns l, l + lanes, l + 2 lanes, ... Sums go through shared
 memory and every lane adds them up in the same order, so that all lanes hold the same bits, take the
@@ -19,12 +19,12 @@ from numba import cuda, njit
 
 from gpu.device import STANDIN
 
-# A warp: barriers of a block of one warp cost next to nothing.
+# A warp: a barrier costs next to nothing in a block of one warp.
 LANES = 32
 
 
 class Target(NamedTuple):
-    """A compiler of bodies, and what they call."""
+    """A compiler of kernel bodies, and the functions that bodies call."""
 
     jit: Callable[..., Any]
     barrier: Any

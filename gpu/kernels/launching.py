@@ -1,12 +1,12 @@
-"""Numba's kernels, launched by CuPy.
+"""Launches of the Numba kernels, by CuPy.
 
-A matrix takes thousands of launches of kernels that run for microseconds, and Numba's own dispatch finds
-out anew at each what its arguments are: for seven arrays 127 µs of the host, before the driver is called
-(numba-cuda 0.30). Here a kernel is compiled by Numba once for every combination of types and launched like
-those in CUDA C++, on CuPy's current stream, which takes 13 to 19 µs.
+A matrix takes thousands of launches of kernels that run for microseconds. Numba's own dispatch determines the
+types of the arguments anew at every launch: for seven arrays 127 µs of the host, before the driver is called
+(numba-cuda 0.30). Here Numba compiles a kernel once for every combination of types, and CuPy launches it on
+its current stream, as it launches those in CUDA C++. That takes 13 to 19 µs.
 
-A kernel of Numba takes an array as two pointers that it does not follow, the number of elements, the bytes
-of one, the address, the shape and the strides in bytes; and a number as itself. Kernels are compiled for
+A Numba kernel takes an array as two pointers that it does not follow, the number of elements, the bytes of an
+element, the address, the shape, and the strides in bytes; and a number as itself. Kernels are compiled for
 arrays in C order.
 """
 
@@ -24,12 +24,12 @@ from gpu.kernels.lanes import LANES
 
 
 def launch(kernel: Any, grid: int | tuple[int, ...], *arguments: Any) -> None:
-    """Run a kernel with `LANES` threads in a block, without waiting for it; in the stand-in, simulate it.
+    """Run a kernel with `LANES` threads a block, without waiting for it; the stand-in simulates it.
 
     Parameters
     ----------
     kernel : kernel of Numba
-        What `cuda.jit` made, before it was compiled for any type.
+        A dispatcher that `cuda.jit` returned.
     grid : int or tuple of int
         Blocks, none of them 0.
     *arguments : arrays, int or bool
@@ -62,7 +62,7 @@ def flattened(argument: Any) -> tuple[Any, ...]:
 
 
 def kind(argument: Any) -> Any:
-    """What tells the type of an argument, and is quick to compare: dtype and dimensions, int or bool."""
+    """The type of an argument in a form that is quick to compare: dtype and dimensions, int or bool."""
     return (argument.dtype, argument.ndim) if isinstance(argument, xp.ndarray) else type(argument)
 
 
@@ -91,7 +91,7 @@ def compiled(kernel: Any, kinds: tuple[Any, ...], capability: str) -> tuple[str,
 
 
 def assembled(ptx: str, capability: str) -> bytes:
-    """Machine code. Not left to the driver, which may be older than the compiler and not know its PTX."""
+    """Machine code, assembled here: the driver may be older than the compiler and not know its PTX."""
     from cuda.core import Program, ProgramOptions
 
     return Program(ptx, "ptx", ProgramOptions(arch=f"sm_{capability}")).compile("cubin").code

@@ -1,7 +1,7 @@
 """Trits to bytes and back, one row for every CUDA block; the layouts are in `reference.packing`.
 
-Base 3 and two bits are the same digits in another base: byte b of a row holds the trits from
-``digits * b``, the first with the place value 1.
+Base 3 and two bits differ in the base only: byte b of a row holds the trits from ``digits * b`` on, the first
+with the place value 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _build(target: Target, note: Any) -> tuple[Any, Any]:
             code = 0
             for place in range(digits - 1, -1, -1):
                 j = b * digits + place
-                t = np.int64(0)  # what the last byte is filled up with
+                t = np.int64(0)  # fills up the last byte
                 if j < count:
                     t = np.int64(trits[row, j])
                 if t < -1 or t > 1:
@@ -45,7 +45,7 @@ def _build(target: Target, note: Any) -> tuple[Any, Any]:
             for place in range(digits):
                 j = b * digits + place
                 digit = code
-                if place < digits - 1:  # the highest keeps what no code has, so that it shows as above 2
+                if place < digits - 1:  # the highest keeps the rest, above 2 for a byte that is no code
                     digit = code % base
                 code //= base
                 if digit > 2:

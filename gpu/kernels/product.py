@@ -1,7 +1,7 @@
 """The product with a packed ternary matrix in plain Numba: for any type of x, any block and any device.
 
-It defines what the fast kernels of `decode.cu` and `prefill.cu` compute, and stands in for them. One
-output, of a token and a row, for every CUDA block; sums are float64.
+It defines what the kernels in CUDA C++ compute, and serves where they cannot (`gpu.kernels.choice`). Every
+CUDA block computes one output, of one token and one row; sums are float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpu.kernels.launching import launch
 from gpu.kernels.layout import Layout
 from reference.layout import CHUNK, TILE_ROWS, WORD
 
-# CUDA's limit for the second dimension of a grid.
+# CUDA's limit for the second dimension of a grid of blocks.
 MOST_TOKENS = 65535
 
 
@@ -40,7 +40,7 @@ def _build(target: Target) -> Any:
                 value = np.float64(x[token, permutation[j]])
                 matched += t * value
                 everything += value
-            # Linear in the sums, so that lanes need not be added up block by block.
+            # Linear in the sums, so lanes need not be added up for every block.
             result += np.float64(grid[row, block, 0]) * matched + np.float64(grid[row, block, 1]) * everything
         result = total(partial, lane, lanes, result)
         if lane == 0:

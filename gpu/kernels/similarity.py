@@ -1,14 +1,14 @@
 """Which columns are most like the mean column, Eq. 16, without a temporary of the matrix's size.
 
-The lanes of a block share a row for its sum. Down the columns, a thread takes one column of a slab of
-rows, and its neighbour the next, so that a warp reads what lies together. Slabs are added in their
-order. Every column goes through the same operations, so columns that are equal, or multiples by a power
-of two, get the same bits, and tie.
+Row sums: the lanes of a block share a row. Down the columns: a thread takes one column of a slab of rows and
+its neighbour the next column, so that reads of a warp coalesce. Slabs are added in their order. Every column
+goes through the same operations, so columns that are equal, or multiples by a power of two, get the same
+bits, and tie.
 
-The choice: columns are ranked by counting, for each, those that come before it. That is quadratic, but
-takes two launches where sorting and restoring the order of indices takes dozens. A thread counts among some
-rivals only, as one warp alone on a processor waits for every step of its loop; counts are whole numbers,
-which add up to the same in any order.
+The choice: the rank of a column is the number of columns that come before it. Counting them is quadratic,
+but takes two launches, where sorting and restoring the order of indices takes dozens. A thread counts among
+some rivals only, because one warp alone on an SM cannot hide the latency of its loop. Counts are integers and
+add up to the same in any order.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from gpu.device import STANDIN, Array, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
 from gpu.kernels.launching import launch
 
-# Rows that one thread adds up.
+# Rows of a slab, which one thread adds up.
 SLAB = 128
 
-# Columns that a thread compares one with.
+# Columns that a thread compares its column with.
 RIVALS = 256
 
 
@@ -61,12 +61,12 @@ def _build(target: Target) -> tuple[Any, ...]:
         for other in range(sums.shape[1]):
             squares += sums[0, other, column]
         norm = math.sqrt(squares)
-        if norm == 0.0:  # of zeros, or of weights whose squares are none
+        if norm == 0.0:  # zeros, or weights whose squares underflow
             norm = 1.0
         first = slab * SLAB
         products = 0.0
         for row in range(first, min(first + SLAB, W.shape[0])):
-            # Divided one by one, the columns of a single row are exactly 1 and -1, and tie.
+            # Divided element by element, columns of a single row are exactly 1 and -1, and tie.
             products += np.float64(W[row, column]) / norm * row_sums[row]
         sums[2, slab, column] = products
 
@@ -77,7 +77,7 @@ def _build(target: Target) -> tuple[Any, ...]:
         for slab in range(sums.shape[1]):
             nonzero += sums[1, slab, column]
             value += sums[2, slab, column]
-        # NaN beats nothing and is beaten by nothing; what is to be ranked must not be NaN.
+        # NaN neither beats nor is beaten: similarities of remaining columns must not be NaN.
         if not remaining[column]:
             value = np.nan
         elif nonzero == 0.0 or value != value:
@@ -87,10 +87,10 @@ def _build(target: Target) -> tuple[Any, ...]:
     @jit
     def count_ahead(similarity, column, first, last):
         value = similarity[column]
-        if value != value:  # all come before one that is done
+        if value != value:  # a column that is done comes after all others
             return np.int32(last - first)
         ahead = np.int32(0)
-        # In 32 bits, which are half as many instructions.
+        # 32 bits take half as many instructions.
         other, end = np.uint32(first), np.uint32(last)
         while other < end:
             rival = similarity[other]
@@ -101,7 +101,7 @@ def _build(target: Target) -> tuple[Any, ...]:
 
     @jit
     def collect(ranks, indices, partial, lane, lanes):
-        # A lane takes columns that lie together, so that the indices ascend.
+        # A lane takes neighbouring columns, so that the indices ascend.
         m = ranks.shape[0]
         share = (m + lanes - 1) // lanes
         first = lane * share
@@ -153,14 +153,14 @@ _add_row, _add_squares, _add_products, _compare, _count_ahead, _collect = _build
 
 @cuda.jit
 def add_rows_kernel(W, row_sums):
-    """W (n, m) to its row sums (n,); one row a CUDA block."""
+    """Row sums (n,) of W (n, m); one row a CUDA block."""
     partial = cuda.shared.array(LANES, float64)
     _add_row(W, row_sums, cuda.blockIdx.x, partial, cuda.threadIdx.x, LANES)
 
 
 @cuda.jit
 def add_squares_kernel(W, sums):
-    """Squared norms of every slab and column to sums[0], and to sums[1] whether a weight is not 0."""
+    """Squared norms of every slab and column to sums[0]; to sums[1], whether any weight is not 0."""
     column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < W.shape[1]:
         _add_squares(W, sums, cuda.blockIdx.y, column)
@@ -168,7 +168,7 @@ def add_squares_kernel(W, sums):
 
 @cuda.jit
 def add_products_kernel(W, row_sums, sums):
-    """Products of every slab and unit column with the row sums to sums[2], after `add_squares_kernel`."""
+    """Products of every slab of a unit column with the row sums to sums[2]; after `add_squares_kernel`."""
     column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < W.shape[1]:
         _add_products(W, row_sums, sums, cuda.blockIdx.y, column)
@@ -176,7 +176,7 @@ def add_products_kernel(W, row_sums, sums):
 
 @cuda.jit
 def compare_kernel(sums, remaining, similarity):
-    """The sums over slabs to similarities (m,); one column a thread."""
+    """Adds up slabs to similarities (m,); one column a thread."""
     column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < similarity.shape[0]:
         _compare(sums, remaining, similarity, column)
@@ -184,7 +184,7 @@ def compare_kernel(sums, remaining, similarity):
 
 @cuda.jit
 def rank_kernel(similarity, ranks):
-    """Adds to the zeros of ranks (m,) how many columns come before each; m for those that are done."""
+    """Adds to ranks (m,), zeros at first, how many columns come before each; m for columns that are done."""
     column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     first = cuda.blockIdx.y * RIVALS
     if column < similarity.shape[0]:
@@ -194,7 +194,7 @@ def rank_kernel(similarity, ranks):
 
 @cuda.jit
 def collect_kernel(ranks, indices):
-    """The columns that are ranked below the number of indices, ascending; one CUDA block."""
+    """The columns with a rank below the number of indices, ascending; one CUDA block."""
     partial = cuda.shared.array(LANES, int64)
     _collect(ranks, indices, partial, cuda.threadIdx.x, LANES)
 

@@ -1,27 +1,61 @@
 // What the kernels share: trits to 16-bit floats, x in the order of trits, one chunk of the product.
-// y[token][row] = sum over blocks b of alpha[row][b] (T x)_b + mu[row][b] (sum of x)_b, where (T x)_b is
-// summed by tensor cores: rows of T are the rows of A, tokens the columns of B.
+// y[token][row] = sum over blocks b of alpha[row][b] (T x)_b + mu[row][b] (sum of x)_b, where tensor cores sum
+// (T x)_b: rows of T are the rows of A, tokens are the columns of B.
 //
-// A word has 16 trits, a span 64 columns: a word of each of the four lanes that share a row of A. A chunk
-// is four spans: 128 bits a lane. alpha and mu lie chunk by chunk as well: 2^pairs_shift of a row in each,
-// for blocks of 64 (4), 128 (2), and 256, 512, ... columns (1). Rows come in tiles of 32.
+// The layout of T, byte by byte, is in reference/layout.py. This is how a warp reads it, with g = lane / 4 and
+// t = lane % 4:
+//
+//   16 rows of a chunk of 256 columns are 1 KiB: two loads of 16 bytes by every lane.
+//
+//             lane 0            lane 1            lane 2            lane 3          lanes of a row: t = 0 ... 3
+//           +-----------------+-----------------+-----------------+-----------------+
+//   row g   | 0   4   8   12  | 1   5   9   13  | 2   6   10  14  | 3   7   11  15  |   words[0] of lane 4g + t
+//   row g+8 | 0   4   8   12  | 1   5   9   13  | 2   6   10  14  | 3   7   11  15  |   words[1]
+//           +-----------------+-----------------+-----------------+-----------------+
+//             x   y   z   w     x ...                                                   of uint4
+//
+//   The words .x of the four lanes are words 0 to 3: span 0, columns 0 to 63, all of one block. The words .y
+//   are span 1, and so on. Rows g and g + 8, a row pair, are what a lane holds of A for `mma`.
+//
+//   A word is 16 trits of 2 bits. Trits i and i + 8 lie 16 bits apart, so one shift and one mask serve both
+//   (`trits`). x is arranged alike: elements i and i + 8 of 16 side by side (`gather_word`).
+//
+//   A tile of 32 rows is two such 1 KiB for every chunk. alpha and mu lie chunk by chunk as well, a pair
+//   for every row and block: 2^pairs_shift pairs a row, for blocks of 64 (4), 128 (2) and 256, 512, ...
+//   columns (1).
+//
+// Structs of parameters are passed by value all the way, and Matrix is copied: by reference, or as a
+// __grid_constant__, NVRTC 13.5 spills registers of prefill.cu and serializes the wgmma of warpgroup.cu.
+//
+// Constants that are declared nowhere here come from Python: sources.py and the launcher beside each .cu.
+// To compile a kernel alone, without a device:
+//   NUMBA_ENABLE_CUDASIM=1 python -c "from gpu.kernels.decode import *; print(SOURCE.text())" > decode_whole.cu
+//   nvcc -cubin -arch=sm_80 -std=c++17 -fmad=false decode_whole.cu
 
-constexpr int WORD = 16, SPAN = 64, CHUNK = 256, SPANS = CHUNK / SPAN, WORDS = CHUNK / WORD;
-constexpr int ROWS = 16;  // of A
-constexpr int TILE_ROWS = 2 * ROWS;
-constexpr int TILE = 8;  // columns of B
-constexpr int WARP = 32;
+constexpr int SPANS = CHUNK / SPAN;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// 8 more elements after each row of x in shared memory: 16 bytes. The lanes of two tokens then read from
-// other banks, the one's 16 bytes in the gaps of the other's.
-constexpr int PADDING = 8;
+// A ternary matrix, or up to PARTS of them, parts, whose rows lie one below another and that multiply the same
+// x. Every part begins with a tile of its own. Rows of part p end before ends[p]; with fewer parts, the last
+// ends are equal.
+struct Matrix {
+    const uint4 *words;                 // (tiles, chunks, 2 groups of 16 rows, 2 halves, 32 lanes)
+    const void *grid;                   // (tiles, chunks, 32, pairs) of G::Pair
+    const unsigned *block_factors;      // (parts, chunks, pairs) of two float16; null unless Int8Grid
+    const unsigned short *row_factors;  // (32 tiles,) of float16; null unless Int8Grid
+    const unsigned short *permutation;  // (parts, 256 chunks)
+    int m, pairs_shift;
+    int ends[PARTS];  // rows of y; the last is n
+};
 
-// Matrices, at most, whose rows lie one below the other in one layout and that multiply the same x. Rows of
-// the p-th end before ends[p]; where there are fewer, the last ends are equal. Each begins with a tile.
-constexpr int PARTS = 3;
+template <class G>
+__device__ inline const typename G::Pair *pairs_of(const Matrix &matrix) {
+    return static_cast<const typename G::Pair *>(matrix.grid);
+}
 
-// 32 rows of one part: from `row` of y, those before `end`.
+__device__ inline int chunks_of(int m) { return (m + CHUNK - 1) / CHUNK; }
+
+// A tile of one part: 32 rows of y from `row` on, of which those before `end` exist.
 struct Tile {
     int part, row, end;
 };
@@ -43,17 +77,17 @@ __device__ inline int lane_of() { return threadIdx.x % WARP; }
 
 __device__ constexpr unsigned both(unsigned half) { return half << 16 | half; }
 
-// 2^MANTISSA twice, for `trits`. An instruction takes one constant, and with this one in a register it is
-// the mask; so the compiler must not know it. `size` is not negative, which it does not know either.
+// 2^MANTISSA twice, for `trits`. AND-OR in one instruction takes one constant, the mask, so this one must be in
+// a register: the compiler must not know it. `size` is not negative, which the compiler does not know.
 template <class T>
 __device__ inline unsigned units(int size) {
     return both((T::MANTISSA + T::BIAS) << T::MANTISSA) + (static_cast<unsigned>(size) >> 31);
 }
 
-// Trits i and i + 8 of a word, t = q - 1 as two T. The mantissa of 2^MANTISSA counts units, so with the
-// digit q in its bits 2p and 2p + 1 (AND and OR are one instruction) it is 2^MANTISSA + q 4^p, and
-// (2^MANTISSA + q 4^p) 4^-p - (2^MANTISSA 4^-p + 1) = q - 1 exactly. A mantissa has room for several
-// p, so most digits need no shift. t rather than q: with 0, 1, 2 sums would be larger than the result.
+// Trits i and i + 8 of a word, t = q - 1, as two T. The last bit of 2^MANTISSA counts ones. So the digit q in bits
+// 2p and 2p + 1 of its mantissa (AND and OR are one instruction) makes it 2^MANTISSA + q 4^p, and an FMA gives
+// (2^MANTISSA + q 4^p) 4^-p - (2^MANTISSA 4^-p + 1) = q - 1 exactly. A mantissa has room for several p,
+// so most digits need no shift. Why t and not q: sums of 0, 1, 2 would be larger than the result.
 template <class T>
 __device__ inline unsigned trits(unsigned word, int i, unsigned units_of_two) {
     constexpr int POSITIONS = T::MANTISSA / 2;
@@ -61,7 +95,7 @@ __device__ inline unsigned trits(unsigned word, int i, unsigned units_of_two) {
     constexpr unsigned ONE = T::BIAS << T::MANTISSA;
     constexpr unsigned NEGATIVE = 0x8000u;
     const int p = i % POSITIONS;
-    const unsigned quarters = 2u * p << T::MANTISSA;  // what 4^p takes from an exponent
+    const unsigned quarters = 2u * p << T::MANTISSA;  // 4^p in an exponent
     const unsigned digits = ((word >> 2 * (i - p)) & both(3u << 2 * p)) | units_of_two;
     return fma2(T{}, digits, both(ONE - quarters), both((NEGATIVE | UNITS) - quarters + (1u << 2 * p)));
 }
@@ -82,14 +116,14 @@ struct Float16Grid {
     static __device__ float scaled(float sum, const unsigned short *) { return sum; }
 };
 
-// Codes, with a pair of float16 factors for every block and one factor for every row, applied to its sum.
+// Codes of 8 bits, with two float16 factors for every block and one for every row, which is applied to its sum.
 struct Int8Grid {
     using Pair = unsigned short;
     static __device__ Grid read(Pair pair, const unsigned *block_factors) {
         return {widen(Float16{}, *block_factors & 0xffff) * static_cast<signed char>(pair & 0xff),
                 widen(Float16{}, *block_factors >> 16) * static_cast<signed char>(pair >> 8)};
     }
-    // Products in the order of `reference.types.CodedGrid`, which rounds each.
+    // The products are in the order of `reference.types.CodedGrid`, which rounds each.
     static __device__ Grid decoded(Pair pair, const unsigned *block_factors, const unsigned short *row_factor) {
         const float row = widen(Float16{}, *row_factor);
         return {row * widen(Float16{}, *block_factors & 0xffff) * static_cast<signed char>(pair & 0xff),
@@ -100,7 +134,7 @@ struct Int8Grid {
     }
 };
 
-// The weights alpha (q - 1) + mu of a block and row, rounded to T, for the digits q = 0, 1, 2: in 16 bits each.
+// The three weights of a block and row, alpha (q - 1) + mu for q = 0, 1, 2, rounded to T: 16 bits each.
 struct Table {
     unsigned lower, upper;
 };
@@ -114,7 +148,7 @@ __device__ inline Table table(typename G::Pair pair, const unsigned *block_facto
     return {weights[0] | weights[1] << 16, weights[2]};
 }
 
-// For the four digits of a byte of trits, which bytes of a table are theirs, 2q and 2q + 1: four bits each.
+// Selectors for `bytes_of`: for each of the four digits q in a byte of trits, bytes 2q and 2q + 1 of a table.
 __device__ inline unsigned selectors(unsigned word, int byte) {
     unsigned digits = word >> 8 * byte & 0xff;
     digits = (digits | digits << 12) & 0x000f000f;
@@ -122,12 +156,12 @@ __device__ inline unsigned selectors(unsigned word, int byte) {
     return digits * 0x22 + 0x10101010;
 }
 
-// The weights of the two digits whose selectors come first.
+// The weights of the first two digits of `selectors`.
 __device__ inline unsigned two_weights(const Table &table, unsigned selectors) {
     return bytes_of(table.lower, table.upper, selectors);
 }
 
-// Of x to shared memory by all threads of a CUDA block, eight numbers at a time if they lie so.
+// Copies numbers of x to shared memory with all threads of a CUDA block, eight at a time if aligned to 16 bytes.
 template <int THREADS>
 __device__ inline void copy_numbers(unsigned short *to, const unsigned short *from, int count) {
     const int eights = reinterpret_cast<size_t>(from) % sizeof(uint4) ? 0 : count / 8;
@@ -136,7 +170,7 @@ __device__ inline void copy_numbers(unsigned short *to, const unsigned short *fr
     for (int i = eights * 8 + threadIdx.x; i < count; i += THREADS) to[i] = from[i];
 }
 
-// The original columns of a word of trits, eight in 16 bytes. A permutation is filled up to a whole chunk.
+// The original columns of a word of trits. A permutation is filled up to a whole chunk.
 struct Columns {
     uint4 eights[2];
 };
@@ -153,8 +187,8 @@ __device__ inline unsigned column(const Columns &of_word, int i) {
     return i % 2 ? two >> 16 : two & 0xffff;
 }
 
-// Columns 16 word ... 16 word + 15 of a row of x in the order of trits: as pairs (i, i + 8), in which
-// `trits` gives them, and 0 beyond m. Returns their sum.
+// Gathers the 16 columns of a word from a row of x, in the pairs (i, i + 8) that `trits` gives; columns beyond m
+// are 0. Returns their sum.
 template <class T>
 __device__ inline float gather_word(const unsigned short *row, const Columns &of_word, int m, int word,
                                     uint4 (&pairs)[2]) {
@@ -172,15 +206,14 @@ __device__ inline float gather_word(const unsigned short *row, const Columns &of
     return sum;
 }
 
-// The sum over the four lanes that have the words of a span. a + b is b + a, so all get the same bits.
+// The sum over the four lanes of a span. Addition commutes, so all four get the same bits.
 __device__ inline float span_sum(float sum) {
     sum += __shfl_xor_sync(ALL_LANES, sum, 1);
     return sum + __shfl_xor_sync(ALL_LANES, sum, 2);
 }
 
-// What a lane multiplies with of 16 rows and a chunk: words, and pairs, of rows g and g + 8. Pairs are by
-// spans, and only there where a block ends, but for two spans at the most: parts of a block may be added
-// one by one.
+// A lane's fragment of 16 rows of a chunk: words and pairs of rows g and g + 8. A span has a pair if its block
+// ends there. A block of more than two spans is added up two spans at a time, so every second span has a pair.
 template <class G>
 struct Weights {
     uint4 words[2];
@@ -189,10 +222,10 @@ struct Weights {
 
 __device__ inline bool ends_block(int span, int pairs_shift) { return span % 2 == 1 || pairs_shift == 2; }
 
-// Pair of a row of a chunk that a span takes.
+// Which pair of a row of a chunk belongs to a span.
 __device__ inline int pair_of(int span, int pairs_shift) { return span >> (2 - pairs_shift); }
 
-// `pairs` are those of 16 rows of a chunk.
+// `pairs` begins with the pairs of 16 rows of a chunk.
 template <class G>
 __device__ inline void read_pairs(Weights<G> &weights, const typename G::Pair *pairs, int pairs_shift) {
 #pragma unroll
@@ -206,9 +239,9 @@ __device__ inline void read_pairs(Weights<G> &weights, const typename G::Pair *p
     }
 }
 
-// Adds a chunk to total[rows / 16][tokens / 8], laid out as D of `mma`. `x` is for every tile of tokens
-// where this lane's words of this chunk begin, `sums` has the sums of its spans, TOKEN_TILES * TILE for each,
-// `block_factors` the factors of its pairs.
+// Adds a chunk to total[rows / 16][tokens / 8], fragments of D of `mma`.
+// x[tile of tokens] points to this lane's columns of this chunk in shared memory; sums is (spans, tokens);
+// block_factors begins with the factors of this chunk.
 template <class T, class G, int ROW_TILES, int TOKEN_TILES>
 __device__ inline void add_chunk(const Weights<G> (&weights)[ROW_TILES], const uint4 *const (&x)[TOKEN_TILES],
                                  const float *sums, const unsigned *block_factors, int pairs_shift,
@@ -217,7 +250,7 @@ __device__ inline void add_chunk(const Weights<G> (&weights)[ROW_TILES], const u
 #pragma unroll
     for (int r = 0; r < SPANS; r++) {
 #pragma unroll
-        for (int i = 0; i < 8; i += 4) {  // pairs i to i + 3, two products of 16 columns
+        for (int i = 0; i < 8; i += 4) {  // trits i to i + 3 and i + 8 to i + 11: two `mma` of 16 columns
             unsigned a[ROW_TILES][2][4];
 #pragma unroll
             for (int rows = 0; rows < ROW_TILES; rows++)

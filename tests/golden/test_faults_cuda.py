@@ -159,6 +159,10 @@ def test_what_only_a_device_runs_is_not_judged():
 
 # Threads of one block turn an array around by way of shared memory.
 KERNEL = """\
+struct Turned {
+    const unsigned *x;
+    unsigned *y;
+};
 __device__ inline void reverse(const unsigned *x, unsigned *y) {
     extern __shared__ uint4 shared[];
     unsigned *staged = reinterpret_cast<unsigned *>(shared);
@@ -168,28 +172,27 @@ __device__ inline void reverse(const unsigned *x, unsigned *y) {
     __syncthreads();
     y[threadIdx.x] = staged[63 - threadIdx.x];
 }
-#define DECODE(NAME) __global__ void NAME(const unsigned *x, unsigned *y) { reverse(x, y); }
+#define DECODE(NAME) __global__ void NAME(const Turned p) { reverse(p.x, p.y); }
 """
-LAUNCHER = """\
-from pathlib import Path
-
-
-def source(name, kernels):
-    files = ("instructions.cuh", "ternary.cuh", name)
-    text = "".join(f'#line 1 "{file}"\\n{Path(__file__).with_name(file).read_text()}' for file in files)
-    return text + "".join(f"DECODE({kernel})\\n" for kernel in kernels)
-"""
+DEVICE = "import numpy as xp\n\nArray = xp.ndarray\n"
+LAYOUT = "class Layout: ...\n"
 KERNEL_TESTS = """\
 import numpy as np
 import pytest
 
+from gpu.kernels.parameters import Pointer, Struct
+from gpu.kernels.sources import Source
 from tests.gpu.emulation import Emulator
+
+WORDS = Pointer("uint32")
+TURNED = Struct("Turned", x=WORDS, y=WORDS)
+SOURCE = Source("decode.cu", {}, [TURNED], {"reverse64": "DECODE(reverse64)"})
 
 
 def turned(emulator):
     x = np.arange(64, dtype=np.uint32)
     y = np.zeros_like(x)
-    emulator("decode.cu", "reverse64", (1,), 64, 256, (x, y))
+    emulator(SOURCE, "reverse64", (1,), 64, 256, TURNED.of(x=x, y=y))
     return (y == x[::-1]).all()
 
 
@@ -212,24 +215,26 @@ VERDICTS = {
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate a device")
 def test_faults_of_a_kernel_are_judged_by_those_who_run_it(tmp_path):
-    tests = Project().root / "tests/gpu"
+    root = Project().root
+    kept = ("gpu/kernels/parameters.py", "gpu/kernels/sources.py", "reference/layout.py")
+    kept += tuple(f"tests/gpu/emulation.{suffix}" for suffix in ("py", "cpp", "hpp"))
+    matrix = (root / "gpu/kernels/ternary.cuh").read_text(encoding="utf-8")
     for name, text in {
         "gpu/__init__.py": "",
         "gpu/kernels/__init__.py": "",
-        "gpu/kernels/tensor_cores.py": LAUNCHER,
+        "gpu/device.py": DEVICE,
+        "gpu/kernels/layout.py": LAYOUT,
         "gpu/kernels/instructions.cuh": "",
-        "gpu/kernels/ternary.cuh": "",
+        "gpu/kernels/ternary.cuh": matrix[matrix.index("struct Matrix") :].partition("};")[0] + "};\n",
         "gpu/kernels/decode.cu": KERNEL,
         "tests/__init__.py": "",
-        "tests/gpu/emulation.py": (tests / "emulation.py").read_text(encoding="utf-8"),
-        "tests/gpu/emulation.cpp": (tests / "emulation.cpp").read_text(encoding="utf-8"),
-        "tests/gpu/emulation.hpp": (tests / "emulation.hpp").read_text(encoding="utf-8"),
         "tests/gpu/test_reverse.py": KERNEL_TESTS,
         "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '--import-mode=importlib'\n",
+        **{name: (root / name).read_text(encoding="utf-8") for name in kept},
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    project = Project(tmp_path, {"gpu": ("tests/gpu",)}, ("gpu", "tests", "pyproject.toml"))
+    project = Project(tmp_path, {"gpu": ("tests/gpu",)}, ("gpu", "reference", "tests", "pyproject.toml"))
     faults = [fault for fault in project.faults("gpu/kernels/decode.cu") if fault.change in VERDICTS]
     verdicts = {
         verdict.fault.change: verdict.by.rpartition("::")[2].partition("[")[0]

@@ -39,7 +39,7 @@ def emulators(tmp_path_factory):
 
 @pytest.fixture
 def launch(emulators):
-    """Runs one of the functions of `tensor_cores`; emulated, in both orders of threads."""
+    """Runs a launcher of a CUDA C++ kernel; emulated, in both orders of threads."""
     from gpu.device import STANDIN
 
     def run(function, *arguments):
@@ -58,17 +58,17 @@ def product_on(launch):
     """Multiplies by the kernels that a device of such limits takes: one case, or several that are joined."""
     import gpu
     from gpu.device import STANDIN, xp
-    from gpu.kernels import tensor_cores
-    from tests.gpu.ternary_cases import lay_out
+    from gpu.kernels.sources import limits
+    from tests.gpu.ternary_cases import lay_out, multiply_on
 
     def multiply(device, cases, x):
-        if not STANDIN and device.shared > tensor_cores.limits(0).shared:
+        if not STANDIN and device.shared > limits(0).shared:
             pytest.skip(f"this device has no {device.shared} bytes of shared memory for a block")
         layout = lay_out(*(cases if isinstance(cases, list) else [cases]))
 
         def product(*launcher):
             y = xp.empty((len(x), layout.shape[0]), x.dtype)
-            tensor_cores.multiply(gpu.to_device(x), layout, device, y, *launcher)
+            multiply_on(device, gpu.to_device(x), layout, y, *launcher)
             return gpu.to_host(y)
 
         return launch(product)

@@ -38,7 +38,7 @@ struct Thread {
     float d[4];
     float value;
     int lane_mask;
-    std::deque<std::vector<Copy>> groups;  // copies on their way; the last group is open
+    std::deque<std::vector<Copy>> groups;  // copies in flight; the last group is open
     std::vector<const uint4 *> hidden;     // what this thread has copied, from tensor cores
     float *sums;                           // of a product of a warpgroup
     const uint4 *columns;
@@ -279,9 +279,10 @@ static std::string failure;
 // as far from a multiple of 16 as the array, since a device refuses wide accesses to what begins elsewhere.
 // What is beyond the array is 0xff.
 struct Guarded {
+    void *source;
     char *mapped, *base, *data;
     size_t bytes, room;
-    Guarded(const void *source, size_t bytes) : bytes(bytes) {
+    Guarded(void *source, size_t bytes) : source(source), bytes(bytes) {
         room = (bytes + 15 + PAGE - 1) / PAGE * PAGE;
         mapped = static_cast<char *>(
             mmap(nullptr, FORBIDDEN + room + FORBIDDEN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -299,14 +300,15 @@ struct Guarded {
 };
 
 static std::vector<Guarded> arrays;
-static const int *integers;
-static size_t next_array, next_integer;
+const void *parameters;
 
-void *take_array() { return arrays[next_array++].data; }
-int take_integer() { return integers[next_integer++]; }
+// The address that the next kernel gets for an array, which is copied back when the kernel is done.
+extern "C" void *guard(void *data, size_t bytes) {
+    arrays.emplace_back(data, bytes);
+    return arrays.back().data;
+}
 
 static void enter() {
-    next_array = next_integer = 0;
     BODY();
     make_copies(0);  // also those that nobody has waited for
     wait(DONE);
@@ -395,27 +397,25 @@ static void run_grid(unsigned width, unsigned height, int count, size_t bytes, b
 
 // Runs the kernel; returns what went wrong, or an empty string.
 extern "C" const char *emulate(unsigned width, unsigned height, int count, size_t bytes, int reverse,
-                               int array_count, void **data, const size_t *sizes, const int *numbers) {
+                               const void *values) {
     failure = bytes > SHARED ? "more shared memory than there is" : "";
-    if (!failure.empty()) return failure.c_str();
     if (threads.size() < size_t(count)) threads.resize(count);
     stacks.reset(new char[count * STACK]);
-    for (int i = 0; i < array_count; i++) arrays.emplace_back(data[i], sizes[i]);
-    integers = numbers;
+    parameters = values;
 
     struct sigaction action = {}, before;
     action.sa_handler = on_fault;
     action.sa_flags = SA_NODEFER;
     sigaction(SIGSEGV, &action, &before);
     if (sigsetjmp(escape, 1)) failure = "an access outside an array";
-    else run_grid(width, height, count, bytes, reverse);
+    else if (failure.empty()) run_grid(width, height, count, bytes, reverse);
     sigaction(SIGSEGV, &before, nullptr);
     mprotect(shared, sizeof shared, PROT_READ | PROT_WRITE);
 
-    for (int i = 0; i < array_count; i++) {
-        if (!arrays[i].intact()) failure = "a write outside an array";
-        std::memcpy(data[i], arrays[i].data, sizes[i]);
-        arrays[i].release();
+    for (const Guarded &array : arrays) {
+        if (!array.intact()) failure = "a write outside an array";
+        std::memcpy(array.source, array.data, array.bytes);
+        array.release();
     }
     arrays.clear();
     stacks.reset();

@@ -1,8 +1,6 @@
 // What kernels see of CUDA on one CPU thread, in place of gpu/kernels/instructions.cuh; emulation.cpp does it.
 // Few headers, as this is compiled with every kernel.
 #include <cstddef>
-#include <tuple>
-#include <type_traits>
 
 #define __device__
 #define __global__
@@ -79,19 +77,10 @@ void await_products() {
 inline void settle(float (&)[64]) {}
 void show_to_tensor_cores();
 
-// ---- arguments, in the order of a kernel's pointers and of its integers
-void *take_array();
-int take_integer();
-template <class A>
-A take() {
-    if constexpr (std::is_pointer_v<A>)
-        return static_cast<A>(take_array());
-    else
-        return take_integer();
-}
-template <class... A>
-void call(void (*kernel)(A...)) {
-    const std::tuple<A...> arguments{take<A>()...};  // braces: from left to right
-    std::apply(kernel, arguments);
+// ---- parameters, a struct that is passed by value
+extern const void *parameters;
+template <class P>
+void call(void (*kernel)(P)) {
+    kernel(*static_cast<const P *>(parameters));
 }
 extern void (*const BODY)();  // the kernel that is compiled with this

@@ -11,11 +11,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
-from gpu.kernels import tensor_cores
-
-SOURCES = ("decode.cu", "prefill.cu", "warpgroup.cu", "dense.cu")
 COMPILER = shutil.which("g++")
 # Fortified, a jump to the stack of another thread is taken for an error.
 OPTIONS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-w", "-fPIC")
@@ -37,15 +32,14 @@ def _device():
 
 
 @cache
-def _compiled(folder, name, kernel, edit):
-    """The function `emulate` of a kernel, compiled alone as for a device; SyntaxError if that fails."""
-    text = tensor_cores.source(name, [kernel])
+def _compiled(folder, source, kernel, edit):
+    """A library with one kernel, compiled alone as for a device; SyntaxError if that fails."""
+    text = source.text([kernel], instructions="")
     if edit is not None:
         text = text.replace(*edit)
-    _, ours = text.split('#line 1 "ternary.cuh"')
     parts = (
         f'#include "{DEVICE.with_suffix(".hpp")}"',
-        f'#line 1 "ternary.cuh"{ours}',
+        text,
         f"void (*const BODY)() = [] {{ call({kernel}); }};\n",
     )
     code = "\n".join(parts).encode()
@@ -54,14 +48,15 @@ def _compiled(folder, name, kernel, edit):
     file.write_bytes(code)
     library = file.with_suffix(".so")
     if subprocess.run([COMPILER, *OPTIONS, "-shared", "-o", library, file, _device()]).returncode != 0:
-        raise SyntaxError(f"{name} does not compile")
-    emulate = ctypes.CDLL(str(library)).emulate
-    emulate.restype = ctypes.c_char_p
-    return emulate
+        raise SyntaxError(f"{source.file} does not compile")
+    found = ctypes.CDLL(str(library))
+    found.guard.restype = ctypes.c_void_p
+    found.emulate.restype = ctypes.c_char_p
+    return found
 
 
 class Emulator:
-    """Launches kernels for the functions of `tensor_cores`.
+    """Launches kernels for the launchers of `gpu.kernels`: a `gpu.kernels.sources.Launch`.
 
     Attributes
     ----------
@@ -82,20 +77,18 @@ class Emulator:
     def __call__(self, source, kernel, grid, threads, shared, arguments):
         self.launched.append(kernel)
         # Which tests run which source, sound or not, is of interest to those who plant faults in it.
-        sys.audit("emulation.launch", source, self.edit is None)
-        arrays = [value for value in arguments if isinstance(value, np.ndarray)]
-        assert all(array.flags.c_contiguous for array in arrays)
-        numbers = [int(value) for value in arguments if not isinstance(value, np.ndarray)]
+        sys.audit("emulation.launch", source.file, self.edit is None)
+        library = _compiled(self.folder, source, kernel, self.edit)
+        parameters = arguments.packed(
+            lambda array: library.guard(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        )
         width, height = (*grid, 1)[:2]
-        failure = _compiled(self.folder, source, kernel, self.edit)(
+        failure = library.emulate(
             width,
             height,
             threads,
             ctypes.c_size_t(shared),
             int(self.reverse),
-            len(arrays),
-            (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays)),
-            (ctypes.c_size_t * len(arrays))(*(array.nbytes for array in arrays)),
-            (ctypes.c_int * len(numbers))(*numbers),
+            ctypes.c_void_p(parameters.ctypes.data),
         )
         assert not failure, f"{kernel}: {failure.decode()}"

@@ -10,6 +10,7 @@ import torch
 
 import gpu
 from gpu import layout as kernels
+from gpu.kernels.choice import choose
 from reference.matmul import matmul
 from reference.packing import pack_base3
 from reference.types import CodedGrid, TernaryMatrix
@@ -123,6 +124,11 @@ def lay_out(*cases):
         arrays = (pack_base3(case.trits), case.scale, case.shift, case.permutation)
         layouts.append(kernels.lay_out(*map(_on_device, arrays), case.block_size))
     return layouts[0] if len(layouts) == 1 else kernels.join(layouts)
+
+
+def multiply_on(device, x, layout, y, *launcher):
+    """The product by the kernel that is chosen on a device of such limits."""
+    choose(len(x), x.dtype, layout, device).multiply(x, layout, device, y, *launcher)
 
 
 def _on_device(array):

@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from gpu.kernels import tensor_cores
-from tests.gpu.emulation import SOURCES
+from gpu.kernels import arrange, decode, dense, prefill, sources, warpgroup
 
 ROOT = Path(__file__).parents[2]
-HOPPERS = "warpgroup.cu"
+SOURCES = [module.SOURCE for module in (arrange, decode, prefill, warpgroup, dense)]
+THREADS = {
+    "decode": decode.THREADS,
+    "arrange": arrange.THREADS,
+    "prefill": prefill.THREADS,
+    "dense": dense.THREADS,
+    "warpgroup": warpgroup.THREADS,
+    "gather": warpgroup.GATHER_THREADS,
+    "combine": warpgroup.COMBINE_THREADS,
+}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -25,26 +33,29 @@ def test_kernels_compile(capability):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    # lanes.py is what the kernels of the other files are made of, launching.py launches them,
-    # tensor_cores.py those in CUDA C++, layout.py is what they read.
-    kernels = {path.stem for path in (ROOT / "gpu" / "kernels").glob("*.py")}
-    kernels -= {"__init__", "lanes", "launching", "layout", "tensor_cores"}
+    folder = ROOT / "gpu" / "kernels"
+    # The others hold kernels of Numba, but for these, and for the launchers of CUDA C++.
+    kernels = {path.stem for path in folder.glob("*.py") if not path.with_suffix(".cu").exists()}
+    kernels -= {"__init__", "choice", "lanes", "launching", "layout", "parameters", "sources"}
     assert kernels == {line.split(".")[0] for line in done.stdout.splitlines()}
 
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [(source, target) for source in SOURCES for target in ("sm_80", "sm_90", "sm_100") if source != HOPPERS]
-    + [(HOPPERS, tensor_cores.HOPPER_TARGET)],
+    [
+        pytest.param(source, target, id=f"{source.file}-{target}")
+        for source in SOURCES
+        for target in ([source.target] if source.target else ("sm_80", "sm_90", "sm_100"))
+    ],
 )
 def test_sources_compile_to_machine_code_without_spills(source, target):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    names = list(tensor_cores.kernels(source))
-    text = tensor_cores.source(source, names).encode()
-    _, program = nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], [])
+    names = list(source.kernels)
+    text = source.text().encode()
+    _, program = nvrtc.nvrtcCreateProgram(text, source.file.encode(), 0, [], [])
     options = [
         f"-arch={target}".encode(),
-        *(option.encode() for option in tensor_cores.OPTIONS),
+        *(option.encode() for option in sources.OPTIONS),
         b"-ftz=true",  # CuPy adds it
         b"--ptxas-options=-v",
     ]
@@ -58,20 +69,11 @@ def test_sources_compile_to_machine_code_without_spills(source, target):
     assert kernels
     assert sorted(kernels) == sorted((name, target) for name in names)
     assert "serialized" not in log.decode()  # products of warpgroups, which the compiler makes wait otherwise
-    # Registers of a launch must fit the 65536 of a processor, or it fails.
-    threads = {
-        "decode": tensor_cores.DECODE_THREADS,
-        "arrange": tensor_cores.ARRANGE_THREADS,
-        "prefill": tensor_cores.PREFILL_THREADS,
-        "dense": tensor_cores.DENSE_THREADS,
-        "warpgroup": tensor_cores.WARPGROUP_THREADS,
-        "gather": tensor_cores.GATHER_THREADS,
-        "combine": tensor_cores.COMBINE_THREADS,
-    }
+    # Registers of a launch must fit the 65536 of an SM, or it fails.
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log.decode())]
     for (name, _), count in zip(kernels, registers, strict=True):
         print(f"{target} {name}: {count} registers")
-        assert count * threads[re.match("[a-z]+", name)[0]] <= 65536
+        assert count * THREADS[re.match("[a-z]+", name)[0]] <= 65536
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", log.decode()) == [("0", "0")] * len(
         kernels
     )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from gpu.device import xp
-from gpu.kernels import tensor_cores
+from gpu.kernels import arrange, decode, dense, prefill, warpgroup
+from gpu.kernels.sources import Limits
 from gpu.layout import join
-from tests.gpu.ternary_cases import coded_case, lay_out, random_case
+from tests.gpu.ternary_cases import coded_case, lay_out, multiply_on, random_case
 
-AMPERE = tensor_cores.Limits(80, 166912, 108)
-HOPPER = tensor_cores.Limits(90, 232448, 132)
+AMPERE = Limits(80, 166912, 108)
+HOPPER = Limits(90, 232448, 132)
 
 # 2, 5 and 1 tiles of 32 rows; 300 columns are two chunks of 256.
 ROWS, COLUMNS = (40, 130, 20), 300
+
+
+# What kernels are told of that matrix.
+MATRIX = {"m": COLUMNS, "pairs_shift": 1, "ends": (40, 170, 190)}
 
 
 class Recorder:
@@ -25,10 +28,21 @@ class Recorder:
     def __init__(self):
         self.seen = []
 
-    def __call__(self, name, kernel, grid, threads, shared, arguments):
-        numbers = tuple(int(a) for a in arguments if isinstance(a, np.int32))
-        self.seen.append((name, kernel, grid, threads, shared, numbers))
-        self.arrays = [a for a in arguments if not isinstance(a, np.int32)]
+    def __call__(self, source, kernel, grid, threads, shared, arguments):
+        self.arrays = {}
+        numbers = self.read(arguments.values)
+        self.seen.append((source.file, kernel, grid, threads, shared, numbers))
+
+    def read(self, values):
+        numbers = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                numbers |= self.read(value)
+            elif isinstance(value, int | tuple):
+                numbers[name] = value
+            else:
+                self.arrays[name] = value
+        return numbers
 
 
 @pytest.fixture
@@ -39,66 +53,62 @@ def layout():
 def launched(layout, tokens, device, dtype="float16"):
     record = Recorder()
     x = xp.zeros((tokens, layout.columns), dtype)
-    tensor_cores.multiply(x, layout, device, xp.zeros((tokens, layout.ends[-1]), dtype), record)
+    multiply_on(device, x, layout, xp.zeros((tokens, layout.ends[-1]), dtype), record)
     return record.seen
 
 
 @pytest.mark.parametrize(
     ("tokens", "dtype", "kernel", "shared"),
     [
-        # Stages of 16 warps, their sums, padding; two chunks of x and its sums; x as it comes.
+        # Stages of 16 warps, their sums, padding; two chunks of x and its sums; x as it is given.
         (3, "float16", "decode8_gather_float16", 16 * (3840 + 512) + 48 + 2 * (1536 + 128) + 1800),
         (16, "uint16", "decode16_gather_bfloat16", 16 * (3840 + 1024) + 256 + 2 * (8192 + 256) + 9600),
     ],
 )
 def test_few_tokens_are_one_launch(tokens, dtype, kernel, shared, layout):
-    expected = [("decode.cu", kernel, (8,), 512, shared, (tokens, 300, 1, 2, 40, 170, 190))]
+    expected = [("decode.cu", kernel, (8,), 512, shared, MATRIX | {"tokens": tokens, "phase": 2})]
     assert launched(layout, tokens, HOPPER, dtype) == expected
-    few = HOPPER._replace(processors=5)
+    few = HOPPER._replace(sms=5)
     assert [grid for _, _, grid, *_ in launched(layout, tokens, few, dtype)] == [(5,)]
 
 
 def test_many_tokens_are_arranged_once_and_multiplied_part_by_part(layout):
-    arrange = ("prefill.cu", "arrange_float16", (70,), 256, 600, (300, 3))
-    same = ("prefill.cu", "prefill_float16")
-    size = (128, 64 * (264 * 2 + 4 * 4))
+    def part(number, tiles, rows):
+        (first_tile, last_tile), (row, end) = tiles, rows
+        grid = -(-(last_tile - first_tile) // 4), 2
+        places = {"first_tile": first_tile, "last_tile": last_tile, "row": row, "end": end}
+        numbers = MATRIX | {"tokens": 70, "part": number} | places
+        return ("prefill.cu", "prefill_float16", grid, 128, 64 * (264 * 2 + 4 * 4), numbers)
+
     assert launched(layout, 70, AMPERE) == [
-        arrange,
-        (*same, (1, 2), *size, (70, 190, 300, 1, 0, 0, 2, 0, 40)),
-        (*same, (2, 2), *size, (70, 190, 300, 1, 1, 2, 7, 40, 170)),
-        (*same, (1, 2), *size, (70, 190, 300, 1, 2, 7, 8, 170, 190)),
+        ("arrange.cu", "arrange_float16", (70,), 256, 600, {"m": 300, "parts": 3}),
+        part(0, (0, 2), (0, 40)),
+        part(1, (2, 7), (40, 170)),
+        part(2, (7, 8), (170, 190)),
     ]
 
 
 def test_warp_groups_take_512_tokens_at_a_time_and_share_out_columns(layout):
-    def portion(tokens, tiles):
+    def portion(tokens, tiles, splits=2):
+        gather = {"tokens": tokens, "m": 300}
+        product = MATRIX | {"tokens": tokens, "splits": splits}
+        grid = 1 + 2 + 1, splits * tiles
         return [
-            ("warpgroup.cu", "gather", (tokens, 3), 1024, 600, (tokens, 300)),
-            (
-                "warpgroup.cu",
-                "warpgroup_float16",
-                (1 + 2 + 1, 2 * tiles),
-                256,
-                3 * 256 * 128 * 2,
-                (tokens, 300, 1, 2, 40, 170, 190),
-            ),
-            ("warpgroup.cu", "combine_float16", (1, tokens), 256, 0, (190, 2)),
+            ("warpgroup.cu", "gather", (tokens, 3), 1024, 600, gather),
+            ("warpgroup.cu", "warpgroup_float16", grid, 256, 3 * 256 * 128 * 2, product),
+            ("warpgroup.cu", "combine_float16", (1, tokens), 256, 0, {"n": 190, "splits": 2}),
         ]
 
     assert launched(layout, 600, HOPPER) == portion(512, 4) + portion(88, 1)
     assert launched(layout, 512, HOPPER) == portion(512, 4)
     assert launched(layout, 17, HOPPER) == portion(17, 1)
-    together = [launch for launch in portion(88, 1) if not launch[1].startswith("combine")]
-    kernel, grid = together[1], (4, 1)
-    together[1] = (*kernel[:2], grid, *kernel[3:5], (88, 300, 1, 1, 40, 170, 190))
-    assert launched(layout, 88, HOPPER._replace(processors=7)) == together
+    assert launched(layout, 88, HOPPER._replace(sms=7)) == portion(88, 1, splits=1)[:2]
 
 
 def test_columns_are_shared_out_among_four_at_the_most():
     layout = lay_out(random_case(33, 2560, 256))
     splits = {
-        processors: launched(layout, 20, HOPPER._replace(processors=processors))[1][5][3]
-        for processors in (1, 2, 3, 4, 5, 132)
+        sms: launched(layout, 20, HOPPER._replace(sms=sms))[1][5]["splits"] for sms in (1, 2, 3, 4, 5, 132)
     }
     assert splits == {1: 1, 2: 2, 3: 3, 4: 4, 5: 4, 132: 4}
 
@@ -106,26 +116,27 @@ def test_columns_are_shared_out_among_four_at_the_most():
 def test_room_for_gathered_activations_and_sums(layout):
     record = Recorder()
     x = xp.zeros((130, COLUMNS), np.float16)
-    tensor_cores.multiply(x, layout, HOPPER._replace(processors=1), xp.zeros((130, 190), np.float16), record)
-    assert record.arrays[0].shape == (3, 2, 2 * 256 // 8, 128, 8)
-    assert record.arrays[-1].shape == (1,)
-    arranged, span_sums = tensor_cores.arrange(x, layout, record)
+    multiply_on(HOPPER._replace(sms=1), x, layout, xp.zeros((130, 190), np.float16), record)
+    assert record.arrays["gathered"].shape == (3, 2, 2 * 256 // 8, 128, 8)
+    assert record.arrays["sums"].shape == (1,)
+    arranged, span_sums = arrange.arrange(x, layout, record)
     assert (arranged.shape, arranged.dtype) == ((3, 130, 512), np.float16)
     assert (span_sums.shape, span_sums.dtype) == ((3, 130, 8), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("shared", "couples"), [(166912, 8), (3 * 8 * 1232, 8), (3 * 8 * 1232 - 1, 4), (1232, 1)]
+    ("shared", "row_pairs"), [(166912, 8), (3 * 8 * 1232, 8), (3 * 8 * 1232 - 1, 4), (1232, 1)]
 )
-def test_weights_are_unpacked_by_couples_of_rows(shared, couples, layout):
+def test_weights_are_unpacked_by_row_pairs(shared, row_pairs, layout):
     record = Recorder()
-    weights = tensor_cores.unpack(layout, 1, np.uint16, AMPERE._replace(shared=shared), record)
+    weights = dense.unpack(layout, 1, np.uint16, AMPERE._replace(shared=shared), record)
     assert weights.shape == (130, 300)
     assert weights.strides == (304 * 2, 2)
-    numbers = (300, 304, 308, couples, 1, 1, 2)
-    expected = ("dense.cu", "dense_bfloat16", (5 * 16 // couples,), 256, couples * 308 * 4, numbers)
+    sizes = {"width": 304, "stride": 308, "row_pairs": row_pairs, "part": 1, "first_tile": 2}
+    grid = (5 * 16 // row_pairs,)
+    expected = ("dense.cu", "dense_bfloat16", grid, 256, row_pairs * 308 * 4, MATRIX | sizes)
     assert record.seen == [expected]
-    assert tensor_cores.couples_at_once(300, 1231) == 0
+    assert dense.row_pairs_at_once(300, 1231) == 0
 
 
 def test_kernels_of_codes_have_names_of_their_own():
@@ -140,29 +151,23 @@ def test_the_kernels_of_every_source():
     types, kinds = ("float16", "bfloat16"), ("", "_int8")
     every = [f"{dtype}{kind}" for dtype in types for kind in kinds]
     decoded = {f"decode{n}{gather}_{kind}" for n in (8, 16) for gather in ("", "_gather") for kind in every}
-    assert tensor_cores.kernels("decode.cu").keys() == decoded
-    arrange = {f"arrange_{dtype}" for dtype in types}
-    assert tensor_cores.kernels("prefill.cu").keys() == {f"prefill_{kind}" for kind in every} | arrange
-    assert tensor_cores.kernels("dense.cu").keys() == {f"dense_{kind}" for kind in every}
+    assert decode.SOURCE.kernels.keys() == decoded
+    assert arrange.SOURCE.kernels.keys() == {f"arrange_{dtype}" for dtype in types}
+    assert prefill.SOURCE.kernels.keys() == {f"prefill_{kind}" for kind in every}
+    assert dense.SOURCE.kernels.keys() == {f"dense_{kind}" for kind in every}
     groups = {"gather"} | {f"combine_{dtype}" for dtype in types} | {f"warpgroup_{kind}" for kind in every}
-    assert tensor_cores.kernels("warpgroup.cu").keys() == groups
-
-
-def test_the_widest_matrix_that_is_taken():
-    wide = SimpleNamespace(columns=50000, permutation=np.zeros(1, np.uint16), tiled=True)
-    for shared, taken in ((100000, True), (99999, False)):
-        assert tensor_cores.takes(wide, AMPERE._replace(shared=shared)) == taken
-    for change in ({"permutation": np.zeros(1, np.uint32)}, {"tiled": False}):
-        assert not tensor_cores.takes(SimpleNamespace(**{**vars(wide), **change}), AMPERE)
+    assert warpgroup.SOURCE.kernels.keys() == groups
+    assert warpgroup.SOURCE.target == "sm_90a"
 
 
 def test_activations_that_do_not_fit_twice_are_arranged_before():
     layout = lay_out(random_case(40, 4096, 128))
     # 16 chunks of 16 tokens; their gather would take 128 KiB more.
     shared = 16 * (3840 + 1024) + 256 + 16 * (8192 + 256)
+    numbers = {"m": 4096, "pairs_shift": 1, "ends": (40, 40, 40), "tokens": 16, "phase": 16}
     assert launched(layout, 16, HOPPER) == [
-        ("prefill.cu", "arrange_float16", (16,), 256, 8192, (4096, 1)),
-        ("decode.cu", "decode16_float16", (2,), 512, shared, (16, 4096, 1, 16, 40, 40, 40)),
+        ("arrange.cu", "arrange_float16", (16,), 256, 8192, {"m": 4096, "parts": 1}),
+        ("decode.cu", "decode16_float16", (2,), 512, shared, numbers),
     ]
     assert launched(layout, 16, HOPPER._replace(shared=shared))[1][4] == shared
 
@@ -175,20 +180,34 @@ def test_a_single_chunk_is_gathered_by_the_product_itself():
 def test_no_more_room_is_made_than_is_written(layout):
     record = Recorder()
     x = xp.zeros((20, COLUMNS), np.float16)
-    tensor_cores.multiply(x, layout, HOPPER, xp.zeros((20, 190), np.float16), record)
-    sums = record.arrays[0]
+    multiply_on(HOPPER, x, layout, xp.zeros((20, 190), np.float16), record)
+    sums = record.arrays["sums"]
     assert (sums.shape, sums.dtype) == ((2, 20, 190), np.float32)
-    tensor_cores.unpack(layout, 1, np.float16, AMPERE, record)
-    assert record.arrays[-1].shape == (5 * 32, 304)
+    dense.unpack(layout, 1, np.float16, AMPERE, record)
+    assert record.arrays["weights"].shape == (5 * 32, 304)
 
 
 def test_the_last_token_of_many_is_not_left_out(layout):
     seen = launched(layout, 513, HOPPER)
-    assert [numbers[0] for _, kernel, *_, numbers in seen if kernel == "gather"] == [512, 1]
+    assert [numbers["tokens"] for _, kernel, *_, numbers in seen if kernel == "gather"] == [512, 1]
 
 
 def test_as_many_chunks_as_fit_where_not_all_do():
     layout = lay_out(random_case(33, 64 * 256, 256))
     name, _, _, _, shared, numbers = launched(layout, 16, HOPPER)[-1]
-    assert (name, numbers[3]) == ("decode.cu", 18)
+    assert (name, numbers["phase"]) == ("decode.cu", 18)
     assert shared == 16 * (3840 + 1024) + 256 + 18 * (8192 + 256)
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"), [(227, [16]), (160, [8, 8]), (125, [6, 6, 4]), (86, [16])], ids=str
+)
+def test_fewer_tokens_at_once_where_x_of_all_does_not_fit(shared, expected):
+    """17 chunks of 16 tokens take 217 KiB of shared memory, of 8 tokens 139 KiB, of 6 tokens 122 KiB."""
+    layout = lay_out(random_case(40, 4200, 128))
+    record = Recorder()
+    y = xp.zeros((16, 40), np.float16)
+    multiply_on(Limits(90, shared * 1024, 3), xp.zeros((16, 4200), np.float16), layout, y, record)
+    launches = [numbers for name, *_, numbers in record.seen if name == "decode.cu"]
+    assert [numbers["tokens"] for numbers in launches] == expected
+    assert record.arrays["y"].shape == (expected[-1], 40)

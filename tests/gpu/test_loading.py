@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpu.kernels import launching, tensor_cores
+from gpu.kernels import decode, launching, parameters, sources, warpgroup
 from gpu.kernels.packing import pack_rows_kernel
 
 
@@ -85,46 +85,62 @@ class Function:
 @pytest.fixture
 def cupy(monkeypatch):
     fake = FakeCuPy()
-    for module in (tensor_cores, launching):
+    for module in (sources, parameters, launching):
         monkeypatch.setattr(module, "xp", fake)
     # What is kept for the device of this process is not to be these.
-    for module, name in ((tensor_cores, "_function"), (tensor_cores, "limits"), (launching, "_function")):
+    for module, name in ((sources, "_function"), (sources, "limits"), (launching, "_function")):
         monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     return fake
 
 
 def test_limits_are_those_of_the_device(cupy):
-    assert tensor_cores.limits(3) == (90, 232448, 103)
+    assert sources.limits(3) == (90, 232448, 103)
 
 
-def test_a_source_is_compiled_by_the_library_and_may_take_all_shared_memory(cupy):
-    tensor_cores._launch("decode.cu", "decode8_float16", (5, 2), 512, 70000, [1, 2])
-    code = tensor_cores.source("decode.cu", ["decode8_float16"])
-    assert cupy.log == [
+@pytest.fixture
+def arguments():
+    """Those of a kernel, with arrays that say where they lie as CuPy's do."""
+    x, permutation, gathered = (np.zeros(16, np.uint16).view(WithAddress) for _ in range(3))
+    return warpgroup.GATHER.of(x=x, permutation=permutation, gathered=gathered, tokens=1, m=7)
+
+
+def launched(cupy):
+    """The last launch, and the one argument of its kernel."""
+    *launch, (argument,), options, most = cupy.log[-1]
+    assert argument.size == 1  # an array that CuPy passes by value
+    assert argument.tolist() == (640, 640, 640, 1, 7)
+    return *launch, options, most
+
+
+def test_a_source_is_compiled_by_the_library_and_may_take_all_shared_memory(cupy, arguments):
+    sources.launch(decode.SOURCE, "decode8_float16", (5, 2), 512, 70000, arguments)
+    code = decode.SOURCE.text(["decode8_float16"])
+    assert cupy.log[:-1] == [
         ("raw", code, ("--std=c++17", "--fmad=false")),
         ("function", "decode8_float16"),
-        ("launch", "decode8_float16", (5, 2), (512,), (1, 2), {"shared_mem": 70000}, 232448),
     ]
+    expected = ("launch", "decode8_float16", (5, 2), (512,), {"shared_mem": 70000}, 232448)
+    assert launched(cupy) == expected
 
 
-def test_the_source_for_hopper_alone_is_compiled_for_its_own_target(cupy):
-    tensor_cores._launch("warpgroup.cu", "gather", (1,), 1024, 600, [7])
+def test_the_source_for_hopper_alone_is_compiled_for_its_own_target(cupy, arguments):
+    sources.launch(warpgroup.SOURCE, "gather", (1,), 1024, 600, arguments)
     options = ("--std=c++17", "--fmad=false", "-arch=sm_90a", "-ftz=true")
-    assert cupy.log == [
-        ("create", tensor_cores.source("warpgroup.cu", ["gather"]), "warpgroup.cu"),
+    assert cupy.log[:-1] == [
+        ("create", warpgroup.SOURCE.text(["gather"]), "warpgroup.cu"),
         ("compile", "program", options),
         ("load", "the code of the program"),
         ("destroy", "program"),
         ("function", "gather"),
         ("attribute", 4096, 8, 232448),
-        ("launch", "gather", (1,), (1024,), (7,), {"shared_mem": 600}, None),
     ]
+    assert launched(cupy) == ("launch", "gather", (1,), (1024,), {"shared_mem": 600}, None)
 
 
-def test_what_does_not_compile_is_an_error_with_the_log(cupy):
+def test_what_does_not_compile_is_an_error_with_the_log(cupy, arguments):
     cupy.broken = True
     with pytest.raises(RuntimeError, match=r"warpgroup\.cu does not compile: the log of the program"):
-        tensor_cores._launch("warpgroup.cu", "gather", (1,), 1024, 600, [])
+        sources.launch(warpgroup.SOURCE, "gather", (1,), 1024, 600, arguments)
     assert cupy.log[-1] == ("destroy", "program")
 
 

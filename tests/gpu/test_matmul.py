@@ -9,7 +9,8 @@ import torch
 import gpu
 from gpu import matmul
 from gpu.device import STANDIN, xp
-from gpu.kernels import product, tensor_cores
+from gpu.kernels import choice, product
+from gpu.kernels.sources import Limits
 from gpu.layout import join
 from reference.matmul import matmul as expected_product
 from reference.packing import pack_base3
@@ -35,7 +36,7 @@ def multiply(case, x):
 def rounds_weights(case, x):
     """Whether the kernel that `multiply` picks for these does."""
     x, layout = gpu.to_device(x), lay_out(case)
-    return matmul.is_fast(x, layout) and tensor_cores.takes_warpgroups(x, layout, matmul._limits(x))
+    return matmul._kernel(x, layout, library=False).name == "warpgroup"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,6 +176,24 @@ def test_products_go_where_they_are_asked_to():
     ):
         with pytest.raises(error, match=r"^y "):
             matmul.multiply(x, layout, wrong)
+
+
+def test_the_chosen_launcher_multiplies(monkeypatch):
+    case, device = random_case(9, 200, 128), Limits(80, 99 * 1024, 3)
+    x, layout = gpu.to_device(case.activations(3, np.float16)), lay_out(case)
+    seen = []
+
+    def multiply(*arguments):
+        seen.append(arguments[:3])
+        arguments[3][:] = 7
+
+    monkeypatch.setattr(matmul, "_limits", lambda x: device)
+    monkeypatch.setattr(choice, "TABLE", [kernel._replace(multiply=multiply) for kernel in choice.TABLE])
+    y = matmul.multiply(x, layout)
+    assert (y == 7).all()
+    ((given, *others),) = seen
+    assert given is x
+    assert others == [layout, device]
 
 
 def test_other_grids_are_kept():

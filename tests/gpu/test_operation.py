@@ -12,11 +12,11 @@ import torch
 
 from gpu import matmul
 from gpu.device import STANDIN, xp
-from gpu.kernels import tensor_cores
+from gpu.kernels import choice, dense
+from gpu.kernels.sources import Limits
 from gpu.layout import lay_out
-from harness.ternary.kernels import operation
 from harness.ternary.kernels.launches import share_launch
-from harness.ternary.kernels.operation import UNPACKED_TOKENS, multiply_by_kernels, ternary_linear
+from harness.ternary.kernels.operation import multiply_by_kernels, ternary_linear
 from tests.gpu.emulation import COMPILER, Emulator
 from tests.gpu.packed_layers import TOLERANCE, layer_of, off
 
@@ -25,7 +25,7 @@ SHAPES = [(5, 3, 64), (40, 300, 128), (17, 577, 64), (130, 256, 256), (9, 1100, 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 20, UNPACKED_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 3, 20, choice.UNPACKED_TOKENS])
 def test_packed_products_are_those_of_the_dense_weights(backend, device, shape, dtype, tokens):
     layer = layer_of(*shape, device)
     x = torch.randn(tokens, shape[1], device=device).to(dtype)
@@ -129,14 +129,14 @@ def test_the_backend_works_on_the_device_of_the_tensors(backend, device, monkeyp
 @pytest.fixture
 def unpacked(monkeypatch, tmp_path):
     """Weights are unpacked from two tokens on; by emulated kernels where there is no device."""
-    monkeypatch.setattr(operation, "UNPACKED_TOKENS", 2)
+    table = [kernel._replace(least=2) if kernel.name == "dense" else kernel for kernel in choice.TABLE]
+    monkeypatch.setattr(choice, "TABLE", table)
     if not STANDIN:
         return
     if COMPILER is None:
         pytest.skip("needs a device, or g++ to emulate one")
-    monkeypatch.setattr(matmul, "is_fast", lambda x, layout: True)
-    monkeypatch.setattr(matmul, "_limits", lambda x: tensor_cores.Limits(90, 99 * 1024, 3))
-    monkeypatch.setattr(tensor_cores, "unpack", partial(tensor_cores.unpack, launch=Emulator(tmp_path)))
+    monkeypatch.setattr(matmul, "_limits", lambda x: Limits(90, 99 * 1024, 3))
+    monkeypatch.setattr(dense, "unpack", partial(dense.unpack, launch=Emulator(tmp_path)))
 
 
 @pytest.mark.usefixtures("unpacked")
@@ -156,8 +156,8 @@ def test_products_by_unpacked_weights(backend, device, dtype, grid, monkeypatch)
         workspaces.append(weakref.ref(weights))
         return weights
 
-    made = tensor_cores.unpack
-    monkeypatch.setattr(tensor_cores, "unpack", unpack)
+    made = dense.unpack
+    monkeypatch.setattr(dense, "unpack", unpack)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     y = multiply_by_kernels(x, packed, stream)
     assert len(workspaces) == 3
@@ -189,10 +189,11 @@ def test_weights_beyond_float16_are_not_unpacked_in_it(backend, device, mu, fits
 def test_rows_that_do_not_fit_into_shared_memory_are_not_unpacked(monkeypatch):
     grids = xp.ones((2, 1, 3), np.float16)
     layout = lay_out(xp.zeros((1, 60), np.uint8), *grids, xp.arange(300), 128)
-    monkeypatch.setattr(matmul, "is_fast", lambda x, layout: True)
-    for shared, fits in ((1200, False), (1300, True)):  # 300 couples of 2 bytes are 1200, and there are gaps
-        monkeypatch.setattr(matmul, "_limits", lambda x, shared=shared: tensor_cores.Limits(90, shared, 1))
-        assert matmul.can_unpack(xp.zeros((1, 300), np.float16), layout) == fits
+    x = xp.zeros((choice.UNPACKED_TOKENS, 300), np.float16)
+    for shared, fits in ((1200, False), (1300, True)):  # 300 columns of 4 bytes are 1200, and there are gaps
+        monkeypatch.setattr(matmul, "_limits", lambda x, shared=shared: Limits(90, shared, 1))
+        assert matmul.prefers_unpacked(x, layout) == fits
+    assert not matmul.prefers_unpacked(x[1:], layout)
 
 
 @pytest.mark.parametrize("how", ["aot_eager", "inductor"])
@@ -234,7 +235,7 @@ def test_a_cuda_graph_replays_the_product(backend, device):
     layer = layer_of(256, 512, 128, device)
     packed = copy.deepcopy(layer)
     share_launch([packed], backend)
-    for used, tokens in ((packed, 1), (packed, 20), (packed, UNPACKED_TOKENS), (layer, 1)):
+    for used, tokens in ((packed, 1), (packed, 20), (packed, choice.UNPACKED_TOKENS), (layer, 1)):
         x = torch.randn(tokens, 512, device=device, dtype=torch.float16)
         used(x)
         graph = torch.cuda.CUDAGraph()

@@ -6,13 +6,15 @@ import pytest
 import gpu
 from gpu import matmul
 from gpu.device import STANDIN, xp
-from gpu.kernels import tensor_cores
-from tests.gpu.emulation import COMPILER, SOURCES, Emulator
+from gpu.kernels import arrange, decode, dense, prefill, warpgroup
+from gpu.kernels.sources import Limits
+from tests.gpu.emulation import COMPILER, Emulator
 from tests.gpu.ternary_cases import (
     assert_close,
     coded_case,
     hostile_cases,
     lay_out,
+    multiply_on,
     random_case,
     to_bits,
     values,
@@ -20,20 +22,21 @@ from tests.gpu.ternary_cases import (
 
 pytestmark = pytest.mark.skipif(STANDIN and COMPILER is None, reason="needs a device, or g++ to emulate one")
 
+SOURCES = [module.SOURCE for module in (arrange, decode, prefill, warpgroup, dense)]
 TYPES = ["float16", "uint16"]
 SHAPES = [(1, 1), (2, 127), (127, 2), (128, 129), (129, 577), (577, 128), (33, 2100), (33, 1024)]
 TOKENS = [1, 3, 16, 17, 65]
 LEAST_SHARED = 86 * 1024  # 16 tokens and a chunk; all devices have 99 KiB
 MUCH_SHARED = 99 * 1024
 MOST_SHARED = 227 * 1024
-# Few processors, so that one takes several tiles, and begins in the middle of a part.
-PROCESSORS = 3
+# Few SMs, so that one takes several tiles, and begins in the middle of a part.
+SMS = 3
 
 
 @pytest.fixture
 def run(product_on):
-    def multiply(cases, x, shared=MUCH_SHARED, processors=PROCESSORS):
-        return product_on(tensor_cores.Limits(90, shared, processors), cases, x)
+    def multiply(cases, x, shared=MUCH_SHARED, sms=SMS):
+        return product_on(Limits(90, shared, sms), cases, x)
 
     return multiply
 
@@ -121,7 +124,7 @@ def test_parts_of_any_size_are_multiplied(run):
 
 
 @pytest.mark.parametrize(("shared", "tokens"), [(LEAST_SHARED, 16), (MUCH_SHARED, 9), (MOST_SHARED, 9)])
-def test_a_processor_takes_several_tiles_of_many_chunks(shared, tokens, run):
+def test_an_sm_takes_several_tiles_of_many_chunks(shared, tokens, run):
     # 10 chunks, so that two of the eight groups of warps have one more than the others; all of x is in shared
     # memory, or a chunk at a time.
     case = random_case(150, 2500, 128)
@@ -129,11 +132,11 @@ def test_a_processor_takes_several_tiles_of_many_chunks(shared, tokens, run):
     assert_close(case, x, run(case, x, shared))
 
 
-def test_the_number_of_processors_changes_nothing(run):
+def test_the_number_of_sms_changes_nothing(run):
     case = random_case(150, 700, 128)
     x = case.activations(5, "float16")
-    for processors in (1, 2, 4, 132):
-        np.testing.assert_array_equal(run(case, x, MUCH_SHARED, processors), run(case, x))
+    for sms in (1, 2, 4, 132):
+        np.testing.assert_array_equal(run(case, x, MUCH_SHARED, sms), run(case, x))
 
 
 def shifted(x):
@@ -155,9 +158,7 @@ def test_a_wide_access_where_none_may_be_is_seen(tmp_path):
     x = shifted(case.activations(3, "float16"))
     faulty = Emulator(tmp_path, edit=("reinterpret_cast<size_t>(from) % sizeof(uint4) ? 0 : ", ""))
     with pytest.raises(AssertionError, match="access outside"):
-        tensor_cores.multiply(
-            x, lay_out(case), tensor_cores.Limits(90, MOST_SHARED, 1), np.empty((3, 5), x.dtype), faulty
-        )
+        multiply_on(Limits(90, MOST_SHARED, 1), x, lay_out(case), np.empty((3, 5), x.dtype), faulty)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -166,7 +167,7 @@ def test_activations_are_arranged_as_trits_lie(dtype, launch):
     cases = [random_case(rows, 700, 128) for rows in (40, 3)]
     names = np.arange(1, 701)
     x = to_bits(np.stack([names % 128, names // 128]), dtype)
-    arranged, span_sums = map(gpu.to_host, launch(tensor_cores.arrange, gpu.to_device(x), lay_out(*cases)))
+    arranged, span_sums = map(gpu.to_host, launch(arrange.arrange, gpu.to_device(x), lay_out(*cases)))
     for part, case in enumerate(cases):
         low, high = values(arranged[part])
         columns = (low + 128 * high).astype(int) - 1  # -1 beyond the last
@@ -181,22 +182,20 @@ def test_activations_are_arranged_as_trits_lie(dtype, launch):
 @pytest.mark.parametrize("block_size", [64, 128, 256, 512])
 def test_unpacked_weights_are_those_of_the_reference(block_size, make, dtype, launch):
     # The last are whole chunks, of more items than a block has threads.
-    for columns, couples in ((700, 8), (701, 4), (703, 2), (1030, 1), (1, 8), (2304, 8)):
+    for columns, row_pairs in ((700, 8), (701, 4), (703, 2), (1030, 1), (1, 8), (2304, 8)):
         cases = [make(rows, columns, block_size) for rows in (150, 3)]
         shared = next(
-            size
-            for size in range(0, MOST_SHARED, 64)
-            if tensor_cores.couples_at_once(columns, size) == couples
+            size for size in range(0, MOST_SHARED, 64) if dense.row_pairs_at_once(columns, size) == row_pairs
         )
-        device = tensor_cores.Limits(90, shared, PROCESSORS)
+        device = Limits(90, shared, SMS)
         layout = lay_out(*cases)
         for part, case in enumerate(cases):
-            weights = launch(tensor_cores.unpack, layout, part, np.dtype(dtype), device)
+            weights = launch(dense.unpack, layout, part, np.dtype(dtype), device)
             np.testing.assert_array_equal(values(gpu.to_host(weights)), case.rounded(dtype))
 
 
 @pytest.mark.parametrize(
-    ("shared", "m", "couples"),
+    ("shared", "m", "row_pairs"),
     [
         (MOST_SHARED, 576, 8),
         (MOST_SHARED, 4096, 4),  # of 16 KiB
@@ -207,8 +206,8 @@ def test_unpacked_weights_are_those_of_the_reference(block_size, make, dtype, la
         (MUCH_SHARED, 28672, 0),
     ],
 )
-def test_couples_of_rows_share_a_block_as_far_as_they_fit(shared, m, couples):
-    assert tensor_cores.couples_at_once(m, shared) == couples
+def test_row_pairs_share_a_block_as_far_as_they_fit(shared, m, row_pairs):
+    assert dense.row_pairs_at_once(m, shared) == row_pairs
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -247,9 +246,9 @@ def test_every_kernel_was_launched(run, launch, emulators):
                     run(case, case.activations(tokens, dtype), shared)
             run(case, case.activations(65, dtype), MOST_SHARED)
             run(make(4, 9000, 64), make(4, 9000, 64).activations(8, dtype))
-            device = tensor_cores.Limits(90, MUCH_SHARED, PROCESSORS)
-            launch(tensor_cores.unpack, lay_out(case), 0, np.dtype(dtype), device)
-    assert set(emulators[0].launched) == {name for source in SOURCES for name in tensor_cores.kernels(source)}
+            device = Limits(90, MUCH_SHARED, SMS)
+            launch(dense.unpack, lay_out(case), 0, np.dtype(dtype), device)
+    assert set(emulators[0].launched) == {name for source in SOURCES for name in source.kernels}
 
 
 @pytest.mark.skipif(not STANDIN, reason="sources are changed for the emulator only")
@@ -259,12 +258,12 @@ def test_every_kernel_was_launched(run, launch, emulators):
         (16, LEAST_SHARED, "(word >> 2 * (i - p))", "(word >> (i - p))"),
         (16, LEAST_SHARED, "first = (span * TOKEN_TILES", "first = ((span ^ 1) * TOKEN_TILES"),
         (16, LEAST_SHARED, "words[part % 2];", "words[part / 2];"),
-        (16, LEAST_SHARED, "__syncthreads();  // x has come", "// x has come"),
+        (16, LEAST_SHARED, "__syncthreads();  // x is here", "// x is here"),
         (8, MOST_SHARED, "__syncthreads();  // the sums of the tile", "// the sums of the tile"),
         (16, LEAST_SHARED, "await_groups<STAGES - 2>();", "await_groups<STAGES - 1>();"),
-        (16, LEAST_SHARED, "__syncwarp();  // pairs", "// pairs"),
+        (16, LEAST_SHARED, "__syncwarp();  // other lanes", "// other lanes"),
         (17, LEAST_SHARED, "if (chunk > 0) __syncthreads();", ""),
-        (17, LEAST_SHARED, "x + token * m, m);\n    __syncthreads();", "x + token * m, m);"),
+        (17, LEAST_SHARED, "x + token * p.m, p.m);\n    __syncthreads();", "x + token * p.m, p.m);"),
     ],
     ids=[
         "shift",
@@ -272,7 +271,7 @@ def test_every_kernel_was_launched(run, launch, emulators):
         "fragments",
         "phase barrier",
         "tile barrier",
-        "copies on their way",
+        "copies in flight",
         "warp barrier",
         "chunk barrier",
         "gather barrier",
@@ -282,13 +281,13 @@ def test_a_fault_is_seen(tokens, shared, right, wrong, tmp_path):
     case = random_case(100, 4200, 64)
     x = case.activations(tokens, "float16")
     y = np.empty((tokens, 100), np.float16)
-    assert any(right in tensor_cores.source(source, []) for source in SOURCES)
+    assert any(right in source.text([]) for source in SOURCES)
     faulty = Emulator(tmp_path, edit=(right, wrong))
-    device = tensor_cores.Limits(90, shared, PROCESSORS)
+    device = Limits(90, shared, SMS)
 
     def both_orders():
         for faulty.reverse in (False, True):
-            tensor_cores.multiply(x, lay_out(case), device, y, faulty)
+            multiply_on(device, x, lay_out(case), y, faulty)
             assert_close(case, x, y)
 
     with pytest.raises(AssertionError, match=r"of what is allowed|not finite|meets"):
@@ -311,16 +310,9 @@ def test_words_are_read_a_few_times_where_x_of_fewer_tokens_fits(run, emulators)
             assert sum(name.startswith("decode") for name in emulators[0].launched) == launches
 
 
-def test_what_the_kernels_take():
-    layout = lay_out(random_case(3, 4096, 128))
-    device = tensor_cores.Limits(80, MUCH_SHARED, 1)
-    assert tensor_cores.takes(layout, device)
-    assert not tensor_cores.takes(layout, device._replace(capability=75))
-    assert not tensor_cores.takes(lay_out(random_case(1, 60000, 128)), device)
-    for block_size in (1, 32, 96, 192):
-        assert not tensor_cores.takes(lay_out(random_case(3, 4096, block_size)), device)
+def test_a_chunk_of_16_tokens_fits_into_shared_memory():
     for tokens in range(1, 17):
         for m in (1, 4096, 28672, 50000):
-            phase, needed = tensor_cores.decode_phase(tokens, m, False, LEAST_SHARED)
+            phase, needed = decode.chunks_at_once(tokens, m, False, LEAST_SHARED)
             assert 0 < phase
             assert needed <= LEAST_SHARED

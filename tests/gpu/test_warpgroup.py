@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 
 from gpu.device import STANDIN, xp
-from gpu.kernels import tensor_cores
+from gpu.kernels.choice import choose
+from gpu.kernels.sources import Limits
+from gpu.kernels.warpgroup import SOURCE
 from tests.gpu.emulation import COMPILER, Emulator
 from tests.gpu.ternary_cases import (
     assert_close,
     coded_case,
     hostile_cases,
     lay_out,
+    multiply_on,
     random_case,
     to_bits,
     values,
@@ -18,8 +21,12 @@ from tests.gpu.ternary_cases import (
 
 TYPES = ["float16", "uint16"]
 SHARED = 227 * 1024
-HOPPER = tensor_cores.Limits(90, SHARED, 132)
-FEW = tensor_cores.Limits(90, SHARED, 1)  # processors, which leave all columns to one
+HOPPER = Limits(90, SHARED, 132)
+FEW = Limits(90, SHARED, 1)  # SMs, which leave all columns to one
+
+
+def takes(x, layout, device):
+    return choose(len(x), x.dtype, layout, device).name == "warpgroup"
 
 
 def _runs_here():
@@ -33,7 +40,7 @@ needs_hopper = pytest.mark.skipif(not _runs_here(), reason="needs an H100 or H20
 def run(product_on):
     def multiply(cases, x, device=HOPPER):
         for case in cases if isinstance(cases, list) else [cases]:
-            assert tensor_cores.takes_warpgroups(x, lay_out(case), device)
+            assert takes(x, lay_out(case), device)
         return product_on(device, cases, x)
 
     return multiply
@@ -69,7 +76,7 @@ def test_every_size_of_block(block_size, make, run):
 def test_hostile_numbers(name, dtype, run):
     case, x = hostile_cases()[name]
     bits = to_bits(np.resize(x, (70, x.shape[1])), dtype)
-    if tensor_cores.takes_warpgroups(bits, lay_out(case), HOPPER):
+    if takes(bits, lay_out(case), HOPPER):
         assert_close(case, bits, run(case, bits), rounded=True)
     else:  # a weight is beyond float16
         assert dtype == "float16"
@@ -84,9 +91,9 @@ def test_parts_are_multiplied_as_they_are_alone(splits, tokens, make, run):
     x = cases[0].activations(tokens, "float16")
 
     def product(some):
-        # As many processors for every group of rows, so that columns are shared out alike.
+        # As many SMs for every group of rows, so that columns are shared out alike.
         groups = sum(-(-len(case.trits) // 128) for case in some)
-        return run(some, x, HOPPER._replace(processors=splits * groups))
+        return run(some, x, HOPPER._replace(sms=splits * groups))
 
     alone = [product([case]) for case in cases]
     for case, y in zip(cases, alone, strict=True):
@@ -137,24 +144,24 @@ def test_what_it_takes():
     case = random_case(3, 300, 128)
     layout, x = lay_out(case), np.zeros((17, 300), np.float16)
     fits = HOPPER._replace(shared=3 * 256 * 128 * 2)  # three chunks of 128 tokens
-    assert tensor_cores.takes_warpgroups(x, layout, fits)
-    assert not tensor_cores.takes_warpgroups(x[:16], layout, HOPPER)
+    assert takes(x, layout, fits)
+    assert not takes(x[:16], layout, HOPPER)
     for other in (
         HOPPER._replace(capability=80),
         HOPPER._replace(capability=100),
         fits._replace(shared=fits.shared - 1),
     ):
-        assert not tensor_cores.takes_warpgroups(x, layout, other)
+        assert not takes(x, layout, other)
     case.scale[0, 0], case.shift[0, 0] = 60000, 60000
-    assert not tensor_cores.takes_warpgroups(x, lay_out(case), HOPPER)
-    assert tensor_cores.takes_warpgroups(x.view(np.uint16), lay_out(case), HOPPER)
+    assert not takes(x, lay_out(case), HOPPER)
+    assert takes(x.view(np.uint16), lay_out(case), HOPPER)
 
 
 @pytest.mark.skipif(not STANDIN or COMPILER is None, reason="sources are changed for the emulator only")
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("* m, m);\n    __syncthreads();", "* m, m);"),
+        ("* p.m, p.m);\n    __syncthreads();", "* p.m, p.m);"),
         ("await_groups<0>();", ""),
         ("show_to_tensor_cores();", ""),
         ("        __syncthreads();\n        Weights<G> next", "        Weights<G> next"),
@@ -166,12 +173,12 @@ def test_what_it_takes():
     ],
     ids=[
         "gather barrier",
-        "copies on their way",
+        "copies in flight",
         "hidden from tensor cores",
         "chunk barrier",
         "a place too few",
         "registers",
-        "sums on their way",
+        "sums in flight",
         "columns",
         "fragments",
     ],
@@ -180,12 +187,12 @@ def test_a_fault_is_seen(right, wrong, tmp_path):
     case = random_case(30, 1500, 128)
     x = case.activations(65, "float16")
     y = np.empty((65, 30), np.float16)
-    assert right in tensor_cores.source("warpgroup.cu", [])
+    assert right in SOURCE.text([])
     faulty = Emulator(tmp_path, edit=(right, wrong))
 
     def both_orders():
         for faulty.reverse in (False, True):
-            tensor_cores.multiply(x, lay_out(case), FEW, y, faulty)
+            multiply_on(FEW, x, lay_out(case), y, faulty)
             assert_close(case, x, y, rounded=True)
 
     with pytest.raises(AssertionError, match=r"of what is allowed|not finite|begun|may not see"):

@@ -14,12 +14,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from harness.ternary.kernels.tensors import PAIRS, PackedTensors
 
-# From this many tokens on, unpack the weights into a workspace, one matrix at a time, and multiply with
-# cuBLAS, whose summation order may depend on the number of tokens. The threshold is an estimate, not
-# measured: on an H100, writing the weights takes as long as cuBLAS takes for about 190 tokens, and the
-# packed kernel, which overlaps unpacking with the tensor cores, reaches about 3/4 of the rate of cuBLAS.
-UNPACKED_TOKENS = 512
-
 
 @torch.library.custom_op("pt2_llm::ternary_linear", mutates_args=())
 def ternary_linear(
@@ -81,7 +75,7 @@ def multiply_by_kernels(x: torch.Tensor, packed: PackedTensors, stream: int) -> 
         layout = _layout_of(packed)
         x = x.detach().contiguous()  # DLPack refuses tensors that require gradients
         bits = to_device(_bits(x))
-        if x.shape[0] < UNPACKED_TOKENS or not matmul.can_unpack(bits, layout):
+        if not matmul.prefers_unpacked(bits, layout):
             matmul.multiply(bits, layout, to_device(_bits(y)))
             return y
         begin = 0
