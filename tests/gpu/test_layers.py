@@ -53,7 +53,8 @@ def test_layers_that_are_given_the_same_input_share_a_launch(backend, device, mo
     share_launch(layers, backend)
     launches = []
     monkeypatch.setattr(
-        "harness.packed.ternary_linear", lambda *given: launches.append(1) or ternary_linear(*given)
+        "harness.ternary.kernels.shared.ternary_linear",
+        lambda *given: launches.append(1) or ternary_linear(*given),
     )
     for order in ((0, 1, 2), (2, 0, 1)):
         launches.clear()
