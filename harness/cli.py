@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 from harness.errors import UserError
 
@@ -55,6 +57,28 @@ def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Verbose(argparse.Action):
+    """A switch that lets libraries print their log, progress bars and warnings."""
+
+    def __call__(self, *arguments: Any, **rest: Any) -> None:
+        warnings.resetwarnings()
+        _set_verbosity("info")
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--verbose``."""
+    what = "also print log lines, progress bars and warnings of the libraries used"
+    parser.add_argument("--verbose", action=_Verbose, nargs=0, dest=argparse.SUPPRESS, help=what)
+
+
+def _set_verbosity(level: str) -> None:
+    """Set the log level of transformers, on which `harness.models` makes its loading bars depend."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = level
+    if "transformers" in sys.modules:  # it read its log level at import
+        logging = sys.modules["transformers"].logging
+        logging.set_verbosity(logging.log_levels[level])
+
+
 def _out_of_memory_message(error: Exception) -> str | None:
     """Explain an out-of-memory error; return None for any other error."""
     less = "use fewer or shorter windows, or fewer tokens or rows"
@@ -77,11 +101,11 @@ def run(main: Callable[[], int]) -> None:
 
     Bad input, Ctrl-C and a lack of memory (host or device) print one line instead of a stack trace.
     """
-    # The programs print their own progress; log lines of transformers would bury it.
+    # The programs print their own progress; what libraries print would bury it.
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-        if "transformers" in sys.modules:  # it read its log level at import
-            sys.modules["transformers"].logging.set_verbosity_error()
+        _set_verbosity("error")
+    if not sys.warnoptions:  # python -W
+        warnings.simplefilter("ignore")
     try:
         status = main()
         sys.stdout.flush()

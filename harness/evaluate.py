@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from harness import text
-from harness.cli import HelpFormatter, add_trust_remote_code, positive, run, window_length
+from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, positive, run, window_length
 from harness.compute import Compute, default_compute
 from harness.files import json_text
 from harness.hf import open_model
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
     add_trust_remote_code(parser)
+    add_verbose(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from harness.cli import HelpFormatter, add_trust_remote_code, positive, run
+from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, positive, run
 from harness.compute import default_compute
 from harness.errors import UserError
 from harness.hf import open_model
@@ -170,6 +170,7 @@ def main() -> int:
     )
     add("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
     add_trust_remote_code(parser)
+    add_verbose(parser)
     arguments = parser.parse_args()
     if not (arguments.temperature == 0 or LEAST_TEMPERATURE <= arguments.temperature < float("inf")):
         parser.error(f"--temperature must be 0, or finite and at least {LEAST_TEMPERATURE}")

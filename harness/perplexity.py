@@ -127,7 +127,7 @@ def measure_on(
     seqlen: int,
     windows: int | None,
     compute: Compute,
-    when: str = "",
+    what: str = "perplexity",
     say: Say = say_on_stderr,
 ) -> Perplexity:
     """Measure the perplexity of a model on a text by the text's protocol, with a progress bar.
@@ -146,7 +146,6 @@ def measure_on(
     limit = min(filter(None, (windows, stream.windows)), default=None)
     chosen = text.evaluation_windows(tokens, seqlen, limit)
     arguments = (chosen, len(tokens), stream.protocol)
-    what = f"perplexity {when}".strip()
     if original.read is not None or not compute.holds(model, seqlen):
         decoder = locate_layers(model, original.read)
         with Progress(what, len(decoder.layers), "layer", say) as step:

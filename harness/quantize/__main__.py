@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from harness.cli import HelpFormatter, run
+from harness.cli import HelpFormatter, add_verbose, run
 from harness.quantize.options import add_options, from_arguments
 from harness.quantize.run import quantize
 
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m harness.quantize", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     add_options(parser)
+    add_verbose(parser)
     return parser
 
 

@@ -131,7 +131,7 @@ CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
     "compensation": {**ON_OR_OFF, "help": "move the error of each block into the columns after it"},
     "damping": {"type": float, "metavar": "X", "help": "share of mean(diag C) added to the diagonal"},
     "max_iterations": {"type": positive, "metavar": "N", "help": "most rounds of ITF"},
-    "seed": {"type": int, "metavar": "N", "help": "of the windows' places and of --reorder random"},
+    "seed": {"type": int, "metavar": "N", "help": "seed of the windows' starts and of --reorder random"},
 }
 
 

@@ -71,7 +71,8 @@ def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
         if evaluation_text is not None:
             seqlen, windows = options.evaluation_seqlen, options.evaluation_windows
             with record.time(f"perplexity {when}"):
-                record.measured(when, measure_on(model, evaluation_text, seqlen, windows, compute, when, say))
+                what = f"perplexity {when} quantization"
+                record.measured(when, measure_on(model, evaluation_text, seqlen, windows, compute, what, say))
 
     if options.measure_original and "before" not in record.perplexity:
         with unrounded(ready.coded):
@@ -80,7 +81,7 @@ def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
         quantize_layers(options, sink, ready, record, say)
         sink.finish(record)
     del ready  # two models need not fit side by side
-    measure("after", sink.quantized())
+    measure("after", sink.quantized(say))
     record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
     for line in result_lines(sink, record):
         say(line)

@@ -92,7 +92,7 @@ class Sink(ABC):
         """Take the end of the run: no layer will follow."""
 
     @abstractmethod
-    def quantized(self) -> Original:
+    def quantized(self, say: Say) -> Original:
         """The quantized model, to be measured."""
 
     def result_lines(self) -> list[str]:
@@ -189,7 +189,8 @@ class CheckpointSink(Sink):
             report=record.to_json(),
         )
 
-    def quantized(self) -> Original:
+    def quantized(self, say: Say) -> Original:
+        say(f"reading {self.out} back")
         # Dequantized, a model that was too large for the memory would be so again.
         trusted = self.options.trust_remote_code
         model = load(self.out, dense=not self._streamed, trust_remote_code=trusted)
@@ -257,7 +258,7 @@ class BaselineSink(Sink):
     def finish(self, record: Record) -> None:
         """Nothing: there is no file."""
 
-    def quantized(self) -> Original:
+    def quantized(self, say: Say) -> Original:
         return self._original
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
 from harness.backends import Backend, load_backend
-from harness.cli import EXIT_MISS, run
+from harness.cli import EXIT_MISS, add_verbose, run
 from harness.errors import UserError
 from harness.files import json_text
 from harness.verify.cases import Outcome, verify
@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_verbose(parser)
     parser.add_argument(
         "--backend",
         default="auto",

@@ -216,7 +216,8 @@ VERDICTS = {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to emulate a device")
 def test_faults_of_a_kernel_are_judged_by_those_who_run_it(tmp_path):
     root = Project().root
-    kept = ("gpu/kernels/parameters.py", "gpu/kernels/sources.py", "reference/layout.py")
+    kept = ("gpu/kernels/parameters.py", "gpu/kernels/sources.py")
+    kept += tuple(f"reference/{name}.py" for name in ("checks", "layout", "packing", "types"))
     kept += tuple(f"tests/gpu/emulation.{suffix}" for suffix in ("py", "cpp", "hpp"))
     matrix = (root / "gpu/kernels/ternary.cuh").read_text(encoding="utf-8")
     for name, text in {
