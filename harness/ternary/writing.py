@@ -128,6 +128,7 @@ class CheckpointWriter:
         self,
         original: Original,
         matrices: TernaryConfig,
+        *,
         modules: list[str],
         shared_inputs: list[list[str]],
         coded: list[str],

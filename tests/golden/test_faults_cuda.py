@@ -218,7 +218,8 @@ def test_faults_of_a_kernel_are_judged_by_those_who_run_it(tmp_path):
     root = Project().root
     kept = ("gpu/kernels/parameters.py", "gpu/kernels/sources.py")
     kept += tuple(f"reference/{name}.py" for name in ("checks", "layout", "packing", "types"))
-    kept += tuple(f"tests/gpu/emulation.{suffix}" for suffix in ("py", "cpp", "hpp"))
+    emulation = ("emulation.py", "emulation.cpp", "emulation.hpp", "emulation_numbers.hpp")
+    kept += tuple(f"tests/gpu/{name}" for name in emulation)
     matrix = (root / "gpu/kernels/ternary.cuh").read_text(encoding="utf-8")
     for name, text in {
         "gpu/__init__.py": "",

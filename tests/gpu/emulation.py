@@ -20,7 +20,7 @@ DEVICE = Path(__file__).with_suffix(".cpp")
 @cache
 def _device():
     """The emulated device, compiled: once for all processes, as it takes longer than a kernel does."""
-    texts = [DEVICE.with_suffix(suffix).read_bytes() for suffix in (".hpp", ".cpp")]
+    texts = [path.read_bytes() for path in sorted(DEVICE.parent.glob("emulation*.[ch]pp"))]
     cached = DEVICE.parent / "__pycache__" / f"emulation.{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}.o"
     if not cached.exists():
         cached.parent.mkdir(exist_ok=True)

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from harness.packed import PackedWeights
 
 import gpu
 import gpu.layout
 import reference.layout
 from gpu.device import xp
 from gpu.kernels.layout import order_type
+from harness.ternary.kernels.shared import PackedWeights
 from reference.packing import pack_base3
 from tests.gpu.ternary_cases import coded_case, lay_out, random_case
 

@@ -152,7 +152,14 @@ def write(
     settings = TernaryConfig(block_size=block_size, reorder="none")
     with CheckpointWriter(folder, 1, load_backend("reference")) as writer:
         writer.add(kept, matrices)
-        writer.finish(Original(model, tokenizer or byte_level(), "random"), settings, list(linears), [], {})
+        writer.finish(
+            Original(model, tokenizer or byte_level(), "random"),
+            settings,
+            modules=list(linears),
+            shared_inputs=[],
+            coded=[],
+            report={},
+        )
     return folder
 
 
