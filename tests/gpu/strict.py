@@ -151,6 +151,6 @@ def pytest_load_initial_conftests() -> None:
 
 if __name__ == "__main__":
     install()
-    from harness import verify
+    from harness.verify.__main__ import main
 
-    sys.exit(verify.main(["--backend", "gpu", *sys.argv[1:]]))
+    sys.exit(main(["--backend", "gpu", *sys.argv[1:]]))

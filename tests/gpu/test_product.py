@@ -9,6 +9,7 @@ import gpu
 from gpu import matmul
 from gpu.device import STANDIN
 from gpu.kernels import product
+from gpu.kernels.choice import UNPACKED_TOKENS
 from gpu.layout import join
 from tests.gpu.ternary_cases import Case, coded_case, lay_out, random_case
 
@@ -108,8 +109,7 @@ def test_weights_beyond_float16_are_found_by_their_magnitude_and_in_any_part(alp
 
 @standin
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_without_a_device_nothing_is_fast_and_nothing_is_unpacked(dtype):
+def test_without_a_device_nothing_is_unpacked(dtype):
     case = random_case(3, 70, 64)
-    x = gpu.to_device(case.activations(2, dtype))
-    assert not matmul.is_fast(x, lay_out(case))
-    assert not matmul.can_unpack(x, lay_out(case))
+    x = gpu.to_device(case.activations(UNPACKED_TOKENS, dtype))
+    assert not matmul.prefers_unpacked(x, lay_out(case))

@@ -156,7 +156,7 @@ def write(
             Original(model, tokenizer or byte_level(), "random"),
             settings,
             modules=list(linears),
-            shared_inputs=[],
+            shared_inputs=shared_inputs(list(linears)),
             coded=[],
             report={},
         )
@@ -206,6 +206,18 @@ def code_cache(folder: Path) -> Iterator[None]:
 
 def _modules_of(package: str) -> list[str]:
     return [name for name in sys.modules if name.partition(".")[0] == package]
+
+
+def shared_inputs(names: list[str]) -> list[list[str]]:
+    """The projections of a LLaMA that read one input."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer, _, own = name.rpartition(".")
+        kind = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gated", "up": "gated"}.get(
+            own.split("_")[0], own
+        )
+        groups.setdefault(f"{layer}.{kind}", []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def to_gguf(run_main: Run, folder: Path, out: Path, *arguments: object) -> Path:
