@@ -14,6 +14,14 @@ def pytest_sessionstart(session):
     print(f"device: {gpu.describe()}")
 
 
+def pytest_collection_modifyitems(items):
+    """With --dist loadgroup, tests of a file stay together, as they share what they compile."""
+    for item in items:
+        # Those of the compilers share nothing, and one takes as long as a whole file elsewhere.
+        alone = item.path.stem == "test_compilation"
+        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.stem))
+
+
 @pytest.fixture(scope="module")
 def backend():
     from harness.backends import load_backend
