@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
 from harness.backends import Backend, load_backend
@@ -91,8 +91,8 @@ def as_json(backend: Backend, outcomes: list[Outcome]) -> dict[str, Any]:
     return operations
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.verify",
         description=DESCRIPTION,
@@ -136,55 +136,78 @@ def main(arguments: list[str] | None = None) -> int:
         help="if everything passes on a GPU, record the verified files in FILE, such as "
         "golden/gpu-verified.json",
     )
-    options = parser.parse_args(arguments)
-    other_cases = options.golden != FOLDER
-    if options.record and (options.operation or options.kind or options.precision or other_cases):
-        parser.error("--record needs all cases; drop --operation, --kind, --precision and --golden")
-    if options.model and (options.operation or options.kind or other_cases):
-        parser.error("--model runs no golden cases; drop --operation, --kind and --golden")
+    return parser
 
-    first = load_backend(options.backend, options.precision)
-    if first.note:
-        print(first.note, file=sys.stderr)
-    if options.record and not first.on_device:
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    command = parser()
+    options = command.parse_args(arguments)
+    _require_compatible(options, command)
+    backend = load_backend(options.backend, options.precision)
+    if backend.note:
+        print(backend.note, file=sys.stderr)
+    if options.record and not backend.on_device:
         raise UserError(
-            f"--record needs a CUDA GPU, but backend {first.name} does not run on one here; drop --record, "
+            f"--record needs a CUDA GPU, but backend {backend.name} does not run on one here; drop --record, "
             "or use --backend gpu on a machine with a GPU"
         )
-    backends = [first] if options.precision else [replace(first, precision=p) for p in first.precisions]
-    if options.model:
-        from harness.verify.real_model import compare_on_model  # importing torch takes seconds
-
-        source = None if options.model == EMBEDDED else options.model
-        part = "real_model"
-        results = compare_on_model(source, first)
-        passed = results["passed"]
-        text = json_text(results)
-    else:
-        part = "golden"
-        try:
-            cases = _chosen(options, parser)
-        except GoldenError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_MISS
-        results, reports, passed = {}, [], True
-        for backend in backends:
-            started = time.perf_counter()
-            outcomes = verify(backend, cases)
-            seconds = time.perf_counter() - started
-            results[backend.precision] = as_json(backend, outcomes)
-            reports.append(render(backend, outcomes, seconds))
-            passed = passed and not any(outcome.misses for outcome in outcomes)
-        text = "\n".join(reports)
+    try:
+        checked = _on_model(options, backend) if options.model else _on_cases(options, command, backend)
+    except GoldenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISS
+    text = checked.text
     if options.json:
-        text = json_text({"backend": first.name, "passed": passed, part: results})
+        text = json_text({"backend": backend.name, "passed": checked.passed, checked.part: checked.results})
     print(text)
-    if not passed:
+    if not checked.passed:
         return EXIT_MISS
     if options.record:
-        add_to_record(options.record, first, part, results)
+        add_to_record(options.record, backend, checked.part, checked.results)
         print(f"wrote {options.record}", file=sys.stderr)
     return 0
+
+
+class Checked(NamedTuple):
+    """One part of the record of verification, and its report in words."""
+
+    part: str
+    passed: bool
+    results: dict[str, Any]
+    text: str
+
+
+def _require_compatible(options: argparse.Namespace, command: argparse.ArgumentParser) -> None:
+    """Refuse options that exclude each other."""
+    other_cases = options.golden != FOLDER
+    if options.record and (options.operation or options.kind or options.precision or other_cases):
+        command.error("--record needs all cases; drop --operation, --kind, --precision and --golden")
+    if options.model and (options.operation or options.kind or other_cases):
+        command.error("--model runs no golden cases; drop --operation, --kind and --golden")
+
+
+def _on_model(options: argparse.Namespace, backend: Backend) -> Checked:
+    """Compare a backend with the reference on a real model."""
+    from harness.verify.real_model import compare_on_model  # importing torch takes seconds
+
+    results = compare_on_model(None if options.model == EMBEDDED else options.model, backend)
+    return Checked("real_model", results["passed"], results, json_text(results))
+
+
+def _on_cases(options: argparse.Namespace, command: argparse.ArgumentParser, backend: Backend) -> Checked:
+    """Run golden cases through a backend, in every precision that is asked for."""
+    cases = _chosen(options, command)
+    results, reports, passed = {}, [], True
+    for precision in [options.precision] if options.precision else backend.precisions:
+        precise = replace(backend, precision=precision)
+        started = time.perf_counter()
+        outcomes = verify(precise, cases)
+        seconds = time.perf_counter() - started
+        results[precision] = as_json(precise, outcomes)
+        reports.append(render(precise, outcomes, seconds))
+        passed = passed and not any(outcome.misses for outcome in outcomes)
+    return Checked("golden", passed, results, "\n".join(reports))
 
 
 def _chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
