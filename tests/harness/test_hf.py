@@ -169,7 +169,7 @@ def test_weights_of_a_type_that_no_model_has_are_refused(damaged: Path, dtype: o
     config = json.loads((damaged / "config.json").read_text())
     config["quantization_config"]["weight_dtype"] = dtype
     (damaged / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="which is none of bfloat16, float16, float32"):
+    with pytest.raises(UserError, match="but must be one of bfloat16, float16, float32"):
         harness.load(damaged)
 
 

@@ -196,7 +196,7 @@ def test_a_stopped_run_is_not_thrown_away_unasked(
     stopped_after(2, run_main, *command)
     before = (tmp_path / "out" / STAGING / PROGRESS).read_bytes()
     assert run_main(quantize_main, *command) == EXIT_USAGE
-    assert "--resume goes on with it, --force begins anew" in capsys.readouterr().err
+    assert "continue it with --resume, or start over with --force" in capsys.readouterr().err
     assert (tmp_path / "out" / STAGING / PROGRESS).read_bytes() == before
     assert run_main(quantize_main, *command, "--force") == 0
     assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == []
