@@ -125,7 +125,7 @@ class TernaryQuantizer(HfQuantizer):
                 continue
             if not torch.equal(layer.weight, layer.dequantize().to(layer.weight.dtype)):
                 raise UserError(
-                    f"the weights of {name} were edited; trits cannot hold the edit, so saving would lose it. "
+                    f"the weights of {name} were edited; trits cannot hold the edit, and saving loses it. "
                     "Edit the original model and ternarize it again"
                 )
         if not self.quantization_config.coded:

@@ -64,8 +64,8 @@ def capture_inputs(
         for index, (call, other) in enumerate(zip(calls, others, strict=True)):
             if not _same((call.args, call.kwargs), (other.args, other.kwargs)):
                 raise UserError(
-                    f"decoder layer {index} of {type(model).__name__} takes arguments that depend on the text, "
-                    "other than the hidden states; such models cannot be calibrated layer by layer"
+                    f"decoder layer {index} of {type(model).__name__} takes arguments that depend on the "
+                    "text, other than the hidden states; such models cannot be calibrated layer by layer"
                 )
     return Passage(decoder, hidden, calls, compute)
 

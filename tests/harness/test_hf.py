@@ -148,7 +148,7 @@ def test_edited_weights_are_not_lost_without_a_word(quantized: Path, tmp_path: P
     model.to(torch.float16).to(torch.float32).save_pretrained(tmp_path / "moved")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 1
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj have been edited"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj were edited"):
         model.save_pretrained(tmp_path / "edited")
 
 
