@@ -183,7 +183,7 @@ DAMAGE = {
     ),
     "grid": (
         edit_config(lambda c: c["quantization_config"].update(grid="int4")),
-        "the grid 'int4' of quantization_config is none of float16, int8",
+        "grid of quantization_config is 'int4', not one of float16, int8",
     ),
     "modules of another kind": (
         edit_config(lambda c: c["quantization_config"].update(modules=[["a"]])),
