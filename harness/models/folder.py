@@ -193,7 +193,9 @@ def require_free(out: Path, force: bool, resume: bool = False) -> None:
                 f"{out} holds an interrupted run; continue it with --resume, or start over with --force"
             )
     elif any(entry.name not in (STAGING, LOCK) for entry in out.iterdir()) and not force:
-        raise UserError(f"{out} exists and is not empty; choose another --out, or overwrite it with --force")
+        raise UserError(
+            f"{out} exists and is not empty; choose another --out, or pass --force to overwrite it"
+        )
 
 
 def require_space(out: Path, weights: int) -> None:

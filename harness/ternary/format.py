@@ -105,9 +105,7 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         raise UserError(f"{where}: block_size of quantization_config must be a positive integer")
     grid = quantization.get("grid", "float16")  # absent in the first checkpoints
     if grid not in GRIDS:
-        raise UserError(
-            f"{where}: grid of quantization_config is {grid!r}, must be one of {', '.join(GRIDS)}"
-        )
+        raise UserError(f"{where}: grid of quantization_config is {grid!r}, not one of {', '.join(GRIDS)}")
     shared = quantization.get("shared_inputs")  # absent in the first checkpoints
     if shared is not None:
         known = isinstance(shared, list) and all(isinstance(group, list) for group in shared)

@@ -160,7 +160,7 @@ def test_an_existing_output_is_kept_unless_forced(
     before = file.read_bytes()
     file.write_bytes(b"mine")
     assert run_main(export_main, *arguments) == EXIT_USAGE
-    assert "overwrite it with --force" in capsys.readouterr().err
+    assert "--force to overwrite" in capsys.readouterr().err
     assert file.read_bytes() == b"mine"
     assert run_main(export_main, *arguments, "--force") == 0
     assert file.read_bytes() == before

@@ -78,7 +78,7 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--out", "OUT"), "exists and is not empty; choose another --out, or overwrite it with --force"),
+        (("--out", "OUT"), "exists and is not empty; choose another --out, or pass --force to overwrite it"),
         (("--out", "LINK"), "LINK exists and is not a folder"),
         ((), "--out DIR is missing"),
         (("--out", "NEW", "--seqlen", "400"), "has 400 tokens, but windows of 400 need at least 401"),
