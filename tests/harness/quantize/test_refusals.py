@@ -70,7 +70,7 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
-    assert "warning: this machine has 0.0 GB of memory, 0." in printed.out
+    assert "warning: this machine has 0.0 GB of memory, the run needs about 0." in printed.out
     assert "this machine is out of memory; free some" in printed.err
     assert not (tmp_path / "out").exists()
 
