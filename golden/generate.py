@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="+",
         choices=KINDS,
         default=list(KINDS),
-        help="kinds to generate (all)",
+        help="kinds to generate (all); keep the rest",
     )
     parser.add_argument(
         "--out", type=Path, default=FOLDER, metavar="DIR", help="output folder (the package's)"

@@ -248,9 +248,7 @@ def run(project: Project, faults: list[Fault]) -> int:
             print(f"survivors.toml has a reason, but {verdict.by} detects: {describe(verdict.fault)}")
     unexplained = [v.fault for v in verdicts if v.by == PASSED and v.fault.key not in reasons]
     if unexplained:
-        print(
-            f"{len(unexplained)} survivors without a reason; add a test, or a reason to {outcome.REASONS.name}:\n"
-        )
+        print(f"{len(unexplained)} survivors without a reason; for {outcome.REASONS.name}:\n")
         print(outcome.as_reasons(unexplained))
     return 1 if unexplained else 0
 
