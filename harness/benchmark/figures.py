@@ -211,8 +211,9 @@ def draw_quality(record: dict[str, Any]) -> Figure:
     figure.text(0.0125, 1 - 0.1 / height, "Perplexity by bits per weight", va="top", fontweight="bold")
     figure.text(0.0125, 1 - 0.28 / height, heading, va="top")
     panel = figure.add_axes((0.115, bottom / height, 0.535, inside / height))
-    panel.set(xlabel="bits per weight", ylabel="perplexity")
-    panel.set(yscale="log", xlim=(left, right), ylim=(low, high))
+    panel.set(
+        xlabel="bits per weight", ylabel="perplexity", yscale="log", xlim=(left, right), ylim=(low, high)
+    )
     panel.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:,g}")
     panel.minorticks_off()
