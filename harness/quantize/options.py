@@ -23,7 +23,7 @@ PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
 AS_IT_IS, INT8 = "as-it-is", "int8"
 
-CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation, before and after"
+CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation before and after quantization"
 # Groups of the help, and their descriptions.
 GROUPS = {
     CALIBRATION: None,
@@ -85,9 +85,7 @@ class Options:
         help="pt2-llm, or a baseline in groups of --block-size, which writes a report but no checkpoint: "
         + "; ".join(f"{name}: {what}" for name, what in BASELINES.items()),
     )
-    embedding: str = option(
-        AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="how embedding and head are stored"
-    )
+    embedding: str = option(AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="storage of embedding and head")
     config: TernaryConfig = field(default_factory=TernaryConfig)
 
     evaluation: str | None = option(

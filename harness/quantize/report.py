@@ -75,6 +75,6 @@ def table(layers: list[dict[str, Any]]) -> list[str]:
         )
     return [
         *lines,
-        "E_w, E_x: sums over blocks, each relative to the weights it was fitted to (compensated for the",
-        "blocks before it); whole: the stored matrix relative to the original; rounds: most that ITF took",
+        "E_w, E_x: sums over blocks, relative to the weights that each block was fitted to (compensated for",
+        "earlier blocks); whole: stored matrix relative to the original; rounds: maximum rounds of ITF",
     ]
