@@ -1,1 +1,1 @@
-"""Tensors with independently known answers, and the script that makes them."""
+"""Test tensors with independently computed answers, and the script that generates them."""

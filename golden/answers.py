@@ -1,4 +1,4 @@
-"""Which answer belongs to which operation, and where it comes from.
+"""Compute the answer to every operation, and state where it comes from.
 
 Answers are arrays by name, in the order in which the function returns them.
 """
@@ -16,7 +16,7 @@ from golden.arithmetic import Array, Exact
 from golden.cases import Tensors
 from golden.whole import Kit
 
-# Enumerating every assignment of trits to a row stays quick up to here (3^7 = 2187).
+# Largest width for which all assignments of trits to a row are enumerated (3^7 = 2187).
 BRUTE_FORCE_COLUMNS = 7
 
 ORIGINS = {
@@ -94,11 +94,11 @@ ORIGINS = {
 
 
 def answer(kit: Kit, operation: str, inputs: Tensors, parameters: dict[str, Any]) -> Tensors:
-    """The answer to one call.
+    """Compute the answer to one call.
 
-    `inputs` may hold ``H`` where the function itself takes blocks of its inverse.
+    `inputs` may hold ``H`` if the tested function takes blocks of its inverse.
     """
-    if operation in layout.ANSWERS:  # which depend on the types of floats, and need no arithmetic
+    if operation in layout.ANSWERS:  # these depend on the types of floats, and need no arithmetic
         return layout.ANSWERS[operation](**inputs, **parameters)
     given: dict[str, Array] = {
         name: value if value.dtype.kind in "iub" else kit.numbers(value) for name, value in inputs.items()
@@ -139,7 +139,7 @@ def _fitting(kit: Kit, W: Array, max_iterations: int = 100, **start: Array) -> d
 def _gradient(
     kit: Kit, error: Callable[[Array], Any], W: Array, alpha: Array, mu: Array, T: Array
 ) -> dict[str, Any]:
-    """Central differences row by row. A quadratic function has no third derivative: any step is exact."""
+    """Central differences, row by row; exact at any step, because a quadratic has no third derivative."""
     one: Any = kit.numbers(1.0)[()]
     gradients = np.zeros((2, len(W), 1), dtype=object)
     for i in range(len(W)):

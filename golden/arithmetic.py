@@ -1,9 +1,9 @@
-"""Two independent ways to compute what the paper asks for, neither of them the reference's.
+"""Two implementations of the paper's equations, both independent of `reference`.
 
-`Exact` takes rational numbers (`fractions.Fraction` in NumPy object arrays): its answers are exact.
-`Dense` takes float64 and goes by dense least squares and direct sums where `reference` uses closed
-forms and updates. Both note how close every rounding and choice came to its threshold, so that no answer
-is kept that rounding could turn.
+`Exact` uses rational numbers (`fractions.Fraction` in NumPy object arrays), so its answers are exact.
+`Dense` uses float64, with dense least squares and direct sums where `reference` uses closed forms and
+updates. Both record the distance of every rounding and choice from its threshold, so that answers that
+rounding could change are rejected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LARGEST_CODE = 127
 
 
 def rational(values: Any) -> Array:
-    """`values` as an object array of `Fraction`; floats are taken exactly."""
+    """Convert `values` to an object array of `Fraction`; floats are converted exactly."""
     array = np.asarray(values)
     result = np.empty(array.shape, dtype=object)
     for index, value in np.ndenumerate(array):
@@ -36,23 +36,23 @@ def rational(values: Any) -> Array:
 
 
 class Arithmetic(ABC):
-    """What both have in common: the record of how close decisions came."""
+    """Base of both implementations; records how close decisions are to their thresholds."""
 
     def __init__(self) -> None:
         self.noted: list[Array] = []
 
     def note(self, distances: Any) -> None:
-        """Record distances of decisions from their thresholds; 0 is a tie."""
+        """Record the distances of decisions from their thresholds; 0 is a tie."""
         self.noted.append(np.asarray(distances, dtype=np.float64))
 
     def ternary_init(self, W: Array) -> tuple[Array, Array, Array]:
-        """Eq. 4-5: the row means, and Eq. 1-3 on what is left."""
+        """Eq. 4-5: the row means, and Eq. 1-3 on the residual."""
         mu = self.row_means(W)
         alpha, T = self.symmetric(W - mu)
         return alpha, mu, T
 
     def stored(self, value: Array) -> Array:
-        """`value` as float16."""
+        """Round `value` to float16, and record the distance from the rounding thresholds."""
         exact = value.astype(np.float64)
         rounded = exact.astype(np.float16)
         middles = [
@@ -64,11 +64,11 @@ class Arithmetic(ABC):
         return rounded
 
     def row_factor(self, W: Array) -> Array:
-        """The root mean square of every row as float16."""
+        """Compute the root mean square of every row as float16."""
         return self.stored(self.root_mean_squares(W))
 
     def coded(self, value: Array, row: Array) -> Grid:
-        """8-bit codes of the values (n, 1) of a block and its factor as float16, by the factors of rows."""
+        """Encode the values (n, 1) of a block, given the row factors: 8-bit codes, and a float16 factor."""
         shares = np.array([[v / r if r else v * 0] for v, r in zip(value[:, 0], row[:, 0], strict=True)])
         block = self.stored(np.abs(shares).max(keepdims=True) / LARGEST_CODE)
         if not block[0, 0]:
@@ -80,15 +80,15 @@ class Arithmetic(ABC):
 
     @abstractmethod
     def numbers(self, values: Any) -> Array:
-        """An array of the numbers of this arithmetic."""
+        """Convert values to an array of this arithmetic's numbers."""
 
     @abstractmethod
     def root_mean_squares(self, W: Array) -> Array:
-        """The root of the mean square of every row, (n, 1)."""
+        """Compute the root mean square of every row, (n, 1)."""
 
     @abstractmethod
     def row_means(self, W: Array) -> Array:
-        """The mean of every row, (n, 1)."""
+        """Compute the mean of every row, (n, 1)."""
 
     @abstractmethod
     def symmetric(self, W: Array) -> tuple[Array, Array]:
@@ -127,7 +127,7 @@ class Exact(Arithmetic):
         return _columns(alphas), T
 
     def grid(self, W: Array, T: Array) -> Grid:
-        """Normal equations of Eq. 8; equal trits determine no scale (design: 0 and the mean)."""
+        """Solve the normal equations of Eq. 8; equal trits determine no scale (result: 0 and the mean)."""
         alphas, mus = [], []
         for w, t in zip(W, T.astype(int), strict=True):
             if len(set(t)) == 1:
@@ -141,7 +141,7 @@ class Exact(Arithmetic):
         return _columns(alphas), _columns(mus)
 
     def round(self, W: Array, alpha: Array, mu: Array) -> Array:
-        """Eq. 10: of the three values of the grid the nearest, 0 where two are equally near."""
+        """Eq. 10: the nearest of the three grid values, 0 at a tie."""
         T = np.zeros(W.shape, dtype=np.int8)
         distances = np.ones(W.shape)
         for (i, j), w in np.ndenumerate(W):
@@ -182,16 +182,16 @@ class Exact(Arithmetic):
         return sum(e @ C @ e for e in E)
 
     def similarities(self, W: Array) -> list[Any]:
-        """For every column, something that orders as its cosine with the mean; None for a zero one.
+        """Compute a key per column that orders like its cosine with the mean; None for a zero column.
 
-        sign(c) c² for the cosine c, times a factor all columns share: no root is taken.
+        The key is sign(c) c² for the cosine c, times a factor that all columns share: it needs no root.
         """
         mean = W.sum(axis=1) / Fraction(W.shape[1])
         dots = [w @ mean for w in W.T]
         return [d * abs(d) / (w @ w) if any(w) else None for w, d in zip(W.T, dots, strict=True)]
 
     def cosines(self, W: Array) -> Array:
-        """Eq. 15; the root to 60 digits, then rounded once."""
+        """Eq. 15, with the root to 60 digits, then rounded once."""
         result = np.zeros((W.shape[1], W.shape[1]))
         for i, a in enumerate(W.T):
             for j, b in enumerate(W.T):
@@ -215,7 +215,7 @@ class Exact(Arithmetic):
         return work[:, size:]
 
     def positive_definite(self, H: Array) -> bool:
-        """All pivots of elimination positive."""
+        """Whether all pivots of elimination are positive."""
         work = H.copy()
         for j in range(len(work)):
             if work[j, j] <= 0:
@@ -251,7 +251,7 @@ class Dense(Arithmetic):
         T = np.where(abs(W) > delta, np.sign(W), 0).astype(np.int8)
         kept = np.maximum(np.abs(T).sum(axis=1), 1)
         alpha = np.array([math.fsum(abs(w[t != 0])) for w, t in zip(W, T, strict=True)]) / kept
-        # A row of zeros, also a single centred column, is decided without rounding.
+        # A row of zeros, such as a single centred column, needs no rounding.
         self.note(np.where(delta == 0, 1.0, abs(abs(W) / np.where(delta == 0, 1.0, delta) - 1)))
         return alpha[:, None], T
 
@@ -269,7 +269,7 @@ class Dense(Arithmetic):
         return values[errors.argmin(axis=0)].astype(np.int8)
 
     def align(self, W: Array, T: Array, C: Array) -> Grid:
-        """Eq. 12 as a least squares problem: the norm of (w - alpha t - mu 1) C^½ is minimized."""
+        """Eq. 12 as a least squares problem: minimize the norm of (w - alpha t - mu 1) C^½."""
         alpha, mu = self.grid(W, T)
         d_alpha, d_mu = self._fit(W - alpha * T - mu, T, self.root(C))
         return alpha + d_alpha, mu + d_mu
@@ -282,7 +282,7 @@ class Dense(Arithmetic):
         return result[:, :1], result[:, 1:]
 
     def align_printed(self, W: Array, T: Array, C: Array) -> Grid:
-        """Eq. 13 as what it is: least squares, column j weighing as much as the j-th row sum of C.
+        """Eq. 13 as least squares, with the j-th row sum of C as the weight of column j.
 
         Equal trits keep the grid of Eq. 9.
         """
@@ -296,7 +296,7 @@ class Dense(Arithmetic):
         return alpha, mu
 
     def root(self, C: Array) -> Array:
-        """R with R Rᵀ = C; that of the last C is kept."""
+        """Compute R with R Rᵀ = C; the root of the last C is cached."""
         if self._rooted is None or self._rooted[0] is not C:
             values, vectors = np.linalg.eigh(C)
             self._rooted = C, vectors * np.sqrt(np.maximum(values, 0))
@@ -309,14 +309,14 @@ class Dense(Arithmetic):
         return math.fsum(np.square(E @ self.root(C)).flat)
 
     def similarities(self, W: Array) -> list[Any]:
-        """Cosines with the mean column; None for a zero column."""
+        """Compute the cosine of each column with the mean column; None for a zero column."""
         mean = np.array([math.fsum(w) / len(w) for w in W])
         norm = math.sqrt(math.fsum(mean * mean))
         columns = [(w, math.sqrt(math.fsum(w * w))) for w in W.T]
         return [math.fsum(w * mean) / (length * norm) if length else None for w, length in columns]
 
     def cosines(self, W: Array) -> Array:
-        """Eq. 15, every dot product by itself."""
+        """Eq. 15, with a separate sum for each dot product."""
         dots = self.gram(W)
         lengths = [math.sqrt(dots[j, j]) for j in range(W.shape[1])]
         return dots / np.outer(lengths, lengths)
@@ -332,7 +332,7 @@ class Dense(Arithmetic):
         return self.product(X.T, X)
 
     def product(self, A: Array, B: Array) -> Array:
-        """A B, every entry a sum that is rounded once."""
+        """Compute A B; each entry is a sum rounded once."""
         return np.array([[math.fsum(a * b) for b in B.T] for a in A])
 
 
@@ -348,5 +348,5 @@ def _least_norm(tt: Any, t1: Any, one: Any, tw: Any, w1: Any) -> tuple[Any, Any]
     trace = tt + one
     if not trace:
         return Fraction(0), Fraction(0)
-    # Of rank 1: the matrix is λ v vᵀ, its pseudo-inverse v vᵀ / λ, and λ is the trace.
+    # Rank 1: the matrix is λ v vᵀ, its pseudoinverse is v vᵀ / λ, and λ is the trace.
     return (tt * tw + t1 * w1) / trace**2, (t1 * tw + one * w1) / trace**2

@@ -1,9 +1,9 @@
-"""Golden cases as they lie on disk: read, checked against their SHA-256, written.
+"""Read and write golden cases on disk, and check them against their SHA-256.
 
-`manifest.json` lists the cases by operation (``module.function`` of `reference`), by where the answers come
-from and by the names of the arrays that go in and must come out; of each it tells the other arguments. The
-tensors lie in the safetensors files beside it, as ``operation:label.inputs.W``; a case that shares one with
-another says which. What is committed is the truth; `golden.generate` only shows that it can be made again.
+`manifest.json` lists the cases, grouped by operation (``module.function`` of `reference`), by the origin of
+the answers, and by the names of input and output arrays; each case lists its other arguments. The safetensors
+files beside the manifest hold the tensors, as ``operation:label.inputs.W``; a case that shares a tensor with
+another names it. The committed files are the truth; `golden.generate` only shows that they can be reproduced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent
 MANIFEST = "manifest.json"
 KINDS = ("exact", "degenerate", "real")
 GROUPS = ("inputs", "outputs", "margins")
-# Columns of a line of the manifest.
+# Maximum width of a line in the manifest.
 WIDTH = 110
 
 Array = NDArray[Any]
@@ -33,7 +33,7 @@ Tensors = dict[str, Array]
 
 
 class GoldenError(Exception):
-    """Golden files that cannot be trusted; the message names the file."""
+    """Golden files are missing or changed; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,22 @@ class Case:
     operation : str
         ``module.function``, as in ``atq.flexible_round``.
     kind : {"exact", "degenerate", "real"}
-        Rational arithmetic on small numbers, the same on input at the edge of what is defined, or
-        slices of a real model.
+        Rational arithmetic on small numbers, rational arithmetic on edge cases, or slices of a real model.
     origin : str
         Where the answer comes from.
     inputs : dict of str to ndarray
         Array arguments; ``start.alpha`` is a member of the tuple ``start``.
     parameters : dict
-        All other arguments; those of ``ternarize`` are the fields of its configuration.
+        All other arguments; for ``ternarize``, the fields of its configuration.
     outputs : dict of str to ndarray
-        What must come out, in the order the function returns it.
+        The expected outputs, in the order in which the function returns them.
     margins : dict of str to ndarray
-        For trits of measured cases: how far the decision on each was from its threshold, of |Z| for
-        rounding (Eq. 10), as a share of the threshold for Eq. 2; one value a row or one in all where
-        decisions build on each other, and then the least, the gaps between similarities and those of
-        rounding to float16 counted as well.
+        For trits of measured cases: the distance of each decision from its threshold, in units of |Z| for
+        rounding (Eq. 10), or relative to the threshold for Eq. 2. If decisions depend on each other, only
+        the minimum per row or overall, including gaps between similarities and distances from float16
+        rounding thresholds.
     raises : str, optional
-        The exception that must come instead of an answer.
+        The exception expected instead of outputs.
     """
 
     name: str
@@ -78,12 +77,12 @@ class Case:
 
 
 def load_cases(folder: Path = FOLDER) -> list[Case]:
-    """Every case of a folder, after all of its files have been checked.
+    """Load every case of a folder, after checking all its files.
 
     Raises
     ------
     GoldenError
-        If a file is missing, changed or not listed, or the manifest is not what was written.
+        If a file is missing, changed or not listed, or the manifest has changed.
     """
     manifest, files = read_folder(folder)
     return [_case(entry, files[entry["file"]], folder) for entry in manifest["cases"]]
@@ -113,7 +112,7 @@ def _case(entry: dict[str, Any], tensors: Tensors, folder: Path) -> Case:
 
 
 def read_folder(folder: Path = FOLDER) -> tuple[dict[str, Any], dict[str, Tensors]]:
-    """The manifest and the tensors of every file it lists, all of them checked.
+    """Read the manifest and the tensors of every file it lists, and check them all.
 
     Raises
     ------
@@ -146,12 +145,12 @@ def read_folder(folder: Path = FOLDER) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
-    """The manifest, refused if a byte of it is not as `write_folder` left it.
+    """Read the manifest; refuse it if any byte has changed since `write_folder`.
 
     Raises
     ------
     GoldenError
-        If it is missing, changed or of another format version.
+        If the manifest is missing, has changed, or has another format version.
     """
     path = folder / MANIFEST
     try:
@@ -173,10 +172,10 @@ def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
 
 
 def pack(file: str, cases: Iterable[Case], tensors: Tensors | None = None) -> tuple[Tensors, list[dict]]:
-    """The tensors of one file and the manifest's entries for its cases.
+    """Return the tensors of one file, and the manifest's entries for its cases.
 
-    `tensors` are stored first, under their own names. A tensor that is already there is not stored
-    again: cases on the same matrix share it.
+    `tensors` are stored first, under their own names. Equal tensors are stored once: cases on the same matrix
+    share it.
     """
     stored: Tensors = {}
     known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -211,7 +210,7 @@ def pack(file: str, cases: Iterable[Case], tensors: Tensors | None = None) -> tu
 
 
 def write_folder(folder: Path, files: dict[str, Tensors], entries: list[dict]) -> None:
-    """Write tensors and manifest; what else lies in the folder stays."""
+    """Write tensors and manifest; keep all other files of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     records = {}
     for name in sorted(files):
@@ -224,7 +223,7 @@ def write_folder(folder: Path, files: dict[str, Tensors], entries: list[dict]) -
 
 
 def _render(manifest: dict[str, Any]) -> str:
-    """The manifest as text, its last entry being the SHA-256 of everything before."""
+    """Format the manifest as text; its last entry is the SHA-256 of everything before."""
     content = {key: manifest[key] for key in ("format_version", "files")}
     content["cases"] = _grouped(manifest["cases"])
     digest = hashlib.sha256(_lines(content).encode()).hexdigest()
@@ -232,7 +231,7 @@ def _render(manifest: dict[str, Any]) -> str:
 
 
 def _grouped(entries: list[dict]) -> list[dict]:
-    """Entries without what follows from their labels, by operation, origin and names of their arrays."""
+    """Group entries by operation, origin and array names, and drop what their labels imply."""
     groups: dict[str, dict[str, Any]] = {}
     for entry in entries:
         common = {
@@ -255,7 +254,7 @@ def _grouped(entries: list[dict]) -> list[dict]:
 
 
 def _entries(groups: list[dict]) -> list[dict]:
-    """What `_grouped` was made of; the kind of a case is that of its file."""
+    """Invert `_grouped`; the kind of a case is the kind of its file."""
     entries = []
     for group in groups:
         common = {key: group[key] for key in ("operation", "origin", "raises") if key in group}
@@ -274,7 +273,7 @@ def _entries(groups: list[dict]) -> list[dict]:
 
 
 def _lines(value: Any, depth: int = 0, before: int = 0) -> str:
-    """JSON with as much on a line as fits there, after so many characters."""
+    """Format JSON with as much per line as fits, after `before` characters."""
     text = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, dict | list) or not value or depth + before + len(text) < WIDTH:
         return text

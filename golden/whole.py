@@ -1,8 +1,8 @@
-"""A whole matrix, composed of the steps of an `Arithmetic` and independent of `reference.ternarize`.
+"""Ternarize a whole matrix by the steps of an `Arithmetic`, independently of `reference.ternarize`.
 
-Compensation is the one place where the routes differ in kind: here no inverse is kept and updated.
-The remaining columns R are computed afresh from the original weights and the errors of all quantized
-columns Q, as W_R + (W_Q - Ŵ_Q) H_QR H_RR⁻¹.
+The two differ in kind only in compensation: here, no inverse is kept and updated. The remaining columns R are
+computed from the original weights and the errors of all quantized columns Q, as
+W_R + (W_Q - Ŵ_Q) H_QR H_RR⁻¹.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from golden.arithmetic import Array, Dense, Exact
 
 Kit = Exact | Dense
 
-# Those of `reference.types.TernaryConfig`, said again; the settings of a case override them.
+# Defaults of `reference.types.TernaryConfig`, repeated here; the settings of a case override them.
 DEFAULTS: dict[str, Any] = {
     "block_size": 128,
     "start": "asymmetric",
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def select_block(kit: Kit, W: Array, k: int) -> list[int]:
-    """Eq. 16: the k columns nearest in direction to the mean, ties to the lower index, ascending."""
+    """Eq. 16: the k columns most similar to the mean, ascending; ties go to the lower index."""
     keys = kit.similarities(W)
     order = sorted(range(len(keys)), key=lambda j: (keys[j] is None, -(keys[j] or 0), j))
     if k < len(order):
@@ -42,7 +42,7 @@ def select_block(kit: Kit, W: Array, k: int) -> list[int]:
 
 
 def fit(kit: Kit, W: Array, start: tuple[Array, Array, Array], rounds: int) -> tuple[Any, Any, Any, list]:
-    """Algorithm 1's loop over all rows at once: Eq. 9, Eq. 10, until no trit changes."""
+    """Loop of Algorithm 1 over all rows at once: Eq. 9 and Eq. 10, until no trit changes."""
     alpha, mu, T = start
     errors = [kit.weight_error(W - alpha * T - mu)]
     for _ in range(rounds):
@@ -58,7 +58,7 @@ def fit(kit: Kit, W: Array, start: tuple[Array, Array, Array], rounds: int) -> t
 
 
 def damped(kit: Kit, C: Array, damping: float) -> tuple[Array, float]:
-    """H and the damping it took: ten times more where it is not positive definite, 1 at most."""
+    """Return H and its damping: increased tenfold until H is positive definite, at most to 1."""
     while True:
         H = C + kit.numbers(damping) * np.diag(C).sum() / len(C) * kit.numbers(np.eye(len(C)))
         for j in np.flatnonzero(np.diag(C) == 0):
@@ -71,7 +71,7 @@ def damped(kit: Kit, C: Array, damping: float) -> tuple[Array, float]:
 
 
 def block_variance(kit: Kit, W: Array, block_size: int) -> Any:
-    """Variance within blocks, every block counting by its columns."""
+    """Variance within blocks, each block weighted by its number of columns."""
     total = 0
     for b in range(0, W.shape[1], block_size):
         block = W[:, b : b + block_size]
@@ -80,7 +80,7 @@ def block_variance(kit: Kit, W: Array, block_size: int) -> Any:
 
 
 def remaining(kit: Kit, W: Array, W_hat: Array, H: Array, done: list[int], rest: list[int]) -> Array:
-    """The columns `rest` of W, compensated for all that was done to the columns `done`."""
+    """Compute the columns `rest` of W, compensated for the errors of the columns `done`."""
     if not done:
         return W[:, rest]
     error = W[:, done] - kit.numbers(W_hat[:, done])
@@ -88,7 +88,7 @@ def remaining(kit: Kit, W: Array, W_hat: Array, H: Array, done: list[int], rest:
 
 
 def conditional_cost(kit: Kit, H: Array, block: list[int], later: list[int]) -> Array:
-    """What a block costs in the end: H_BB less what the later columns can make good."""
+    """Cost matrix of a block after compensation: H_BB minus what later columns can compensate."""
     cost = H[np.ix_(block, block)]
     if later:
         cost = cost - H[np.ix_(block, later)] @ kit.solve(H[np.ix_(later, later)], H[np.ix_(later, block)])
@@ -98,7 +98,7 @@ def conditional_cost(kit: Kit, H: Array, block: list[int], later: list[int]) -> 
 def ternarize(
     kit: Kit, W: Array, C: Array, order: list[int] | None = None, **settings: Any
 ) -> dict[str, Array]:
-    """Every figure of a `TernaryMatrix` and its report, by name; `order` is that of ``reorder="random"``."""
+    """Compute all fields of a `TernaryMatrix` and its report; `order` is for ``reorder="random"``."""
     config = {**DEFAULTS, **settings}
     k, columns = config["block_size"], W.shape[1]
     W = W.copy()
@@ -153,24 +153,24 @@ def ternarize(
 
 
 class _Float16:
-    """alpha and mu of the blocks as float16."""
+    """Stores alpha and mu of the blocks as float16."""
 
     def __init__(self, kit: Kit) -> None:
         self.kit = kit
         self.blocks: dict[str, list[Array]] = {"scale": [], "shift": []}
 
     def add(self, name: str, value: Array) -> Array:
-        """Store the values of a block; returns them as they are read back, in float32."""
+        """Store the values of a block; return the stored values in float32."""
         self.blocks[name].append(self.kit.stored(value))
         return self.blocks[name][-1].astype(np.float32)
 
     def arrays(self) -> dict[str, Array]:
-        """What is stored of all blocks, by the names of a `TernaryMatrix`."""
+        """Return the stored arrays of all blocks, by the field names of a `TernaryMatrix`."""
         return {name: np.hstack(blocks) for name, blocks in self.blocks.items()}
 
 
 class _EightBits:
-    """The same in 8-bit codes, with a factor of every row and of every block."""
+    """Stores alpha and mu as 8-bit codes, with a factor per row and per block."""
 
     def __init__(self, kit: Kit, W: Array) -> None:
         self.kit = kit

@@ -1,7 +1,7 @@
 """Refuse invalid device arrays, in the same cases as `reference.checks`.
 
-The host knows shapes and dtypes. Checking values makes it wait for the device, so `ternarize` checks its
-arguments once, and the functions inside its loop over blocks check nothing.
+The host knows shapes and dtypes, but checking values makes it wait for the device. So `ternarize` checks its
+arguments once, and the functions in its loop over blocks check nothing.
 """
 
 from __future__ import annotations

@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-# numba-cuda looks this name up before its first compilation, and NumPy 2.5 removed it (numba-cuda issue 907).
+# numba-cuda reads this name before its first compilation, but NumPy 2.5 removed it (numba-cuda issue 907).
 vars(np).setdefault("row_stack", np.vstack)
 
 STANDIN = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 Array = Any
 
-# Largest array in bytes that CuPy's own pool serves: arrays of a block of columns, thousands per matrix.
-# Larger arrays are allocated from the other library directly, and returned to it when they are freed.
+# Size in bytes of the largest array from CuPy's own pool: it serves arrays of one block of columns, thousands
+# per matrix. Larger arrays are allocated by the other library directly, and returned to it when freed.
 POOLED = 64 << 20
 
-# The squared norms of a Cholesky factor's rows are the matrix's diagonal, to about m·ε, 1e-11 at most.
+# The squared row norms of a Cholesky factor equal the matrix's diagonal to about m·ε, at most 1e-11.
 FACTOR_TOLERANCE = 1e-6
 
 
@@ -64,12 +64,12 @@ def describe() -> str:
 
 
 def identity() -> dict[str, str]:
-    """Device, driver and CUDA version, for the record of what was verified where.
+    """Return device, driver and CUDA version, for the record of hardware verification.
 
     Raises
     ------
     DeviceError
-        If there is no device: its stand-in verifies nothing on hardware.
+        If there is no device; the stand-in is not hardware.
     """
     if STANDIN:
         raise DeviceError("NumPy stands in for the device (NUMBA_ENABLE_CUDASIM=1)")
@@ -91,8 +91,8 @@ def toolkit(search_path: str) -> str | None:
 def _array_module() -> ModuleType:
     if STANDIN:
         return np
-    # CuPy finds a toolkit by its nvcc. Numba looks for NVVM in NVIDIA's wheels, which may be missing, and in
-    # the folder that these variables name, which it reads once per process.
+    # CuPy finds a toolkit by its nvcc. Numba searches for NVVM in NVIDIA's wheels, which may be missing, and
+    # in the folder named by these variables, which it reads once per process.
     if not (os.environ.get("CUDA_PATH") or os.environ.get("CUDA_HOME")):
         found = toolkit(os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin")))
         if found:
@@ -107,7 +107,7 @@ xp: Any = _array_module()
 
 
 def to_device(array: Any) -> Array:
-    """Copy a NumPy array to the device; a device array, or another library's by DLPack, is not copied."""
+    """Copy a NumPy array to the device; take device arrays, also by DLPack, without a copy."""
     if isinstance(array, np.ndarray | xp.ndarray) or not hasattr(array, "__dlpack__"):
         return xp.asarray(array)
     return xp.from_dlpack(array)
@@ -131,7 +131,7 @@ def on_stream(pointer: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _ExternalStream:
-    """A stream in the protocol by which CUDA's Python libraries share it."""
+    """A stream that implements the protocol by which CUDA's Python libraries share streams."""
 
     pointer: int
 
@@ -159,7 +159,7 @@ def use_allocator(allocate: Callable[[int, int], int], release: Callable[[int, i
 def cholesky(A: Array) -> Array:
     """Lower Cholesky factor of a symmetric (m, m) float64 matrix, without waiting for the device.
 
-    If the matrix has none, the result is not a factor; test it with `is_factor`.
+    If the matrix has no Cholesky factor, the result is invalid; test it with `is_factor`.
     """
     if not STANDIN:
         return xp.linalg.cholesky(A)
@@ -172,8 +172,8 @@ def cholesky(A: Array) -> Array:
 def is_factor(L: Array, diagonal: Array) -> Array:
     """Whether L (..., m, m) can be Cholesky factors of matrices with these diagonals, as a device scalar.
 
-    Reading cuSOLVER's status would make the host wait. Instead, row norms are compared with the diagonal,
-    which they do not match after a failed factorization.
+    Reading cuSOLVER's status would make the host wait. Instead, compare the squared row norms with the
+    diagonal; they do not match after a failed factorization.
     """
     lengths = xp.square(L).sum(axis=-1)
     close = abs(lengths - diagonal) <= FACTOR_TOLERANCE * diagonal
@@ -181,7 +181,7 @@ def is_factor(L: Array, diagonal: Array) -> Array:
 
 
 def solve_lower(L: Array, B: Array) -> Array:
-    """Solve L X = B for a lower triangular L; a B in Fortran order is overwritten.
+    """Solve L X = B for a lower triangular L; overwrite B if it is in Fortran order.
 
     cuBLAS is column-major, so the transpose of a C-ordered L needs no copy.
     """

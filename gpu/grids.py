@@ -1,4 +1,4 @@
-"""What a checkpoint stores of alpha and mu in 8 bits; see `reference.grids`."""
+"""Encode alpha and mu as 8-bit codes with factors; see `reference.grids`."""
 
 from __future__ import annotations
 

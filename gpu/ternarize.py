@@ -1,8 +1,8 @@
-"""One weight matrix from start to end on the device; see `reference.ternarize`.
+"""Ternarize one weight matrix from start to end on the device; see `reference.ternarize`.
 
-W and the inverse of H are updated in place. Finished columns are set to zero, and removed once they are a
-given share of all (`_Remaining`). The host knows all shapes, so it queues the whole loop without waiting for
-the device, and reads errors (a failed factorization, a scale beyond float16) once at the end.
+W and the inverse of H are updated in place. Finished columns are set to zero, and removed once they reach
+`DONE_SHARE` of all (`_Remaining`). The host knows all shapes, so it queues the whole loop without waiting for
+the device, and checks for errors (a failed factorization, a scale beyond float16) once at the end.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from reference.types import FitReport, TernaryConfig, TernaryMatrix
 
 STAGES = ("init", "itf", "aga")
 
-# Finished columns are removed once they are this share: then the copy costs less than products with zeros.
+# Remove finished columns at this share of all: from there on, the copy costs less than products with zeros.
 DONE_SHARE = 0.25
 
 
 @twin
 def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> TernaryMatrix:
-    """The result holds device arrays. W may be float32 or float64; compensation is float64 for either.
-    Eq. 13 as printed is refused (ValueError), and so is a block without a Cholesky factor (LinAlgError).
+    """The result holds device arrays. W may be float32 or float64; compensation is float64 for both.
+    Eq. 13 as printed raises ValueError; a block without a Cholesky factor raises LinAlgError.
     """
     if config.aga == "printed":
         raise ValueError("Eq. 13 as printed is only in the reference backend")
@@ -77,7 +77,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
         grids[:, :, b : b + 1] = grid
         alpha, mu = _read_back(grid, row)
         trits[:, block], permutation[block] = T, columns
-        with np.errstate(invalid="ignore"):  # an infinite scale is refused at the end
+        with np.errstate(invalid="ignore"):  # `_stored` refuses an infinite scale at the end
             W_hat_B = alpha * T + mu
         W_hat[:, columns] = W_hat_B
 
@@ -89,7 +89,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
             remaining.take(B)
 
     if not _all_are_factors(factors):
-        raise np.linalg.LinAlgError(f"the inverse of H lost its factor on the way, with damping {damping:g}")
+        raise np.linalg.LinAlgError(f"the inverse of H has no Cholesky factor, with damping {damping:g}")
     scale, shift = _stored(grids, row)
     return TernaryMatrix(
         trits=trits,
@@ -104,16 +104,16 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
 class _Remaining:
     """The remaining columns of W, compensated, and the inverse of H over them.
 
-    Finished columns stay, as zeros, until they are removed together.
+    Finished columns stay as zeros, until several are removed together.
 
     Attributes
     ----------
     W : (n, r) float64
-        Among thousands of columns, some are almost as similar as the last one chosen. In float32 the choice
-        would differ from the reference's, and so would everything after it.
+        Among thousands of columns, some are almost as similar as the last one chosen. In float32, the choice
+        could differ from the reference's, and with it all later results.
     Hinv : (r, r) float64, or None
     columns : (r,) array of int
-        Their indices in the whole matrix, ascending.
+        Indices of the remaining columns in the whole matrix, ascending.
     """
 
     def __init__(self, W: Array, Hinv: Array | None) -> None:
@@ -128,7 +128,7 @@ class _Remaining:
         return most_similar(self.W, self._waiting, k)
 
     def places(self, columns: Array) -> Array:
-        """Positions of columns of the whole matrix, ascending."""
+        """Return the positions of columns of the whole matrix, ascending."""
         return xp.searchsorted(self.columns, xp.sort(columns))
 
     def take(self, B: Array) -> None:
@@ -151,7 +151,7 @@ class _Remaining:
 
 
 def _all_are_factors(factors: list[tuple[Array, Array]]) -> bool:
-    """Whether `is_factor` holds for all; waits for the device. Only the last block has another width."""
+    """Whether `is_factor` holds for all; waits for the device. Only the last block may differ in width."""
     checked = [
         is_factor(*(xp.stack(part) for part in zip(*some, strict=True)))
         for some in (factors[:-1], factors[-1:])
@@ -177,7 +177,7 @@ def _fit_block(
         aligned = residual(W_B, alpha, mu, T)
     # One product serves all three stages.
     E = xp.concatenate([init, itf, aligned])
-    # Sum rows first: the sum of a whole stage at once would run on one SM.
+    # Sum each row first: a single sum over a whole stage would run on one SM.
     of_rows = ((E @ C_BB) * E).sum(axis=1)
     figures.output_errors[b] = of_rows.reshape(len(STAGES), -1).sum(axis=1)
     figures.aligned += squared_norm(aligned)
@@ -187,7 +187,7 @@ def _fit_block(
 
 
 class _Figures:
-    """The figures of the report, summed on the device."""
+    """Accumulates the figures of the report on the device."""
 
     def __init__(self, config: TernaryConfig, blocks: int) -> None:
         self.block_size = config.block_size
@@ -198,7 +198,7 @@ class _Figures:
         self.output_errors = xp.zeros((blocks, len(STAGES)))
 
     def report(self, W: Array, W_hat: Array, C: Array, permutation: Array, damping: float) -> FitReport:
-        """Make the report; waits for the device."""
+        """Return the report; waits for the device."""
 
         def share(value: Array, total: float) -> float:
             return float(value) / total if total > 0 else 0.0
@@ -225,7 +225,7 @@ class _Figures:
 
 
 def _fixed_order(C: Array, config: TernaryConfig) -> Array | None:
-    """The order of the columns, or None for SSR, which chooses it block by block."""
+    """Return the order of the columns, or None for SSR, which chooses columns block by block."""
     if config.reorder == "ssr":
         return None
     if config.reorder == "hessian":
@@ -236,7 +236,7 @@ def _fixed_order(C: Array, config: TernaryConfig) -> Array | None:
 
 
 def _read_back(grid: Array, row: Array | None) -> tuple[Array, Array]:
-    """alpha and mu of a block, (2, n, 1), rounded to the stored type and read back in float32."""
+    """Round alpha and mu of a block, (2, n, 1), to the stored type; return them in float32."""
     if row is None:
         alpha, mu = _float16(grid).astype(np.float32)
         return alpha, mu
@@ -244,7 +244,7 @@ def _read_back(grid: Array, row: Array | None) -> tuple[Array, Array]:
 
 
 def _stored(grids: Array, row: Array | None) -> tuple[Any, Any]:
-    """alpha and mu of all blocks, (2, n, blocks), in the stored type."""
+    """Return alpha and mu of all blocks, (2, n, blocks), in the stored type; refuse values out of range."""
     if row is None:
         stored = _float16(grids)
         _require_float16(grids, stored)
@@ -262,7 +262,7 @@ def _float16(value: Array) -> Array:
 
 
 def _require_float16(grids: Array, stored: Array) -> None:
-    """Refuse scales and shifts that float16 cannot hold; the error names the first, in order of blocks."""
+    """Refuse scales and shifts beyond the range of float16; the error names the first, in order of blocks."""
     finite = xp.isfinite(stored)
     if finite.all():
         return

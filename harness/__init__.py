@@ -3,33 +3,33 @@
 `harness.load` reads a ternary checkpoint back. Importing this package imports neither torch nor
 transformers.
 
-Reading order, from the ground up; a module imports only what stands above it here:
+Reading order, bottom-up; a module imports only modules listed above it:
 
     errors, files, cli, machine   messages, JSON, command lines, facts about this machine
-    progress                      bars, or lines where there is no terminal
-    backends, compute             who fits matrices, and where layers run
-    models/                       an original model: its folder, loading it, its decoder layers
+    progress                      progress bars, or lines where there is no terminal
+    backends, compute             which package fits matrices; which device runs layers
+    models/                       the original model: its folder, loading, decoder layers
     text                          calibration and evaluation text
-    calibration/                  text in, fitted matrices out, layer by layer
+    calibration/                  from text to fitted matrices, layer by layer
     ternary/                      a ternary model in torch and on disk
-    perplexity, hf                measuring a model; transformers reads checkpoints
-    evaluate, generate, inspect   programs of one file
-    quantize/, export/, verify/   programs of several
+    perplexity, hf                measure a model; load checkpoints in transformers
+    evaluate, generate, inspect   single-file programs
+    quantize/, export/, verify/   programs with a folder
     benchmark/, hardware          programs that measure the others
 
 Words used throughout:
 
     trit           -1, 0 or +1; t in a weight alpha * t + mu
-    block          neighbouring columns (128) that share alpha and mu in every row
-    grid           alpha and mu of a block, or what they are stored in (float16 or int8 codes)
-    permutation    original column of every stored trit, where columns were reordered
+    block          adjacent columns (128 by default) that share one alpha and mu per row
+    grid           alpha and mu of a block, or the type that stores them (float16 or int8 codes)
+    permutation    original column of each stored trit, if columns were reordered
     Gram matrix    C = XᵀX of a matrix's calibration inputs X
     window         one sequence of calibration or evaluation tokens
-    hidden states  what decoder layers pass on, kept between layers for every window
-    backend        a package with the functions of reference/: `reference` or `gpu`
-    shard          one safetensors file of a checkpoint; decoder layers have one each
-    packed         as trits in bytes (on disk) or in the kernels' words (on a device)
-    dense          as ordinary weights, dequantized
+    hidden states  output of one decoder layer and input of the next, kept for every window
+    backend        a package that implements the functions of reference/: `reference` or `gpu`
+    shard          one safetensors file of a checkpoint; each decoder layer has its own
+    packed         stored as trits, in bytes (on disk) or in the kernels' words (on a device)
+    dense          stored as ordinary weights, dequantized
 """
 
 from __future__ import annotations

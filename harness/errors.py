@@ -1,7 +1,7 @@
-"""Errors that a user can mend."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend: the message says what was wrong, where, and what to do."""
+    """An error that the user can fix; the message says what was wrong, where, and what to do."""

@@ -1,4 +1,4 @@
-"""JSON files: read with errors that name the file, written whole or not at all."""
+"""Read JSON files with errors that name the file; write them atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.errors import UserError
 
 
 def json_text(value: Any) -> str:
-    """JSON that every parser reads: what is not finite becomes the text "nan", "inf" or "-inf"."""
+    """Serialize to standard JSON; non-finite numbers become the strings "nan", "inf" and "-inf"."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, dict):
@@ -27,20 +27,26 @@ def json_text(value: Any) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Read the object in a JSON file.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, is not JSON, or holds no object.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} is missing or damaged: {error}") from None
     except ValueError as error:
-        raise UserError(f"{file} is damaged, it is not JSON: {error}") from None
+        raise UserError(f"{file} is damaged: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{file} is damaged: it holds no JSON object")
+        raise UserError(f"{file} is damaged: not a JSON object")
     return value
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the new one, never half."""
+    """Write JSON atomically: the file is either the old one or the complete new one."""
     partial = file.with_name(file.name + ".partial")
     try:
         partial.write_text(json_text(value) + "\n", encoding="utf-8")

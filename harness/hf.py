@@ -1,8 +1,8 @@
 """Ternary checkpoints in transformers: after ``import harness.hf``, ``from_pretrained`` reads them.
 
-Linear layers become `TernaryLinear` with dense weights beside the packed ones; `use_kernels` lets a device
-multiply by the packed ones, which `load` does by itself. Loading refuses a checkpoint that is damaged or
-lacks a tensor; without this import transformers would only warn, and fill such layers at random.
+Linear layers become `TernaryLinear`, which holds dense weights beside the packed ones. `use_kernels` makes a
+device multiply by the packed weights; `load` calls it. Loading refuses a checkpoint that is damaged or lacks
+a tensor; without this import transformers would only warn, and initialize such layers at random.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from harness.ternary.linear import TernaryLinear
 from harness.ternary.reading import load_tokenizer, verify, weight_map
 from reference.packing import FORMAT_VERSION
 
-# What weights of a model may be.
+# Allowed types of a model's weights.
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -43,7 +43,7 @@ class TernaryQuantization(QuantizationConfigMixin):
     format_version, block_size, grid, modules, unpermuted, shared_inputs, coded, weight_dtype
         As `harness.ternary.format` describes.
     dense : bool
-        Whether dense weights are kept beside the packed ones; not stored.
+        Whether to keep dense weights beside the packed ones; not stored.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class TernaryQuantization(QuantizationConfigMixin):
         self.dense = dense
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """Return the object stored in config.json."""
         return {name: value for name, value in super().to_dict().items() if name != "dense"}
 
 
 @register_quantizer(QUANT_METHOD)
 class TernaryQuantizer(HfQuantizer):
-    """Swaps `TernaryLinear` in before the weights are loaded."""
+    """Replaces linear layers by `TernaryLinear` before the weights are loaded."""
 
     quantization_config: TernaryQuantization
     requires_calibration = True  # transformers cannot ternarize; python -m harness.quantize does
@@ -87,7 +87,7 @@ class TernaryQuantizer(HfQuantizer):
     ) -> None:
         stored = stored_layers(self.quantization_config.to_dict(), "config.json")
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
-        # Weights are what calibration saw, also for a model that is loaded or was saved in another dtype.
+        # Weights equal those that calibration used, even if the model is loaded or saved in another dtype.
         config = self.quantization_config
         if config.weight_dtype is None:
             own = dtype_name(model.dtype)
@@ -113,19 +113,19 @@ class TernaryQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        """What is saved: codes in the place of the weights that were made of them.
+        """Return the tensors to save: codes instead of the weights that were decoded from them.
 
         Raises
         ------
         UserError
-            If dense weights of a ternary layer have been edited, which its packed tensors do not show.
+            If dense weights of a ternary layer were edited, because its packed tensors lack the edit.
         """
         for name, layer in model.named_modules():
             if not isinstance(layer, TernaryLinear) or layer.weight is None:
                 continue
             if not torch.equal(layer.weight, layer.dequantize().to(layer.weight.dtype)):
                 raise UserError(
-                    f"the weights of {name} have been edited, which trits cannot hold: it would be lost. "
+                    f"the weights of {name} were edited; trits cannot hold the edit, and saving loses it. "
                     "Edit the original model and ternarize it again"
                 )
         if not self.quantization_config.coded:
@@ -155,12 +155,12 @@ class TernaryQuantizer(HfQuantizer):
 def _named_dtype(name: Any) -> torch.dtype:
     dtypes = {dtype_name(dtype): dtype for dtype in MODEL_DTYPES}
     if name not in dtypes:
-        raise UserError(f"config.json: dtype is {name!r}, which is none of {', '.join(dtypes)}")
+        raise UserError(f"config.json: dtype is {name!r}, but must be one of {', '.join(dtypes)}")
     return dtypes[name]
 
 
 def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) -> None:
-    """Put a `TernaryLinear` in the place of a linear layer.
+    """Replace a linear layer by a `TernaryLinear`.
 
     Raises
     ------
@@ -184,7 +184,7 @@ def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) 
     layer.bias = plain.bias  # in the dtype of the model
     holder: Any = model.get_submodule(parent)
     setattr(holder, own, layer)
-    # Some models initialize the weights of their projections by name, and here there are none.
+    # Some models initialize the weights of their projections by name; a TernaryLinear may have none.
     holder._is_hf_initialized = True
 
 
@@ -201,28 +201,29 @@ def load(
     path : str or Path
         Folder that `python -m harness.quantize` wrote.
     device : str or torch.device
-        Where the model goes.
+        Where to put the model.
     dense : bool, optional
         Keep dense weights in the dtype of the original beside the packed ones: as fast as the original
         and 12 % larger in memory. Without them a CUDA device multiplies by the packed trits, which take a
-        seventh of the memory (2.25 bits a weight in place of 16, with blocks of 128); blocks other than
-        64, 128, 256, ... columns have no kernel. A CPU, and a device for such blocks, dequantizes each
-        layer at every call, which is slow, in an eighth of the memory and the largest layer. Left out: on
-        a CPU, but not on a device.
+        seventh of the memory (2.25 bits per weight instead of 16, with blocks of 128); blocks other than
+        64, 128, 256, ... columns have no kernel. A CPU, or a device with such blocks, dequantizes each
+        layer at every call: this is slow, and takes an eighth of the memory plus the largest layer.
+        Default: true on a CPU, false on a device.
     trust_remote_code : bool
         Whether code that comes with the model may run.
 
     Returns
     -------
     transformers.PreTrainedModel
-        In the dtype of the original model, in evaluation mode. Every weight is, bit for bit, what
-        calibration used.
+        In the dtype of the original model, in evaluation mode. Every weight is bit-identical to the one
+        that calibration used.
 
     Raises
     ------
     UserError
-        If the folder is no such checkpoint, its version is another, or a tensor is missing, left
-        over, of the wrong shape or type, or damaged; names the tensor. Or if there is no such device.
+        If the folder is not a ternary checkpoint, has another format version, or a tensor is missing,
+        unexpected, damaged, or of the wrong shape or type (the message names the tensor); or if the
+        device cannot be used.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -232,14 +233,14 @@ def load(
         raise UserError(
             f"{folder} is not a ternary checkpoint: its config.json has no quant_method {QUANT_METHOD}"
         )
-    # Before transformers looks at them: its messages do not say which file is wrong.
+    # Check before transformers does: its messages do not name the faulty file.
     stored_layers(quantization, str(folder))
     weight_map(folder)
     if (folder / GENERATION).is_file():
         read_json(folder / GENERATION)
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without the device
+    except (RuntimeError, AssertionError) as error:  # AssertionError if torch is built without the device
         raise UserError(f"the device {device} cannot be used: {error}") from None
     on_cpu = torch.device(device).type == "cpu"
     quiet_transformers()
@@ -255,7 +256,7 @@ def load(
         )
     except UserError:
         raise
-    except Exception as error:  # a damaged config fails in as many ways as there are models
+    except Exception as error:  # models fail in many ways on a damaged config
         raise UserError(f"{folder / CONFIG} does not describe a model: {error}") from None
     model, info = loaded
     require_complete(info, str(folder))
@@ -264,7 +265,7 @@ def load(
         try:
             use_kernels(model, quantization.get("shared_inputs"))
         except UserError as error:
-            raise UserError(f"{error}; on a CPU (--cpu), or with dense=True, no kernels are needed") from None
+            raise UserError(f"{error}; a CPU (--cpu) or dense=True needs no kernels") from None
     return model.eval()
 
 
@@ -275,17 +276,17 @@ def open_model(
     gguf_dtype: str = "bfloat16",
     trust_remote_code: bool = False,
 ) -> Original:
-    """A ternary checkpoint by `load`, or an original model by `harness.models.loading.load_original`.
+    """Open a ternary checkpoint by `load`, or an original model by `harness.models.loading.load_original`.
 
     Raises
     ------
     UserError
-        As these do; or if an original model is asked to keep no dense weights.
+        As those functions do; or if `dense` is false for an original model.
     """
-    path = Path(source) if source else None  # an empty name is refused as it is loaded
+    path = Path(source) if source else None  # `load_original` refuses an empty name
     if path is not None and is_ternary(path):
         model = load(path, device, dense, trust_remote_code)
         return Original(model, load_tokenizer(path, trust_remote_code), str(path))
     if dense is False:
-        raise UserError(f"{source or 'the embedded model'} is no ternary checkpoint; leave out --packed")
+        raise UserError(f"{source or 'the embedded model'} is not a ternary checkpoint; drop --packed")
     return load_original(source, gguf_dtype, trust_remote_code)

@@ -1,4 +1,4 @@
-"""Facts about this machine: versions, memory, processor, durations in words."""
+"""Facts about this machine: versions, memory, CPU; durations in words."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """Those libraries that are installed, and their versions."""
+    """Versions of the installed libraries among `LIBRARIES`."""
     installed = {}
     for library in LIBRARIES:
         try:
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, as far as they can change a result."""
+    """Versions and machine: what can change a result."""
     return {
         "versions": {"python": platform.python_version(), **versions()},
         "machine": platform.machine(),
@@ -48,22 +48,22 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Most bytes this process has had resident; 0 where the system does not tell."""
+    """Peak resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         import resource
-    except ImportError:  # Windows; psutil knows the peak there, and on no other system
+    except ImportError:  # Windows, the only system where psutil reports the peak
         return getattr(psutil.Process().memory_info(), "peak_wset", 0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory."""
+    """Total memory of this machine in bytes."""
     return int(psutil.virtual_memory().total)
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine that figures are measured on."""
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

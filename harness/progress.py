@@ -13,24 +13,24 @@ from harness.machine import duration
 
 Say = Callable[[str], object]
 
-# Seconds: work that takes less is not announced with a time, and between two lines at the least.
+# Seconds: shorter work gets no time estimate; least time between two progress lines.
 SHORT, BETWEEN_LINES = 5.0, 60.0
 
 
 def say_on_stdout(line: str) -> None:
-    """Print a line above any bar, at once: a pipe would hold it back."""
+    """Print a line to stdout above any bar, and flush it: a pipe would buffer it."""
     tqdm.write(line)
     sys.stdout.flush()
 
 
 def say_on_stderr(line: str) -> None:
-    """The same beside output that programs read."""
+    """Print a line to stderr above any bar, where stdout carries machine-readable output."""
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()
 
 
 class Progress:
-    """Counts steps of work and shows how far it is.
+    """Counts finished steps and shows the progress.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class Progress:
     unit : str
         One step, such as "window".
     say : callable
-        Takes every line, where there is no terminal for a bar.
+        Prints a line, where there is no terminal for a bar.
     """
 
     def __init__(self, what: str, total: int, unit: str, say: Say = say_on_stderr) -> None:
@@ -56,7 +56,7 @@ class Progress:
         return self
 
     def __call__(self, steps: int = 1) -> None:
-        """Count steps that are done."""
+        """Count finished steps."""
         self._bar.update(steps)
         first, self.done = self.done == 0, self.done + steps
         if not self._bar.disable or self.done >= self.total:

@@ -1,8 +1,8 @@
-"""Activation-aware grid alignment, Eq. 12, one row for every CUDA block.
+"""Activation-aware grid alignment, Eq. 12, one row per CUDA block.
 
-With the system of a row [[a, b], [b, c]] and λ its larger eigenvalue, the smaller one is (ac - b²)/λ.
-Where that is below `SINGULAR` λ the pseudoinverse is vvᵀ/λ, v being the larger one's eigenvector, and
-vvᵀ/λ is the system itself divided by λ², up to `SINGULAR`.
+Let [[a, b], [b, c]] be the system of a row and λ its larger eigenvalue; the smaller one is (ac - b²)/λ. If
+that is below `SINGULAR` λ, the pseudoinverse is vvᵀ/λ, where v is the eigenvector of λ. Up to `SINGULAR`,
+vvᵀ/λ equals the system divided by λ².
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ _align_row = _build(CUDA)
 
 @cuda.jit
 def align_rows_kernel(W, T, TC, C1, grids):
-    """One row a CUDA block; see `align_rows` for the arguments."""
+    """One row per CUDA block; see `align_rows` for the arguments."""
     partial = cuda.shared.array(LANES, float64)
     _align_row(W, T, TC, C1, grids, cuda.blockIdx.x, partial, cuda.threadIdx.x, LANES)
 
 
 def align_rows(W: Array, T: Array, TC: Array, C1: Array, simulate: bool = False) -> tuple[Array, Array]:
-    """The grid of every row that minimizes E_x for fixed trits (Eq. 12), from Eq. 9's and its correction.
+    """Compute the grid of every row that minimizes E_x for fixed trits (Eq. 12), as a correction of Eq. 9's.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def align_rows(W: Array, T: Array, TC: Array, C1: Array, simulate: bool = False)
     Returns
     -------
     alpha, mu : (n, 1) float64
-        The correction of least norm where the system is singular.
+        If the system is singular, the correction of least norm.
     """
     grids = xp.empty((W.shape[0], 2))
     arguments = (*(xp.ascontiguousarray(array) for array in (W, T, TC, C1)), grids)

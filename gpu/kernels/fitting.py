@@ -1,4 +1,4 @@
-"""Ternary initialization and the whole ITF loop of a block, Eq. 4-10, one row for every CUDA block."""
+"""Ternary initialization and the whole ITF loop of a block, Eq. 4-10, one row per CUDA block."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _build(target: Target) -> Any:
             error = record(W, T, row, alpha, mu, errors, step + 1, partial, lane, lanes)
             step += 2
             rounds += 1
-        if changed and limit > 0:  # stopped by the limit: the grid of the last trits
+        if changed and limit > 0:  # stopped by the limit: recompute the grid for the last trits
             alpha, mu = build_optimal_grid(W, T, row, partial, lane, lanes)
             error = record(W, T, row, alpha, mu, errors, step, partial, lane, lanes)
             step += 1
@@ -125,7 +125,7 @@ _fit_row = _build(CUDA)
 
 @cuda.jit
 def fit_rows_kernel(W, start, symmetric, limit, grids, T0, T, errors, steps):
-    """One row a CUDA block; see `fit_rows` for the arguments."""
+    """One row per CUDA block; see `fit_rows` for the arguments."""
     partial = cuda.shared.array(LANES, float64)
     _fit_row(
         W,
@@ -151,16 +151,16 @@ def fit_rows(
     symmetric: bool = False,
     simulate: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Initialize every row of a block and alternate grid and rounding until its trits are fixed.
+    """Initialize every row of a block, then alternate grid and rounding until its trits no longer change.
 
     Parameters
     ----------
     W : (n, k) float32 or float64
         Weights of the block. Sums and grids are float64 in either case.
     limit : int
-        Most rounds of ITF; 0 for the initialization alone.
+        Maximum rounds of ITF; 0 for the initialization alone.
     start : (alpha, mu, T), optional
-        (n, 1) grids and (n, k) trits to begin with, instead of an initialization.
+        Initial (n, 1) grids and (n, k) trits, instead of the initialization.
     symmetric : bool
         Initialize by Eq. 1-3 with mu = 0 instead of Eq. 4-5.
     simulate : bool

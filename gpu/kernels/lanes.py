@@ -1,12 +1,12 @@
-"""What the Numba kernels share: one source for two compilers, sums over the lanes of a block, Eq. 9 of a row.
+"""Shared by the Numba kernels: one source for two compilers, sums over the lanes of a block, Eq. 9 of a row.
 
-The body of a kernel is plain Numba and is compiled twice: for CUDA, with LANES lanes and real barriers, and
-for the CPU, with one lane and no barriers. The latter stands in for CUDA at full matrix sizes; Numba's
-simulator runs the former.
+The body of a kernel is plain Numba, compiled twice: for CUDA, with LANES lanes and real barriers, and for the
+CPU, with one lane and no barriers. The CPU version stands in for CUDA at full matrix sizes; Numba's simulator
+runs the CUDA version.
 
-Where lanes share a row, lane l takes the columns l, l + lanes, l + 2 lanes, ... Sums go through shared
-memory and every lane adds them up in the same order, so that all lanes hold the same bits, take the
-same branches and reach the same barriers, and a run can be repeated byte for byte.
+If lanes share a row, lane l takes the columns l, l + lanes, l + 2 lanes, ... Partial sums go through shared
+memory, and every lane adds them in the same order. So all lanes hold the same bits, take the same branches
+and reach the same barriers, and results are reproducible byte for byte.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from numba import cuda, njit
 
 from gpu.device import STANDIN
 
-# A warp: a barrier costs next to nothing in a block of one warp.
+# One warp per block: a barrier within one warp costs almost nothing.
 LANES = 32
 
 
 class Target(NamedTuple):
-    """A compiler of kernel bodies, and the functions that bodies call."""
+    """A compiler of kernel bodies, and the functions that the bodies call."""
 
     jit: Callable[..., Any]
     barrier: Any

@@ -1,13 +1,13 @@
-"""Launches of the Numba kernels, by CuPy.
+"""Launch the Numba kernels through CuPy.
 
 A matrix takes thousands of launches of kernels that run for microseconds. Numba's own dispatch determines the
-types of the arguments anew at every launch: for seven arrays 127 µs of the host, before the driver is called
-(numba-cuda 0.30). Here Numba compiles a kernel once for every combination of types, and CuPy launches it on
-its current stream, as it launches those in CUDA C++. That takes 13 to 19 µs.
+argument types at every launch: for seven arrays, this takes 127 µs on the host before the driver is called
+(numba-cuda 0.30). Here, Numba compiles a kernel once for each combination of types, and CuPy launches it on
+its current stream, like the kernels in CUDA C++. This takes 13 to 19 µs.
 
-A Numba kernel takes an array as two pointers that it does not follow, the number of elements, the bytes of an
-element, the address, the shape, and the strides in bytes; and a number as itself. Kernels are compiled for
-arrays in C order.
+A Numba kernel takes an array as two pointers that it does not dereference, the number of elements, the item
+size in bytes, the address, the shape, and the strides in bytes; it takes a number by value. Kernels are
+compiled for arrays in C order.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from gpu.kernels.lanes import LANES
 
 
 def launch(kernel: Any, grid: int | tuple[int, ...], *arguments: Any) -> None:
-    """Run a kernel with `LANES` threads a block, without waiting for it; the stand-in simulates it.
+    """Launch a kernel with `LANES` threads per block, asynchronously; the stand-in simulates it.
 
     Parameters
     ----------
     kernel : kernel of Numba
         A dispatcher that `cuda.jit` returned.
     grid : int or tuple of int
-        Blocks, none of them 0.
+        Number of CUDA blocks in each dimension, at least 1.
     *arguments : arrays, int or bool
-        What the kernel takes; integers are of 64 bits.
+        Arguments of the kernel; integers have 64 bits.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def launch(kernel: Any, grid: int | tuple[int, ...], *arguments: Any) -> None:
 
 
 def flattened(argument: Any) -> tuple[Any, ...]:
-    """An argument as a compiled kernel takes it."""
+    """Expand an argument into the parameters of a compiled kernel."""
     if not isinstance(argument, xp.ndarray):
         return (argument,)
     address = argument.data.ptr
@@ -62,7 +62,7 @@ def flattened(argument: Any) -> tuple[Any, ...]:
 
 
 def kind(argument: Any) -> Any:
-    """The type of an argument in a form that is quick to compare: dtype and dimensions, int or bool."""
+    """Describe the type of an argument, quick to compare: dtype and number of dimensions, int or bool."""
     return (argument.dtype, argument.ndim) if isinstance(argument, xp.ndarray) else type(argument)
 
 
@@ -83,7 +83,7 @@ def _function(kernel: Any, kinds: tuple[Any, ...], device: int) -> Any:
 
 
 def compiled(kernel: Any, kinds: tuple[Any, ...], capability: str) -> tuple[str, str]:
-    """A kernel for arguments of these kinds and a compute capability, as in "90": its name and PTX."""
+    """Compile a kernel for kinds of arguments and a compute capability such as "90"; return name and PTX."""
     signature = types.void(*map(_type, kinds))
     ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=divmod(int(capability), 10))
     (name,) = re.findall(r"\.entry\s+(\w+)", ptx)
@@ -91,7 +91,7 @@ def compiled(kernel: Any, kinds: tuple[Any, ...], capability: str) -> tuple[str,
 
 
 def assembled(ptx: str, capability: str) -> bytes:
-    """Machine code, assembled here: the driver may be older than the compiler and not know its PTX."""
+    """Assemble PTX to machine code; a driver older than the compiler might not accept the PTX."""
     from cuda.core import Program, ProgramOptions
 
     return Program(ptx, "ptx", ProgramOptions(arch=f"sm_{capability}")).compile("cubin").code

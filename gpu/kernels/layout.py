@@ -1,4 +1,4 @@
-"""The packed layout as kernels are given it: arrays that they can read as they are."""
+"""The packed layout as kernel arguments: device arrays of validated type, shape and alignment."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from reference.layout import Layout as HostLayout
 
 @dataclass(frozen=True)
 class Layout(HostLayout):
-    """A `reference.layout.Layout` of arrays of the device.
+    """A `reference.layout.Layout` of device arrays.
 
     Raises
     ------
     TypeError, ValueError
-        If an array is not of the type and shape that `reference.layout` states, not contiguous, or not on
-        the device of the others.
+        If the type or shape of an array differs from `reference.layout`, or an array is not contiguous or
+        is on another device than the others.
     """
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")
         if not 0 < len(self.ends) <= PARTS or any(b <= a for a, b in zip((0, *self.ends), self.ends)):  # noqa: B905
-            raise ValueError(f"ends must be 1 to {PARTS} numbers of rows that increase, got {self.ends}")
+            raise ValueError(f"ends must be 1 to {PARTS} increasing row numbers, got {self.ends}")
         if self.columns < 1:
             raise ValueError(f"columns must be at least 1, got {self.columns}")
         tiles, chunks = self.tiles_of_parts()[-1][1], -(-self.columns // CHUNK)
-        # Aligned to 128 bits, which is what kernels load at a time.
+        # Kernels load 128 bits at a time.
         device_array("words", self.words, ("uint32",), 4, 16)
         checks.same_shape("words", self.words, (tiles, chunks, TILE_ROWS, WORDS))
         device_array("permutation", self.permutation, (order_type(self.columns).name,), 2, 16)
@@ -58,21 +58,21 @@ class Layout(HostLayout):
 
     @property
     def tiled(self) -> bool:
-        """Whether alpha and mu lie as fast kernels read them."""
+        """Whether alpha and mu are in the layout of the fast kernels."""
         return self.grid.ndim == 5
 
     @property
     def tiles(self) -> int:
-        """Tiles of 32 rows of all parts."""
+        """Number of tiles of 32 rows, over all parts."""
         return self.words.shape[0]
 
     @property
     def pairs_shift(self) -> int:
-        """Logarithm of the pairs of a row and chunk."""
+        """Base-2 logarithm of the number of pairs per row and chunk."""
         return self.grid.shape[3].bit_length() - 1
 
     def plain_grid(self, part: int) -> Array:
-        """alpha and mu of a part, (rows, blocks, 2) float32 or wider."""
+        """Return alpha and mu of a part, (rows, blocks, 2) float32 or wider."""
         first, last = self.tiles_of_parts()[part]
         if not self.tiled:
             return self.grid[first * TILE_ROWS : last * TILE_ROWS]
@@ -88,22 +88,22 @@ class Layout(HostLayout):
 
 
 def order_type(columns: int) -> np.dtype[Any]:
-    """What holds the indices of columns."""
+    """Return the dtype of column indices."""
     return np.dtype(np.uint16 if columns <= 2**16 else np.uint32)
 
 
 def pairs_of(block_size: int) -> int:
-    """Pairs of alpha and mu of a row and chunk, for blocks that are whole spans."""
+    """Number of pairs of alpha and mu per row and chunk, for blocks of whole spans."""
     return max(1, CHUNK // block_size)
 
 
 def can_be_tiled(block_size: int) -> bool:
-    """Whether blocks are 64, 128, 256, 512, ... columns."""
+    """Whether blocks have 64, 128, 256, 512, ... columns, as the tiled layout requires."""
     return block_size >= LEAST_BLOCK and block_size & (block_size - 1) == 0
 
 
 def device_array(name: str, array: Any, dtypes: tuple[str, ...], ndim: int, alignment: int = 1) -> None:
-    """Refuse what a kernel cannot read as it is."""
+    """Refuse an array that a kernel cannot read directly."""
     if not isinstance(array, xp.ndarray):
         raise TypeError(f"{name} must be an array of {xp.__name__}, got {type(array).__name__}")
     if array.dtype.name not in dtypes:
@@ -112,13 +112,13 @@ def device_array(name: str, array: Any, dtypes: tuple[str, ...], ndim: int, alig
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {array.shape}")
     if not array.flags.c_contiguous:
         raise ValueError(f"{name} must be contiguous in C order, got strides {array.strides}")
-    # What other libraries hand over may start anywhere, and no kernel could say so.
+    # Arrays of other libraries may start at any address, and a kernel cannot report misalignment.
     if not STANDIN and array.data.ptr % max(alignment, array.dtype.itemsize):
         raise ValueError(f"{name} must begin at a multiple of {max(alignment, array.dtype.itemsize)} bytes")
 
 
 def same_device(name: str, array: Array, words: Array) -> None:
-    """Refuse an array on another device, and any that is not on the current one."""
+    """Refuse an array on another device than the words, or not on the current device."""
     if array.device != words.device:
         raise ValueError(f"{name} is on device {array.device}, words are on {words.device}")
     if not STANDIN and array.device != xp.cuda.Device():

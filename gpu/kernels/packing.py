@@ -1,7 +1,7 @@
-"""Trits to bytes and back, one row for every CUDA block; the layouts are in `reference.packing`.
+"""Pack trits into bytes and unpack them, one row per CUDA block; `reference.packing` describes the layouts.
 
-Base 3 and two bits differ in the base only: byte b of a row holds the trits from ``digits * b`` on, the first
-with the place value 1.
+The base-3 and 2-bit layouts differ only in base and digits per byte: byte b of a row holds the trits from
+index ``digits * b``, the first with place value 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpu.kernels.launching import launch
 
 
 def _build(target: Target, note: Any) -> tuple[Any, Any]:
-    """The bodies for one row; `note` lowers an entry of `damage` to the position of a byte."""
+    """Build the kernel bodies for one row; `note` lowers an entry of `damage` to the position of a byte."""
 
     @target.jit
     def pack_row(trits, packed, digits, base, damage, row, lane, lanes):
@@ -27,7 +27,7 @@ def _build(target: Target, note: Any) -> tuple[Any, Any]:
             code = 0
             for place in range(digits - 1, -1, -1):
                 j = b * digits + place
-                t = np.int64(0)  # fills up the last byte
+                t = np.int64(0)  # pads the last byte
                 if j < count:
                     t = np.int64(trits[row, j])
                 if t < -1 or t > 1:
@@ -45,7 +45,7 @@ def _build(target: Target, note: Any) -> tuple[Any, Any]:
             for place in range(digits):
                 j = b * digits + place
                 digit = code
-                if place < digits - 1:  # the highest keeps the rest, above 2 for a byte that is no code
+                if place < digits - 1:  # the last digit keeps the quotient, above 2 for an invalid byte
                     digit = code % base
                 code //= base
                 if digit > 2:
@@ -87,18 +87,18 @@ _pack_row, _unpack_row = _build(CUDA, _note)
 
 @cuda.jit
 def pack_rows_kernel(trits, packed, digits, base, damage):
-    """One row a CUDA block; see `pack_rows` for the arguments."""
+    """One row per CUDA block; see `pack_rows` for the arguments."""
     _pack_row(trits, packed, digits, base, damage, cuda.blockIdx.x, cuda.threadIdx.x, LANES)
 
 
 @cuda.jit
 def unpack_rows_kernel(packed, trits, digits, base, damage):
-    """One row a CUDA block; see `unpack_rows` for the arguments."""
+    """One row per CUDA block; see `unpack_rows` for the arguments."""
     _unpack_row(packed, trits, digits, base, damage, cuda.blockIdx.x, cuda.threadIdx.x, LANES)
 
 
 def pack_rows(trits: Array, digits: int, base: int, simulate: bool = False) -> tuple[Array, Array]:
-    """Trits as bytes of `digits` digits in `base`.
+    """Pack trits into bytes of `digits` digits in `base`.
 
     Parameters
     ----------
@@ -113,8 +113,8 @@ def pack_rows(trits: Array, digits: int, base: int, simulate: bool = False) -> t
     -------
     packed : (..., ceil(m / digits)) uint8
     damage : (2,) int64
-        Position of the first byte, counted over all rows, that holds something other than trits;
-        `packed.size` where there is none.
+        damage[0]: position, counted over all rows, of the first byte whose input is not all trits;
+        `packed.size` if there is none.
     """
     *rows, count = trits.shape
     packed = xp.empty((*rows, -(-count // digits)), np.uint8)
@@ -130,7 +130,7 @@ def pack_rows(trits: Array, digits: int, base: int, simulate: bool = False) -> t
 def unpack_rows(
     packed: Array, count: int, digits: int, base: int, simulate: bool = False
 ) -> tuple[Array, Array]:
-    """The inverse of `pack_rows`.
+    """Unpack trits from bytes, the inverse of `pack_rows`.
 
     Parameters
     ----------
@@ -148,8 +148,8 @@ def unpack_rows(
     trits : (..., count) int8
         Undefined in a damaged byte.
     damage : (2,) int64
-        Positions, counted over all rows, of the first byte that is no code and of the first that is
-        filled up with something other than t = 0; `packed.size` where there is none.
+        Positions, counted over all rows, of the first invalid byte and of the first byte padded with
+        anything but t = 0; `packed.size` if there is none.
     """
     trits = xp.empty((*packed.shape[:-1], count), np.int8)
     damage = xp.full(2, packed.size, np.int64)

@@ -1,7 +1,7 @@
-"""The product with a packed ternary matrix in plain Numba: for any type of x, any block and any device.
+"""Multiply by a packed ternary matrix in plain Numba: for any type of x, any block size and any device.
 
-It defines what the kernels in CUDA C++ compute, and serves where they cannot (`gpu.kernels.choice`). Every
-CUDA block computes one output, of one token and one row; sums are float64.
+This kernel defines the result of the kernels in CUDA C++, and replaces them where they do not apply
+(`gpu.kernels.choice`). Each CUDA block computes one output, for one token and one row, with float64 sums.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from gpu.kernels.launching import launch
 from gpu.kernels.layout import Layout
 from reference.layout import CHUNK, TILE_ROWS, WORD
 
-# CUDA's limit for the second dimension of a grid of blocks.
+# CUDA's limit on the second dimension of a grid.
 MOST_TOKENS = 65535
 
 
 def _build(target: Target) -> Any:
-    """The body for one output."""
+    """Build the kernel body for one output."""
     total = target.total
 
     @target.jit
@@ -33,14 +33,14 @@ def _build(target: Target) -> Any:
             matched = 0.0
             everything = 0.0
             for j in range(block * block_size + lane, min((block + 1) * block_size, m), lanes):
-                # Word 4r + t of a chunk is stored at 4t + r, so that a lane t loads four r at once.
+                # Word 4r + t of a chunk is stored at 4t + r, so that lane t loads r = 0 ... 3 at once.
                 place = j % CHUNK // WORD
                 word = words[row // TILE_ROWS, j // CHUNK, row % TILE_ROWS, place % 4 * 4 + place // 4]
                 t = np.int64((word >> np.uint32(2 * (j % WORD))) & np.uint32(3)) - 1
                 value = np.float64(x[token, permutation[j]])
                 matched += t * value
                 everything += value
-            # Linear in the sums, so lanes need not be added up for every block.
+            # Linear in the sums, so the lanes are added only once, not for every block.
             result += np.float64(grid[row, block, 0]) * matched + np.float64(grid[row, block, 1]) * everything
         result = total(partial, lane, lanes, result)
         if lane == 0:
@@ -65,7 +65,7 @@ _multiply_row = _build(CUDA)
 
 @cuda.jit
 def multiply_kernel(x, words, grid, permutation, block_size, y):
-    """One output a CUDA block; see `multiply` for the arguments."""
+    """One output per CUDA block; see `multiply` for the arguments."""
     partial = cuda.shared.array(LANES, float64)
     _multiply_row(
         x,
@@ -83,14 +83,14 @@ def multiply_kernel(x, words, grid, permutation, block_size, y):
 
 
 def multiply(x: Array, layout: Layout, simulate: bool = False) -> Array:
-    """``y = x (αT + μ)ᵀ`` in float64.
+    """Compute ``y = x (αT + μ)ᵀ`` in float64.
 
     Parameters
     ----------
     x : (tokens, m) float32 or float64
-        Activations, columns in the original order.
+        Activations, with columns in the original order.
     layout : Layout
-        The matrix, or matrices.
+        The matrix, or several joined matrices.
     simulate : bool
         In the stand-in, run the CUDA kernel in Numba's simulator instead of its body on the CPU.
 

@@ -1,14 +1,14 @@
-"""Which columns are most like the mean column, Eq. 16, without a temporary of the matrix's size.
+"""Choose the columns most similar to the mean column, Eq. 16, without a temporary of the matrix's size.
 
-Row sums: the lanes of a block share a row. Down the columns: a thread takes one column of a slab of rows and
-its neighbour the next column, so that reads of a warp coalesce. Slabs are added in their order. Every column
-goes through the same operations, so columns that are equal, or multiples by a power of two, get the same
-bits, and tie.
+Row sums: the lanes of a CUDA block share a row. Column sums: each thread sums one column over a slab of rows,
+and adjacent threads take adjacent columns, so that the loads of a warp coalesce. Slabs are added in order.
+All columns go through the same operations, so columns that are equal, or multiples by a power of two, get the
+same bits, and tie.
 
-The choice: the rank of a column is the number of columns that come before it. Counting them is quadratic,
-but takes two launches, where sorting and restoring the order of indices takes dozens. A thread counts among
-some rivals only, because one warp alone on an SM cannot hide the latency of its loop. Counts are integers and
-add up to the same in any order.
+Choice: the rank of a column is the number of columns that precede it. Counting them is quadratic, but takes
+two launches; sorting, and restoring the order of indices, takes dozens. Each thread compares its column with
+only `RIVALS` others, because one warp alone on an SM cannot hide the latency of its loop. Counts are
+integers, so the order of their addition does not matter.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from gpu.device import STANDIN, Array, xp
 from gpu.kernels.lanes import CPU, CUDA, LANES, Target
 from gpu.kernels.launching import launch
 
-# Rows of a slab, which one thread adds up.
+# Rows per slab; one thread sums one column of a slab.
 SLAB = 128
 
-# Columns that a thread compares its column with.
+# Number of columns that a thread compares its column with.
 RIVALS = 256
 
 
@@ -66,7 +66,7 @@ def _build(target: Target) -> tuple[Any, ...]:
         first = slab * SLAB
         products = 0.0
         for row in range(first, min(first + SLAB, W.shape[0])):
-            # Divided element by element, columns of a single row are exactly 1 and -1, and tie.
+            # Divide each element: then columns of a single row are exactly 1 or -1, and tie.
             products += np.float64(W[row, column]) / norm * row_sums[row]
         sums[2, slab, column] = products
 
@@ -77,7 +77,7 @@ def _build(target: Target) -> tuple[Any, ...]:
         for slab in range(sums.shape[1]):
             nonzero += sums[1, slab, column]
             value += sums[2, slab, column]
-        # NaN neither beats nor is beaten: similarities of remaining columns must not be NaN.
+        # Comparisons with NaN are false, so similarities of remaining columns must not be NaN.
         if not remaining[column]:
             value = np.nan
         elif nonzero == 0.0 or value != value:
@@ -87,10 +87,10 @@ def _build(target: Target) -> tuple[Any, ...]:
     @jit
     def count_ahead(similarity, column, first, last):
         value = similarity[column]
-        if value != value:  # a column that is done comes after all others
+        if value != value:  # a finished column comes after all others
             return np.int32(last - first)
         ahead = np.int32(0)
-        # 32 bits take half as many instructions.
+        # 32-bit counters take half as many instructions as 64-bit ones.
         other, end = np.uint32(first), np.uint32(last)
         while other < end:
             rival = similarity[other]
@@ -101,7 +101,7 @@ def _build(target: Target) -> tuple[Any, ...]:
 
     @jit
     def collect(ranks, indices, partial, lane, lanes):
-        # A lane takes neighbouring columns, so that the indices ascend.
+        # Each lane takes adjacent columns, so that the indices ascend.
         m = ranks.shape[0]
         share = (m + lanes - 1) // lanes
         first = lane * share
@@ -153,14 +153,14 @@ _add_row, _add_squares, _add_products, _compare, _count_ahead, _collect = _build
 
 @cuda.jit
 def add_rows_kernel(W, row_sums):
-    """Row sums (n,) of W (n, m); one row a CUDA block."""
+    """Compute the row sums (n,) of W (n, m); one row per CUDA block."""
     partial = cuda.shared.array(LANES, float64)
     _add_row(W, row_sums, cuda.blockIdx.x, partial, cuda.threadIdx.x, LANES)
 
 
 @cuda.jit
 def add_squares_kernel(W, sums):
-    """Squared norms of every slab and column to sums[0]; to sums[1], whether any weight is not 0."""
+    """Per slab and column: write the squared norm to sums[0], and whether any weight is not 0 to sums[1]."""
     column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < W.shape[1]:
         _add_squares(W, sums, cuda.blockIdx.y, column)
@@ -168,7 +168,7 @@ def add_squares_kernel(W, sums):
 
 @cuda.jit
 def add_products_kernel(W, row_sums, sums):
-    """Products of every slab of a unit column with the row sums to sums[2]; after `add_squares_kernel`."""
+    """Per slab: write the product of unit column and row sums to sums[2]; after `add_squares_kernel`."""
     column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < W.shape[1]:
         _add_products(W, row_sums, sums, cuda.blockIdx.y, column)
@@ -176,7 +176,7 @@ def add_products_kernel(W, row_sums, sums):
 
 @cuda.jit
 def compare_kernel(sums, remaining, similarity):
-    """Adds up slabs to similarities (m,); one column a thread."""
+    """Add the slabs to similarities (m,); one column per thread."""
     column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     if column < similarity.shape[0]:
         _compare(sums, remaining, similarity, column)
@@ -184,7 +184,7 @@ def compare_kernel(sums, remaining, similarity):
 
 @cuda.jit
 def rank_kernel(similarity, ranks):
-    """Adds to ranks (m,), zeros at first, how many columns come before each; m for columns that are done."""
+    """Add to ranks (m,), initially zero, the number of columns that precede each; m for finished columns."""
     column = cuda.blockIdx.x * LANES + cuda.threadIdx.x
     first = cuda.blockIdx.y * RIVALS
     if column < similarity.shape[0]:
@@ -194,28 +194,28 @@ def rank_kernel(similarity, ranks):
 
 @cuda.jit
 def collect_kernel(ranks, indices):
-    """The columns with a rank below the number of indices, ascending; one CUDA block."""
+    """Collect the columns with a rank below the number of indices, ascending; in one CUDA block."""
     partial = cuda.shared.array(LANES, int64)
     _collect(ranks, indices, partial, cuda.threadIdx.x, LANES)
 
 
 def compare_columns(W: Array, remaining: Array, simulate: bool = False) -> Array:
-    """Similarity of every remaining column to the mean of what remains (Eq. 16), up to a common factor.
+    """Compute the similarity of each remaining column to their mean (Eq. 16), up to a common factor.
 
     Parameters
     ----------
     W : (n, m) float32 or float64
-        Weights, with zeros in the columns that are done.
+        Weights; finished columns are zero.
     remaining : (m,) bool
-        Columns that are not.
+        True for columns that are not finished.
     simulate : bool
         In the stand-in, run the CUDA kernels in Numba's simulator instead of their bodies on the CPU.
 
     Returns
     -------
     (m,) float64
-        The product of the column, divided by its norm, with the row sums of W. -infinity for a column
-        of zeros, NaN for one that is done.
+        Product of the column, divided by its norm, and the row sums of W; -infinity for a column of zeros,
+        NaN for a finished column.
     """
     n, m = W.shape
     W = xp.ascontiguousarray(W)
@@ -232,14 +232,14 @@ def compare_columns(W: Array, remaining: Array, simulate: bool = False) -> Array
 
 
 def choose_columns(similarity: Array, k: int, simulate: bool = False) -> Array:
-    """The k columns of the highest similarity.
+    """Choose the k columns with the highest similarity.
 
     Parameters
     ----------
     similarity : (m,) float64
-        NaN for columns that are done; there must be k others.
+        NaN for finished columns; at least k others are required.
     k : int
-        Columns wanted.
+        Number of columns to choose.
     simulate : bool
         In the stand-in, run the CUDA kernels in Numba's simulator instead of their bodies on the CPU.
 

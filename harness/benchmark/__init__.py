@@ -1,5 +1,5 @@
-"""python -m harness.benchmark: speed, memory and quality, as files that name command, machine and date.
+"""python -m harness.benchmark: measure speed, memory and quality; results name command, machine and date.
 
-Read `methods` (quality side by side), `quantization` (whole runs at the `shapes` of large models), `products`
-and `generation` (packed against dense).
+Read `methods` (compares quality), `quantization` (times whole runs at the `shapes` of large models), and
+`products` and `generation` (compare packed with dense).
 """

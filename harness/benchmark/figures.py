@@ -1,4 +1,4 @@
-"""Draw results of harness.benchmark as SVG, the same bytes at every run, so that they can be committed."""
+"""Draw results of harness.benchmark as SVG; every run writes the same bytes, so plots can be committed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any kind of colour blindness tell apart, and markers for where
-# there is no colour at all. A layer has at most six kinds of products.
+# Okabe and Ito's colours, distinguishable with any kind of colour blindness, and markers for print without
+# colour. A layer has at most six kinds of products.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#595959"
@@ -28,7 +28,7 @@ GREY = "#595959"
 STAGES = {"prefill": "reading the prompt", "decode": "writing after it", "both": "end to end"}
 
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # matplotlib brings it along
+    "font.family": "DejaVu Sans",  # bundled with matplotlib
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.edgecolor": GREY,
@@ -38,37 +38,37 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.color": "#E3E3E3",
     "lines.markersize": 4,
-    "text.parse_math": False,  # a dollar in a name is one
-    "svg.fonttype": "path",  # a reader may not have the font
-    "svg.hashsalt": "pt2-llm",  # without one, names in the file are random
+    "text.parse_math": False,  # a dollar sign in a name is literal
+    "svg.fonttype": "path",  # readers may lack the font
+    "svg.hashsalt": "pt2-llm",  # without a salt, ids in the file are random
 }
 
 
 def draw(file: Path, target: Path | None = None) -> Path:
-    """Draw what fits a file of results.
+    """Draw the plot of a file of results.
 
     Parameters
     ----------
     file : Path
-        What ``harness.benchmark methods``, ``matmul`` or ``generate`` wrote.
+        Results of ``harness.benchmark methods``, ``matmul`` or ``generate``.
     target : Path, optional
-        The SVG file to write; beside `file` if left out.
+        The SVG file to write; by default, beside `file`.
 
     Returns
     -------
     Path
-        What was written.
+        The SVG file.
 
     Raises
     ------
     UserError
-        If there is no matplotlib, `file` is missing, damaged or of a kind without a plot, or nothing can be
-        written.
+        If matplotlib is not installed, `file` is missing, damaged or of a kind without a plot, or `target`
+        cannot be written.
     """
     if target is None:
         target = file.with_suffix(".svg") if file.suffix == ".json" else file.with_name(file.name + ".svg")
     if target.suffix != ".svg":
-        raise UserError(f"plots are SVG files: give {target} a name that ends in .svg")
+        raise UserError(f"plots are SVG files: choose a name that ends in .svg instead of {target}")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -89,23 +89,23 @@ def draw(file: Path, target: Path | None = None) -> Path:
 
 
 def draw_beside(file: Path) -> None:
-    """Draw a file that was just measured; where that fails, say why.
+    """Draw a file of new results; print its name, or the reason for a failure, to stderr.
 
-    It is said on stderr, because stdout has the results as JSON.
+    stdout carries the results as JSON.
     """
     try:
         print(f"plot: {draw(file)}", file=sys.stderr)
-    except Exception as error:  # the results are already saved, and may have taken hours
+    except Exception as error:  # results are already saved, and may have taken hours
         print(f"no plot: {error}", file=sys.stderr)
 
 
 def figure_of(record: Any) -> Figure:
-    """The plot of a record of harness.benchmark.
+    """Draw the plot of a record of harness.benchmark.
 
     Raises
     ------
     AttributeError, KeyError, TypeError, ValueError
-        If it is of a kind without a plot, or lacks something that the plot shows.
+        If the record is of a kind without a plot, or lacks an entry that the plot shows.
     """
     results = record.get("results") if isinstance(record, dict) else None
     if isinstance(results, dict) and "original" in results:
@@ -117,13 +117,13 @@ def figure_of(record: Any) -> Figure:
 
 
 def draw_speed(record: dict[str, Any]) -> Figure:
-    """Products: times as fast as dense by batch, a panel for every shape. Generation: tokens a second."""
+    """Plot speed: for products, the ratio to dense by batch, one panel per shape; else tokens per second."""
     from matplotlib.figure import Figure
 
     results: dict[str, Any] = record["results"]
     products = "products" in next(iter(results.values()))
     titles = results if products else STAGES
-    # A matrix has the same look in every panel, though not every shape has it.
+    # A matrix has the same colour and marker in every panel, even if some shapes lack it.
     rows = [row for result in results.values() for row in result.get("products", [])]
     matrices = list(dict.fromkeys(row["matrix"] for row in rows))
     across = min(len(results), 3) if products else 1
@@ -177,18 +177,18 @@ def _draw_rates(panel: Axes, results: dict[str, Any], stage: str) -> None:
         layers, whole = result["layers"], result["layers_of_the_model"]
         names.append(shape if layers == whole else f"{shape}\n{layers} of {whole} layers")
     panel.set_xticks(range(len(names)), names)
-    panel.set_ylabel("tokens a second")
+    panel.set_ylabel("tokens per second")
     panel.margins(y=0.15)
 
 
 def draw_quality(record: dict[str, Any]) -> Figure:
-    """Bits a weight against perplexity, every method with its name, and the original as a line."""
+    """Plot perplexity against bits per weight: one labelled point per method, and the original as a line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     results: dict[str, Any] = dict(record["results"])
     original, protocol = _positive(results.pop("original")["perplexity"]), results.pop("protocol")
-    # A method that diverged has an error instead, or the text "inf" or "nan".
+    # A diverged method has an error instead of a perplexity, or the text "inf" or "nan".
     diverged = [name for name, found in results.items() if isinstance(found.get("perplexity", ""), str)]
     points = {
         name: (_positive(found["bits_per_weight"]), _positive(found["perplexity"]))
@@ -203,15 +203,17 @@ def draw_quality(record: dict[str, Any]) -> Figure:
     missing = f"Diverged: {', '.join(diverged)}. " if diverged else ""
     heading = textwrap.fill(f"{missing}Text: {protocol['evaluation']}; {record['date']}", 110)
 
-    # Inches: the labels stand beside the axes, each as near to its point as the one below leaves room.
+    # Inches: labels stand beside the axes, each as close to its point as the label below allows.
     inside = max(3.0, sum(map(_height, labels.values())))
     bottom, top = 0.45, 0.4 + _height(heading)
     height = bottom + inside + top
     figure = Figure(figsize=(8, height))
-    figure.text(0.0125, 1 - 0.1 / height, "Perplexity by bits a weight", va="top", fontweight="bold")
+    figure.text(0.0125, 1 - 0.1 / height, "Perplexity by bits per weight", va="top", fontweight="bold")
     figure.text(0.0125, 1 - 0.28 / height, heading, va="top")
     panel = figure.add_axes((0.115, bottom / height, 0.535, inside / height))
-    panel.set(xlabel="bits a weight", ylabel="perplexity", yscale="log", xlim=(left, right), ylim=(low, high))
+    panel.set(
+        xlabel="bits per weight", ylabel="perplexity", yscale="log", xlim=(left, right), ylim=(low, high)
+    )
     panel.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:,g}")
     panel.minorticks_off()
@@ -236,7 +238,7 @@ def draw_quality(record: dict[str, Any]) -> Figure:
 
 
 def _height(text: str) -> float:
-    """Inches that lines of text take, with a little room."""
+    """Height of a text in inches, with a small margin."""
     return 0.15 * (1 + text.count("\n")) + 0.06
 
 
@@ -245,7 +247,7 @@ def _short(value: float) -> str:
 
 
 def _heading(record: dict[str, Any], width: float) -> str:
-    """On what, in which dtype and when: a CPU's figures must not pass for those of a GPU."""
+    """State device, dtype and date: figures of a CPU must not pass for those of a GPU."""
     results, machine = record["results"], record["machine"]
     device = _common(results, "device")
     if device == "CPU":
@@ -256,7 +258,7 @@ def _heading(record: dict[str, Any], width: float) -> str:
 
 
 def _common(results: dict[str, Any], key: str) -> str:
-    """What all results of a run have in common; one heading cannot speak for several machines."""
+    """Return a value that all results of a run must share: one heading cannot describe several machines."""
     values = {str(result[key]) for result in results.values()}
     if len(values) > 1:
         raise ValueError(
@@ -267,17 +269,17 @@ def _common(results: dict[str, Any], key: str) -> str:
 
 def _positive(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is no number above 0")
+        raise ValueError(f"{value!r} is not a positive number")
     return float(value)
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib's defaults and `STYLE`, whatever the user's own settings are."""
+    """Use matplotlib's defaults and `STYLE`, independent of the user's settings."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("plots are drawn with the package matplotlib: pip install matplotlib") from None
+        raise UserError("plots need matplotlib: pip install matplotlib") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)

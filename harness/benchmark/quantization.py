@@ -1,4 +1,4 @@
-"""Quantization at the size of real models: random layers of their shapes, made and dropped one at a time."""
+"""Time quantization at the size of real models: random layers of their shapes, created and freed in turn."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ from reference.types import TernaryConfig
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a run of `quantize_shape` is.
-
-    `layers` is how many of the model's layers are made; None is all of them.
-    """
+    """Size of a run of `quantize_shape`; `layers` is the number of layers to create, None for all."""
 
     shape: str
     layers: int | None = None
@@ -46,24 +43,25 @@ def quantize_shape(
     config: TernaryConfig = TernaryConfig(),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The whole pipeline on random layers: passes, Gram matrices, fits, and writing the checkpoint.
+    """Run the whole pipeline on random layers: forward passes, Gram matrices, fits, writing the checkpoint.
 
     Parameters
     ----------
     scale : Scale
-        Shape of the model, and how much of it.
+        Shape of the model, and number of layers and windows.
     backend, compute
-        What fits matrices, and where layers run.
+        Backend that fits matrices, and device that runs layers.
     config : TernaryConfig
         Settings of the fits.
     say : callable
-        Takes a line after every layer.
+        Prints a line after every layer.
 
     Returns
     -------
     dict
-        Seconds by stage, a layer's and the whole model's (extrapolated if layers are left out), those of
-        two plain forward passes and of GPTQ column by column on the first layer, and peak memory.
+        Seconds by stage, per layer and for the whole model (extrapolated from the measured layers); for
+        comparison, seconds of two plain forward passes, and of column-by-column GPTQ on the first layer;
+        and peak memory.
     """
     method = ternarizer(backend, compute, config)
     _warm_up(method, compute, config)
@@ -119,7 +117,7 @@ def quantize_shape(
 
 
 def random_model(scale: Scale, compute: Compute) -> tuple[Any, DecoderLayers, int]:
-    """A model of a shape whose layers are made when they are asked for, and the number it really has."""
+    """Make a model of a shape with layers created on demand; also return the full number of layers."""
     depth = SHAPES[scale.shape].layers
     layers = SHAPES[scale.shape].depth(scale.layers)
     model = make_model(scale.shape, layers, torch.bfloat16, max(2048, scale.seqlen))
@@ -132,23 +130,23 @@ def random_model(scale: Scale, compute: Compute) -> tuple[Any, DecoderLayers, in
 def column_gptq(
     W: torch.Tensor, C: torch.Tensor, group_size: int = 128, damping: float = 0.01
 ) -> torch.Tensor:
-    """GPTQ at 2 bits, column by column as its paper has it, for comparison of speed.
+    """GPTQ at 2 bits, column by column as in its paper, to compare speed.
 
     Parameters
     ----------
     W : (n, m) tensor
         Weights.
     C : (m, m) float64 tensor
-        Gram matrix of their inputs, without dead ones.
+        Gram matrix of their inputs, without dead inputs.
     group_size : int
-        Columns that share a grid, and that are corrected before the rest is.
+        Columns that share a grid; later columns are updated once per group.
     damping : float
-        Share of mean(diag C) added to the diagonal.
+        Fraction of mean(diag C) added to the diagonal.
 
     Returns
     -------
     (n, m) tensor
-        What `reference.baselines.gptq` computes in float64.
+        The result of `reference.baselines.gptq`, which computes in float64.
     """
     W = W.clone()
     H = C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
@@ -177,7 +175,7 @@ def _column_gptq_of_all(matrices: list[FittedMatrix]) -> None:
 
 
 def _warm_up(method: Callable[..., Any], compute: Compute, config: TernaryConfig) -> None:
-    """Compile kernels and make libraries' handles, which is not what is measured."""
+    """Compile kernels and create library handles before the measurement."""
     W = torch.randn(64, 2 * config.block_size, device=compute.device)
     method(W, (W.T @ W).double())
     compute.wait()

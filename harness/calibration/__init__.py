@@ -1,5 +1,5 @@
-"""Calibration: text goes in, fitted matrices come out, one decoder layer after the other.
+"""Calibration: run text through the model and fit its matrices, one decoder layer after the other.
 
-Read `layerwise`, the loop over the layers; it uses `capture` (inputs of the layers), `gram` (their Gram
-matrices) and `methods` (what fits a matrix).
+Read `layerwise`, the loop over the layers; it uses `capture` (inputs of the layers), `passage` (hidden states
+between layers), `gram` (Gram matrices) and `methods` (PT²-LLM and the baselines).
 """

@@ -1,6 +1,6 @@
 """Record the inputs of the decoder layers, and turn their final output into logits.
 
-Layers need not be in memory for either: stand-ins take their place and pass hidden states on.
+Neither needs the layers in memory: stand-ins replace them and pass the hidden states through.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def capture_inputs(
     compute: Compute = Compute(),
     step: Callable[[], object] = lambda: None,
 ) -> Passage:
-    """Record the inputs of the first layer for every window, and how every layer is called.
+    """Record the inputs of the first layer for every window, and the arguments of every layer.
 
     Parameters
     ----------
@@ -38,20 +38,20 @@ def capture_inputs(
     windows : (samples, seqlen) int64 tensor
         Token ids.
     compute : Compute
-        Where the first layer is run, to see what it returns and what that depends on.
+        Where to run the first layer, to learn the form of its output and whether it looks ahead.
     step : callable
-        Is called after every window.
+        Called after every window.
 
     Returns
     -------
     Passage
-        Its calls, one a layer, are those of the first window: windows are of one length and without
-        padding, so masks and positions are the same for all of them.
+        Its calls, one per layer, come from the first window: all windows have the same length and no
+        padding, so they share masks and positions.
 
     Raises
     ------
     UserError
-        If the model does not simply pass the hidden states from layer to layer, or looks ahead.
+        If the model does more than pass hidden states from layer to layer, or attends to later tokens.
     """
     hidden = []
     for window in windows:
@@ -64,8 +64,8 @@ def capture_inputs(
         for index, (call, other) in enumerate(zip(calls, others, strict=True)):
             if not _same((call.args, call.kwargs), (other.args, other.kwargs)):
                 raise UserError(
-                    f"decoder layer {index} of {type(model).__name__} is given more that depends on the text "
-                    "than the hidden states; such models cannot be calibrated layer by layer"
+                    f"decoder layer {index} of {type(model).__name__} takes arguments that depend on the "
+                    "text, other than the hidden states; such models cannot be calibrated layer by layer"
                 )
     return Passage(decoder, hidden, calls, compute)
 
@@ -79,9 +79,9 @@ def logits_after(
     Parameters
     ----------
     model : nn.Module
-        A causal language model; what is outside its layers is in memory, on one device.
+        A causal language model; everything but its decoder layers must be in memory, on one device.
     passage : Passage
-        The windows' way through its decoder layers.
+        Its decoder layers, and how they are called.
     window : (seqlen,) int64 tensor
         Token ids of the window.
     hidden : (1, seqlen, width) tensor
@@ -98,7 +98,7 @@ def logits_after(
 def _enter_layers(
     model: nn.Module, decoder: DecoderLayers, window: torch.Tensor
 ) -> tuple[torch.Tensor, LayerCall]:
-    """The hidden states that reach the first layer, and its call."""
+    """Return the hidden states that enter the first layer, and its other arguments."""
     seen: list[tuple[torch.Tensor, LayerCall]] = []
 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -116,12 +116,12 @@ def _enter_layers(
 def _extra_output(
     hidden: torch.Tensor, call: LayerCall, decoder: DecoderLayers, compute: Compute
 ) -> int | None:
-    """How many things the layers return in a tuple after the hidden states, if they return one.
+    """Count the values that layers return after the hidden states; None if they return no tuple.
 
     Raises
     ------
     UserError
-        If what a layer makes of a token depends on later ones, as in an encoder.
+        If the output of the first layer for a token depends on later tokens, as in an encoder.
     """
     call = call.to(compute)
     layer = decoder.working_copy(0, compute)
@@ -131,11 +131,11 @@ def _extra_output(
     output = layer(hidden, *call.args, **call.kwargs)
     first = (output[0] if isinstance(output, tuple) else output)[:, :half].float()
     changed = call(layer, other_end)[:, :half].float()
-    # What is masked contributes zeros, so that nothing changes but by a kernel's whim.
+    # Masked positions contribute zeros, so a causal layer differs at most by rounding.
     if (first - changed).abs().max() > 16 * torch.finfo(hidden.dtype).eps * first.abs().max():
         raise UserError(
-            "the model is no causal language model: what its first layer makes of a token depends on later "
-            "tokens. Encoders have no perplexity, and are not ternarized"
+            "the model is not a causal language model: the output of its first layer for a token depends on "
+            "later tokens. Encoders have no perplexity and cannot be ternarized"
         )
     return len(output) - 1 if isinstance(output, tuple) else None
 
@@ -143,7 +143,7 @@ def _extra_output(
 def _record_pass(
     model: nn.Module, decoder: DecoderLayers, window: torch.Tensor, extra: int | None
 ) -> list[LayerCall]:
-    """Every layer's call in a pass of the whole model."""
+    """Record the call of every layer in a forward pass of the whole model."""
     layers = decoder.layers
     calls: list[LayerCall] = []
     inputs: list[torch.Tensor] = []
@@ -164,17 +164,17 @@ def _record_pass(
     finally:
         for handle in handles:
             handle.remove()
-    # Stand-ins return what they are given, so it must reach the next layer as it is.
+    # Stand-ins return their input, so every layer must receive the same hidden states.
     if len(calls) != len(layers) or not all(torch.equal(inputs[0], states) for states in inputs[1:]):
         raise UserError(
-            f"{type(model).__name__} does more between its decoder layers than pass the hidden states on; "
+            f"{type(model).__name__} does more between its decoder layers than pass on the hidden states; "
             "such models cannot be calibrated layer by layer"
         )
     return calls
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, LayerCall]:
-    """The hidden states of a layer's arguments, and the rest."""
+    """Split a layer's arguments into the hidden states and the rest."""
     if args:
         return args[0], LayerCall(args[1:], kwargs)
     kwargs = dict(kwargs)
@@ -187,13 +187,13 @@ def _replaced(
     stand_in: Callable[[torch.Tensor], torch.Tensor],
     extra: int | None,
 ) -> Iterator[None]:
-    """Let every layer return what `stand_in` makes of its hidden states, in the form of the layer."""
+    """Replace every layer by `stand_in`, with an output of the same form as the layer's."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = stand_in(_split(args, kwargs)[0])
         return states if extra is None else (states, *[None] * extra)
 
-    # Libraries that move weights about put a forward of their own into a module.
+    # Libraries that offload weights replace a module's forward by their own.
     own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = forward
@@ -208,17 +208,17 @@ def _replaced(
 
 
 def _run(model: nn.Module, window: torch.Tensor) -> None:
-    """A pass that a hook ends."""
+    """Run a forward pass until a hook ends it."""
     with suppress(_Captured):
         model(window[None], use_cache=False)
 
 
 class _Captured(Exception):
-    """All that is wanted of a pass has been seen."""
+    """Ends a forward pass once everything needed is recorded."""
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two calls pass the same; what holds no tensor is taken to be the same."""
+    """Whether two calls pass the same tensors; arguments without tensors count as equal."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):

@@ -1,4 +1,4 @@
-"""Gram matrices of calibration inputs, summed as the inputs come."""
+"""Accumulate Gram matrices of calibration inputs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SUMS = "float32 products, float64 sums"
 class GramSum:
     """Sum of XᵀX over many rows: float32 products of a chunk, chunks summed in float64.
 
-    On a CUDA device 16-bit inputs are multiplied as they are, which tensor cores do exactly; they add up in
-    float32, but cut off what they cannot hold. Elsewhere inputs are widened first.
+    On a CUDA device, tensor cores multiply 16-bit inputs: products are exact, and accumulated in float32 with
+    truncation instead of rounding. Other inputs are widened to float32 first.
 
     Parameters
     ----------
     columns : int
         Width m of the inputs.
     device : torch.device
-        Where the inputs and the sum are.
+        Device of the inputs and of the sum.
     """
 
     def __init__(self, columns: int, device: torch.device = HOST) -> None:
@@ -32,7 +32,7 @@ class GramSum:
         self._rows = 0
 
     def add(self, X: torch.Tensor) -> None:
-        """Add the rows of X, (rows, m) 16-bit or float32; float64 is rounded to it."""
+        """Add the rows of X, (rows, m) 16-bit or float32; float64 is rounded to float32."""
         for part in X.split(CHUNK_TOKENS):
             if self._rows + len(part) > CHUNK_TOKENS:
                 self._flush()
@@ -44,9 +44,9 @@ class GramSum:
             self._rows += len(part)
 
     def finish(self) -> torch.Tensor:
-        """The symmetric (m, m) float64 sum; more rows may be added to it."""
+        """Return the symmetric (m, m) float64 sum; more rows may be added afterwards."""
         self._flush()
-        # The product of a matrix with itself is symmetric only to rounding; one half is as good as the other.
+        # XᵀX is computed symmetric only up to rounding; copy the lower half to the upper.
         below = self._total.tril(-1)
         self._total.tril_()
         self._total += below.T

@@ -1,6 +1,6 @@
-"""Calibration layer by layer: inputs, Gram matrices, fits, and on to the next layer.
+"""Calibrate layer by layer: collect inputs, sum Gram matrices, fit matrices, compute outputs.
 
-Every decoder layer is fitted to the outputs of the layers before it, which are quantized already.
+Every decoder layer is fitted to the outputs of the layers before it, which are already quantized.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.calibration.passage import Passage, WorkingLayer
 from harness.compute import Compute
 from reference.types import TernaryMatrix
 
-# Forward passes of one window just done, and the stage they belong to.
+# Called with the number of forward passes (of one window each) just finished, and their stage.
 Progress = Callable[[int, str], object]
 
 
@@ -42,9 +42,9 @@ class FittedLayer:
     Attributes
     ----------
     matrices : list of FittedMatrix
-        Its matrices, in the order they are computed.
+        Its matrices, in the order in which the layer uses them.
     groups : list of lists of str
-        Full names of the matrices that read one and the same input.
+        Full names of the matrices that read the same input.
     seconds : dict of str to float
         Time by stage: load, inputs, fits, outputs.
     """
@@ -63,27 +63,27 @@ def fit_layers(
     true_sequential: bool = False,
     progress: Progress = lambda steps, stage: None,
 ) -> Iterator[FittedLayer]:
-    """Quantize the decoder layers in place, one after the other, yielding each when it is done.
+    """Quantize the decoder layers in place, one after the other; yield each finished layer.
 
     Parameters
     ----------
     passage : Passage
-        Hidden states that enter layer `first`; they leave every layer as its outputs. Layers in memory
-        get the dequantized weights, in the model's dtype.
+        Inputs of layer `first`; every layer overwrites them with its outputs. Layers in memory get the
+        dequantized weights, in the model's dtype.
     method : callable
-        Maps weights and Gram matrix to what replaces the weights.
+        Maps weights and Gram matrix to the quantized matrix.
     first : int
-        Index of the layer to begin with.
+        Index of the first layer to quantize.
     true_sequential : bool
-        Whether inputs are collected again inside a layer, after each group of matrices that share
-        one, so that o_proj is fitted to the outputs of the ternarized q/k/v.
+        Whether to collect inputs again after each group of matrices that share an input, so that o_proj
+        is fitted to the outputs of the ternarized q/k/v.
     progress : callable
-        Called with the number of forward passes of one window just done, and the stage.
+        Called with the number of forward passes (of one window each) just finished, and the stage.
 
     Raises
     ------
     FitError
-        If a matrix cannot be quantized or its inputs are not finite; names the matrix.
+        If a matrix cannot be quantized or its inputs are not finite; the message names the matrix.
     UserError
         If a matrix is used more than once in its layer, or not at all.
     """
@@ -104,7 +104,7 @@ def fit_layers(
             passage.advance(layer, lambda: progress(1, "outputs"))
         full_names = [[layer.full_name(name) for name in group] for group in groups]
         yield FittedLayer(matrices, full_names, clock.seconds)
-        # The weights and Gram matrices of a layer need not live beside those of the next.
+        # Free the weights and Gram matrices of this layer before those of the next are allocated.
         del matrices, layer
 
 
@@ -115,13 +115,13 @@ def _fit(
     method: Method,
     compute: Compute,
 ) -> Iterator[FittedMatrix]:
-    """Quantize matrices of a layer, and replace them by the dequantized ones."""
+    """Quantize matrices of a layer, and replace their weights by the dequantized ones."""
     linears = layer.linears
     jobs = []
     for group, gram in zip(groups, grams, strict=True):
         if not torch.isfinite(gram).all():
             name = layer.full_name(group[0])
-            raise FitError(f"{name}: its inputs are not finite on the calibration text")
+            raise FitError(f"{name}: its inputs on the calibration text are not finite")
         jobs += [(layer.full_name(name), linears[name].weight.detach(), gram) for name in group]
     names = [name for group in groups for name in group]
     for name, (matrix, dense) in zip(names, _quantize_together(jobs, method, compute), strict=True):
@@ -132,30 +132,30 @@ def _fit(
 def _quantize_together(
     jobs: list[tuple[str, torch.Tensor, torch.Tensor]], method: Method, compute: Compute
 ) -> Iterator[tuple[FittedMatrix, torch.Tensor]]:
-    """Quantize matrices side by side, which keeps all cores busy; BLAS threads share what is left."""
-    if compute.device.type == "cuda":  # a single matrix saturates it
+    """Quantize matrices in parallel, to use all cores; each gets an equal share of the BLAS threads."""
+    if compute.device.type == "cuda":  # a single matrix saturates the GPU
         yield from (_quantize(*job, method) for job in jobs)
         return
     cores = torch.get_num_threads()
     workers = min(len(jobs), cores)
-    # The longest fit, by the cube of its columns, must not be the last to start.
+    # Start the longest fit first; time grows with the cube of the columns.
     order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][2]), reverse=True)
     pool = ThreadPoolExecutor(workers)
     try:
         with threadpool_limits(max(1, cores // workers), "blas"):
             running = {i: pool.submit(_quantize, *jobs[i], method) for i in order}
             for future in wait(running.values(), return_when=FIRST_EXCEPTION).done:
-                future.result()  # the first failure ends it, whichever matrix it is
+                future.result()  # raise the first failure of any matrix
             yield from (running[i].result() for i in range(len(jobs)))
     finally:
-        # After Ctrl-C or a failure no further matrix is begun.
+        # After Ctrl-C or a failure, start no further matrix.
         pool.shutdown(cancel_futures=True)
 
 
 def _quantize(
     name: str, weight: torch.Tensor, gram: torch.Tensor, method: Method
 ) -> tuple[FittedMatrix, torch.Tensor]:
-    """A matrix as quantized, and its dense weights, float32 or wider."""
+    """Quantize one matrix; return it with its dense weights, float32 or wider."""
     begin = time.perf_counter()
     try:
         result = method(weight, gram)
@@ -167,7 +167,7 @@ def _quantize(
 
 
 class _Clock:
-    """Seconds by stage."""
+    """Measures seconds by stage."""
 
     def __init__(self, compute: Compute) -> None:
         self.compute = compute

@@ -1,4 +1,4 @@
-"""How a matrix is quantized: PT²-LLM by a backend, or one of the 2-bit baselines."""
+"""Methods that quantize a matrix: PT²-LLM by a backend, or one of the 2-bit baselines."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from harness.errors import UserError
 from reference import baselines
 from reference.types import TernaryConfig, TernaryMatrix
 
-# Maps weights (n, m), as the layer holds them, and the float64 Gram matrix (m, m) of their inputs, both
-# on the device that computes, to the matrix that takes their place: a TernaryMatrix, or for the
-# baselines the dense (n, m) array. Arrays of the result are any that speak DLPack.
+# Maps weights (n, m), in the layer's dtype, and the float64 Gram matrix (m, m) of their inputs, both on the
+# device that computes, to the quantized matrix: a TernaryMatrix, or for the baselines a dense (n, m) array.
+# Result arrays may come from any library that supports DLPack.
 Method = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 def ternarizer(backend: Backend, compute: Compute, config: TernaryConfig) -> Method:
-    """PT²-LLM by a backend."""
+    """Return the method that fits PT²-LLM by a backend."""
     precision = getattr(torch, backend.precision)
 
     def method(W: torch.Tensor, C: torch.Tensor) -> TernaryMatrix:
@@ -39,12 +39,12 @@ BASELINES = {
 
 
 def baseline_bits(config: TernaryConfig) -> float:
-    """Bits a weight of a baseline: 2, and for every group a step of 16 bits and a zero of 2."""
+    """Bits per weight of a baseline: 2, plus a 16-bit step and a 2-bit zero point for each group."""
     return 2 + 18 / config.block_size
 
 
 def baseline(name: str, config: TernaryConfig) -> Method:
-    """One of `BASELINES`, in groups of the block size; gives dense arrays."""
+    """Return a method of `BASELINES`, with groups of the block size; it returns dense arrays."""
 
     def method(weight: torch.Tensor, products: torch.Tensor) -> np.ndarray:
         W, C = (tensor.double().cpu().numpy() for tensor in (weight, products))
@@ -64,4 +64,4 @@ def baseline(name: str, config: TernaryConfig) -> Method:
 
 
 class FitError(UserError):
-    """A matrix that cannot be quantized by the method asked for."""
+    """The method cannot quantize a matrix."""

@@ -1,7 +1,7 @@
-"""Calibration windows between two decoder layers, and how to take them through the next one.
+"""Hold the hidden states of all calibration windows between decoder layers, and run the next layer on them.
 
-One decoder layer at a time is on the device that computes. Hidden states wait between layers in the model's
-dtype, on the device if they fit and in host memory if not.
+Only one decoder layer at a time is on the device that computes. Between layers, hidden states are kept in the
+model's dtype, on the device if they fit and in host memory if not.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _no_step() -> None:
-    """Nobody counts steps."""
+    """The default of `step`: count nothing."""
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """Arguments of a decoder layer beside the hidden states, and the form of its output.
+    """Arguments of a decoder layer other than the hidden states, and the form of its output.
 
     `extra` counts the values that the layer returns in a tuple after the hidden states; None if it returns
     the hidden states alone.
@@ -39,33 +39,33 @@ class LayerCall:
     extra: int | None = None
 
     def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the layer on hidden states of its own device and type."""
+        """Run the layer on hidden states; they must have its device and dtype."""
         output = layer(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def to(self, compute: Compute) -> LayerCall:
-        """The same on a device; floating-point arguments (masks, rotary tables) in the type layers run in."""
+        """Move the arguments to a device; cast floating-point ones (masks, rotary tables) to its dtype."""
         args, kwargs = _moved((self.args, self.kwargs), compute)
         return replace(self, args=args, kwargs=kwargs)
 
 
 def brought(states: torch.Tensor, compute: Compute) -> torch.Tensor:
-    """Hidden states on the device and in the type that layers run in."""
+    """Move hidden states to the device, and cast them to the dtype, that layers run in."""
     return states.to(compute.device, compute.dtype, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class WorkingLayer:
-    """A decoder layer to compute with: a copy on the device, in the type that layers run in.
+    """A copy of a decoder layer on the device that computes, in the dtype that layers run in.
 
     Attributes
     ----------
     module : nn.Module
         The copy.
     call : LayerCall
-        How it is called.
+        Its arguments.
     index : int
-        Which of the model's layers it is.
+        Its index among the model's decoder layers.
     decoder : DecoderLayers
         The layers of the model.
     """
@@ -77,17 +77,17 @@ class WorkingLayer:
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
-        """The copies of the matrices to quantize, by their names in the layer."""
+        """The matrices to quantize, as copied, by their names in the layer."""
         names = self.decoder.linears[self.index]
         return {name: cast(nn.Linear, self.module.get_submodule(name)) for name in names}
 
     def full_name(self, name: str) -> str:
-        """Name of a module of the layer in the whole model."""
+        """Return the name in the whole model of a module of the layer."""
         return self.decoder.full_name(self.index, name)
 
     def put(self, name: str, dense: torch.Tensor) -> None:
         """Replace the weights of a matrix, in the model and in the copy."""
-        # A checkpoint is read back in the dtype of the model.
+        # Round as loading the checkpoint does: it dequantizes to the dtype of the model.
         dense = dense.to(self.decoder.linears[self.index][name].weight.dtype)
         self.decoder.replace(self.index, name, dense)
         weight = self.linears[name].weight
@@ -96,16 +96,16 @@ class WorkingLayer:
 
 @dataclass
 class Passage:
-    """Hidden states of every calibration window, and what takes them through the decoder layers.
+    """Hidden states of every calibration window, and the decoder layers to run on them.
 
     Attributes
     ----------
     decoder : DecoderLayers
         The layers.
     hidden : list of (1, seqlen, width) tensors
-        Inputs of the next layer; every layer overwrites them by its outputs, in the same memory.
+        Inputs of the next layer; every layer overwrites them with its outputs, in place.
     calls : list of LayerCall
-        How each layer is called.
+        Arguments of each layer.
     compute : Compute
         Where layers run.
     """
@@ -118,7 +118,7 @@ class Passage:
     def place(self, reserved: float | None = None) -> None:
         """Move hidden states to the device if they fit there, else into pinned host memory.
 
-        `reserved` bytes of the device stay free; half of it if left out.
+        `reserved` bytes of device memory stay free; half of it by default.
         """
         if reserved is None:
             reserved = self.compute.memory // 2 if self.compute.memory else 0
@@ -126,12 +126,12 @@ class Passage:
 
     @torch.no_grad()
     def enter(self, index: int) -> WorkingLayer:
-        """Bring a layer to the device.
+        """Copy a layer to the device.
 
         Raises
         ------
         UserError
-            If the layer was read from disk and a weight is not finite; names it.
+            If the layer was read from disk and a weight is not finite; the message names it.
         """
         module = self.decoder.working_copy(index, self.compute)
         layer = WorkingLayer(module, self.calls[index].to(self.compute), index, self.decoder)
@@ -149,12 +149,12 @@ class Passage:
 
     @torch.no_grad()
     def again(self, weights: Iterable[dict[str, torch.Tensor]]) -> Iterator[None]:
-        """Run layers that have been quantized before, from the first, as they were run then.
+        """Run finished layers again, from the first, exactly as after their quantization.
 
         Parameters
         ----------
         weights : iterable of dict
-            Dense weights of each layer by their names in the layer.
+            Dense weights of each layer, by their names in the layer.
         """
         for index, layer_weights in enumerate(weights):
             layer = self.enter(index)
@@ -166,7 +166,7 @@ class Passage:
 
     @torch.no_grad()
     def input_groups(self, layer: WorkingLayer) -> list[list[str]]:
-        """Names of the matrices that read one and the same tensor, in the order they are computed.
+        """Group the names of the matrices that read the same tensor, in the order of their use.
 
         Raises
         ------
@@ -175,7 +175,7 @@ class Passage:
         """
         linears = layer.linears
         readers: dict[int, list[str]] = {}
-        kept = []  # inputs stay alive, so that no two share an address
+        kept = []  # keeps inputs alive, so that no two share an id
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -202,7 +202,7 @@ class Passage:
     def collect(
         self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = _no_step
     ) -> list[torch.Tensor]:
-        """Gram matrix (m, m) float64 of the inputs of every group, over all windows."""
+        """Sum the Gram matrix (m, m) float64 of each group's inputs over all windows."""
         linears = layer.linears
         first = [linears[group[0]] for group in groups]
         sums = [GramSum(linear.in_features, self.compute.device) for linear in first]
@@ -217,7 +217,7 @@ class Passage:
         return [total.finish() for total in sums]
 
     def checksum(self) -> int:
-        """A sum over the bits of all hidden states."""
+        """Sum the bit patterns of all hidden states, read as integers."""
         sums = [states.view(_BITS[states.element_size()]).sum(dtype=torch.int64) for states in self.hidden]
         return int(torch.stack(sums).sum())
 

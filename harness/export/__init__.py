@@ -1,4 +1,5 @@
-"""python -m harness.export: a checkpoint in formats of other programs.
+"""python -m harness.export: convert a checkpoint to the formats of other programs.
 
-Read `source` (what is exported, and how far rounding moves it), then `gguf` with `gguf_tokenizer`, or `hqq`.
+Read `source` (reads the matrices, and measures how far rounding moves them), then `gguf` with
+`gguf_tokenizer`, or `hqq`.
 """

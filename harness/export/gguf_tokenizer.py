@@ -1,11 +1,11 @@
-"""A tokenizer's vocabulary, merges and rules as GGUF metadata.
+"""Write a tokenizer's vocabulary, merges and rules as GGUF metadata.
 
-GGUF does not hold a tokenizer's rules but their names, so only rules that have a name can be written:
-byte-level BPE ("gpt2") that splits words in one of the ways of `PRE_TOKENIZERS`, and BPE over characters
-that falls back on bytes, as SentencePiece makes it ("llama").
+GGUF stores the names of a tokenizer's rules, not the rules, so only rules with a name can be written:
+byte-level BPE ("gpt2") with one of the word splits in `PRE_TOKENIZERS`, and SentencePiece BPE over characters
+with byte fallback ("llama").
 
-What is written is the tokenizer that the checkpoint has. transformers reads "smollm" from a GGUF file as
-"gpt-2", so a checkpoint that was made from such a file splits digits no more than its export does.
+The export has the tokenizer of the checkpoint. transformers reads "smollm" from a GGUF file as "gpt-2", so a
+checkpoint made from such a file does not split digits, and neither does its export.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gguf import Keys, TokenType
 
 from harness.errors import UserError
 
-SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACE = "\u2581"  # SentencePiece's symbol for a space
 
-# How regular expressions split words, by the name llama.cpp has for it.
+# Regular expressions that split words, and llama.cpp's names for them.
 _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
@@ -37,16 +37,16 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
     Parameters
     ----------
     writer : gguf.GGUFWriter
-        Where to.
+        Writer of the GGUF file.
     tokenizer : transformers.PreTrainedTokenizerBase
-        The checkpoint's.
+        Tokenizer of the checkpoint.
     config : transformers.PreTrainedConfig
-        The model's: how many tokens it embeds, and special tokens that the tokenizer does not name.
+        Config of the model: its vocabulary size, and special tokens that the tokenizer does not name.
 
     Raises
     ------
     UserError
-        If GGUF has no name for the tokenizer's rules, or it has more tokens than the model.
+        If GGUF has no name for the tokenizer's rules, or the tokenizer has more tokens than the model.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -71,9 +71,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
         writer.add_token_scores(_scores(tokens, merges))
     writer.add_token_merges(merges)
 
-    # gguf.SpecialVocab would read other values from the files: it takes a template's last token for eos, even
-    # where the tokenizer has another one. Without a template it leaves add_bos_token out, and llama.cpp then
-    # adds bos for "llama".
+    # gguf.SpecialVocab would read other values from the files: it takes a template's last token as eos, even
+    # if the tokenizer has another eos. Without a template it omits add_bos_token, and llama.cpp then adds bos
+    # for "llama".
     first, last = _surrounds(tokenizer)
     writer.add_add_bos_token(first)
     writer.add_add_eos_token(last)
@@ -92,12 +92,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
 
 
 def _add_chat_templates(writer: gguf.GGUFWriter, templates: str | dict[str, str] | None) -> None:
-    """Write the chat template, and those for other uses by their names."""
+    """Write the default chat template, and named templates by their names."""
     if templates is None:
         return
     named = {"default": templates} if isinstance(templates, str) else dict(templates)
     default = named.pop("default", None)
-    # add_chat_template takes them all as well, but lists their names in another order at every run.
+    # add_chat_template accepts all templates too, but lists their names in a different order at every run.
     for name, template in sorted(named.items()):
         writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=_key(name)), template)
     if named:
@@ -107,20 +107,20 @@ def _add_chat_templates(writer: gguf.GGUFWriter, templates: str | dict[str, str]
 
 
 def _key(name: str) -> str:
-    """A name with nothing in it that gguf does not allow in a key."""
+    """Replace the characters of a name that gguf does not allow in a key."""
     return re.sub("[^A-Za-z0-9]", "_", name)
 
 
 def _unknown(what: str) -> UserError:
     return UserError(
-        f"the checkpoint's tokenizer {what}, for which GGUF has no name, and without a tokenizer the file "
-        f"could not be run. Known are SentencePiece BPE with bytes to fall back on, and byte-level BPE that "
-        f"splits words as {', '.join(PRE_TOKENIZERS)} do"
+        f"the checkpoint's tokenizer {what}, for which GGUF has no name; without a tokenizer the file would "
+        f"not run. Supported are SentencePiece BPE with byte fallback, and byte-level BPE with a word split "
+        f"of {', '.join(PRE_TOKENIZERS)}"
     )
 
 
 def _pre_tokenizer(rules: dict[str, Any]) -> str:
-    """llama.cpp's name for how words are split before byte-level BPE."""
+    """Find llama.cpp's name for the word split before byte-level BPE."""
     steps = _steps(rules["pre_tokenizer"], "pretokenizers")
     normalizers = [step["type"] for step in _steps(rules["normalizer"], "normalizers")]
     *before, last = [(step["type"], step) for step in steps] or [("nothing", {})]
@@ -136,14 +136,14 @@ def _pre_tokenizer(rules: dict[str, Any]) -> str:
             name = _SPLITS.get(before[0][1]["pattern"].get("Regex", ""))
     if name is None:
         raise _unknown(f"splits words by {' and '.join(step['type'] for step in steps) or 'nothing'}")
-    # llama.cpp has text in this form already.
+    # llama.cpp expects text in NFC already.
     if normalizers not in ([], ["NFC"]):
         raise _unknown(f"normalizes text by {' and '.join(normalizers)}")
     return name
 
 
 def _prepends_space(rules: dict[str, Any]) -> bool:
-    """Whether a space is put before the text, in tokenizers that write spaces as SentencePiece does."""
+    """Whether a tokenizer with SentencePiece's spaces prepends a space to the text."""
     steps = [*_steps(rules["normalizer"], "normalizers"), *_steps(rules["pre_tokenizer"], "pretokenizers")]
     prepends = replaces = False
     for step in steps:
@@ -168,11 +168,11 @@ def _steps(rule: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _tokens(tokenizer: Any, model: dict[str, Any], size: int) -> tuple[list[str], list[TokenType]]:
-    """Every token up to the model's last, and its type."""
+    """List all tokens of the model's vocabulary, and their types."""
     vocabulary = {**model["vocab"], **tokenizer.get_added_vocab()}
     if max(vocabulary.values()) >= size:
         raise UserError(
-            f"the tokenizer has token {max(vocabulary.values())}, the model has {size}; "
+            f"the tokenizer has token {max(vocabulary.values())}, but the model has only {size} tokens; "
             "they do not belong together"
         )
     tokens, types = [f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size
@@ -189,7 +189,7 @@ def _tokens(tokenizer: Any, model: dict[str, Any], size: int) -> tuple[list[str]
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Scores that make SentencePiece, which joins the best pair first, merge in the order of `merges`."""
+    """Score tokens so that SentencePiece, which joins the best pair first, merges in the given order."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", "", 1), rank)
@@ -197,7 +197,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def _surrounds(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first and its last token around a text."""
+    """Whether the tokenizer adds bos before a text, and eos after it."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     return whole[0] != bare[0] and whole[0] == tokenizer.bos_token_id, (

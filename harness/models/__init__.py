@@ -1,5 +1,5 @@
-"""An original model: where its files are, how it is loaded, and its decoder layers.
+"""The original model: find its files, load it, and find its decoder layers.
 
 Read `folder` (files of a model folder), `decoder` (the layers to quantize), `original` and `loading`;
-`gguf` and `streamed` are two of the ways to load one.
+`gguf` and `streamed` are two ways to load a model.
 """

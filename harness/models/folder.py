@@ -1,7 +1,7 @@
-"""A model folder: names of its files, reading its config, and replacing it as a whole.
+"""A model folder: name its files, read its config, and replace its contents as a whole.
 
-New files are staged in a hidden folder inside the target, which is locked meanwhile; they move into place
-together, config.json last, so that a folder never holds half a model.
+New files are staged in a hidden folder inside the target folder, under a lock. They move into place together,
+config.json last, so that a folder never holds half a model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder."""
+    """Read the config.json of a model folder."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a model: it has no config.json")
@@ -31,7 +31,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def files_of_tensors(folder: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
+    """Map each tensor to the file that holds it."""
     if (folder / INDEX).is_file():
         return read_index(folder)
     with safe_open(folder / SINGLE, framework="pt") as shard:
@@ -39,7 +39,7 @@ def files_of_tensors(folder: Path) -> dict[str, str]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """The file that holds each tensor, as the index of several files says.
+    """Read from the index of a sharded model which file holds each tensor.
 
     Raises
     ------
@@ -56,54 +56,54 @@ CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.js
 
 STAGING = ".incomplete"
 
-# Beside the staging folder, not in it: a run may delete that one only once it holds the lock.
+# Beside the staging folder, not in it: a run must hold the lock before it deletes that folder.
 LOCK = ".incomplete.lock"
 
-# In there once a layer is done: what report.json will hold, as far as the run has come.
+# In the staging folder once a layer is finished: the report of the run so far.
 PROGRESS = "progress.json"
-# Names of files of weights, as transformers and this program give them.
+# Names that transformers and this program give to files of weights.
 WEIGHT_FILES = (SINGLE, "model-[0-9]*-of-[0-9]*.safetensors")
-# Room for what comes beside the weights: tokenizer (the largest have 35 MB), index, report, config.
+# Disk space for everything but weights: tokenizer (the largest have 35 MB), index, report, config.
 BESIDE_WEIGHTS = 64 << 20
 
-# What transformers reads chat templates from, and writes only for a tokenizer that has some.
+# transformers reads chat templates from these, and writes them only for a tokenizer that has templates.
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
 
 
 def unfinished(out: Path) -> dict[str, Any] | None:
-    """The report of a run that was stopped, as far as it came; None if there is nothing to go on with."""
+    """Read the report of an interrupted run; None if there is no run to resume."""
     file = out / STAGING / PROGRESS
     return read_json(file) if file.is_file() else None
 
 
 @contextmanager
 def staged(out: Path, resumed: bool = False) -> Iterator[Path]:
-    """A folder inside `out`, on the disk that files stay on, for what `move_into` puts into place.
+    """Make a staging folder inside `out`, on the same disk, for files that `move_into` puts into place.
 
-    Meanwhile `out` is locked, so that a second run does not mix its files with these. What is left in the
-    folder goes afterwards, and `out` with it if it was made for this and is empty; after a failure a folder
-    with `PROGRESS` stays. With `resumed` it is taken as it is.
+    The context holds the lock of `out`, so that two runs never mix their files. On exit it deletes the
+    staging folder, and `out` if it created `out` and left it empty; after a failure, a staging folder with
+    `PROGRESS` is kept. With `resumed`, the contents of an existing staging folder are kept on entry.
 
     Raises
     ------
     UserError
-        If it cannot be made, or another run is writing there.
+        If the folder cannot be created, or another run is writing to it.
     """
     folder, made = out / STAGING, not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be made: {error.strerror}") from None
+        raise UserError(f"{out} cannot be created: {error.strerror}") from None
     try:
         with locked(out):
             kept = resumed
             try:
                 if not resumed:
-                    shutil.rmtree(folder, ignore_errors=True)  # left behind by a run that was killed
+                    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
                 try:
                     folder.mkdir(exist_ok=resumed)
                 except OSError as error:
-                    raise UserError(f"{folder} cannot be made: {error.strerror}") from None
+                    raise UserError(f"{folder} cannot be created: {error.strerror}") from None
                 try:
                     yield folder
                     kept = False
@@ -120,11 +120,11 @@ def staged(out: Path, resumed: bool = False) -> Iterator[Path]:
 
 
 def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
-    """Put what is in one folder in the place of an earlier model in another, config.json last.
+    """Move the files of `folder` to `out`, replacing an earlier model there; config.json moves last.
 
-    `stale` are patterns of files that would be left over of it, beside the templates of its tokenizer.
+    Files of the earlier model that match the patterns in `stale`, and its chat templates, are deleted.
     """
-    # An earlier model stops being one before its first file is replaced.
+    # Without config.json the folder no longer holds a model while files are replaced.
     (out / CONFIG).unlink(missing_ok=True)
     for left in [file for pattern in stale for file in out.glob(pattern)]:
         left.unlink()
@@ -140,10 +140,10 @@ def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; the system frees it when the process ends, in whatever way.
+    """Hold the lock of a folder; the system releases it when the process ends, however it ends.
 
-    Nothing is held on a file system without locks. The lock file is deleted afterwards; one that a killed
-    process has left stops nobody.
+    A file system without locks gives no protection. The lock file is deleted on exit; a file left behind by
+    a killed process blocks nobody.
 
     Raises
     ------
@@ -151,37 +151,37 @@ def locked(folder: Path) -> Iterator[None]:
         If another run holds it.
     """
     file = folder / LOCK
-    # A soft lock, which is no more than a file, would outlive its process. Every user who may write to the
-    # folder must be able to open a lock file that was left.
+    # A soft lock is only a file, so it would outlive its process. Every user who may write to the folder must
+    # be able to open a lock file left behind.
     lock = FileLock(file, timeout=0, mode=0o666, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"another run is writing to {folder}; wait until it is done, or choose another --out"
+            f"another run is writing to {folder}; wait until it finishes, or choose another --out"
         ) from None
     except OSError:
         pass  # a file system without locks
     try:
         yield
     finally:
-        # While it is held, or another run could lock the file that is about to go. Windows deletes no open
-        # file; there filelock does it on release.
+        # Delete before releasing, or another run could lock a file about to be deleted. Windows cannot delete
+        # an open file; there filelock deletes it on release.
         with suppress(OSError):
             file.unlink()
         lock.release()
 
 
 def require_free(out: Path, force: bool, resume: bool = False) -> None:
-    """Refuse an output folder that holds something already, unless it may be overwritten or gone on with.
+    """Refuse an output folder that is not empty, unless it may be overwritten or its run resumed.
 
-    Also where another run is writing, which is found again when this one begins to.
+    Also refuse a folder that another run is writing to; `staged` checks this again.
     """
     existing = next(p for p in [out, *out.absolute().parents] if p.exists() or p.is_symlink())
     if not existing.is_dir():
         raise UserError(f"{existing} exists and is not a folder")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"{existing} may not be written to")
+        raise UserError(f"{existing} is not writable")
     if not out.is_dir():
         return
     if (out / LOCK).exists():
@@ -190,23 +190,25 @@ def require_free(out: Path, force: bool, resume: bool = False) -> None:
     if (out / STAGING / PROGRESS).is_file():
         if not (force or resume):
             raise UserError(
-                f"{out} holds a run that was stopped; --resume goes on with it, --force begins anew"
+                f"{out} holds an interrupted run; continue it with --resume, or start over with --force"
             )
     elif any(entry.name not in (STAGING, LOCK) for entry in out.iterdir()) and not force:
-        raise UserError(f"{out} exists and is not empty; choose another --out, or --force to overwrite")
+        raise UserError(
+            f"{out} exists and is not empty; choose another --out, or pass --force to overwrite it"
+        )
 
 
 def require_space(out: Path, weights: int) -> None:
-    """Refuse to start where a checkpoint with so many bytes of weights will not fit."""
+    """Refuse to start if a checkpoint with this many bytes of weights does not fit on the disk."""
     needed = weights + BESIDE_WEIGHTS
     existing = next(p for p in [out, *out.absolute().parents] if p.exists())
-    # What a run that was stopped has left is either a part of it or goes before.
+    # Shards of an interrupted run become part of the checkpoint, or are deleted first.
     left = sum(file.stat().st_size for file in (out / STAGING).glob("*.safetensors"))
     free = shutil.disk_usage(existing).free + left
     if free < needed:
         raise UserError(
-            f"{out} needs {needed / 1e6:.1f} MB of disk, {free / 1e6:.1f} MB are free; "
-            "free some or choose another --out"
+            f"{out} needs {needed / 1e6:.1f} MB of disk space, {free / 1e6:.1f} MB are free; "
+            "free some, or choose another --out"
         )
 
 

@@ -1,6 +1,6 @@
-"""python -m harness.quantize: from the names of a model and a text to a ternary checkpoint.
+"""python -m harness.quantize: quantize a model and write a ternary checkpoint.
 
-Read `run`, the run from start to end; `options` is what it is asked for, `prepare` what happens before the
-first layer, `estimate` what it will take, `report` what is printed and stored, `resume` how a stopped run
-continues.
+Read `run`, the run from start to end. `options` defines the command line, `prepare` loads model and text,
+`estimate` predicts memory and time, `sink` takes finished layers, `record` and `report` collect the figures,
+`resume` continues an interrupted run.
 """

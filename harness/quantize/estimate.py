@@ -1,4 +1,4 @@
-"""The estimate printed before a run: matrices, bits, bytes, memory and time."""
+"""Estimate a run before it starts: matrices, bits, bytes, memory and time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.quantize.options import Options
 from harness.ternary.format import packed_bytes
 from reference.types import TernaryConfig
 
-# Seconds of `reference.ternarize` on one core of 2024: a weight, and a column cubed.
+# Seconds of `reference.ternarize` on one core of 2024: per weight, and per column cubed.
 TERNARIZE_WEIGHT, TERNARIZE_CUBE = 7e-7, 2.2e-10
 
 # Resident size of an interpreter with torch and transformers loaded.
@@ -26,17 +26,17 @@ IMPORTS_BYTES = 700e6
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a run.
+    """The estimated figures of a run.
 
     Attributes
     ----------
     matrices, weights : int
-        Linear layers that are ternarized, and weights in them.
+        Linear layers to ternarize, and weights in them.
     packed_bytes, other_bytes : int
-        Bytes of those as packed, and of everything else in the checkpoint.
+        Bytes of the packed matrices, and of everything else in the checkpoint.
     memory_bytes, device_bytes, seconds : float
-        Expected peak of resident memory and of the device's (0 where there is none; hidden states are
-        not counted), and time without evaluation.
+        Expected peak of resident memory; expected peak of device memory without hidden states (0 without a
+        device); expected time without evaluation.
     """
 
     matrices: int
@@ -49,19 +49,19 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of a ternarized weight, alpha, mu and permutation counted."""
+        """Bits per ternarized weight, including alpha, mu and permutation."""
         return 8 * self.packed_bytes / self.weights
 
     def lines(self) -> list[str]:
-        """The plan in words."""
+        """Return the lines to print."""
         size = self.packed_bytes + self.other_bytes
         return [
             f"  {self.matrices} matrices, {self.weights / 1e6:.1f} M weights, "
-            f"{self.bits_per_weight:.3f} bits a weight with alpha, mu and permutation",
+            f"{self.bits_per_weight:.3f} bits per weight including alpha, mu and permutation",
             f"  checkpoint {size / 1e6:.0f} MB ({self.packed_bytes / 1e6:.0f} MB ternary, "
             f"{self.other_bytes / 1e6:.0f} MB embeddings, head and norms)",
             f"  about {self.memory_bytes / 1e9:.1f} GB of memory, "
-            + (f"{self.device_bytes / 1e9:.1f} GB of the device's, " if self.device_bytes else "")
+            + (f"{self.device_bytes / 1e9:.1f} GB of device memory, " if self.device_bytes else "")
             + f"{duration(self.seconds)} without evaluation",
         ]
 
@@ -74,22 +74,22 @@ def make_plan(
     evaluated: bool,
     saved_bytes: int,
 ) -> Plan:
-    """Estimate a run from the shapes and from one timed pass of the first layer.
+    """Estimate a run from the shapes of the matrices and one timed pass of the first layer.
 
     Parameters
     ----------
     options : Options
-        What the run is asked for.
+        Options of the run.
     original : Original
         The model.
     backend : Backend
-        What ternarizes matrices.
+        Backend that ternarizes matrices.
     passage : Passage
-        The first window before the first layer.
+        The first window, as input of the first layer.
     evaluated : bool
         Whether perplexity is measured.
     saved_bytes : int
-        What 8-bit codes save of the bytes of embedding and head.
+        Bytes that 8-bit codes save on embedding and head.
     """
     decoder, compute, config = passage.decoder, passage.compute, options.config
     window, windows = passage.hidden[0], options.nsamples
@@ -109,7 +109,7 @@ def make_plan(
     seqlen = window.shape[1]
     states = windows * window.numel() * window.element_size()
 
-    # Gram matrices of a layer in float64 with a float32 chunk: most layers have two or three of the width.
+    # Gram matrices of a layer, in float64 with a float32 chunk; most layers have two or three of one width.
     grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
     in_memory = item * (total if original.read is None else total - weights + layer)
     device = compute.memory is not None
@@ -118,7 +118,8 @@ def make_plan(
     host_layer = 12 * layer + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
 
     forward, gram = _time_layer(passage)
-    passes = 5 if options.true_sequential else 2  # q/k/v, o, gate/up and down are collected one by one
+    # With true-sequential: one pass each for inputs of q/k/v, o, gate/up and down, and one for the outputs.
+    passes = 5 if options.true_sequential else 2
     if device:
         fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
     else:
@@ -133,7 +134,7 @@ def make_plan(
         + states
         + (0 if device else host_layer)
         + item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0),
-        # The layer, its weights before and after, and a window on its way through it.
+        # The layer, its weights before and after quantization, and the activations of one window.
         device_bytes=2 * item * layer + grams + fit + 16 * item * seqlen * widest if device else 0,
         seconds=len(decoder.layers) * windows * (passes * forward + gram) + fitting,
     )
@@ -141,7 +142,7 @@ def make_plan(
 
 @torch.no_grad()
 def _time_layer(passage: Passage) -> tuple[float, float]:
-    """Seconds of one pass of a window through a layer, and of the Gram products of its inputs."""
+    """Time one forward pass of a layer on a window, and the Gram products of its inputs; in seconds."""
     compute, layer = passage.compute, passage.enter(0)
     hidden = brought(passage.hidden[0], compute)
     widths = {linear.in_features for linear in layer.linears.values()}
@@ -152,12 +153,12 @@ def _time_layer(passage: Passage) -> tuple[float, float]:
         for width, total in sums.items():
             total.add(rows[:, :width].contiguous())
 
-    # Inputs of the hidden width feed q/k/v, o and gate/up; the widest only one matrix.
+    # q/k/v, o and gate/up each need a Gram matrix of the hidden width; only down needs one of the widest.
     return seconds_of(lambda: layer.call(layer.module, hidden), compute), 2 * seconds_of(products, compute)
 
 
 def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:
-    """Seconds that a device takes for a block of columns; launches count for more than arithmetic."""
+    """Time the ternarization of a block of columns on a device; launches cost more than arithmetic."""
     columns = 8 * config.block_size
     W = torch.randn(columns, columns, device=compute.device)
     C = (W.T @ W).double()

@@ -1,6 +1,6 @@
-"""What a run is asked for: every option stated once, as a field with its help.
+"""Options of a run: each is defined once, as a dataclass field with its help text.
 
-`add_options` makes the command line of the fields, `from_arguments` the fields of a command line.
+`add_options` builds the command line from the fields, `from_arguments` reads the fields from a command line.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
 AS_IT_IS, INT8 = "as-it-is", "int8"
 
-CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation, before and after"
-# Groups of the help, and what is said of them.
+CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation before and after quantization"
+# Groups of the help, and their descriptions.
 GROUPS = {
     CALIBRATION: None,
-    METHOD: "the defaults are the paper's where it names one",
+    METHOD: "defaults are the paper's, where it states them",
     EVALUATION: None,
 }
 
 
 def option(default: Any, group: str | None = None, flag: str | None = None, **argument: Any) -> Any:
-    """A field that is an option: its group in the help, its flag if that is not its name, and the rest."""
+    """Define a field as an option: its group in the help, its flag if not its name, argparse's keywords."""
     return field(default=default, metadata={"group": group, "flag": flag, "argument": argument})
 
 
@@ -43,16 +43,14 @@ ON_OR_OFF: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for.
+    """Options of a run.
 
-    `measure_original` is no option of the command line: runs that follow others on the same model leave
-    that measurement out.
+    `measure_original` is not on the command line: after a first run on a model, further ones need not
+    measure the original again.
     """
 
     model: str | None = option(None, flag="model", nargs="?", metavar="MODEL", help=MODEL_HELP)
-    out: Path | None = option(
-        None, type=Path, metavar="DIR", help="folder to write; may be left out for a baseline"
-    )
+    out: Path | None = option(None, type=Path, metavar="DIR", help="output folder; optional for a baseline")
     force: bool = option(False, **SWITCH, help="write into DIR even if it is not empty")
     resume: bool = option(
         False, **SWITCH, help="continue an interrupted run into DIR; repeat its command and add this"
@@ -60,10 +58,10 @@ class Options:
     backend: str = option(
         "auto",
         choices=("auto", "reference", "gpu"),
-        help="auto takes the GPU where there is a CUDA device with CuPy and numba-cuda, and says so",
+        help="auto uses the GPU if there is a CUDA device with CuPy and numba-cuda, and prints its choice",
     )
-    gguf_dtype: str = option("bfloat16", choices=GGUF_DTYPES, help="dtype that a GGUF is dequantized to")
-    trust_remote_code: bool = option(False, **SWITCH, help="run code that comes with the model")
+    gguf_dtype: str = option("bfloat16", choices=GGUF_DTYPES, help="dtype to dequantize a GGUF file to")
+    trust_remote_code: bool = option(False, **SWITCH, help="run code shipped with the model")
 
     calibration: str | None = option(
         None,
@@ -75,21 +73,19 @@ class Options:
         None, CALIBRATION, metavar="NAME", help="field of .jsonl, .parquet and .arrow rows"
     )
     nsamples: int = option(128, CALIBRATION, type=positive, metavar="N", help="windows of calibration text")
-    seqlen: int = option(2048, CALIBRATION, type=window_length, metavar="N", help="tokens in a window")
+    seqlen: int = option(2048, CALIBRATION, type=window_length, metavar="N", help="tokens per window")
     true_sequential: bool = option(
-        False, CALIBRATION, **SWITCH, help="collect inputs again inside each layer"
+        False, CALIBRATION, **SWITCH, help="collect inputs again after each group of matrices in a layer"
     )
 
     method: str = option(
         PT2_LLM,
         METHOD,
         choices=(PT2_LLM, *BASELINES),
-        help="pt2-llm, or a baseline in groups of --block-size that gives a report and no checkpoint: "
+        help="pt2-llm, or a baseline in groups of --block-size, which writes a report but no checkpoint: "
         + "; ".join(f"{name}: {what}" for name, what in BASELINES.items()),
     )
-    embedding: str = option(
-        AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="how embedding and head are stored"
-    )
+    embedding: str = option(AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="storage of embedding and head")
     config: TernaryConfig = field(default_factory=TernaryConfig)
 
     evaluation: str | None = option(
@@ -97,11 +93,11 @@ class Options:
         EVALUATION,
         "--eval",
         metavar="TEXT",
-        help=f"text for perplexity, or {NO_EVALUATION}. Default: the evaluation split of --calibration, "
-        f"{NO_EVALUATION} if that is a file",
+        help=f"text for perplexity, or {NO_EVALUATION}. Default: the evaluation split of --calibration, or "
+        f"{NO_EVALUATION} if --calibration is a file",
     )
     evaluation_seqlen: int = option(
-        2048, EVALUATION, "--eval-seqlen", type=window_length, metavar="N", help="tokens in a window"
+        2048, EVALUATION, "--eval-seqlen", type=window_length, metavar="N", help="tokens per window"
     )
     evaluation_windows: int | None = option(
         None,
@@ -114,29 +110,29 @@ class Options:
     measure_original: bool = True
 
 
-# Options of a fit, by the fields of `TernaryConfig`, which has their defaults.
+# Options of a fit, named after the fields of `TernaryConfig`, which holds their defaults.
 CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
     "block_size": {"type": positive, "metavar": "K", "help": "columns that share alpha and mu"},
     "grid": {
         "choices": GRIDS,
-        "help": "type that alpha and mu are stored in; int8 takes an eighth of a bit a weight less",
+        "help": "storage type of alpha and mu; int8 saves an eighth of a bit per weight",
     },
-    "start": {"choices": STARTS, "help": "first grid: Eq. 4-5, or Eq. 1-3 with mu = 0"},
+    "start": {"choices": STARTS, "help": "initial grid: Eq. 4-5, or Eq. 1-3 with mu = 0"},
     "reorder": {"choices": REORDERINGS, "help": "order of the columns"},
     "itf": {**ON_OR_OFF, "help": "iterative ternary fitting"},
     "aga": {
         "choices": ALIGNMENTS,
         "help": "grid alignment: none, Eq. 12, Eq. 13 as printed, or Eq. 12 with the compensated cost",
     },
-    "compensation": {**ON_OR_OFF, "help": "move the error of each block into the columns after it"},
-    "damping": {"type": float, "metavar": "X", "help": "share of mean(diag C) added to the diagonal"},
-    "max_iterations": {"type": positive, "metavar": "N", "help": "most rounds of ITF"},
-    "seed": {"type": int, "metavar": "N", "help": "seed of the windows' starts and of --reorder random"},
+    "compensation": {**ON_OR_OFF, "help": "compensate the error of each block in the columns after it"},
+    "damping": {"type": float, "metavar": "X", "help": "fraction of mean(diag C) added to the diagonal"},
+    "max_iterations": {"type": positive, "metavar": "N", "help": "maximum rounds of ITF"},
+    "seed": {"type": int, "metavar": "N", "help": "seed for the window positions and --reorder random"},
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add every option to a command line, in the groups and with the defaults of its field."""
+    """Add every option to a command line, in its group and with its default."""
     groups: dict[str | None, Any] = {
         name: parser.add_argument_group(name, what) for name, what in GROUPS.items()
     }
@@ -153,12 +149,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> Options:
-    """The options of a parsed command line.
+    """Read the options from a parsed command line.
 
     Raises
     ------
     UserError
-        If the settings of the fit are refused.
+        If `TernaryConfig` refuses a setting.
     """
     try:
         config = TernaryConfig(**{name: getattr(arguments, name) for name in CONFIG_OPTIONS})
@@ -168,5 +164,5 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
 
 
 def _specified() -> Iterator[Field[Any]]:
-    """The fields of `Options` that are options of the command line."""
+    """Iterate over the fields of `Options` that are on the command line."""
     return (spec for spec in fields(Options) if spec.metadata)

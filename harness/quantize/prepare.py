@@ -1,4 +1,4 @@
-"""Before a run: load the model and the texts, and let everything fail that can fail early."""
+"""Prepare a run: load model and texts, and detect errors before any long work."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from harness.ternary.embedding import CodedMatrix, round_embeddings
 
 @dataclass
 class Ready:
-    """All that a run needs before its first layer.
+    """Everything that a run needs before its first layer.
 
     Attributes
     ----------
     original : Original
-        The model, and its tokenizer.
+        The model and its tokenizer.
     backend : Backend
-        What ternarizes matrices.
+        Backend that ternarizes matrices.
     passage : Passage
-        Hidden states of the first window until `take_all_windows`, then of every window.
+        Hidden states of the first window; after `take_all_windows`, of every window.
     tokens : int
-        Length of the calibration text.
+        Tokens of the calibration text.
     windows : (samples, seqlen) int64 tensor
         Calibration windows.
     plan : Plan
-        What the run will take.
+        The estimate of the run.
     coded : dict of str to CodedMatrix
-        Embedding and head, if they are stored in 8 bits.
+        Embedding and head, if stored in 8 bits.
     """
 
     original: Original
@@ -54,30 +54,30 @@ class Ready:
 
 
 def require_other_folder(options: Options, out: Path) -> None:
-    """Refuse to write over the original model."""
+    """Refuse an output folder that holds the original model."""
     source = Path(options.model).resolve() if options.model is not None else None
     if source is not None and out.resolve() in (source, source.parent if source.is_file() else source):
-        raise UserError(f"{out} is where the original model lies; choose another --out")
+        raise UserError(f"{out} holds the original model; choose another --out")
 
 
 def choose_backend(options: Options, say: Say) -> Backend:
-    """Load the backend asked for, and say why it was chosen where that was left open.
+    """Load the requested backend; for `auto`, print the choice and its reason.
 
     Raises
     ------
     UserError
-        If it cannot run here, or leaves out an operation that the settings need.
+        If the backend cannot run here, or lacks an operation that the settings need.
     """
     backend = load_backend(options.backend)
     if backend.note:
         say(backend.note)
     if options.config.aga == "printed" and "aga.align_grid_printed" in backend.refused:
-        raise UserError(f"backend {backend.name} leaves out Eq. 13 as printed; use --backend reference")
+        raise UserError(f"backend {backend.name} does not have Eq. 13 as printed; use --backend reference")
     return backend
 
 
 def read_texts(options: Options) -> tuple[text.Text, text.Text | None]:
-    """Read the texts for calibration and evaluation; the default of one follows the other."""
+    """Read the texts for calibration and evaluation; by default, both come from the same data set."""
     calibration = options.calibration
     if calibration is None:
         calibration = text.BUILTIN if options.model is None else "wikitext2"
@@ -124,7 +124,7 @@ def prepare(
 
 
 def take_all_windows(ready: Ready, say: Say) -> None:
-    """Record the inputs of the first layer for every window, and place them where they wait."""
+    """Record the inputs of the first layer for every window, and place them where they are kept."""
     with Progress("calibration windows through the embedding", len(ready.windows), "window", say) as step:
         passage = ready.passage
         ready.passage = capture_inputs(

@@ -1,4 +1,4 @@
-"""The record of a run: what report.json holds, and progress.json while the run goes on."""
+"""The record of a run: the contents of report.json, and of progress.json during the run."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from harness.quantize.report import layer_row
 
 @dataclass
 class Record:
-    """A run from its start to where it is.
+    """The record of a run from its start to its last finished layer.
 
     Attributes
     ----------
     created : str
         UTC time of the start.
     model, dtype : str
-        The original model, and the type of its weights.
+        The original model, and the dtype of its weights.
     method, backend, config, bits_per_weight
-        What computes the matrices, with which settings, and bits of a weight with everything counted.
+        Method and backend, their settings, and all stored bits per weight.
     options : dict
-        The options of the command line, but for those in `config`.
+        Options of the command line, except those in `config`.
     calibration : dict
         Text, windows and arithmetic of the calibration.
     versions, machine, cores, device
-        What else can change a result.
+        Software and hardware, which can change results.
     plan : dict, optional
-        The estimate of the run, of a method that has one.
+        The estimate of the run, if its method has one.
     perplexity : dict
         Results "before" and "after".
     seconds : dict of str to float
         Time by stage.
     layers : list of dict
-        A row for every finished layer, with a row for each of its matrices.
+        One row per finished layer, which holds one row per matrix.
     resumed_after : list of int
-        How many layers were finished each time that the run was resumed.
+        Number of finished layers at each resume.
     mean_relative_output_error, peak_memory_bytes, peak_device_bytes
         Known at the end.
     """
@@ -78,7 +78,7 @@ class Record:
     def of(
         cls, options: Options, ready: Ready, calibration_text: text.Text, computed: dict[str, Any]
     ) -> Record:
-        """The record of a run before its first layer; `computed` is what the sink says of the method."""
+        """Start the record of a run; `computed` holds the sink's entries about the method."""
         passage, model = ready.passage, ready.original.model
         return cls(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -105,12 +105,12 @@ class Record:
 
     @property
     def done(self) -> int:
-        """Layers that are finished."""
+        """Number of finished layers."""
         return len(self.layers)
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        """Add the time that passes to a stage."""
+        """Add the time spent in this context to a stage."""
         began = time.perf_counter()
         yield
         self.spent(stage, began)
@@ -120,7 +120,7 @@ class Record:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
     def add(self, layer: FittedLayer, checksum: int) -> None:
-        """Add a finished layer; `checksum` is that of the hidden states after it."""
+        """Add a finished layer; `checksum` is the checksum of its outputs."""
         self.layers.append({**layer_row(self.done, layer), "outputs_checksum": checksum})
 
     def measured(self, when: str, result: Perplexity) -> None:
@@ -128,5 +128,5 @@ class Record:
         self.perplexity[when] = asdict(result)
 
     def to_json(self) -> dict[str, Any]:
-        """The object in report.json; what is not known is left out."""
+        """Return the object for report.json, without entries that are not known yet."""
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -1,4 +1,4 @@
-"""Figures of finished layers: a row for each in the record, and the table printed at the end."""
+"""Report finished layers: rows for the record, and the table printed at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reference.types import TernaryMatrix
 
 
 def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
-    """Figures of one matrix: name, shape, dead inputs, seconds, and the fit or the error alone."""
+    """Report one matrix: name, shape, dead inputs, seconds, and the fit (for a baseline, only its error)."""
     result = fitted.result
     if isinstance(result, TernaryMatrix) and result.report is not None:
         figures = asdict(result.report)
@@ -33,7 +33,7 @@ def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
 
 
 def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
-    """Figures of a layer; its relative output error is ΣE_x / Σtr(W C Wᵀ) over its matrices."""
+    """Report one layer; its relative output error is ΣE_x / Σtr(W C Wᵀ) over its matrices."""
     rows = [matrix_row(matrix) for matrix in layer.matrices]
     power = sum(r["output_power"] for r in rows)
     error = sum(r["relative_output_error"] * r["output_power"] for r in rows)
@@ -47,12 +47,12 @@ def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
 
 
 def mean_layer_error(layers: list[dict[str, Any]]) -> float:
-    """Mean over layers of the relative output error."""
+    """Average the relative output error over layers."""
     return float(np.mean([layer["relative_output_error"] for layer in layers]))
 
 
 def table(layers: list[dict[str, Any]]) -> list[str]:
-    """A line for every matrix: errors after each stage, variance in blocks, error of the whole matrix."""
+    """Format one line per matrix: errors after each stage, variance in blocks, error of the whole matrix."""
     rows = [row for layer in layers for row in layer["matrices"]]
     width = max(len(row["name"]) for row in rows)
     if "output_errors" not in rows[0]:
@@ -75,6 +75,6 @@ def table(layers: list[dict[str, Any]]) -> list[str]:
         )
     return [
         *lines,
-        "E_w, E_x: sums over blocks, each relative to the weights it was fitted to (compensated for the",
-        "blocks before it); whole: the stored matrix relative to the original; rounds: most that ITF took",
+        "E_w, E_x: sums over blocks, relative to the weights that each block was fitted to (compensated for",
+        "earlier blocks); whole: stored matrix relative to the original; rounds: maximum rounds of ITF",
     ]

@@ -1,8 +1,8 @@
 """Resume an interrupted run; the output is byte-identical to that of an uninterrupted one.
 
-Finished layers are read from their shards. Hidden states are not stored, as writing them would take longer
-than everything else on a fast device: finished layers run once more, and a checksum shows that each gives
-the same outputs as before.
+Finished layers are read from their shards. Hidden states are not stored, because on a fast device writing
+them would take longer than everything else. Instead, finished layers run once more, and a checksum shows that
+each gives the same outputs as before.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from harness.ternary.linear import TernaryLinear
 from harness.ternary.writing import load_shard
 from reference.types import TernaryConfig
 
-# What must be the same in both records; of the options, those that are in no other part of it.
+# Entries that must agree in both records, and options that must agree and are in none of these entries.
 SAME = ("model", "dtype", "method", "backend", "device", "machine", "config", "calibration", "versions")
 SAME_OPTIONS = ("embedding", "gguf_dtype", "trust_remote_code")
 EVALUATION_OPTIONS = ("evaluation", "evaluation_seqlen", "evaluation_windows", "text_column")
 
 
 def continue_from(earlier: dict[str, Any], record: Record, out: Path) -> None:
-    """Take over the finished layers of an interrupted run into the record of this one.
+    """Copy the finished layers of an interrupted run into the record of this run.
 
     Parameters
     ----------
     earlier : dict
         The record of the interrupted run, as `harness.models.folder.unfinished` reads it.
     record : Record
-        Of this run before its first layer.
+        The record of this run, before its first layer.
     out : Path
         Folder of the interrupted run.
 
     Raises
     ------
     UserError
-        If model, text, settings, libraries or machine are not the same; names what differs.
+        If model, text, settings, libraries or machine differ; the message names the difference.
     """
     was, now = dict(_facts(earlier)), dict(_facts(json.loads(json_text(record.to_json()))))
     for name in [*was, *(name for name in now if name not in was)]:
         if was.get(name) != now.get(name):
             raise UserError(
-                f"{out} holds another run: {name} was {was.get(name)} and is {now.get(name)}; "
+                f"{out} holds a different run: {name} was {was.get(name)} and is {now.get(name)}; "
                 "repeat the command of that run with --resume, or start over with --force"
             )
     record.created = earlier["created"]
@@ -62,7 +62,7 @@ def continue_from(earlier: dict[str, Any], record: Record, out: Path) -> None:
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What must be the same in both runs, by names that a user knows."""
+    """List the entries that must agree in both runs, under names that a user knows."""
     options = {name: record["options"][name] for name in SAME_OPTIONS}
     for part, value in {"options": options, **{part: record[part] for part in SAME}}.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A whole quantization run: from names of model and text to a checkpoint and its report."""
+"""Run a whole quantization: from model and text to a checkpoint and its report."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
     Parameters
     ----------
     options : Options
-        What to do.
+        Options of the run.
     say : callable
-        Takes every line meant for the user.
+        Prints a line for the user.
 
     Returns
     -------
     dict
-        What report.json holds.
+        The contents of report.json.
 
     Raises
     ------
     UserError
-        If the input cannot be used; before any long work where that can be known before.
+        If the input cannot be used; as early as the error can be detected.
     """
     sink = sink_for(options)
     earlier = sink.require_folder(say)
@@ -80,7 +80,7 @@ def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
     with sink.open(ready, record, say):
         quantize_layers(options, sink, ready, record, say)
         sink.finish(record)
-    del ready  # two models need not fit side by side
+    del ready  # the original and the quantized model need not fit in memory together
     measure("after", sink.quantized(say))
     record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
     for line in result_lines(sink, record):
@@ -91,7 +91,7 @@ def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
 
 
 def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: Text) -> list[str]:
-    """The lines printed before a run: what will be done, what it will take, and warnings."""
+    """Return the lines printed before a run: method, data, estimate and warnings."""
     wanted = options.nsamples * options.seqlen
     lines = [
         f"{ready.original.name}: {options.method} on the {sink.fitted_by(ready.backend)} backend",
@@ -99,21 +99,21 @@ def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: T
     ]
     if ready.tokens < wanted:
         lines.append(
-            f"  warning: the text has {ready.tokens} tokens, {wanted} are asked for; windows overlap"
+            f"  warning: the text has {ready.tokens} tokens, {wanted} are requested; windows overlap"
         )
     if ignored := ready.original.ignored:
         some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
         lines.append(f"  warning: the model does not use {len(ignored)} tensors of its files: {some}")
     if ready.plan.memory_bytes > host_memory():
         lines.append(
-            f"  warning: this machine has {host_memory() / 1e9:.1f} GB of memory, "
-            f"{ready.plan.memory_bytes / 1e9:.1f} GB are expected; fewer or shorter windows take less"
+            f"  warning: this machine has {host_memory() / 1e9:.1f} GB of memory, the run needs about "
+            f"{ready.plan.memory_bytes / 1e9:.1f} GB; use fewer or shorter windows"
         )
     return lines + sink.plan_lines(ready)
 
 
 def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, say: Say) -> None:
-    """Quantize every layer that is not finished; hand it to the sink, record it, and say its figures."""
+    """Quantize every unfinished layer; pass it to the sink, record it, and print its figures."""
     passage, count = ready.passage, len(ready.passage.calls)
     if 0 < record.done < count:
         with record.time("layers"):
@@ -122,7 +122,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
 
         def progress(steps: int, stage: str) -> None:
             bar.set_postfix_str(stage, refresh=False)
-            # Two passes of every window make a layer; those that true-sequential adds do not count.
+            # A layer takes two passes of every window; extra passes of true-sequential are not counted.
             bar.update(min(steps / (2 * len(passage.hidden)), max(record.done + 1 - bar.n, 0)))
 
         layers = fit_layers(
@@ -137,7 +137,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
                 layer = next(layers)
                 sink.add(layer, record.done)
                 record.add(layer, passage.checksum())
-                del layer  # or its float64 matrices would live beside those of the next
+                del layer  # free its float64 matrices before those of the next are allocated
             sink.note(record)
             bar.update(record.done - bar.n)
             for line in layer_lines(record.layers[-1], count, options.config.damping):
@@ -146,27 +146,27 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
 
 
 def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
-    """Take the hidden states through the finished layers of an interrupted run.
+    """Run the finished layers of an interrupted run on the hidden states again.
 
     Raises
     ------
     UserError
-        If a layer gives other outputs than it gave then.
+        If the outputs of a layer differ from those of the interrupted run.
     """
     weights = (sink.stored(index) for index in range(record.done))
     with Progress("finished layers", record.done, "layer", say) as step:
         for row, _ in zip(record.layers, ready.passage.again(weights), strict=True):
             if ready.passage.checksum() != row["outputs_checksum"]:
                 raise UserError(
-                    f"layer {row['layer'] + 1} gives other outputs than when it was ternarized, so this "
-                    "machine (its number of threads, say) is not the same; resume where the run was, or "
-                    "start over with --force"
+                    f"the outputs of layer {row['layer'] + 1} differ from those of the interrupted run, so "
+                    "the machine differs (in its number of threads, for example); resume on the original "
+                    "machine, or start over with --force"
                 )
             step()
 
 
 def layer_lines(row: dict[str, Any], count: int, damping: float) -> list[str]:
-    """Figures of a finished layer, and warnings of matrices that needed more damping."""
+    """Format the figures of a finished layer, and a warning for each matrix that needed more damping."""
     lines = [
         f"layer {row['layer'] + 1:3d}/{count}  {len(row['matrices'])} matrices  "
         f"relative output error {row['relative_output_error']:.4f}  {sum(row['seconds'].values()):.1f} s"
@@ -178,16 +178,16 @@ def layer_lines(row: dict[str, Any], count: int, damping: float) -> list[str]:
 
 
 def result_lines(sink: Sink, record: Record) -> list[str]:
-    """The lines printed after a run."""
+    """Return the lines printed after a run."""
     lines = ["", *table(record.layers), ""]
-    lines.append(f"mean relative output error of the layers {record.mean_relative_output_error:.4f}")
+    lines.append(f"mean relative output error of layers {record.mean_relative_output_error:.4f}")
     if not record.perplexity:
         lines.append("perplexity not measured: name a text with --eval")
     for when, result in record.perplexity.items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
     lines += sink.result_lines()
     host, device = (bytes_ or 0 for bytes_ in (record.peak_memory_bytes, record.peak_device_bytes))
-    memory = f"{host / 1e9:.1f} GB" + (f", of the device {device / 1e9:.1f} GB" if device else "")
+    memory = f"{host / 1e9:.1f} GB" + (f", on the device {device / 1e9:.1f} GB" if device else "")
     return [*lines, f"{duration(sum(record.seconds.values()))}, peak memory {memory}"]
 
 
@@ -197,7 +197,7 @@ def write_report(out: Path, sink: Sink, record: Record) -> None:
     Raises
     ------
     UserError
-        If it cannot be written; says what is there without it.
+        If it cannot be written; the message says which results exist nevertheless.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

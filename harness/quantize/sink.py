@@ -1,6 +1,6 @@
-"""Where quantized layers go: into a checkpoint, or for a baseline nowhere beside the model in memory.
+"""Destinations of quantized layers: a checkpoint for PT²-LLM, only the model in memory for a baseline.
 
-A run treats both alike; what differs between PT²-LLM and a baseline is said here.
+A run treats both alike; this module holds all differences between PT²-LLM and a baseline.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Sink(ABC):
     Parameters
     ----------
     options : Options
-        What the run is asked for.
+        Options of the run.
     """
 
-    # Added to the error if the report cannot be written at the end.
+    # Appended to the error message if the final report cannot be written.
     without_report = ""
 
     def __init__(self, options: Options) -> None:
@@ -48,36 +48,36 @@ class Sink(ABC):
 
     @abstractmethod
     def require_folder(self, say: Say) -> dict[str, Any] | None:
-        """Refuse a folder that cannot be written; return the record of an interrupted run in it."""
+        """Refuse an unusable output folder; return the record of an interrupted run in it, if any."""
 
     @abstractmethod
     def require_model(self, ready: Ready) -> None:
-        """Refuse a model that this cannot take, or for which there is no room."""
+        """Refuse a model that the sink cannot take, or that does not fit on the disk."""
 
     @abstractmethod
     def fitted_by(self, backend: Backend) -> str:
-        """Name of the backend that fits matrices."""
+        """Return the name of the backend that fits matrices."""
 
     @abstractmethod
     def plan_lines(self, ready: Ready) -> list[str]:
-        """The estimate that is printed."""
+        """Return the lines that print the estimate."""
 
     @abstractmethod
     def computed(self, ready: Ready) -> dict[str, Any]:
-        """What the record says of backend, settings, plan and bits a weight."""
+        """Return the record's entries for backend, settings, plan and bits per weight."""
 
     @abstractmethod
     def method(self, ready: Ready) -> Method:
-        """What quantizes a matrix."""
+        """Return the method that quantizes a matrix."""
 
     @contextmanager
     def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
-        """Take layers inside of this context; after a failure, keep what can be resumed."""
+        """Take layers inside this context; after a failure, keep what can be resumed."""
         yield
 
     @abstractmethod
     def stored(self, index: int) -> dict[str, torch.Tensor]:
-        """Dense weights of a layer that an interrupted run has finished."""
+        """Return the dense weights of a layer that an interrupted run finished."""
 
     @abstractmethod
     def add(self, layer: FittedLayer, index: int) -> None:
@@ -85,36 +85,36 @@ class Sink(ABC):
 
     @abstractmethod
     def note(self, record: Record) -> None:
-        """Write down how far the run has come."""
+        """Save the progress of the run."""
 
     @abstractmethod
     def finish(self, record: Record) -> None:
-        """Take the end of the run: no layer will follow."""
+        """Complete the output after the last layer."""
 
     @abstractmethod
     def quantized(self, say: Say) -> Original:
-        """The quantized model, to be measured."""
+        """Return the quantized model for measurement."""
 
     def result_lines(self) -> list[str]:
-        """What is printed at the end."""
+        """Return the lines printed at the end."""
         return []
 
 
 class CheckpointSink(Sink):
     """PT²-LLM: every layer becomes a shard of a checkpoint, and an interrupted run can be resumed."""
 
-    without_report = "; the checkpoint is whole, its report lacks the perplexity"
+    without_report = "; the checkpoint is complete, but its report lacks the perplexity"
 
     def require_folder(self, say: Say) -> dict[str, Any] | None:
         options = self.options
         if options.out is None:
-            raise UserError("--out DIR is missing: where should the checkpoint go?")
+            raise UserError("--out DIR is missing: name a folder for the checkpoint")
         self.out: Path = options.out
         require_free(self.out, options.force, options.resume)
         require_other_folder(options, self.out)
         earlier = unfinished(self.out) if options.resume else None
         if options.resume and earlier is None:
-            say(f"{self.out} holds no interrupted run: starting with the first layer")
+            say(f"{self.out} holds no interrupted run: starting from the first layer")
         return earlier
 
     def require_model(self, ready: Ready) -> None:
@@ -139,7 +139,7 @@ class CheckpointSink(Sink):
 
     @contextmanager
     def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
-        # Kept beyond the model, which need not be in memory beside the one that is read back.
+        # The original model is freed before the quantized one is loaded; these outlive it.
         self._tokenizer, self._streamed = ready.original.tokenizer, ready.original.read is not None
         self._ready: Ready | None = ready
         count = len(ready.passage.calls)
@@ -147,7 +147,7 @@ class CheckpointSink(Sink):
             try:
                 yield
             except FitError:
-                self._writer.forget()  # it would fail again
+                self._writer.forget()  # a resumed run would fail again
                 raise
             except BaseException:
                 kept = unfinished(self.out)
@@ -183,7 +183,7 @@ class CheckpointSink(Sink):
             self._ready.original,
             self.options.config,
             modules=list(self._decoder.named_linears()),
-            # A run that an older version began did not note them.
+            # Runs started by older versions lack this entry.
             shared_inputs=[group for row in record.layers for group in row.get("shared_inputs", [])],
             coded=list(self._ready.coded),
             report=record.to_json(),
@@ -191,7 +191,7 @@ class CheckpointSink(Sink):
 
     def quantized(self, say: Say) -> Original:
         say(f"reading {self.out} back")
-        # Dequantized, a model that was too large for the memory would be so again.
+        # If the original did not fit in memory, neither would the dense weights.
         trusted = self.options.trust_remote_code
         model = load(self.out, dense=not self._streamed, trust_remote_code=trusted)
         return Original(model, self._tokenizer, str(self.out))
@@ -215,16 +215,16 @@ class BaselineSink(Sink):
             require_free(out, options.force)
             require_other_folder(options, out)
             if is_ternary(out):
-                raise UserError(f"{out} holds a checkpoint, and a baseline gives none; choose another --out")
+                raise UserError(f"{out} holds a checkpoint, but a baseline writes none; choose another --out")
         return None
 
     def require_model(self, ready: Ready) -> None:
         if ready.original.read is not None:
             name = ready.original.name
-            raise UserError(f"{self.options.method} needs the whole model in memory, and {name} is too large")
+            raise UserError(f"{self.options.method} needs the whole model in memory; {name} is too large")
 
     def fitted_by(self, backend: Backend) -> str:
-        return "reference"  # in NumPy only, wherever layers run
+        return "reference"  # baselines exist only in NumPy, whichever device runs the layers
 
     def plan_lines(self, ready: Ready) -> list[str]:
         return []
@@ -247,35 +247,35 @@ class BaselineSink(Sink):
         yield
 
     def stored(self, index: int) -> dict[str, torch.Tensor]:
-        raise AssertionError("a baseline has no finished layers to begin with")
+        raise AssertionError("a baseline cannot be resumed")
 
     def add(self, layer: FittedLayer, index: int) -> None:
-        """Nothing: the layer is in the model already."""
+        """Do nothing: the layer is already in the model."""
 
     def note(self, record: Record) -> None:
-        """Nothing: it cannot be resumed."""
+        """Do nothing: a baseline cannot be resumed."""
 
     def finish(self, record: Record) -> None:
-        """Nothing: there is no file."""
+        """Do nothing: there is no output file."""
 
     def quantized(self, say: Say) -> Original:
         return self._original
 
 
 def sink_for(options: Options) -> Sink:
-    """The sink of the method asked for."""
+    """Return the sink for the method of the options."""
     return (CheckpointSink if options.method == PT2_LLM else BaselineSink)(options)
 
 
 def _unpacked_tensors(decoder: DecoderLayers, index: int) -> dict[str, torch.Tensor]:
-    """Tensors of a decoder layer that are stored unchanged: biases and norms."""
+    """Return the tensors of a decoder layer that are stored unchanged: biases and norms."""
     packed = {f"{name}.weight" for name in decoder.linears[index]}
     names = [name for name in decoder.layers[index].state_dict() if name not in packed]
     return {decoder.full_name(index, name): tensor for name, tensor in decoder.tensors(index, names).items()}
 
 
 def _outside_layers(ready: Ready) -> dict[str, torch.Tensor]:
-    """Tensors outside the decoder layers, but for those that are tied to another."""
+    """Return the tensors outside the decoder layers, except those tied to another."""
     model, prefix = ready.original.model, ready.passage.decoder.prefix
     tied = getattr(model, "all_tied_weights_keys", {})
     tensors = {

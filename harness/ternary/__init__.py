@@ -1,5 +1,5 @@
-"""A ternary model: on disk, and as modules of torch.
+"""A ternary model on disk, and as torch modules.
 
-Read `format` (what config.json and the shards hold), `linear` (the module that keeps trits), `writing` and
+Read `format` (contents of config.json and the shards), `linear` (the module that holds trits), `writing` and
 `reading`; `embedding` stores embedding and head in 8 bits, `kernels/` multiplies by packed trits.
 """

@@ -1,22 +1,22 @@
-"""A ternary model on disk: a Hugging Face folder whose linear layers are packed trits.
+"""Format of a ternary model on disk: a Hugging Face folder whose linear layers are packed trits.
 
-`reference.packing` describes the tensors of a linear layer byte by byte. Beside them, config.json has a
+`reference.packing` describes the tensors of a linear layer byte by byte. In addition, config.json has a
 ``quantization_config``:
 
     quant_method     "pt2_llm"
     format_version   1
     block_size       columns that share alpha and mu
-    grid             what alpha and mu are stored in: "float16" or "int8"
+    grid             storage type of alpha and mu: "float16" or "int8"
     modules          names of the packed layers
-    shared_inputs    those of them that read one and the same input, in groups, as calibration saw them; not
-                     in the first checkpoints
-    unpermuted       those of them without a permutation, as it is the identity; a permutation that is
-                     missing elsewhere was lost
+    shared_inputs    groups of packed layers that read the same input, as observed in calibration; absent in
+                     the first checkpoints
+    unpermuted       packed layers whose permutation is the identity and therefore not stored; any other
+                     layer without a permutation is damaged
     coded            embedding and head, if stored as `harness.ternary.embedding` describes
-    weight_dtype     dtype that dequantized weights are rounded to, as calibration saw them so; that of
-                     config.json if absent
+    weight_dtype     dtype that dequantized weights are rounded to, as in calibration; by default, the dtype
+                     in config.json
 
-Everything else is as transformers writes it.
+transformers defines everything else.
 
 Sizes: a ternarized weight of SmolLM2-135M takes 1.903 bits, alpha, mu and permutation included; its
 checkpoint 82 MB, 57 of them for the embedding in bfloat16. A model of Llama-7B's shape takes 2.03 GB of
@@ -50,7 +50,7 @@ QUANT_METHOD = "pt2_llm"
 
 
 def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[str, torch.Tensor]:
-    """The tensors that hold one matrix of a backend's arrays, by their names in the checkpoint."""
+    """Pack one matrix; return its tensors by their names in the checkpoint."""
     columns = matrix.trits.shape[1]
     packed = backend.function("packing.pack_base3")(matrix.trits)
     parts = {"trits": backend.to_host(packed)}
@@ -67,13 +67,13 @@ def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[s
 
 
 def packed_bytes(rows: int, columns: int, block_size: int, grid: str, permuted: bool) -> int:
-    """Bytes of one packed matrix, the bias left out."""
+    """Count the bytes of one packed matrix, without its bias."""
     parts = stored_parts(rows, columns, block_size, grid, permuted).values()
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
 
 
 def is_ternary(folder: Path) -> bool:
-    """Whether a folder says that it holds a checkpoint of this format."""
+    """Whether the config.json of a folder names this format."""
     if not (folder / CONFIG).is_file():
         return False
     quantization = read_config(folder).get("quantization_config")
@@ -82,7 +82,7 @@ def is_ternary(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class StoredLayers:
-    """What the ``quantization_config`` of a checkpoint says."""
+    """The entries of a checkpoint's ``quantization_config``."""
 
     block_size: int
     grid: str
@@ -93,12 +93,12 @@ class StoredLayers:
 
 
 def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
-    """The ``quantization_config`` of a checkpoint, checked; `where` is what it was read from.
+    """Parse and check the ``quantization_config`` of a checkpoint; errors name `where` it was read from.
 
     Raises
     ------
     UserError
-        If its version is another, or an entry is missing or of another kind.
+        If its version is not supported, or an entry is missing or malformed.
     """
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
@@ -107,16 +107,16 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         )
     modules, unpermuted = quantization.get("modules"), quantization.get("unpermuted")
     block_size = quantization.get("block_size")
-    coded = quantization.get("coded", [])  # there were none at first
+    coded = quantization.get("coded", [])  # absent in the first checkpoints
     for entry, names in (("modules", modules), ("unpermuted", unpermuted), ("coded", coded)):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{where}: {entry} of quantization_config must be a list of names")
     if not isinstance(block_size, int) or block_size < 1:
         raise UserError(f"{where}: block_size of quantization_config must be a positive integer")
-    grid = quantization.get("grid", "float16")  # the only one there was at first
+    grid = quantization.get("grid", "float16")  # absent in the first checkpoints
     if grid not in GRIDS:
-        raise UserError(f"{where}: the grid {grid!r} of quantization_config is none of {', '.join(GRIDS)}")
-    shared = quantization.get("shared_inputs")  # the first checkpoints have none
+        raise UserError(f"{where}: grid of quantization_config is {grid!r}, not one of {', '.join(GRIDS)}")
+    shared = quantization.get("shared_inputs")  # absent in the first checkpoints
     if shared is not None:
         known = isinstance(shared, list) and all(isinstance(group, list) for group in shared)
         members = [name for group in shared for name in group] if known else [None]
@@ -125,14 +125,14 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
     return StoredLayers(block_size, grid, modules or [], unpermuted or [], shared, coded)
 
 
-# Everything that may be stored of one matrix.
+# All tensors that may be stored for one matrix.
 PACKED = ("trits", "scale", "shift", "permutation", "row_factor", "scale_factor", "shift_factor")
 
 
 def stored_parts(
     rows: int, columns: int, block_size: int, grid: str, permuted: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Types and shapes of the tensors that hold one matrix."""
+    """Return the dtypes and shapes of the tensors that store one matrix."""
     blocks = -(-columns // block_size)
     kind = getattr(torch, grid)
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -149,31 +149,31 @@ def stored_parts(
 
 
 def permutation_dtype(columns: int) -> np.dtype[Any]:
-    """The smallest unsigned type that holds the index of every column."""
+    """Return the smallest unsigned type that holds every column index."""
     return np.min_scalar_type(columns - 1)
 
 
 def unpack_base3(packed: torch.Tensor, count: int) -> torch.Tensor:
-    """Trits of bytes that are known to be sound, (..., ceil(count / 5)) uint8 to (..., count) int8."""
-    # No tensor of constants: a CUDA graph takes none from the host.
+    """Unpack trits from valid bytes: (..., ceil(count / 5)) uint8 to (..., count) int8."""
+    # Without a tensor of constants: a CUDA graph cannot copy one from the host.
     digits = torch.stack([packed // 3**i % 3 for i in range(5)], -1).flatten(-2)
     return digits[..., :count].to(torch.int8) - 1
 
 
 def pack_base3(trits: torch.Tensor) -> torch.Tensor:
-    """Bytes of trits that are known to be sound, the inverse of `unpack_base3`."""
+    """Pack valid trits into bytes, the inverse of `unpack_base3`."""
     filled = nn.functional.pad(trits + 1, (0, -trits.shape[-1] % 5), value=1).to(torch.uint8)
     digits = filled.unflatten(-1, (-1, 5)).unbind(-1)
     return torch.stack([digit * 3**i for i, digit in enumerate(digits)]).sum(0, dtype=torch.uint8)
 
 
 def require_base3(packed: torch.Tensor, count: int) -> None:
-    """Refuse bytes that are not the code of trits.
+    """Refuse bytes that do not encode trits.
 
     Raises
     ------
     ValueError
-        If a byte is above 242, or the last of a row is filled up with something other than t = 0.
+        If a byte is above 242, or the last byte of a row is padded with anything but t = 0.
     """
     if (packed > 3**5 - 1).any():
         byte = int(packed[packed > 3**5 - 1][0])

@@ -1,4 +1,4 @@
-"""Write a ternary checkpoint shard by shard; it becomes visible once it is whole."""
+"""Write a ternary checkpoint shard by shard; it becomes visible only when complete."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ from reference.types import TernaryConfig, TernaryMatrix
 
 
 class CheckpointWriter:
-    """Writes a checkpoint shard by shard, and makes it visible only once it is whole.
+    """Writes a checkpoint shard by shard, and makes it visible only when complete.
 
-    Files are `staged`, in a folder that has no config.json and so does not load. `finish` moves them into
-    place; leaving the context without it removes them, unless `note` has said how far the run has come.
+    Files go to a `staged` folder, which cannot be loaded because it has no config.json. `finish` moves them
+    into place. Leaving the context without `finish` deletes them, unless `note` saved the run's progress.
 
     Parameters
     ----------
     out : Path
         Folder of the checkpoint.
     shards : int
-        How many there will be.
+        Number of shards of the complete checkpoint.
     backend : Backend
-        Whose arrays the matrices are made of; it packs them.
+        Backend that computed the matrices; it packs them.
     done : int
-        How many of them a run that was stopped has left.
+        Number of shards that an interrupted run finished.
 
     Raises
     ------
     UserError
-        On every method, if a file cannot be written (a full disk, say); on entering, if another run is
-        writing there, or a shard that should be there is not.
+        By every method, if a file cannot be written (for example, if the disk is full); on entering, if
+        another run is writing to the folder, or a finished shard is missing.
     """
 
     def __init__(self, out: Path, shards: int, backend: Backend, done: int = 0) -> None:
@@ -81,11 +81,11 @@ class CheckpointWriter:
         return self
 
     def shard(self, number: int) -> Path:
-        """The file of a shard, the first of which is number 1."""
+        """Return the file of a shard; numbers start at 1."""
         file = self.folder / f"model-{number:05d}-of-{self.shards:05d}.safetensors"
         moved = self.out / file.name
         if number <= self.done and not file.exists() and moved.exists():
-            os.replace(moved, file)  # the run was stopped while it moved them into place
+            os.replace(moved, file)  # the run was interrupted while moving files into place
         return file
 
     def __exit__(
@@ -96,7 +96,7 @@ class CheckpointWriter:
     def add(
         self, tensors: dict[str, torch.Tensor], matrices: Mapping[str, TernaryMatrix] | None = None
     ) -> None:
-        """Write one shard: tensors as they are, and matrices by the name of their layer, packed."""
+        """Write one shard: unchanged tensors, and packed matrices by the name of their layer."""
         file = self.shard(self._written + 1)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         for name, matrix in (matrices or {}).items():
@@ -106,7 +106,7 @@ class CheckpointWriter:
             tensors.update(packed)
         try:
             save_file(tensors, file, metadata={"format": "pt"})
-            file.chmod(0o644)  # safetensors leaves it to the owner alone
+            file.chmod(0o644)  # safetensors lets only the owner read it
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} could not be written: {reason_of_failure(error, self.folder)}") from None
         self._count(file.name, tensors)
@@ -117,11 +117,11 @@ class CheckpointWriter:
         self._bytes += sum(t.numel() * t.element_size() for t in tensors.values())
 
     def note(self, report: dict[str, Any]) -> None:
-        """Write down how far the run has come: the shards so far are kept if it is stopped."""
+        """Save the progress of the run, so that an interruption keeps the shards written so far."""
         write_json(self.folder / PROGRESS, report)
 
     def forget(self) -> None:
-        """Let the shards so far not be kept."""
+        """Delete the saved progress, so that leaving the context deletes all shards."""
         (self.folder / PROGRESS).unlink(missing_ok=True)
 
     def finish(
@@ -134,7 +134,7 @@ class CheckpointWriter:
         coded: list[str],
         report: dict[str, Any],
     ) -> None:
-        """Write index, tokenizer, code, report and config, and move all into place, config last."""
+        """Write index, tokenizer, code, report and config; move all files into place, config last."""
         try:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
             write_json(self.folder / INDEX, index)
@@ -158,28 +158,28 @@ class CheckpointWriter:
             }
             write_json(self.folder / CONFIG, config)
             move_into(self.folder, self.out, stale=(*WEIGHT_FILES, INDEX))
-        except Exception as error:  # the tokenizer raises plain Exception where the disk is full
+        except Exception as error:  # the tokenizer raises plain Exception if the disk is full
             raise UserError(
                 f"{self.out} could not be written: {reason_of_failure(error, self.folder)}"
             ) from None
 
 
 def save_code(model: Any, config: Any, folder: Path) -> None:
-    """Write the code that came with a model, if some did and it was trusted."""
+    """Write the custom code of a model, if it has any and was loaded with trust."""
     for part in (model, config):
         if getattr(part, "_auto_class", None) is not None:
             custom_object_save(part, folder, config=config)
 
 
 def load_shard(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a shard that a run which was stopped has left.
+    """Load the tensors of a shard that an interrupted run finished.
 
     Raises
     ------
     UserError
-        If it cannot be read.
+        If the shard cannot be read.
     """
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is missing or damaged ({error}); begin anew with --force") from None
+        raise UserError(f"{file} is missing or damaged ({error}); start over with --force") from None

@@ -1,5 +1,5 @@
-"""python -m harness.verify: whether a backend computes the paper.
+"""python -m harness.verify: check that a backend computes what the paper says.
 
-Read `cases` (golden cases through a backend) and `tolerances` (how near is near enough, and why);
-`real_model` compares backends on a whole model, `record` is the list of files that passed on hardware.
+Read `cases` (runs the golden cases on a backend) and `tolerances` (the allowed differences, with reasons);
+`real_model` compares backends on a whole model, `record` lists the source files that passed on hardware.
 """

@@ -1,4 +1,4 @@
-"""A backend against the reference on every matrix of a real model, both given the same inputs."""
+"""Compare a backend with the reference on every matrix of a real model, given the same inputs."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from harness.verify.tolerances import OUTPUT_ERROR
 from reference.aga import output_error
 from reference.types import TernaryConfig, TernaryMatrix
 
-# Calibration of the demo: enough tokens for every width of the embedded model.
+# Calibration as in the demo: more tokens than any matrix of the embedded model has columns.
 NSAMPLES, SEQLEN, EVALUATION_WINDOWS = 16, 512, 4
 
 
 def compare_on_model(
     source: str | None, backend: Backend, nsamples: int = NSAMPLES, seqlen: int = SEQLEN
 ) -> dict[str, Any]:
-    """Ternarize a model by the reference, and each of its matrices by the backend as well.
+    """Ternarize a model by the reference, and each of its matrices by the backend too.
 
-    The model goes on with the reference's matrices, so that every matrix is fitted to the same inputs
-    by both. Then the backend ternarizes the model by itself, for its perplexity.
+    Calibration continues with the reference's matrices, so that both fit every matrix to the same inputs.
+    Then the backend ternarizes the model alone, to measure its perplexity.
 
     Parameters
     ----------
     source : str or None
         As for `harness.models.loading.load_original`.
     backend : Backend
-        What to compare, in its precision.
+        The backend to compare, in its own precision.
     nsamples, seqlen : int
-        Windows of calibration text, and tokens in each.
+        Number of calibration windows, and tokens per window.
 
     Returns
     -------
     dict
-        ``passed``, whether the output error of every matrix is within
-        `harness.verify.tolerances.OUTPUT_ERROR` of the reference's; ``misses``; the largest difference and
-        the smallest share of equal trits with their matrices; and perplexities, which are not judged: one
-        tie that is rounded differently changes all later layers.
+        ``passed``: whether the output error of every matrix is within
+        `harness.verify.tolerances.OUTPUT_ERROR` of the reference's; ``misses``: the matrices that are not;
+        the largest difference and the smallest share of equal trits, with their matrices; and perplexities,
+        which are not tested, because one tie rounded differently changes all later layers.
     """
     compute = compute_for(backend)
     reference = load_backend("reference")
@@ -92,7 +92,7 @@ def _ternarized(
     take: Callable[[FittedMatrix], None],
     title: str,
 ) -> tuple[str, float, float]:
-    """Fit every matrix of the model by a method: its name, and the perplexity before and after."""
+    """Fit every matrix of a model by a method; return the name, and the perplexity before and after."""
     original = load_original(source)
     decoder = find_decoder_layers(original.model, original.read)
     stream = text.read_text(text.BUILTIN, text.CALIBRATION)
@@ -111,7 +111,7 @@ def _ternarized(
 
 
 def _compare(matrix: FittedMatrix, ours: TernaryMatrix) -> dict[str, Any]:
-    """Output errors of the reference's matrix and ours, each computed on the host from what is stored."""
+    """Compare the reference's matrix with ours: output errors, computed on the host from stored values."""
     W, C = matrix.weight.double().cpu().numpy(), matrix.gram.cpu().numpy()
     expected, error = (output_error(W, result.dequantize(), C) for result in (matrix.result, ours))
     return {

@@ -1,7 +1,7 @@
-"""Plants faults in `reference/` and `gpu/`, one at a time, and shows which of them the tests notice.
+"""Mutation testing of `reference/` and `gpu/`: plant one fault at a time, and report which the tests detect.
 
-mutmut 3.8 does this for plain Python, and has been run on `reference/`. It skips functions with a decorator,
-which all bodies of Numba kernels have, knows no CUDA C++, and none of barriers, ties and axes.
+mutmut 3.8 does this for plain Python, and was run on `reference/`. It skips decorated functions, which
+includes all bodies of Numba kernels, does not support CUDA C++, and has no faults of barriers, ties and axes.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from tests.faults.judge import PASSED, UNCOMPILED
 from tests.faults.outcome import ReasonsError, Verdict
 
 DESCRIPTION = """\
-Plant faults in reference/ and gpu/ and show which of them the tests notice.
+Plant faults in reference/ and gpu/ and report which of them the tests detect.
 
 A fault is one small change of the source: another operator, comparison, sign,
 constant, index, axis or type, a dropped term, factor, statement or barrier, a
-condition that is always true or false, a tie that goes the other way. Each is
-planted alone, in a copy of the project; nothing here is touched. The tests of
-the package run until one fails: the fault is caught. A fault that all of them
-pass is a survivor. It needs a test, or a reason in tests/faults/survivors.toml
-why no test can notice it; where there is one, only tests that are likely to fail
-are run, for some 20 seconds.
+condition that is always true or false, a tie broken the other way. Each fault
+is planted alone, in a copy of the project; the project itself is not changed.
+The tests of the package run until one fails: the fault is detected. A fault
+that passes all tests is a survivor. It needs a new test, or a reason in
+tests/faults/survivors.toml why no test can detect it. A fault with a reason is
+tested for about 20 seconds only, by the tests most likely to fail.
 
-Python and CUDA C++ are judged. Tests compile the latter for a CPU, where
-instructions.cuh is replaced: its faults are not planted. Changes that do not
-compile are no faults, and only counted.
+Faults are planted in Python and CUDA C++. Tests compile the CUDA C++ for a CPU
+and replace instructions.cuh, so that file gets no faults. Changes that do not
+compile are not faults; they are only counted.
 
-Every verdict is written to tests/faults/outcome.jsonl as it comes.
+Every verdict is written to tests/faults/outcome.jsonl immediately.
 
-It needs no GPU, and what the tests need: numpy, scipy, safetensors, torch,
-numba-cuda, pytest and hypothesis, g++ for CUDA C++; and tree-sitter-cuda."""
+No GPU is needed. Required are numpy, scipy, safetensors, torch, numba-cuda,
+pytest, hypothesis and tree-sitter-cuda, and g++ for CUDA C++."""
 
 EPILOG = """\
 examples:
-  python -m tests.faults --since HEAD~1             after a change: the functions it touched
+  python -m tests.faults --since HEAD~1             functions changed since a commit
   python -m tests.faults --file gpu/ssr.py          one file
-  python -m tests.faults --file gpu/kernels/decode.cu --list   what would be planted
-  python -m tests.faults --package reference        in an hour or two
-  python -m tests.faults                            all faults; a night on one core
+  python -m tests.faults --file gpu/kernels/decode.cu --list   list faults, plant none
+  python -m tests.faults --package reference        one package; takes 1 to 2 hours
+  python -m tests.faults                            all faults; takes a night on one core
 
-exit code: 0 every survivor has a reason, 1 some have none (they are printed as they
-are entered into survivors.toml), 2 the tests fail without a fault, or bad usage"""
+exit code: 0 every survivor has a reason; 1 some have none (they are printed in the
+format of survivors.toml); 2 the tests fail without a fault, or usage is wrong"""
 
 ROOT = Path(__file__).parents[2]
 PLANTERS = {".py": plant.find_faults, ".cu": cuda.find_faults, ".cuh": cuda.find_faults}
-# Instructions that tests/gpu/emulation.cpp replaces on a CPU: nothing runs a fault in them.
+# tests/gpu/emulation.cpp replaces these instructions on a CPU, so no test would run a fault in them.
 EMULATED = "instructions.cuh"
-# A fault in the reference must be noticed by its own tests, not by those of what is compared with it.
+# Only the reference's own tests count for it, not the tests that compare other code with it.
 TESTS = {
     "reference": ("tests/reference", "tests/golden/test_reference.py"),
     "gpu": ("tests/gpu",),
@@ -67,23 +67,23 @@ TESTS = {
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "NUMBA_ENABLE_CUDASIM": "1",
-    # What is compiled for the CPU checks no index unless told to.
+    # Numba's CPU code checks no index unless told to.
     "NUMBA_BOUNDSCHECK": "1",
     # One process, one core: small matrices gain nothing from a second.
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-# A hunk of a diff without context: the file, or where its lines lie now.
+# Headers of a diff without context: the new file name, or the new line numbers of a hunk.
 HUNK = re.compile(r"^--- .*\n\+\+\+ (?P<file>.*)$|^@@ -\S+ \+(?P<first>\d+)(?:,(?P<count>\d+))? @@", re.M)
 
 
 class Unjudged(Exception):
-    """The tests cannot judge: they fail as they are, or could not be run."""
+    """The tests cannot judge faults: they fail without a fault, or could not run."""
 
 
 @dataclass
 class Project:
-    """Where the sources and their tests lie.
+    """The folders of sources and tests, and the time limits.
 
     Attributes
     ----------
@@ -92,11 +92,11 @@ class Project:
     tests : dict of str to tuple of str
         Paths of the tests that judge each package.
     copied : tuple of str
-        What of the folder the tests need.
+        Files and folders of the project that the tests need.
     patience : float
-        Seconds that a test may take beyond ten times what it takes without a fault.
+        A test times out after ten times its normal duration plus this many seconds.
     brief : float
-        Seconds of tests, without a fault, that judge one of which a reason says that no test can notice it.
+        For a fault with a reason in survivors.toml: total seconds of tests to run, by normal duration.
     """
 
     root: Path = ROOT
@@ -106,7 +106,7 @@ class Project:
     brief: float = 20.0
 
     def sources(self) -> list[str]:
-        """Every file of the packages, by its path."""
+        """List the source files of the packages, by path."""
         return [
             path.relative_to(self.root).as_posix()
             for package in self.tests
@@ -119,12 +119,12 @@ class Project:
         return PLANTERS[Path(file).suffix]((self.root / file).read_text(encoding="utf-8"), file)
 
     def changed(self, revision: str) -> dict[str, set[int]]:
-        """Lines of the sources that differ from a commit, those around a gap included.
+        """Find the source lines that differ from a commit, including the lines around a deletion.
 
         Raises
         ------
         Unjudged
-            If git cannot tell.
+            If git fails.
         """
 
         def git(*arguments: str) -> str:
@@ -151,9 +151,9 @@ class Project:
 def judge(
     project: Project, package: str, faults: list[Fault], explained: Container[Key] = ()
 ) -> Iterator[Verdict]:
-    """Judge faults of one package, those of a file in a row, in a copy of the project.
+    """Judge faults of one package, file by file, in a copy of the project.
 
-    Faults that are `explained`, as none that a test can notice, are judged briefly.
+    Faults that are `explained` (a reason says that no test can detect them) are judged briefly.
 
     Raises
     ------
@@ -202,24 +202,24 @@ def judge(
                 if "by" in answer:
                     fault = next(waiting)
                     if not answer["by"]:
-                        raise Unjudged(f"the tests could not be run on a fault of {fault.file}")
+                        raise Unjudged(f"the tests could not run on a fault of {fault.file}")
                     yield Verdict(fault, answer["by"], answer["seconds"])
                 elif answer.get("sound", PASSED) != PASSED:
-                    raise Unjudged(f"{fault.file} is sound and does not pass {answer['sound']}")
+                    raise Unjudged(f"{fault.file} has no fault, but fails {answer['sound']}")
             if process.wait() != 0:
-                raise Unjudged(f"the process that runs the tests ended with {process.returncode}")
+                raise Unjudged(f"the process that runs the tests exited with code {process.returncode}")
         finally:
             process.kill()
             process.wait()
 
 
 def describe(fault: Fault) -> str:
-    """A fault as people read it."""
+    """Format a fault for printing."""
     return f"{fault.file}:{fault.line} {fault.function}: {fault.change}"
 
 
 def run(project: Project, faults: list[Fault]) -> int:
-    """Judge faults and report; returns the exit code."""
+    """Judge faults and print a report; return the exit code."""
     reasons = outcome.load_reasons()
     verdicts: list[Verdict] = []
     with outcome.VERDICTS.open("w", encoding="utf-8") as out:
@@ -241,11 +241,11 @@ def run(project: Project, faults: list[Fault]) -> int:
         print(
             f"{file}: {len(by) - uncompiled} faults, {len(survivors)} survive, "
             f"{len(reasons.keys() & survivors)} of them explained"
-            + (f"; {uncompiled} more changes do not compile" if uncompiled else "")
+            + (f"; {uncompiled} further changes do not compile" if uncompiled else "")
         )
     for verdict in verdicts:
         if verdict.by != PASSED and verdict.fault.key in reasons:
-            print(f"survivors.toml explains what {verdict.by} notices: {describe(verdict.fault)}")
+            print(f"survivors.toml has a reason, but {verdict.by} detects: {describe(verdict.fault)}")
     unexplained = [v.fault for v in verdicts if v.by == PASSED and v.fault.key not in reasons]
     if unexplained:
         print(f"{len(unexplained)} survivors without a reason; for {outcome.REASONS.name}:\n")
@@ -254,7 +254,7 @@ def run(project: Project, faults: list[Fault]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     project = Project()
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults",
@@ -264,16 +264,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--package", choices=list(project.tests), help="only this package (both)")
-    add("--file", action="append", metavar="PATH", help="only this file; may be given more than once (all)")
+    add("--file", action="append", metavar="PATH", help="only this file; may be repeated (all)")
     add("--since", metavar="REV", help="only functions and lines that differ from this commit (all)")
-    add("--list", action="store_true", help="print the faults and plant none")
+    add("--list", action="store_true", help="list the faults without planting them")
     add(
         "--resume", action="store_true", help="keep the verdicts of earlier runs if nothing has changed since"
     )
     options = parser.parse_args(arguments)
     sources = project.sources()
     if unknown := set(options.file or ()) - set(sources):
-        parser.error(f"no such source: {', '.join(sorted(unknown))}; known are {', '.join(sources)}")
+        parser.error(f"no such source: {', '.join(sorted(unknown))}; choose from {', '.join(sources)}")
     try:
         changed = project.changed(options.since) if options.since else None
         faults = [
@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(describe(fault))
             return 0
         if not faults:
-            print("no fault to plant")
+            print("no faults to plant")
             return 0
         return run(project, faults)
     except (Unjudged, ReasonsError) as error:

@@ -1,4 +1,4 @@
-"""What is put in the place of what: tables of operators, functions and types, and other values."""
+"""Replacements that make a fault: tables of operators, functions and types, and changed constants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
 }
-# The other way at the boundary, and the other direction.
+# The same direction with the other behaviour at equality, and the opposite direction.
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.Gt),
     ast.LtE: (ast.Lt, ast.GtE),
@@ -47,7 +47,7 @@ FUNCTIONS = {
     "ones": "zeros",
     "zeros_like": "ones_like",
 }
-# Functions and methods whose result has the shape of their argument, which can stand in for it.
+# Functions and methods that can be replaced by their argument, because it has the shape of the result.
 TRANSPARENT = {
     "abs",
     "ascontiguousarray",
@@ -71,16 +71,16 @@ TYPES = {
     "uint8": "int8",
     "intp": "int8",
 }
-# Letters that LAPACK and array libraries know. Single capitals that name an argument in a message are not
-# among them: "C" is the Gram matrix.
+# Letter options of LAPACK and array libraries. Single capitals that name an argument in a message are
+# excluded: "C" is the Gram matrix.
 LETTERS = {"L": "U", "U": "L", "F": "C"}
 HARMLESS = {"copy", "check_finite", "overwrite_a", "overwrite_b", "cache", "fastmath"}
-# Constants beyond this are tolerances and limits: what a factor of ten changes, a hundredth need not.
+# Constants beyond this are tolerances and limits: tests detect a factor of ten, not a small change.
 ORDINARY = (1e-3, 1e3)
 
 
 def stands_alone(text: str, replaced: ast.expr) -> bool:
-    """Whether an expression needs no parentheses in the place of another."""
+    """Whether an expression needs no parentheses when it replaces another."""
     if text in ("True", "False", "None"):
         return True
     whole = (ast.Name, ast.Call, ast.Attribute, ast.Subscript)
@@ -89,7 +89,7 @@ def stands_alone(text: str, replaced: ast.expr) -> bool:
 
 
 def other_values(value: object) -> tuple[object, ...]:
-    """What a constant is changed to; None, dots and texts but `LETTERS` are left alone."""
+    """List replacements for a constant; none for None, Ellipsis, and strings other than `LETTERS`."""
     if isinstance(value, str):
         return (LETTERS[value],) if value in LETTERS else ()
     if isinstance(value, bool):
@@ -105,7 +105,7 @@ def other_values(value: object) -> tuple[object, ...]:
 
 
 def fewer(collection: ast.expr) -> Iterator[ast.expr]:
-    """A literal collection with one member less."""
+    """Yield a literal collection with each member removed in turn."""
     if isinstance(collection, ast.Constant) and isinstance(collection.value, str):
         for i in range(len(collection.value)):
             yield ast.Constant(collection.value[:i] + collection.value[i + 1 :])
@@ -115,7 +115,7 @@ def fewer(collection: ast.expr) -> Iterator[ast.expr]:
 
 
 def last_of_equals(argsort: ast.Call) -> ast.expr:
-    """A stable sort in which of equal values the last comes first."""
+    """Make a stable sort that puts the last of equal values first."""
     values = ast.unparse(argsort.args[0])
     backwards = ast.parse(f"({values})[::-1]", mode="eval").body
     order = ast.unparse(ast.Call(argsort.func, [backwards], argsort.keywords))
@@ -123,5 +123,5 @@ def last_of_equals(argsort: ast.Call) -> ast.expr:
 
 
 def is_type_alias(value: ast.expr) -> bool:
-    """Whether an assigned value is a type, which nothing is computed with."""
+    """Whether an assigned value is a type alias, which affects no computation."""
     return isinstance(value, ast.Subscript) and getattr(value.value, "id", "") == "NDArray"

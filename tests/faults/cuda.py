@@ -1,9 +1,9 @@
-"""Faults that can be planted in CUDA C++: one change of the text each, made from its syntax tree.
+"""Find faults for CUDA C++: single changes of the source text, derived from its syntax tree.
 
-Left alone are preprocessor lines, definitions by macros, comments, instructions in `asm`, bounds of
-launches, and all that is a type: template parameters and arguments, casts, sizes of arrays. A wrong type
-or size hardly compiles; larger arrays change nothing, and casts to `size_t` are for sizes that no test has
-the memory for. A fault may still not compile, which the planter does not know.
+These get no faults: preprocessor lines, macro definitions, comments, instructions in `asm`, launch bounds,
+and types, including template parameters and arguments, casts and array sizes. A wrong type or size rarely
+compiles; larger arrays change nothing; and casts to `size_t` matter only at sizes beyond the memory of any
+test. Other faults may fail to compile too; the planter cannot know.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ LANGUAGE = Language(tree_sitter_cuda.language())
 PREPROCESSOR_LINE = re.compile(rb"^[ \t]*#(?:.*\\\n)*.*", re.M)
 NUMBER = re.compile(r"(?P<integer>0[xX][0-9a-fA-F]+|\d+)[uUlL]*|(?P<float>[\d.]+(?:[eE][+-]?\d+)?)[fF]?")
 
-# Kinds of faults, what of the tree they replace, and with what.
+# Kinds of faults, the parts of the tree they replace, and the replacements.
 Changes = Iterator[tuple[str, Node, str]]
 
-# Of the same precedence, so that nothing else of the expression changes.
+# Operators of the same precedence, so that the rest of the expression keeps its meaning.
 OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "%": "/", "<<": ">>", ">>": "<<"}
-# Of another.
+# Operators of another precedence.
 LOGIC = {"&": "|", "|": "&", "^": "|", "&&": "||", "||": "&&"}
-# The other way at the boundary, and the other direction.
+# The same direction with the other behaviour at equality, and the opposite direction.
 COMPARISONS = {
     "<": ("<=", ">"),
     "<=": ("<", ">="),
@@ -38,7 +38,7 @@ COMPARISONS = {
     "!=": ("==",),
 }
 FUNCTIONS = {"min": "max", "max": "min", "fminf": "fmaxf", "fmaxf": "fminf"}
-# What needs parentheses as part of another expression.
+# Expressions that need parentheses inside another expression.
 COMPOUND = {"binary_expression", "conditional_expression", "assignment_expression", "comma_expression"}
 LEFT_ALONE = {
     "array_declarator",
@@ -54,27 +54,27 @@ LEFT_ALONE = {
 
 
 def parse(source: str) -> Node:
-    """The syntax tree of a file, its preprocessor lines taken for blank ones.
+    """Parse a file, with its preprocessor lines blanked.
 
-    The grammar has no `#pragma` between a loop and its body.
+    The grammar does not accept a `#pragma` between a loop and its body.
     """
     return Parser(LANGUAGE).parse(_without_preprocessor(source)).root_node
 
 
 def find_faults(source: str, file: str) -> list[Fault]:
-    """Every fault of a file, in the order of its lines.
+    """Find every fault of a file, in the order of its lines.
 
     Parameters
     ----------
     source : str
         Text of the file.
     file : str
-        Its path, as the faults name it.
+        Its path, stored in the faults.
 
     Returns
     -------
     list of Fault
-        Each gives a file that parses, with another syntax tree; some may not compile.
+        Each fault makes a file that parses to another syntax tree; some may not compile.
     """
     tree = parse(source)
     code = _without_preprocessor(source)
@@ -138,18 +138,18 @@ class _Planter:
     """Walks a syntax tree and collects faults; its methods are named after types of nodes."""
 
     def __init__(self, code: bytes, file: str) -> None:
-        # The file as people are shown it, without comments and preprocessor lines.
+        # Text of the file for display, without comments and preprocessor lines.
         self.code = code
         self.file = file
         self.faults: list[Fault] = []
         self.scope: list[str] = []
-        # Where the statement in hand is, without the statements in it.
+        # Span of the current statement, without the statements inside it.
         self.shown = (0, 0)
-        # First and last line of the function in hand.
+        # First and last line of the current function.
         self.around: tuple[int, int] | None = None
 
     def plant(self, node: Node, kind: str, text: str) -> None:
-        """A fault that puts a text in the place of a node."""
+        """Add a fault that replaces a node by a text."""
         first, last = self.shown
         before = self.code[first:last]
         after = self.code[first : node.start_byte] + text.encode() + self.code[node.end_byte : last]
@@ -168,7 +168,7 @@ class _Planter:
         )
 
     def visit(self, node: Node) -> None:
-        """The faults of a node and of all in it."""
+        """Add the faults of a node and of all nodes inside it."""
         macro = node.type == "expression_statement" and not self.scope
         if macro or node.type in LEFT_ALONE:
             return
@@ -188,7 +188,7 @@ class _Planter:
         self.shown, self.around = outer
 
     def name(self, node: Node) -> list[str]:
-        """What a node adds to the qualified name of what lies in it."""
+        """Return the parts that a node adds to the qualified names of nodes inside it."""
         if node.type == "function_definition":
             return [_text(_field(next(_nodes(node, "function_declarator")), "declarator"))]
         if node.type in ("struct_specifier", "class_specifier", "namespace_definition"):
@@ -217,7 +217,7 @@ class _Planter:
     def init_declarator(self, node: Node) -> Changes:
         value = _field(node, "value")
         yield from self.negated(value)
-        # Zeros. What is left without a value may be 0 by chance, so this one is not.
+        # `{}` sets zeros. Replace it by {1}, not by nothing: uninitialized memory may be 0 by chance.
         if _text(value) == "{}":
             yield "constant", value, "{1}"
 
@@ -252,7 +252,7 @@ class _Planter:
     while_statement = do_statement = if_statement
 
     def for_statement(self, node: Node) -> Changes:
-        # Without an end a loop over an array leaves it, which no test could miss.
+        # Always true is not planted: the loop would run out of its array, and any test detects that.
         yield from self.forced(node, ("false",))
 
     def conditional_expression(self, node: Node) -> Changes:
@@ -291,7 +291,7 @@ class _Planter:
 
     def subscript_expression(self, node: Node) -> Changes:
         (index,), array = _field(node, "indices").named_children, _field(node, "argument")
-        if index.type != "number_literal":  # its value changes as any constant's does
+        if index.type != "number_literal":  # number literals are changed as constants
             yield "index", index, f"{_grouped(index)} + 1"
         if array.type == "subscript_expression":
             (outer,) = _field(array, "indices").named_children
@@ -310,7 +310,7 @@ class _Planter:
         elif name == "fmaf":
             a, b, c = (_grouped(argument) for argument in arguments)
             for argument in (arguments[0], arguments[2]):
-                if argument.type != "unary_expression":  # its sign changes as any does
+                if argument.type != "unary_expression":  # signs are changed as operators
                     yield "sign", argument, _negative(argument)
             yield "term", node, f"({a} * {b})"
             yield "term", node, c

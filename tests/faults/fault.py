@@ -1,4 +1,4 @@
-"""A fault: one change of a source, whatever its language, and its name."""
+"""A fault: one change of a source file in any language, and its name."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 MODULE_LEVEL = "<module>"
-# Characters of an expression shown on either side of what changes in it.
+# Characters shown on either side of a change in an expression.
 CONTEXT = 30
 
-# File, function and change of a fault: what a reason for its survival is filed under, without a line number.
+# File, function and change of a fault: the key of its reason in survivors.toml, without a line number.
 Key = tuple[str, str, str]
 
 
@@ -22,20 +22,20 @@ class Fault:
     file : str
         Path from the root of the project.
     line : int
-        Where the change begins.
+        First line of the change.
     lines : tuple of int
-        First and last line of the outermost function it lies in, or its own.
+        First and last line of the outermost enclosing function, or of the change itself.
     function : str
-        Qualified name of the function or class it lies in, `MODULE_LEVEL` outside of any.
+        Qualified name of the enclosing function or class, `MODULE_LEVEL` if there is none.
     kind : str
-        What sort of change it is.
+        Kind of the change.
     change : str
-        ``before → after``, the same for the same change wherever the function moves; a later one of
-        the same text in the same function ends with its number.
+        ``before → after``, independent of the position of the function in the file; repeated changes with
+        the same text in the same function are numbered.
     start, end : int
-        The bytes of the file that are replaced.
+        Range of bytes of the file to replace.
     text : str
-        What replaces them.
+        The replacement.
     """
 
     file: str
@@ -54,17 +54,17 @@ class Fault:
         return self.file, self.function, self.change
 
     def concerns(self, lines: set[int]) -> bool:
-        """Whether it lies in a function with one of these lines, or outside of functions in one of them."""
+        """Whether its outermost function contains one of these lines; outside functions, its own lines."""
         return not lines.isdisjoint(range(self.lines[0], self.lines[1] + 1))
 
     def planted(self, source: str) -> str:
-        """The source with this fault."""
+        """Return the source with this fault."""
         data = source.encode()
         return (data[: self.start] + self.text.encode() + data[self.end :]).decode()
 
 
 def named(faults: Iterable[Fault]) -> list[Fault]:
-    """Faults in the order of their lines, each once; a later one of the same name gets a number."""
+    """Sort faults by line and drop duplicates; number later ones of the same name."""
     seen: set[tuple[int, int, str]] = set()
     numbers: dict[Key, int] = {}
     found = []
@@ -81,7 +81,7 @@ def named(faults: Iterable[Fault]) -> list[Fault]:
 
 
 def shown(before: str, after: str) -> str:
-    """The two texts on one line each, without what they share far from the change."""
+    """Format both texts on one line each, without the common parts far from the change."""
     before, after = (" ".join(text.split()) for text in (before, after))
     shorter = min(len(before), len(after))
     first = next((i for i in range(shorter) if before[i] != after[i]), shorter)

@@ -1,10 +1,10 @@
-"""Runs the tests on one fault after another, each in a fork of a process that has everything loaded.
+"""Run the tests on one fault after another, each in a fork of a process with all modules loaded.
 
-A program of its own, in one file: it is started in a copy of a project, whose `tests` are not these. It
-reads the faults from standard input and passes the tests once as they are, noting which functions every test
-runs; this compiles the kernels and loads what is slow to load. Then it forks a child for each fault, which
-forgets the faulty module and whatever imports it, and runs the tests until one fails. Answers go to standard
-output, one a line.
+This is a separate program in one file, because it runs in a copy of a project with other `tests`. It reads
+the faults from standard input, and first runs all tests without a fault; this records which functions each
+test runs, compiles the kernels, and loads slow modules. For each fault it forks a child, which unloads the
+faulty module and all modules that import it, and runs the tests until one fails. It writes one answer per
+line to standard output.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from typing import Any
 import hypothesis
 import pytest
 
-# A test that takes so many times as long as without the fault, and the patience asked for, hangs.
+# A test hangs if it takes longer than this multiple of its normal duration plus the patience.
 SLOWER = 10.0
-# A fault may ask for memory without end.
+# Limit on memory: a fault may allocate endlessly.
 MEMORY = 12 * 2**30
 OPTIONS = ["-q", "-W", "ignore", "--tb=no", "--no-header", "--no-summary"]
 OPTIONS += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
-# Emptied by the next run; folders of their own would pile up.
+# The next run empties it; a new folder for each run would accumulate.
 OPTIONS += ["--basetemp=scratch"]
 
 PASSED = "passed"
-# Of a change of CUDA C++, which is then no fault.
+# Verdict on a change of CUDA C++ that does not compile, and so is not a fault.
 UNCOMPILED = "does not compile"
 # Audit event of tests/gpu/emulation.py: a test runs a source of CUDA C++, and whether without a change.
 LAUNCH = "emulation.launch"
-# A function: its file and outermost name.
+# A function: its file and its outermost name.
 Place = tuple[str, str]
-# Whether a test leaves out the faulty function, whether its file is named otherwise, and its seconds.
+# Sort key of a test: whether it skips the faulty function, whether its file has another name, its seconds.
 Rank = tuple[bool, bool, float]
 
 
 class Recorder:
-    """Pytest plugin: how long every test takes, and what of the project it runs."""
+    """Pytest plugin: records the duration of every test, and the project functions it runs."""
 
     def __init__(self) -> None:
         self.root = f"{Path.cwd()}{os.sep}"
@@ -62,7 +62,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def watching(self, *names: str) -> Iterator[None]:
-        """Count what runs meanwhile for these names."""
+        """Attribute functions that run in this context to these names."""
         self.codes, self.launched = set(), set()
         sys.settrace(self.trace)
         try:
@@ -86,7 +86,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector: pytest.Collector) -> Any:
-        # What a file runs as it is imported, such as the making of its cases, counts for the file.
+        # Functions that run while a file is imported, for example to build its cases, count for the file.
         with self.watching(collector.nodeid):
             return (yield)
 
@@ -105,16 +105,16 @@ class Recorder:
 
 
 class FirstFailure:
-    """Pytest plugin of a child: runs the tests by rank; the first failure ends it.
+    """Pytest plugin of a child: runs the tests by rank, and exits at the first failure.
 
     Parameters
     ----------
     answer : int
-        File descriptor that the verdict is written to.
+        File descriptor for the verdict.
     ranks : dict of str to Rank
         The tests to run.
     limits : dict of str to float
-        Seconds that each of them may take.
+        Time limit of each test in seconds.
     compiled : bool
         Whether the fault is in a source that tests compile.
     """
@@ -124,8 +124,7 @@ class FirstFailure:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self) -> None:
-        # Before the tests are imported, which take their settings then. Which example of a failure is
-        # the smallest does not matter.
+        # Set before the tests are imported, because they read the settings then. No need to shrink failures.
         phases = [p for p in hypothesis.settings().phases if p.name in ("explicit", "generate")]
         hypothesis.settings.register_profile("faults", hypothesis.settings(), phases=phases)
         hypothesis.settings.load_profile("faults")
@@ -156,14 +155,14 @@ class FirstFailure:
 
 
 class Judge:
-    """The tests of a package, passed once without a fault.
+    """The tests of a package, after they passed once without a fault.
 
     Parameters
     ----------
     patience : float
-        Seconds that a test may take beyond ten times what it takes without a fault.
+        A test times out after ten times its normal duration plus this many seconds.
     brief : float
-        Seconds of tests, without a fault, that judge one of which a reason says that no test can notice it.
+        For a fault with a reason in survivors.toml: total seconds of tests to run, by normal duration.
     tests : list of str
         Files and folders of tests.
     """
@@ -177,30 +176,29 @@ class Judge:
         self.seconds = time.perf_counter() - started
         self.failed, self.ran = self.recorder.failed, self.recorder.ran
         self.noticed: dict[tuple[str, str], str] = {}  # the last test file by file and function
-        # Objects that are here to stay are not to be copied into every child by the collector's marks.
+        # Freeze permanent objects: the collector's marks would copy their pages into every child.
         gc.collect()
         gc.freeze()
 
     def ranks(self, file: str, function: str) -> dict[str, Rank]:
-        """The tests that can notice a fault, those first that are likely to."""
+        """Rank the tests that can detect a fault, most likely first."""
         if not file.endswith(".py"):
             return self.launching(Path(file).name)
         place, stem = (file, function.split(".")[0]), f"test_{Path(file).stem}."
-        # Any test may notice a fault in what runs as a module is imported, or in compiled code, which leaves
-        # no trace.
+        # Any test may detect a fault in import-time code, or in compiled code, where calls are not recorded.
         everywhere = function.startswith("<") or _module(Path(file)) in self.untraced
         chosen = {name for name in map(_file, self.recorder.seconds) if everywhere or place in self.ran[name]}
         return {
             nodeid: (place not in self.ran[nodeid], stem not in nodeid, seconds)
             for nodeid, seconds in self.recorder.seconds.items()
-            # A file that never runs the package here works on its source, or starts programs that run it.
+            # A test file that never runs the package here reads its source, or starts programs that run it.
             if not chosen or _file(nodeid) in chosen or not self.runs(_file(nodeid), Path(file).parts[0])
         }
 
     def launching(self, source: str) -> dict[str, Rank]:
-        """The tests that run a source of CUDA C++ as it is, or with a header any.
+        """Rank the tests that run a source of CUDA C++ unchanged; for a header, those that run any source.
 
-        Tests that change the source themselves may find no fault for another reason: that they cannot.
+        Tests that patch the source are excluded: they may fail merely because the patch no longer applies.
         """
         return {
             nodeid: (False, False, seconds)
@@ -214,10 +212,10 @@ class Judge:
         return any(file.startswith(f"{package}/") and function[0] != "<" for file, function in self.ran[name])
 
     def holders(self, module: str) -> set[str]:
-        """A module and all that hold what it is when they are loaded, and must be loaded again with it.
+        """Find a module and all modules that import it at load time; they must be reloaded together.
 
-        What a function imports is looked up whenever it is called. Modules that cannot be loaded twice,
-        as they register something somewhere, stay out of it by this.
+        Imports inside functions are resolved at every call, so they do not count. This spares modules that
+        cannot be loaded twice, because they register something globally.
         """
         found = {module}
         while more := set().union(*(self.importers.get(name, set()) for name in found)) - found:
@@ -225,10 +223,9 @@ class Judge:
         return found
 
     def judge(self, file: str, function: str, briefly: bool = False) -> str:
-        """Who notices the fault that lies in a file now: a test, a "crash", a "hang", or `PASSED`.
+        """Judge the fault now in a file: the test that failed, "crash", "hang", or `PASSED`.
 
-        It is `UNCOMPILED` where nobody could, and empty where the tests could not be run at all, whatever
-        the fault.
+        The result is `UNCOMPILED` if the source does not compile, and empty if the tests could not run.
         """
         ranks = self.ranks(file, function)
         if briefly:
@@ -238,7 +235,7 @@ class Judge:
                 nodeid: ranks[nodeid] for nodeid, s in zip(ordered, spent, strict=False) if s < self.brief
             }
         files = {_file(nodeid) for nodeid in ranks}
-        # What noticed the last fault of the function is likely to notice this one: it is loaded alone.
+        # The test file that detected the last fault of the function probably detects this one: load it alone.
         first = self.noticed.get((file, function))
         said = self._run(file, {first}, ranks) if first in files else PASSED
         if said in ("", PASSED):
@@ -248,7 +245,7 @@ class Judge:
         return said
 
     def _run(self, file: str, tests: set[str], ranks: dict[str, Rank]) -> str:
-        """What some test files say in a fork, with a fault in `file`; empty if none could be run."""
+        """Run some test files in a fork, with a fault in `file`; the verdict is empty if none could run."""
         reading, writing = os.pipe()
         limits = {nodeid: self.patience + SLOWER * self.recorder.seconds[nodeid] for nodeid in ranks}
         plugin = FirstFailure(writing, ranks, limits, compiled=not file.endswith(".py"))
@@ -260,7 +257,7 @@ class Judge:
             said = answer.read().decode()
         _, status = os.waitpid(child, 0)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # programs that a test had started
+            os.killpg(child, signal.SIGKILL)  # programs that a test started
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             return "hang" if number == signal.SIGALRM else f"crash, {signal.Signals(number).name}"
@@ -290,7 +287,7 @@ class Judge:
 
 
 def _importers(root: Path) -> tuple[dict[str, set[str]], set[str]]:
-    """Who imports a module as it is loaded, and the modules that use Numba."""
+    """Find the modules that import each module at load time, and the modules that use Numba."""
     importers: dict[str, set[str]] = {}
     untraced = set()
     for path in root.rglob("*.py"):
@@ -306,7 +303,7 @@ def _importers(root: Path) -> tuple[dict[str, set[str]], set[str]]:
             waiting += [child for child in inside if not isinstance(child, ast.FunctionDef)]
         if any(name.partition(".")[0] == "numba" for name in names):
             untraced.add(module)
-        # A package is imported before any module in it.
+        # Importing a module imports its package first.
         for name in names | {name.rpartition(".")[0] for name in (*names, module)}:
             importers.setdefault(name, set()).add(module)
     return importers, untraced
@@ -322,14 +319,14 @@ def _module(path: Path) -> str:
 
 
 def _write(file: Path, data: bytes) -> None:
-    # Python takes compiled code for that of any file of the same length and second.
+    # Python reuses compiled code for a source of the same size and modification time in seconds.
     for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
         compiled.unlink()
     file.write_bytes(data)
 
 
 def answers(patience: float, brief: float, tests: list[str], faults: list[dict]) -> Iterator[dict[str, Any]]:
-    """The tests that fail without a fault; then who notices each fault, file by file."""
+    """Yield the tests that fail without a fault, then the verdict on each fault, file by file."""
     judge = Judge(patience, brief, tests)
     yield {"failed": judge.failed}
     for name, group in itertools.groupby(faults, key=lambda fault: fault["file"]):
@@ -342,14 +339,14 @@ def answers(patience: float, brief: float, tests: list[str], faults: list[dict])
             _write(file, sound)
             caught &= by != PASSED
             yield {"by": by, "seconds": round(time.perf_counter() - started, 2)}
-        # Tests that fail because a file is loaded again would catch any fault of it.
+        # A test that fails merely because the file is reloaded would detect every fault of it.
         yield {"sound": judge.judge(name, "<module>") if caught else PASSED}
 
 
 def main() -> None:
-    """Judge what is asked for."""
+    """Judge the faults given on standard input."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What tests print is of no interest here.
+    # Discard the output of tests.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     request = json.load(sys.stdin)
     for answer in answers(**request):

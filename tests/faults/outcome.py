@@ -1,4 +1,4 @@
-"""What came of a fault, and the reasons for survivors."""
+"""Verdicts on faults, and the reasons for survivors."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ VERDICTS = Path(__file__).with_name("outcome.jsonl")
 
 
 class ReasonsError(Exception):
-    """A file of reasons that is malformed."""
+    """The file of reasons is malformed."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one fault.
+    """The verdict on one fault.
 
     Attributes
     ----------
     fault : Fault
-        What was planted.
+        The planted fault.
     by : str
-        The test that failed, how the tests ended, `judge.PASSED` or `judge.UNCOMPILED`.
+        The test that failed, the way the tests ended ("crash" or "hang"), `judge.PASSED` or
+        `judge.UNCOMPILED`.
     seconds : float
-        What the tests took.
+        Duration of the tests.
     """
 
     fault: Fault
@@ -37,7 +38,7 @@ class Verdict:
 
 
 def load_reasons(file: Path = REASONS) -> dict[Key, str]:
-    """Why faults survive, by what the faults are.
+    """Load the reasons why faults survive, by key of the fault.
 
     Raises
     ------
@@ -53,12 +54,12 @@ def load_reasons(file: Path = REASONS) -> dict[Key, str]:
                     raise ReasonsError(f"{file}: {' '.join(key)} has no reason, or two")
                 reasons[key] = " ".join(group["reason"].split())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ReasonsError(f"{file} does not hold reasons: {error!r}") from None
+        raise ReasonsError(f"{file} is not a valid file of reasons: {error!r}") from None
     return reasons
 
 
 def as_reasons(faults: list[Fault]) -> str:
-    """Survivors as they are entered into the file of reasons, the reasons to be filled in."""
+    """Format survivors for the file of reasons, with empty reasons."""
     groups: dict[tuple[str, str], list[str]] = {}
     for fault in faults:
         groups.setdefault(fault.key[:2], []).append(json.dumps(fault.change, ensure_ascii=False))

@@ -1,8 +1,8 @@
-"""Faults that can be planted in a Python file: one change of its text each, made from its syntax tree.
+"""Find faults for a Python file: single changes of its text, derived from its syntax tree.
 
-Left alone are docstrings, annotations, imports, decorators, `__all__`, raised errors with their texts,
-and keyword arguments that ask for speed or memory only. A guard (``if ...: raise``) is never made to
-refuse everything, which no test could miss.
+These get no faults: docstrings, annotations, imports, decorators, `__all__`, raised errors with their
+messages, and keyword arguments that affect only speed or memory. A guard (``if ...: raise``) is never made
+always true, because any test would detect that.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from tests.faults.changes import (
 )
 from tests.faults.fault import MODULE_LEVEL, Fault, named, shown
 
-# Kinds of faults, and what they put in the place of an expression.
+# Kinds of faults, and the replacement of an expression.
 Changes = Iterator[tuple[str, ast.AST | str]]
 
 
 def find_faults(source: str, file: str) -> list[Fault]:
-    """Every fault of a file, in the order of its lines.
+    """Find every fault of a file, in the order of its lines.
 
     Parameters
     ----------
     source : str
         Text of the file.
     file : str
-        Its path, as the faults name it.
+        Its path, stored in the faults.
 
     Returns
     -------
     list of Fault
-        Each gives a file that parses, with another syntax tree.
+        Each fault makes a file that parses to another syntax tree.
     """
     planter = _Planter(source, file)
     planter.body(ast.parse(source).body)
@@ -62,17 +62,17 @@ class _Planter:
         self.faults: list[Fault] = []
         self.scope: list[str] = []
         self.assigned: set[str] = set()
-        # First and last line of the outermost function in hand.
+        # First and last line of the current outermost function.
         self.around: tuple[int, int] | None = None
         self.data = source.encode()
         self.lines = [0]
         for line in self.data.splitlines(keepends=True):
             self.lines.append(self.lines[-1] + len(line))
-        # The statement in hand, without the statements in it.
+        # Span of the current statement, without the statements inside it.
         self.shown = (0, 0)
 
     def plant(self, node: ast.expr | ast.stmt, kind: str, after: ast.AST | str) -> None:
-        """A fault that puts `after` in the place of a node."""
+        """Add a fault that replaces a node by `after`."""
         text = after if isinstance(after, str) else ast.unparse(after)
         if isinstance(node, ast.expr) and not stands_alone(text, node):
             text = f"({text})"
@@ -98,7 +98,7 @@ class _Planter:
         )
 
     def span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
-        """The bytes that a node takes."""
+        """Return the range of bytes of a node."""
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         return (
@@ -107,7 +107,7 @@ class _Planter:
         )
 
     def body(self, statements: list[ast.stmt]) -> None:
-        """The faults of a block."""
+        """Add the faults of a block of statements."""
         for statement in statements:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 continue  # a docstring
@@ -117,7 +117,7 @@ class _Planter:
             getattr(self, f"statement_{type(statement).__name__}", self.statement)(statement)
 
     def statement(self, node: ast.stmt) -> None:
-        """A statement of no special kind: its expressions, and the statements in it."""
+        """Add the faults of any other statement: of its expressions, and of the statements inside it."""
         for name, value in ast.iter_fields(node):
             if name in ("body", "orelse", "finalbody"):
                 self.body(value)
@@ -129,7 +129,7 @@ class _Planter:
                     self.inside(part)
 
     def statement_Import(self, node: ast.stmt) -> None:
-        """Left alone, as are errors: a name that is missing is noticed, and texts are no behaviour."""
+        """Add nothing: missing names are always detected, and error messages are not behaviour."""
 
     statement_ImportFrom = statement_Raise = statement_Delete = statement_Assert = statement_Import
 
@@ -165,7 +165,7 @@ class _Planter:
         stored = any(isinstance(p, ast.Subscript | ast.Attribute) for t in node.targets for p in ast.walk(t))
         if "__all__" in names or is_type_alias(node.value):
             return
-        # Without its first assignment a name is missing, which is noticed.
+        # Removing the first assignment of a name would always be detected.
         if stored or (names <= self.assigned and self.scope):
             self.plant(node, "statement", "pass")
         self.assigned |= names
@@ -199,7 +199,7 @@ class _Planter:
             self.body(node.body)
 
     def inside(self, node: object) -> None:
-        """The faults of an expression and of all in it."""
+        """Add the faults of an expression and of all expressions inside it."""
         if not isinstance(node, ast.AST) or isinstance(node, ast.JoinedStr):
             return
         if isinstance(node, ast.keyword):
@@ -290,7 +290,7 @@ class _Planter:
             self.plant(node.upper, "index", "None")
 
     def moved(self, bound: ast.expr, steps: tuple[int, ...]) -> None:
-        if not isinstance(bound, ast.Constant):  # its value changes as any constant's does
+        if not isinstance(bound, ast.Constant):  # constants are changed in expression_Constant
             for step in steps:
                 operator = ast.Add() if step > 0 else ast.Sub()
                 self.plant(bound, "index", ast.BinOp(bound, operator, ast.Constant(1)))

@@ -180,7 +180,7 @@ def test_check_names_what_differs(committed, monkeypatch, capsys):
     wrong[key] = wrong[key] * 2
     monkeypatch.setattr(generate, "read_folder", lambda: (manifest, {**files, "exact.safetensors": wrong}))
     assert generate.main(["--check", "--kinds", "exact"]) == 1
-    assert "exact.safetensors does not come out byte for byte" in capsys.readouterr().out
+    assert "exact.safetensors is not reproduced byte for byte" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path, capsys):

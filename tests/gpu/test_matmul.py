@@ -270,9 +270,9 @@ def test_activations_that_do_not_fit_are_refused(x, error, message):
         ({"permutation": lambda a: list(a.permutation)}, TypeError, "permutation must be an array"),
         ({"block_size": lambda a: 0}, ValueError, "block_size must be at least 1"),
         ({"columns": lambda a: 0}, ValueError, "columns must be at least 1"),
-        ({"ends": lambda a: (9, 9)}, ValueError, "numbers of rows that increase"),
-        ({"ends": lambda a: ()}, ValueError, "numbers of rows that increase"),
-        ({"ends": lambda a: (1, 2, 3, 4)}, ValueError, "numbers of rows that increase"),
+        ({"ends": lambda a: (9, 9)}, ValueError, "increasing row numbers"),
+        ({"ends": lambda a: ()}, ValueError, "increasing row numbers"),
+        ({"ends": lambda a: (1, 2, 3, 4)}, ValueError, "increasing row numbers"),
         ({"ends": lambda a: (33,)}, ValueError, "words has shape"),
     ],
 )

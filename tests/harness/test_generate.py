@@ -101,4 +101,4 @@ def test_an_original_model_has_nothing_packed(
 ) -> None:
     folder = tiny.save(tiny.make_model("llama"), tmp_path / "model")
     assert run_main(generate.main, folder, "--prompt", "w5", "--packed") == EXIT_USAGE
-    assert "model is no ternary checkpoint; leave out --packed" in capsys.readouterr().err
+    assert "model is not a ternary checkpoint; drop --packed" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_edited_weights_are_not_lost_without_a_word(quantized: Path, tmp_path: P
     model.to(torch.float16).to(torch.float32).save_pretrained(tmp_path / "moved")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 1
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj have been edited"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj were edited"):
         model.save_pretrained(tmp_path / "edited")
 
 
@@ -169,7 +169,7 @@ def test_weights_of_a_type_that_no_model_has_are_refused(damaged: Path, dtype: o
     config = json.loads((damaged / "config.json").read_text())
     config["quantization_config"]["weight_dtype"] = dtype
     (damaged / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="which is none of bfloat16, float16, float32"):
+    with pytest.raises(UserError, match="but must be one of bfloat16, float16, float32"):
         harness.load(damaged)
 
 

@@ -1,4 +1,4 @@
-"""Let the layers of a loaded model multiply by packed trits, those with one input in one launch."""
+"""Make the layers of a loaded model multiply by packed trits; layers with the same input share a launch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from harness.ternary.linear import TernaryLinear
 from reference.layout import PARTS
 from reference.types import CodedGrid
 
-# Of checkpoints that do not say which layers read one input: projections that models call one after the other
-# with the same tensor. Where a model does not, outputs are right all the same, and computed more than once.
+# For checkpoints without `shared_inputs`: projections that models usually call in turn on the same tensor. If
+# a model does not, its outputs are still correct, but computed more than once.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 OTHER_INPUTS = {"key_value_states", "cross_attention_states", "encoder_hidden_states"}
 
@@ -24,17 +24,16 @@ OTHER_INPUTS = {"key_value_states", "cross_attention_states", "encoder_hidden_st
 def use_kernels(
     model: nn.Module, shared_inputs: list[list[str]] | None = None, backend: Backend | None = None
 ) -> None:
-    """Let every `TernaryLinear` of a model multiply by packed trits.
+    """Make every `TernaryLinear` of a model multiply by packed trits.
 
     Parameters
     ----------
     model : nn.Module
         The model.
     shared_inputs : list of lists of str, optional
-        Names of layers that read one and the same input; they share a launch. Guessed from the names if
-        left out.
+        Names of layers that read the same input and share a launch. By default, guessed from the names.
     backend : Backend, optional
-        Runs the kernels; gpu if left out.
+        Runs the kernels; gpu by default.
 
     Raises
     ------
@@ -50,14 +49,14 @@ def use_kernels(
 
 
 def launches(layers: dict[str, TernaryLinear], groups: list[list[str]]) -> list[list[str]]:
-    """Every layer once, in groups that one launch can take.
+    """Split all layers into groups that one launch can compute; each layer is in one group.
 
     Parameters
     ----------
     layers : dict of str to TernaryLinear
         The layers of a model.
     groups : list of lists of str
-        Names of layers that read one input; a layer may be in none.
+        Names of layers that read the same input; a layer may be in none.
     """
     alike: dict[tuple[Any, ...], list[str]] = {}
     group_of = {name: number for number, group in enumerate(groups) for name in group}
@@ -68,10 +67,10 @@ def launches(layers: dict[str, TernaryLinear], groups: list[list[str]]) -> list[
 
 
 def _guessed_groups(model: nn.Module) -> list[list[str]]:
-    """Groups of layers that read one input, guessed from the names they have in their module."""
+    """Guess from their names which layers of a module read the same input."""
     groups = []
     for prefix, parent in model.named_modules():
-        # Attention to something else has two inputs.
+        # In cross-attention, q reads another input than k and v.
         if OTHER_INPUTS & inspect.signature(parent.forward).parameters.keys():
             continue
         children = {name for name, child in parent.named_children() if isinstance(child, TernaryLinear)}
@@ -84,16 +83,16 @@ def _guessed_groups(model: nn.Module) -> list[list[str]]:
 
 
 def share_launch(layers: list[TernaryLinear], backend: Backend) -> None:
-    """Let layers that are given the same input multiply by packed trits, in one launch.
+    """Make layers with the same input multiply by packed trits, in one launch.
 
-    Layers whose blocks no fast kernel takes are left as they are.
+    Layers with a block size that no fast kernel supports are left unchanged.
 
     Parameters
     ----------
     layers : list of TernaryLinear
-        At most three, of the same columns, block size and kind of grid.
+        At most three, with the same number of columns, block size and type of grid.
     backend : Backend
-        Lays them out.
+        Converts them to the kernels' layout.
     """
     from gpu.kernels.layout import can_be_tiled
     from gpu.layout import join  # needs CuPy and a device
@@ -101,7 +100,7 @@ def share_launch(layers: list[TernaryLinear], backend: Backend) -> None:
     if not can_be_tiled(layers[0].block_size):
         return
     first = next(layers[0].buffers())
-    # The backend works on the current device, whichever the layers are on, and on torch's stream there.
+    # The backend works on the current device, so make it the layers' device, and use torch's stream.
     with torch.cuda.device_of(first), Compute(first.device).queue(backend):
         layouts = [_lay_out(layer, backend) for layer in layers]
         packed = PackedWeights(join(layouts))

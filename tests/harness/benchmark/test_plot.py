@@ -277,7 +277,7 @@ def test_results_are_kept_where_there_is_no_matplotlib(
     file = tmp_path / "generate.json"
     size = ("--layers", "1", "--prefill", "6", "--decode", "4")
     assert run_main(benchmark_main, "generate", file, "--shape", "tiny", *size) == 0
-    missing = "plots are drawn with the package matplotlib: pip install matplotlib"
+    missing = "plots need matplotlib: pip install matplotlib"
     assert f"no plot: {missing}\n" in capsys.readouterr().err
     assert "tiny" in json.loads(file.read_text())["results"]
     assert run_main(benchmark_main, "plot", file) == EXIT_USAGE
@@ -322,8 +322,8 @@ def _on_two_devices() -> dict[str, Any]:
         (methods(x={"perplexity": 3.0}), "there is no 'bits_per_weight'"),
         (record_of("matmul", {"tiny": {"products": []}}), "only results of"),
         (methods(x=[]), "cannot be drawn"),
-        (_with_first_product(times_faster_than_dense="nan"), "'nan' is no number above 0"),
-        (_with_first_product(batch=0), "0 is no number above 0"),
+        (_with_first_product(times_faster_than_dense="nan"), "'nan' is not a positive number"),
+        (_with_first_product(batch=0), "0 is not a positive number"),
         (record_of("matmul", {"tiny": {"products": ["row"]}}), "cannot be drawn"),
         (_on_two_devices(), f"its results differ in device (CPU, {DEVICE}); draw each run by itself"),
     ],

@@ -228,7 +228,7 @@ def scaled_rope() -> Any:
         (
             lambda: transformers.LlamaConfig(**{**SIZES, "vocab_size": 300}),
             {},
-            "the tokenizer has token 389, the model has 300",
+            "the tokenizer has token 389, but the model has only 300 tokens",
         ),
     ],
 )

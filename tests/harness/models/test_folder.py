@@ -46,7 +46,7 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError) as refused:
             require_free(out, force=True)
         assert str(refused.value) == (
-            f"another run is writing to {out}; wait until it is done, or choose another --out"
+            f"another run is writing to {out}; wait until it finishes, or choose another --out"
         )
         with pytest.raises(UserError, match="another run is writing to"), staged(out):
             pass

@@ -117,7 +117,7 @@ def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("empty", None, "no config.json"),
-        ("broken", {"config.json": "{"}, "not JSON"),
+        ("broken", {"config.json": "{"}, "not valid JSON"),
         ("list", {"config.json": "[]"}, "JSON object"),
         ("null", {"config.json": '{"quantization_config": null}'}, "could not be loaded"),
         ("unknown", {"config.json": '{"model_type": "no-such"}'}, "could not be loaded"),

@@ -198,7 +198,7 @@ def test_few_tokens_are_warned_about(
 ) -> None:
     arguments = (llama, "--out", tmp_path / "out", "--calibration", words_file, *SMALL, "--nsamples", "20")
     assert run_main(quantize_main, *arguments) == 0
-    assert "warning: the text has 400 tokens, 480 are asked for" in capsys.readouterr().out
+    assert "warning: the text has 400 tokens, 480 are requested" in capsys.readouterr().out
 
 
 def test_a_float16_model_measured_before_is_still_what_is_read_back(words_file: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_an_alignment_that_the_backend_leaves_out_is_refused_at_once(
     package.REFUSED = frozenset({"aga.align_grid_printed"})  # type: ignore[attr-defined]
     monkeypatch.setattr("harness.quantize.prepare.load_backend", lambda *names: Backend("lacking", package))
     assert run_main(quantize_main, "--out", tmp_path / "out", "--aga", "printed") == EXIT_USAGE
-    assert "lacking leaves out Eq. 13 as printed; use --backend reference" in capsys.readouterr().err
+    assert "lacking does not have Eq. 13 as printed; use --backend reference" in capsys.readouterr().err
 
 
 def test_a_device_that_is_too_small_ends_the_run_with_what_to_do(
@@ -70,7 +70,7 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
     arguments = ("--out", tmp_path / "out", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, llama, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
-    assert "warning: this machine has 0.0 GB of memory, 0." in printed.out
+    assert "warning: this machine has 0.0 GB of memory, the run needs about 0." in printed.out
     assert "this machine is out of memory; free some" in printed.err
     assert not (tmp_path / "out").exists()
 
@@ -78,7 +78,7 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--out", "OUT"), "exists and is not empty; choose another --out, or --force"),
+        (("--out", "OUT"), "exists and is not empty; choose another --out, or pass --force to overwrite it"),
         (("--out", "LINK"), "LINK exists and is not a folder"),
         ((), "--out DIR is missing"),
         (("--out", "NEW", "--seqlen", "400"), "has 400 tokens, but windows of 400 need at least 401"),
@@ -173,7 +173,7 @@ def test_the_original_is_not_written_over(
     source = shutil.copytree(llama, tmp_path / "source")
     arguments = (source, "--out", source / ".." / "source", "--force", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, *arguments) == EXIT_USAGE
-    assert "is where the original model lies" in capsys.readouterr().err
+    assert "holds the original model; choose another --out" in capsys.readouterr().err
     assert (source / "model.safetensors").is_file()
 
 
@@ -193,7 +193,7 @@ def test_a_baseline_does_not_put_its_report_over_that_of_a_checkpoint(
         *SMALL,
     )
     assert run_main(quantize_main, *arguments) == EXIT_USAGE
-    assert "holds a checkpoint, and a baseline gives none" in capsys.readouterr().err
+    assert "holds a checkpoint, but a baseline writes none" in capsys.readouterr().err
     assert (damaged / REPORT).read_bytes() == before
 
 
@@ -241,7 +241,7 @@ def test_a_report_that_cannot_be_written_at_the_end_is_said_after_the_result(
     assert run_main(quantize_main, *arguments) == EXIT_USAGE
     printed = capsys.readouterr()
     assert "mean relative output error" in printed.out
-    assert "No space left on device; the checkpoint is whole" in printed.err
+    assert "No space left on device; the checkpoint is complete" in printed.err
     harness.load(tmp_path / "out")
 
 

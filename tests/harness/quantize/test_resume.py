@@ -196,7 +196,7 @@ def test_a_stopped_run_is_not_thrown_away_unasked(
     stopped_after(2, run_main, *command)
     before = (tmp_path / "out" / STAGING / PROGRESS).read_bytes()
     assert run_main(quantize_main, *command) == EXIT_USAGE
-    assert "--resume goes on with it, --force begins anew" in capsys.readouterr().err
+    assert "continue it with --resume, or start over with --force" in capsys.readouterr().err
     assert (tmp_path / "out" / STAGING / PROGRESS).read_bytes() == before
     assert run_main(quantize_main, *command, "--force") == 0
     assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == []
@@ -254,7 +254,7 @@ def test_a_layer_that_gives_something_else_is_noticed(
     capsys.readouterr()
     assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     printed = capsys.readouterr()
-    assert "layer 2 gives other outputs than when it was ternarized" in printed.err
+    assert "the outputs of layer 2 differ from those of the interrupted run" in printed.err
     assert (tmp_path / "out" / STAGING / PROGRESS).exists()
 
 
@@ -296,7 +296,7 @@ def test_where_nothing_was_stopped_a_run_begins(
     command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(quantize_main, *command, "--resume") == 0
-    assert "holds no interrupted run: starting with the first layer" in capsys.readouterr().out
+    assert "holds no interrupted run: starting from the first layer" in capsys.readouterr().out
     assert (tmp_path / "out" / CONFIG).is_file()
     assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     assert "exists and is not empty" in capsys.readouterr().err

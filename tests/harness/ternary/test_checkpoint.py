@@ -183,7 +183,7 @@ DAMAGE = {
     ),
     "grid": (
         edit_config(lambda c: c["quantization_config"].update(grid="int4")),
-        "the grid 'int4' of quantization_config is none of float16, int8",
+        "grid of quantization_config is 'int4', not one of float16, int8",
     ),
     "modules of another kind": (
         edit_config(lambda c: c["quantization_config"].update(modules=[["a"]])),
@@ -219,7 +219,7 @@ DAMAGE = {
     "index of lists": (edit_index(lambda m: m.update({"model.norm.weight": [1]})), "no weight_map"),
     "generation": (
         lambda folder: (folder / "generation_config.json").write_text("{"),
-        r"generation_config\.json is damaged, it is not JSON",
+        r"generation_config\.json is damaged: not valid JSON",
     ),
     "weight beside": (
         edit_tensor("model.norm.weight", lambda t: t, beside={f"{Q_PROJ}.weight": torch.zeros(128, 128)}),
@@ -368,13 +368,13 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.M
 
 def test_too_little_space_is_refused_before_the_start(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk"):
+    with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk space"):
         require_space(tmp_path, 1 << 62)
 
 
 def test_the_tokenizer_needs_space_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=40_000_000))
-    with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk, 40\.0 MB are free"):
+    with pytest.raises(UserError, match=r"needs [\d.]+ MB of disk space, 40\.0 MB are free"):
         require_space(tmp_path, 35_000_000)
 
 
