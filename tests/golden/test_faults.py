@@ -202,7 +202,7 @@ def test_tests_that_fail_as_a_file_is_loaded_again_judge_nothing(project, tmp_pa
         "import sys\n\nfrom toy.sums import double\n\n\ndef test_once():\n    assert double(1) == 2\n"
         "    assert not hasattr(sys, 'seen')\n    sys.seen = True\n"
     )
-    with pytest.raises(Unjudged, match=r"toy/sums\.py is sound and does not pass .*::test_once"):
+    with pytest.raises(Unjudged, match=r"toy/sums\.py has no fault, but fails .*::test_once"):
         judged(project)
 
 
@@ -219,7 +219,7 @@ def test_a_run_says_what_survives_and_what_has_no_reason(project, tmp_path, monk
     assert program.run(project, [caught, *faults]) == 1
     out = capsys.readouterr().out
     assert "toy/sums.py: 3 faults, 2 survive, 1 of them explained" in out
-    assert "survivors.toml explains what tests/toy/test_sums.py::test_double notices" in out
+    assert "survivors.toml has a reason, but tests/toy/test_sums.py::test_double detects" in out
     assert out.endswith(outcome.as_reasons([faults[1]]) + "\n")
     lines = [json.loads(line) for line in outcome.VERDICTS.read_text().splitlines()]
     assert [line["by"] for line in lines] == ["tests/toy/test_sums.py::test_double", PASSED, PASSED]
