@@ -267,9 +267,6 @@ def main(arguments: list[str] | None = None) -> int:
     add("--file", action="append", metavar="PATH", help="only this file; may be repeated (all)")
     add("--since", metavar="REV", help="only functions and lines that differ from this commit (all)")
     add("--list", action="store_true", help="list the faults without planting them")
-    add(
-        "--resume", action="store_true", help="keep the verdicts of earlier runs if nothing has changed since"
-    )
     options = parser.parse_args(arguments)
     sources = project.sources()
     if unknown := set(options.file or ()) - set(sources):
