@@ -89,7 +89,7 @@ def multiply(x: Array, layout: Layout, y: Array | None = None) -> Array:
 
 def prefers_unpacked(x: Array, layout: Layout) -> bool:
     """Whether a caller with a library's product should take it, with the weights of `unpacked`."""
-    return _kernel(x, layout, library=True).name == "dense"
+    return _kernel(x, layout, library=True).library
 
 
 def unpacked(x: Array, layout: Layout) -> Iterator[Array]:

@@ -61,8 +61,10 @@ class _Verbose(argparse.Action):
     """A switch that lets libraries print their log, progress bars and warnings."""
 
     def __call__(self, *arguments: Any, **rest: Any) -> None:
-        warnings.resetwarnings()
-        _set_verbosity("info")
+        if not sys.warnoptions:
+            warnings.resetwarnings()
+        if os.environ["TRANSFORMERS_VERBOSITY"] in ("error", "critical", "warning"):
+            _set_verbosity("info")
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +106,7 @@ def run(main: Callable[[], int]) -> None:
     # The programs print their own progress; what libraries print would bury it.
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         _set_verbosity("error")
-    if not sys.warnoptions:  # python -W
+    if not sys.warnoptions:  # python -W, PYTHONWARNINGS
         warnings.simplefilter("ignore")
     try:
         status = main()

@@ -263,7 +263,7 @@ def load(
     model.to(device)
     if not on_cpu and not dense:
         try:
-            use_kernels(model, quantization.get("shared_inputs"))
+            use_kernels(model)
         except UserError as error:
             raise UserError(f"{error}; a CPU (--cpu) or dense=True needs no kernels") from None
     return model.eval()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from harness.errors import UserError
+from harness.models.original import is_verbose
 
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 BUILTIN = "builtin"
@@ -222,6 +223,8 @@ def _downloaded(name: str, use: str) -> Text:
             f"downloading {name} requires the package `datasets`; run pip install '.[eval]' in the clone, "
             f"or pass a local copy as {name}:FILE"
         ) from None
+    if not is_verbose():
+        datasets.disable_progress_bars()
     data_set = DATA_SETS[name]
     split = data_set.splits[use]
     try:

@@ -34,6 +34,8 @@ class Kernel(NamedTuple):
         Numbers of tokens it serves.
     takes : callable
         Whether it takes a type of x and a layout on a device.
+    library : bool
+        Whether it only makes weights for a library's product.
     multiply : callable, optional
         Its launcher, ``multiply(x, layout, device, y)``. None where there is no launcher: `dense` makes
         weights for a library's product, and `product` works in float64, which needs conversions.
@@ -43,6 +45,7 @@ class Kernel(NamedTuple):
     least: int
     most: int
     takes: Callable[[Any, Layout, Limits], bool]
+    library: bool = False
     multiply: Callable[..., None] | None = None
 
 
@@ -69,10 +72,10 @@ def _warpgroup(dtype: Any, layout: Layout, device: Limits) -> bool:
 
 # The first row that serves is taken.
 TABLE = (
-    Kernel("dense", UNPACKED_TOKENS, sys.maxsize, _dense),
-    Kernel("decode", 1, decode.MOST_TOKENS, _fast, decode.multiply),
-    Kernel("warpgroup", decode.MOST_TOKENS + 1, sys.maxsize, _warpgroup, warpgroup.multiply),
-    Kernel("prefill", decode.MOST_TOKENS + 1, sys.maxsize, _fast, prefill.multiply),
+    Kernel("dense", UNPACKED_TOKENS, sys.maxsize, _dense, library=True),
+    Kernel("decode", 1, decode.MOST_TOKENS, _fast, multiply=decode.multiply),
+    Kernel("warpgroup", decode.MOST_TOKENS + 1, sys.maxsize, _warpgroup, multiply=warpgroup.multiply),
+    Kernel("prefill", decode.MOST_TOKENS + 1, sys.maxsize, _fast, multiply=prefill.multiply),
     Kernel("product", 0, sys.maxsize, lambda dtype, layout, device: True),
 )
 
@@ -91,7 +94,7 @@ def choose(tokens: int, dtype: Any, layout: Layout, device: Limits, library: boo
     device : Limits
         Where it runs; `gpu.kernels.sources.NO_DEVICE` for the stand-in.
     library : bool
-        Whether the caller has a library's product of dense matrices.
+        Whether the caller has a library's product of dense matrices, for rows of that kind.
 
     Returns
     -------
@@ -102,6 +105,6 @@ def choose(tokens: int, dtype: Any, layout: Layout, device: Limits, library: boo
         kernel
         for kernel in TABLE
         if kernel.least <= tokens <= kernel.most
-        and (library or kernel.name != "dense")
+        and (library or not kernel.library)
         and kernel.takes(dtype, layout, device)
     )

@@ -29,8 +29,8 @@ struct Stage {
 static_assert(sizeof(Stage) == STAGE_BYTES, "the launcher asks for memory for stages");
 
 // Grid: up to one CUDA block per SM.
-// Shared memory: stages, (16 warps, 3 stages); sums of the warps, (16 warps, 16 rows, tokens) floats; x as
-// arranged, (tokens, 256 phase + 8); sums of spans, (4 phase, tokens) floats; with GATHER x as given, (tokens, m).
+// Shared memory: stages, (16 warps, 3 stages); sums of the warps, (16 warps, 16 rows, 8 TILES) floats; x as
+// arranged, (tokens, 256 phase + 8); sums of spans, (4 phase, 8 TILES) floats; with GATHER x as given, (tokens, m).
 // Sums of tokens beyond the last one stay undefined: columns of D do not mix, and these are not written.
 template <class T, class G, int TILES, bool GATHER>
 __device__ inline void decode(const DecodeParameters p) {

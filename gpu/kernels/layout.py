@@ -15,7 +15,7 @@ from reference.layout import Layout as HostLayout
 
 @dataclass(frozen=True)
 class Layout(HostLayout):
-    """A `reference.layout.Layout` of device arrays.
+    """A `reference.layout.Layout` of device arrays; `part` reads back what was moved to the host.
 
     Raises
     ------
@@ -70,6 +70,15 @@ class Layout(HostLayout):
     def pairs_shift(self) -> int:
         """Base-2 logarithm of the number of pairs per row and chunk."""
         return self.grid.shape[3].bit_length() - 1
+
+    def tiles_of_parts(self) -> list[tuple[int, int]]:
+        """The first tile of every part, and the one after its last; the reference's is only its oracle."""
+        found, first = [], 0
+        for begin, end in zip((0, *self.ends), self.ends):  # noqa: B905
+            last = first + -(-(end - begin) // TILE_ROWS)
+            found.append((first, last))
+            first = last
+        return found
 
     def plain_grid(self, part: int) -> Array:
         """Return alpha and mu of a part, (rows, blocks, 2) float32 or wider."""

@@ -65,7 +65,7 @@ class Int:
         self.dtype: np.dtype[Any] = np.dtype((np.int32, () if count is None else (count,)))
 
     def check(self, struct: str, field: str, value: Any) -> None:
-        """Refuse what is no int, or does not fit."""
+        """Refuse values that are not ints or do not fit."""
         numbers = (value,) if self.count is None else value
         expected = 1 if self.count is None else self.count
         if len(numbers) != expected or any(type(number) is not int for number in numbers):

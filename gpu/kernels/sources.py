@@ -117,7 +117,7 @@ def variant(dtype: Any, layout: Layout) -> str:
 
 
 class Limits(NamedTuple):
-    """What a device has: compute capability, as in 90, bytes of shared memory a block, SMs."""
+    """Limits of a device: compute capability (90 for 9.0), bytes of shared memory per block, SMs."""
 
     capability: int
     shared: int

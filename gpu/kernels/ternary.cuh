@@ -30,7 +30,7 @@
 // Constants that are declared nowhere here come from Python: sources.py and the launcher beside each .cu.
 // To compile a kernel alone, without a device:
 //   NUMBA_ENABLE_CUDASIM=1 python -c "from gpu.kernels.decode import *; print(SOURCE.text())" > decode_whole.cu
-//   nvcc -cubin -arch=sm_80 -std=c++17 -fmad=false decode_whole.cu
+//   nvcc -cubin -arch=sm_80 -std=c++17 -fmad=false -ftz=true decode_whole.cu
 
 constexpr int SPANS = CHUNK / SPAN;
 constexpr unsigned ALL_LANES = 0xffffffffu;

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.calibration.methods import BASELINES, FitError
 from harness.errors import UserError
+from harness.progress import say_on_stderr
 from harness.quantize.options import NO_EVALUATION, PT2_LLM, Options
 from harness.quantize.run import quantize
 from reference.types import TernaryConfig
@@ -97,7 +98,8 @@ def compare_methods(
                         force=True,
                         measure_original="original" not in results,
                     ),
-                    say=lambda line: None,
+                    say=say_on_stderr,
+                    say_result=lambda line: None,
                 )
             except FitError as error:  # a method that diverges is also a result
                 results[method.words] = {"error": str(error)}

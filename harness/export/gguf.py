@@ -29,11 +29,11 @@ from harness.export.source import (
     Rounding,
     Stored,
     half_unit,
-    progress,
     read_unpermuted,
     require_outside,
 )
 from harness.models.folder import require_free, require_space
+from harness.progress import Progress
 from reference.types import TernaryMatrix
 
 COLUMNS = gguf.GGML_QUANT_SIZES[Type.Q4_1][0]
@@ -301,8 +301,8 @@ def _write(writer: gguf.GGUFWriter, entries: list[_Entry], path: Path) -> None:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with progress(len(entries)) as bar:
+    with Progress("export", len(entries), "tensor") as step:
         for entry in entries:
             writer.write_tensor_data(entry.make())
-            bar.update()
+            step()
     writer.flush()

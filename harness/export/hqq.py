@@ -39,12 +39,12 @@ from harness.export.source import (
     Rounding,
     Stored,
     half_unit,
-    progress,
     read_unpermuted,
     require_outside,
 )
 from harness.files import write_json
 from harness.models.folder import CONFIG, GENERATION, move_into, require_free, require_space, staged
+from harness.progress import Progress
 from harness.ternary.writing import save_code
 from reference.types import TernaryMatrix
 
@@ -108,7 +108,7 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
     layers = {module: _group_size(stored, module) for module in stored.layers}
     tensors = {name: tensor.contiguous() for name, tensor in stored.tensors.items()}
     weights = weight_bytes = 0
-    with progress(len(layers)) as bar:
+    with Progress("export", len(layers), "tensor") as step:
         for module, group_size in layers.items():
             packed = pack_hqq(stored.matrix(module), group_size, rounding)
             for part, values in packed.items():
@@ -118,7 +118,7 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
             shape = (linear.out_features, linear.in_features)
             weights += shape[0] * shape[1]
             tensors |= {f"{module}.{key}": value for key, value in _state(shape, group_size).items()}
-            bar.update()
+            step()
     require_space(out, sum(tensor.nbytes for tensor in tensors.values()))
     _write(stored, layers, tensors, out)
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())

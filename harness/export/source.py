@@ -7,8 +7,6 @@ or an equivalent zero point, in float16; alpha already is float16. This rounding
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from harness.errors import UserError
 from harness.hf import load
@@ -214,10 +211,3 @@ def require_outside(folder: Path, out: Path) -> None:
     """Refuse to write into the checkpoint being exported."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{out} is inside the checkpoint {folder} that is exported; choose another --out")
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Any]:
-    """Show a progress bar over tensors."""
-    with tqdm(total=total, desc="export", unit="tensor", disable=None, leave=False) as bar:
-        yield bar

@@ -6,6 +6,7 @@ config.json last, so that a folder never holds half a model.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,13 +21,32 @@ from harness.errors import UserError
 from harness.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
+
+STAGING = ".incomplete"
+
+# Beside the staging folder, not in it: a run must hold the lock before it deletes that folder.
+LOCK = ".incomplete.lock"
+
+# What locking gives on file systems that have no locks.
+WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+# In the staging folder once a layer is finished: the report of the run so far.
+PROGRESS = "progress.json"
+# Names that transformers and this program give to files of weights.
+WEIGHT_FILES = (SINGLE, "model-[0-9]*-of-[0-9]*.safetensors")
+# Disk space for everything but weights: tokenizer (the largest have 35 MB), index, report, config.
+BESIDE_WEIGHTS = 64 << 20
+
+# transformers reads chat templates from these, and writes them only for a tokenizer that has templates.
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the config.json of a model folder."""
-    file = folder / "config.json"
+    file = folder / CONFIG
     if not file.is_file():
-        raise UserError(f"{folder} is not a model: it has no config.json")
+        raise UserError(f"{folder} is not a model: it has no {CONFIG}")
     return read_json(file)
 
 
@@ -50,24 +70,6 @@ def read_index(folder: Path) -> dict[str, str]:
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
     return files
-
-
-CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
-
-STAGING = ".incomplete"
-
-# Beside the staging folder, not in it: a run must hold the lock before it deletes that folder.
-LOCK = ".incomplete.lock"
-
-# In the staging folder once a layer is finished: the report of the run so far.
-PROGRESS = "progress.json"
-# Names that transformers and this program give to files of weights.
-WEIGHT_FILES = (SINGLE, "model-[0-9]*-of-[0-9]*.safetensors")
-# Disk space for everything but weights: tokenizer (the largest have 35 MB), index, report, config.
-BESIDE_WEIGHTS = 64 << 20
-
-# transformers reads chat templates from these, and writes them only for a tokenizer that has templates.
-TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
 
 
 def unfinished(out: Path) -> dict[str, Any] | None:
@@ -160,8 +162,12 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"another run is writing to {folder}; wait until it finishes, or choose another --out"
         ) from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise UserError(
+                f"{file} cannot be locked: {error.strerror}; delete it if no run is writing to {folder}, "
+                "or choose another --out"
+            ) from None
     try:
         yield
     finally:

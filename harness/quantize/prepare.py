@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def choose_backend(options: Options, say: Say) -> Backend:
     return backend
 
 
-def read_texts(options: Options) -> tuple[text.Text, text.Text | None]:
+def read_texts(options: Options, say: Say) -> tuple[text.Text, text.Text | None]:
     """Read the texts for calibration and evaluation; by default, both come from the same data set."""
     calibration = options.calibration
     if calibration is None:
@@ -86,6 +87,9 @@ def read_texts(options: Options) -> tuple[text.Text, text.Text | None]:
         named = calibration in (*text.DATA_SETS, text.BUILTIN)
         evaluation = calibration if named else NO_EVALUATION
     text.require_rows(options.text_column, calibration, evaluation)
+    for name in dict.fromkeys((calibration, evaluation)):
+        if name in text.DATA_SETS:
+            say(f"reading {name} from the Hugging Face Hub, or from its cache")
     column = options.text_column
     calibration_text = text.read_text(calibration, text.CALIBRATION, column)
     if evaluation == NO_EVALUATION:
@@ -99,9 +103,11 @@ def prepare(
     compute: Compute,
     calibration_text: text.Text,
     evaluation_text: text.Text | None,
+    accept: Callable[[Original], None],
 ) -> Ready:
     """Load the model, find its decoder layers, cut windows, and estimate the run."""
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
+    accept(original)
     decoder = find_decoder_layers(original.model, original.read)
     tokens = text.tokenize(calibration_text, original.tokenizer)
     windows = text.calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed)

@@ -29,7 +29,7 @@ from harness.text import Text
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
 
 
-def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
+def quantize(options: Options, say: Say = say_on_stdout, say_result: Say | None = None) -> dict[str, Any]:
     """Quantize a model, write the checkpoint, and measure perplexity before and after.
 
     Parameters
@@ -38,6 +38,8 @@ def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
         Options of the run.
     say : callable
         Prints a line for the user.
+    say_result : callable, optional
+        Prints a line of the results at the end; `say` by default.
 
     Returns
     -------
@@ -52,13 +54,13 @@ def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
     sink = sink_for(options)
     earlier = sink.require_folder(say)
     backend = choose_backend(options, say)
-    calibration_text, evaluation_text = read_texts(options)
+    calibration_text, evaluation_text = read_texts(options, say)
     compute = compute_for(backend)
 
     say(f"loading {options.model or 'the embedded model'}")
     began = time.perf_counter()
-    ready = prepare(options, backend, compute, calibration_text, evaluation_text)
-    sink.require_model(ready)
+    ready = prepare(options, backend, compute, calibration_text, evaluation_text, sink.require_original)
+    sink.require_space(ready.plan)
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
     take_all_windows(ready, say)
@@ -84,7 +86,7 @@ def quantize(options: Options, say: Say = say_on_stdout) -> dict[str, Any]:
     measure("after", sink.quantized(say))
     record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
     for line in result_lines(sink, record):
-        say(line)
+        (say_result or say)(line)
     if options.out is not None:
         write_report(options.out, sink, record)
     return record.to_json()

@@ -23,6 +23,7 @@ from harness.models.decoder import DecoderLayers
 from harness.models.folder import WEIGHT_FILES, require_free, require_space, unfinished
 from harness.models.original import Original
 from harness.progress import Say
+from harness.quantize.estimate import Plan
 from harness.quantize.options import PT2_LLM, Options
 from harness.quantize.prepare import Ready, require_other_folder
 from harness.quantize.record import Record
@@ -51,8 +52,12 @@ class Sink(ABC):
         """Refuse an unusable output folder; return the record of an interrupted run in it, if any."""
 
     @abstractmethod
-    def require_model(self, ready: Ready) -> None:
-        """Refuse a model that the sink cannot take, or that does not fit on the disk."""
+    def require_original(self, original: Original) -> None:
+        """Refuse a model that the sink cannot take, once it is loaded."""
+
+    @abstractmethod
+    def require_space(self, plan: Plan) -> None:
+        """Refuse a run whose output would not fit on the disk."""
 
     @abstractmethod
     def fitted_by(self, backend: Backend) -> str:
@@ -117,8 +122,11 @@ class CheckpointSink(Sink):
             say(f"{self.out} holds no interrupted run: starting from the first layer")
         return earlier
 
-    def require_model(self, ready: Ready) -> None:
-        require_space(self.out, ready.plan.packed_bytes + ready.plan.other_bytes)
+    def require_original(self, original: Original) -> None:
+        """Nothing: a model on disk is read layer by layer."""
+
+    def require_space(self, plan: Plan) -> None:
+        require_space(self.out, plan.packed_bytes + plan.other_bytes)
 
     def fitted_by(self, backend: Backend) -> str:
         return backend.name
@@ -141,7 +149,7 @@ class CheckpointSink(Sink):
     def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
         # The original model is freed before the quantized one is loaded; these outlive it.
         self._tokenizer, self._streamed = ready.original.tokenizer, ready.original.read is not None
-        self._ready: Ready | None = ready
+        self._ready = ready
         count = len(ready.passage.calls)
         with CheckpointWriter(self.out, count + 1, ready.backend, done=record.done) as self._writer:
             try:
@@ -155,36 +163,27 @@ class CheckpointSink(Sink):
                     say(f"{len(kept['layers'])} of {count} layers are kept: add --resume to continue")
                 raise
             finally:
-                self._ready = None
-
-    @property
-    def _decoder(self) -> DecoderLayers:
-        assert self._ready is not None, "the sink is open"
-        return self._ready.passage.decoder
+                del self._ready
 
     def stored(self, index: int) -> dict[str, torch.Tensor]:
-        assert self._ready is not None, "the sink is open"
-        device = self._ready.passage.compute.device
-        return stored_weights(
-            self._writer.shard(index + 1), self._decoder, index, self.options.config, device
-        )
+        passage = self._ready.passage
+        shard, device = self._writer.shard(index + 1), passage.compute.device
+        return stored_weights(shard, passage.decoder, index, self.options.config, device)
 
     def add(self, layer: FittedLayer, index: int) -> None:
         results = {matrix.name: matrix.result for matrix in layer.matrices}
-        self._writer.add(_unpacked_tensors(self._decoder, index), results)
+        self._writer.add(_unpacked_tensors(self._ready.passage.decoder, index), results)
 
     def note(self, record: Record) -> None:
         self._writer.note(record.to_json())
 
     def finish(self, record: Record) -> None:
-        assert self._ready is not None, "the sink is open"
         self._writer.add(_outside_layers(self._ready))
         self._writer.finish(
             self._ready.original,
             self.options.config,
-            modules=list(self._decoder.named_linears()),
-            # Runs started by older versions lack this entry.
-            shared_inputs=[group for row in record.layers for group in row.get("shared_inputs", [])],
+            modules=list(self._ready.passage.decoder.named_linears()),
+            shared_inputs=_shared_inputs(record),
             coded=list(self._ready.coded),
             report=record.to_json(),
         )
@@ -218,10 +217,13 @@ class BaselineSink(Sink):
                 raise UserError(f"{out} holds a checkpoint, but a baseline writes none; choose another --out")
         return None
 
-    def require_model(self, ready: Ready) -> None:
-        if ready.original.read is not None:
-            name = ready.original.name
-            raise UserError(f"{self.options.method} needs the whole model in memory; {name} is too large")
+    def require_original(self, original: Original) -> None:
+        if original.read is not None:
+            method = self.options.method
+            raise UserError(f"{method} needs the whole model in memory; {original.name} is too large")
+
+    def require_space(self, plan: Plan) -> None:
+        """Nothing: only a report is written."""
 
     def fitted_by(self, backend: Backend) -> str:
         return "reference"  # baselines exist only in NumPy, whichever device runs the layers
@@ -265,6 +267,13 @@ class BaselineSink(Sink):
 def sink_for(options: Options) -> Sink:
     """Return the sink for the method of the options."""
     return (CheckpointSink if options.method == PT2_LLM else BaselineSink)(options)
+
+
+def _shared_inputs(record: Record) -> list[list[str]] | None:
+    """Groups of matrices that read one input; None if an older version began the run, which noted none."""
+    if any("shared_inputs" not in row for row in record.layers):
+        return None
+    return [group for row in record.layers for group in row["shared_inputs"]]
 
 
 def _unpacked_tensors(decoder: DecoderLayers, index: int) -> dict[str, torch.Tensor]:

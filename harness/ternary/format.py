@@ -105,7 +105,8 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         raise UserError(
             f"{where} has format version {version!r}; this program reads version {FORMAT_VERSION}"
         )
-    modules, unpermuted = quantization.get("modules"), quantization.get("unpermuted")
+    modules: Any = quantization.get("modules")
+    unpermuted: Any = quantization.get("unpermuted")
     block_size = quantization.get("block_size")
     coded = quantization.get("coded", [])  # absent in the first checkpoints
     for entry, names in (("modules", modules), ("unpermuted", unpermuted), ("coded", coded)):
@@ -118,11 +119,12 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         raise UserError(f"{where}: grid of quantization_config is {grid!r}, not one of {', '.join(GRIDS)}")
     shared = quantization.get("shared_inputs")  # absent in the first checkpoints
     if shared is not None:
-        known = isinstance(shared, list) and all(isinstance(group, list) for group in shared)
-        members = [name for group in shared for name in group] if known else [None]
-        if len(set(members)) < len(members) or not set(members) <= {*(modules or [])}:
+        groups = shared if isinstance(shared, list) and all(isinstance(g, list) for g in shared) else [[None]]
+        members = [name for group in groups for name in group]
+        once = all(isinstance(name, str) for name in members) and len(set(members)) == len(members)
+        if not once or not set(members) <= set(modules):
             raise UserError(f"{where}: shared_inputs of quantization_config must be groups of modules")
-    return StoredLayers(block_size, grid, modules or [], unpermuted or [], shared, coded)
+    return StoredLayers(block_size, grid, modules, unpermuted, shared, coded)
 
 
 # All tensors that may be stored for one matrix.

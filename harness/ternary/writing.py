@@ -130,7 +130,7 @@ class CheckpointWriter:
         matrices: TernaryConfig,
         *,
         modules: list[str],
-        shared_inputs: list[list[str]],
+        shared_inputs: list[list[str]] | None,
         coded: list[str],
         report: dict[str, Any],
     ) -> None:
@@ -151,7 +151,7 @@ class CheckpointWriter:
                 "block_size": matrices.block_size,
                 "grid": matrices.grid,
                 "modules": modules,
-                "shared_inputs": shared_inputs,
+                **({} if shared_inputs is None else {"shared_inputs": shared_inputs}),
                 "unpermuted": sorted(self._unpermuted),
                 "coded": coded,
                 "weight_dtype": dtype_name(original.model.dtype),

@@ -106,6 +106,7 @@ def _ternarized(
         for layer in fit_layers(passage, method):
             for matrix in layer.matrices:
                 take(matrix)
+            del layer, matrix  # free its Gram matrices before those of the next are allocated
             step()
     return original.name, before, measure_on(original, *measure).value
 

@@ -27,7 +27,7 @@ def model(folder):
     backend = load_backend("gpu")
     loaded = harness.load(folder, compute_for(backend).device, dense=False)
     if not backend.on_device:
-        use_kernels(loaded, loaded.config.quantization_config.shared_inputs, backend)
+        use_kernels(loaded, backend=backend)
     return loaded
 
 

@@ -31,9 +31,10 @@ def use_kernels(
     model : nn.Module
         The model.
     shared_inputs : list of lists of str, optional
-        Names of layers that read the same input and share a launch. By default, guessed from the names.
+        Names of layers that read the same input and share a launch. By default, those stored in the
+        model's configuration; if it has none, guessed from the names.
     backend : Backend, optional
-        Runs the kernels; gpu by default.
+        Lays the matrices out on its device; gpu by default.
 
     Raises
     ------
@@ -43,6 +44,9 @@ def use_kernels(
     backend = backend or load_backend("gpu")
     share_memory(backend)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+    if shared_inputs is None:
+        stored = getattr(getattr(model, "config", None), "quantization_config", None)
+        shared_inputs = getattr(stored, "shared_inputs", None)
     groups = _guessed_groups(model) if shared_inputs is None else shared_inputs
     for names in launches(layers, groups):
         share_launch([layers[name] for name in names], backend)
@@ -94,8 +98,7 @@ def share_launch(layers: list[TernaryLinear], backend: Backend) -> None:
     backend : Backend
         Converts them to the kernels' layout.
     """
-    from gpu.kernels.layout import can_be_tiled
-    from gpu.layout import join  # needs CuPy and a device
+    from gpu.kernels.layout import can_be_tiled  # needs CuPy and a device
 
     if not can_be_tiled(layers[0].block_size):
         return
@@ -103,14 +106,12 @@ def share_launch(layers: list[TernaryLinear], backend: Backend) -> None:
     # The backend works on the current device, so make it the layers' device, and use torch's stream.
     with torch.cuda.device_of(first), Compute(first.device).queue(backend):
         layouts = [_lay_out(layer, backend) for layer in layers]
-        packed = PackedWeights(join(layouts))
+        packed = PackedWeights(backend.function("layout.join")(layouts))
     for part, layer in enumerate(layers):
         layer.use_kernels(packed, part)
 
 
 def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
-    from gpu.layout import lay_out
-
     stored = {name: backend.to_device(tensor) for name, tensor in layer.stored().items()}
     scale, shift = stored["scale"], stored["shift"]
     if "row_factor" in stored:
@@ -120,4 +121,5 @@ def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
     order = stored.get("permutation")
     if order is None:
         order = backend.to_device(torch.arange(layer.in_features, device=layer.device))
+    lay_out = backend.function("layout.lay_out")
     return lay_out(stored["trits"], scale, shift, order, layer.block_size)

@@ -92,7 +92,7 @@ class PackedTensors(NamedTuple):
         in_rows = slice(TILE_ROWS * tiles.start, TILE_ROWS * tiles.stop)
 
         words = self.words[tiles]
-        # Four lanes of a warp share a chunk; their words are interleaved.
+        # Four lanes of a warp share a row of a chunk; their words are interleaved.
         ordered = (
             words.view(*words.shape[:3], 4, 4)
             .permute(0, 2, 1, 4, 3)

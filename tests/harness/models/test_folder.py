@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from harness.errors import UserError
 from harness.models.folder import LOCK, STAGING, require_free, staged
@@ -93,6 +94,23 @@ def test_a_file_system_without_locks_stops_no_run(
         (folder / "file").touch()
         require_free(out, force=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_of_another_user_is_neither_ignored_nor_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK).touch()
+
+    def forbidden(lock: FileLock) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", forbidden)
+    with (
+        pytest.raises(UserError, match=r"incomplete\.lock cannot be locked: Permission denied"),
+        staged(tmp_path),
+    ):
+        pass
+    assert (tmp_path / LOCK).exists()
 
 
 def test_it_runs_where_python_has_no_modules_of_unix(tmp_path: Path) -> None:

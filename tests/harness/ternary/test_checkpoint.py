@@ -197,6 +197,10 @@ DAMAGE = {
         edit_config(lambda c: c["quantization_config"]["shared_inputs"].append([Q_PROJ])),
         "shared_inputs of quantization_config must be groups of modules",
     ),
+    "shared inputs that are no names": (
+        edit_config(lambda c: c["quantization_config"].update(shared_inputs=[[{}]])),
+        "shared_inputs of quantization_config must be groups of modules",
+    ),
     "shared inputs of another kind": (
         edit_config(lambda c: c["quantization_config"].update(shared_inputs={"a": 1})),
         "shared_inputs of quantization_config must be groups of modules",
