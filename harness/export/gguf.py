@@ -33,7 +33,7 @@ from harness.export.source import (
     require_outside,
 )
 from harness.models.folder import require_free, require_space
-from harness.progress import Progress
+from harness.progress import Progress, say_on_stdout
 from reference.types import TernaryMatrix
 
 COLUMNS = gguf.GGML_QUANT_SIZES[Type.Q4_1][0]
@@ -301,7 +301,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[_Entry], path: Path) -> None:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with Progress("export", len(entries), "tensor") as step:
+    with Progress("export", len(entries), "tensor", say_on_stdout) as step:
         for entry in entries:
             writer.write_tensor_data(entry.make())
             step()

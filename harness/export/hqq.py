@@ -44,7 +44,7 @@ from harness.export.source import (
 )
 from harness.files import write_json
 from harness.models.folder import CONFIG, GENERATION, move_into, require_free, require_space, staged
-from harness.progress import Progress
+from harness.progress import Progress, say_on_stdout
 from harness.ternary.writing import save_code
 from reference.types import TernaryMatrix
 
@@ -108,7 +108,7 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
     layers = {module: _group_size(stored, module) for module in stored.layers}
     tensors = {name: tensor.contiguous() for name, tensor in stored.tensors.items()}
     weights = weight_bytes = 0
-    with Progress("export", len(layers), "tensor") as step:
+    with Progress("export", len(layers), "tensor", say_on_stdout) as step:
         for module, group_size in layers.items():
             packed = pack_hqq(stored.matrix(module), group_size, rounding)
             for part, values in packed.items():
