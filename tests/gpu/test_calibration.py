@@ -65,7 +65,7 @@ def test_work_is_queued_on_the_stream_of_torch(compute):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_gram_matrix_of_262144_correlated_rows_stays_positive_definite(compute, dtype):
     generator = torch.Generator().manual_seed(0)
-    columns = 64
+    columns = 24
     mixing = torch.randn(8, columns, generator=generator)
     total = GramSum(columns, compute.device)
     exact = torch.zeros(columns, columns, dtype=torch.float64)
