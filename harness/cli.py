@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
@@ -14,6 +17,7 @@ from harness.errors import UserError
 EXIT_MISS = 1  # a check failed
 EXIT_USAGE = 2  # unusable input; the message says why
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143  # as a shell reports a process that SIGTERM has ended
 
 # The largest count that is accepted: libraries take 32-bit integers.
 LARGEST = 2**31 - 1
@@ -48,6 +52,13 @@ def at_least(minimum: int) -> Callable[[str], int]:
 positive = at_least(1)
 # A window of one token has nothing to predict.
 window_length = at_least(2)
+
+
+def path(value: str) -> Path:
+    """Convert an argument that names a file or folder; refuse an empty one, which pathlib takes for "."."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty; is a shell variable unset?")
+    return Path(value)
 
 
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
@@ -98,11 +109,22 @@ def _out_of_memory_message(error: Exception) -> str | None:
     return None
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM has arrived: a scheduler, a container or `kill` wants the process to end."""
+
+
+def _on_terminate(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    raise _Terminated
+
+
 def run(main: Callable[[], int]) -> None:
     """Run a command line and exit with its status.
 
-    Bad input, Ctrl-C and a lack of memory (host or device) print one line instead of a stack trace.
+    Bad input, Ctrl-C, SIGTERM and a lack of memory (host or device) print one line instead of a stack trace.
     """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _on_terminate) if in_main_thread else None
     # The programs print their own progress; what libraries print would bury it.
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         _set_verbosity("error")
@@ -114,6 +136,9 @@ def run(main: Callable[[], int]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = EXIT_USAGE
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        status = EXIT_TERMINATED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = EXIT_INTERRUPTED
@@ -131,4 +156,7 @@ def run(main: Callable[[], int]) -> None:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"error: {what}", file=sys.stderr)
         status = EXIT_USAGE
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     sys.exit(status)

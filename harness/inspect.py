@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, run
+from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, path, run
 from harness.files import json_text
 from harness.hf import load
 from harness.ternary.format import PACKED, unpack_base3
@@ -127,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m harness.inspect", description=DESCRIPTION, formatter_class=HelpFormatter
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="folder of a ternary checkpoint")
+    parser.add_argument("path", type=path, metavar="PATH", help="folder of a ternary checkpoint")
     parser.add_argument("--json", action="store_true", help="print a single JSON object")
     add_trust_remote_code(parser)
     add_verbose(parser)

@@ -22,7 +22,7 @@ from harness.benchmark.methods import METHODS, compare_methods, summarize
 from harness.benchmark.products import product_speed
 from harness.benchmark.quantization import Scale, quantize_shape
 from harness.benchmark.shapes import SHAPES
-from harness.cli import HelpFormatter, add_verbose, positive, run, window_length
+from harness.cli import HelpFormatter, add_verbose, path, positive, run, window_length
 from harness.compute import compute_for, default_compute
 from harness.errors import UserError
 from harness.files import json_text, write_json
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     def kind(name: str, what: str) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=what, description=what, formatter_class=HelpFormatter)
         where = "JSON file for the results; by default they are only printed"
-        sub.add_argument("file", nargs="?", type=Path, metavar="FILE", help=where)
+        sub.add_argument("file", nargs="?", type=path, metavar="FILE", help=where)
         add_verbose(sub)
         return sub
 
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens per window")
     model.add_argument(
         "--report",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="summarize this report.json of an earlier run on this machine instead of a new run",
     )
@@ -123,9 +123,9 @@ def parser() -> argparse.ArgumentParser:
 
     what = "draw the results of methods, matmul or generate (requires matplotlib)"
     sub = kinds.add_parser("plot", help=what, description=what, formatter_class=HelpFormatter)
-    sub.add_argument("file", type=Path, metavar="FILE", help="JSON file written by one of them")
+    sub.add_argument("file", type=path, metavar="FILE", help="JSON file written by one of them")
     sub.add_argument(
-        "svg", nargs="?", type=Path, metavar="SVG", help="file to write; by default next to FILE"
+        "svg", nargs="?", type=path, metavar="SVG", help="file to write; by default next to FILE"
     )
     return parser
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, run
+from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, path, run
 from harness.export.gguf import export_gguf
 from harness.export.hqq import export_hqq
 
@@ -36,9 +35,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m harness.export", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="folder written by harness.quantize")
+    add("checkpoint", type=path, metavar="CHECKPOINT", help="folder written by harness.quantize")
     add("--format", choices=("gguf", "hqq"), required=True, help="format to write")
-    add("--out", type=Path, required=True, metavar="PATH", help="GGUF file or HQQ folder to write")
+    add("--out", type=path, required=True, metavar="PATH", help="GGUF file or HQQ folder to write")
     add("--force", action="store_true", help="overwrite PATH if it exists")
     add_trust_remote_code(parser)
     add_verbose(parser)

@@ -6,12 +6,11 @@ import argparse
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
 from harness.backends import Backend, load_backend
-from harness.cli import EXIT_MISS, add_verbose, run
+from harness.cli import EXIT_MISS, add_verbose, path, run
 from harness.errors import UserError
 from harness.files import json_text
 from harness.verify.cases import Outcome, verify
@@ -110,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", choices=KINDS, help="only cases of this kind")
     parser.add_argument(
         "--golden",
-        type=Path,
+        type=path,
         default=FOLDER,
         metavar="DIR",
         help="folder of the golden files (default: the ones in the package)",
@@ -131,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print a single JSON object")
     parser.add_argument(
         "--record",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="if everything passes on a GPU, record the verified files in FILE, such as "
         "golden/gpu-verified.json",

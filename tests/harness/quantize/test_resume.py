@@ -20,7 +20,7 @@ import harness
 from harness import perplexity
 from harness.calibration.methods import FitError
 from harness.calibration.passage import Passage
-from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
+from harness.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers
@@ -136,7 +136,7 @@ def test_a_killed_process_leaves_what_goes_on_and_does_not_load(
     arguments = [model, "--out", out, "--calibration", words_file, *more]
     process = subprocess.Popen(
         [sys.executable, "-m", "harness.quantize", *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process
@@ -148,10 +148,15 @@ def test_a_killed_process_leaves_what_goes_on_and_does_not_load(
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.005)
     process.send_signal(kill)
-    error = process.communicate(timeout=60)[1]
+    printed, error = process.communicate(timeout=60)
     assert "Traceback" not in error
-    if kill == signal.SIGINT:
-        assert process.returncode == EXIT_INTERRUPTED
+    if kill != signal.SIGKILL:
+        expected = {
+            signal.SIGINT: (EXIT_INTERRUPTED, "interrupted"),
+            signal.SIGTERM: (EXIT_TERMINATED, "terminated"),
+        }
+        assert (process.returncode, error.splitlines()[-1]) == expected[kill]
+        assert "of 3 layers are kept: add --resume to continue" in printed
     for folder in (out, out / STAGING):
         with pytest.raises(UserError, match=r"no config\.json"):
             harness.load(folder)
