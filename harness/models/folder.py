@@ -51,8 +51,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def files_of_tensors(folder: Path) -> dict[str, str]:
-    """Map each tensor to the file that holds it."""
-    if (folder / INDEX).is_file():
+    """Map each tensor to the file that holds it; a single file comes before an index, as in transformers."""
+    if not (folder / SINGLE).is_file():
         return read_index(folder)
     with safe_open(folder / SINGLE, framework="pt") as shard:
         return dict.fromkeys(shard.keys(), SINGLE)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from harness.errors import UserError
-from harness.models.folder import INDEX, SINGLE, read_index
+from harness.models.folder import SINGLE, read_index
 from harness.models.original import quiet_transformers
 from harness.ternary.format import PACKED, require_base3
 from harness.ternary.linear import TernaryLinear
@@ -78,7 +78,7 @@ def weight_map(folder: Path) -> dict[str, str]:
     UserError
         If a file is missing or damaged, or its tensors differ from those in the index.
     """
-    if (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+    if (folder / SINGLE).is_file():  # which transformers reads before any shards
         with _opened(folder / SINGLE) as shard:
             return dict.fromkeys(shard.keys(), SINGLE)
     files = read_index(folder)

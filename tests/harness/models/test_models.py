@@ -217,6 +217,25 @@ def test_layers_read_from_the_files_are_those_of_the_model_loaded_whole(
             assert copy.state_dict()[name].dtype == tensor.dtype
 
 
+def test_a_left_over_index_does_not_mix_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads the single file if there is one; a model read layer by layer must do the same."""
+    tiny.save(tiny.make_model("llama", ternary=False), tmp_path)
+    other = tiny.make_model("llama", ternary=False)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    other.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    for file in (tmp_path / "shards").glob("model*"):
+        file.rename(tmp_path / file.name)
+    whole = load_original(str(tmp_path)).model.state_dict()
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
+    streamed = load_original(str(tmp_path))
+    assert streamed.read is not None
+    layers = [name for name in whole if ".layers." in name]
+    for name, tensor in {**streamed.model.state_dict(), **streamed.read(layers)}.items():
+        assert torch.equal(tensor, whole[name]), name
+
+
 @pytest.mark.parametrize(("times", "streamed"), [(1.5, True), (1.8, False)])
 def test_layers_stay_on_disk_if_the_weights_take_more_than_three_fifths_of_the_memory(
     times: float, streamed: bool, llama: Path, monkeypatch: pytest.MonkeyPatch
