@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"a ternary checkpoint; or {MODEL_HELP}")
     parser.add_argument("--data", required=True, metavar="TEXT", help=text.SOURCES_HELP)
     parser.add_argument(
-        "--text-column", metavar="NAME", help="field to read from .jsonl, .parquet and .arrow rows"
+        "--text-column", metavar="NAME", help="field to read from .jsonl, .csv, .parquet and .arrow rows"
     )
     parser.add_argument("--seqlen", type=window_length, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=positive, metavar="N", help="measure only the first N windows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import platform
@@ -21,6 +22,7 @@ BUILTIN = "builtin"
 
 # Suffixes of plain text files; "" stands for no suffix.
 PLAIN = (".txt", ".raw", ".md", "")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
 
 # Topics that begin after this share of the built-in text are held out for evaluation.
 HELD_OUT_FROM = 0.8
@@ -82,7 +84,7 @@ DATA_SETS = {
 
 SOURCES_HELP = (
     "wikitext2, c4 or ptb, downloaded with the package `datasets`; NAME:FILE for a local copy of such a "
-    "data set, such as wikitext2:wiki.test.raw; a .txt, .jsonl, .parquet or .arrow file; or "
+    "data set, such as wikitext2:wiki.test.raw; a .txt, .jsonl, .csv, .parquet or .arrow file; or "
     f"{BUILTIN}, the documentation that comes with Python"
 )
 
@@ -106,7 +108,7 @@ def read_text(source: str, use: str, column: str | None = None) -> Text:
     use : {"calibration", "evaluation"}
         Selects the split of a named data set, or the part of the built-in text.
     column : str, optional
-        Field to read from the rows of a .jsonl, .parquet or .arrow file. By default the field of the
+        Field to read from the rows of a .jsonl, .csv, .parquet or .arrow file. By default the field of the
         named data set, or ``text``.
 
     Raises
@@ -246,12 +248,14 @@ def _local(name: str, path: Path, use: str, column: str | None) -> Text:
     column = column or (DATA_SETS[name].column if name else "text")
     suffix = path.suffix.lower()
     try:
-        if suffix in READERS:
-            rows = list(READERS[suffix](path, column))
-        elif name:
+        if suffix in READERS or (name and suffix == ".json"):  # data sets publish lines of JSON as .json
+            rows = list(READERS.get(suffix, _jsonl_rows)(path, column))
+        elif suffix in PLAIN and name:
             rows = list(_text_rows(path, DATA_SETS[name].keeps_newline))
         elif suffix in PLAIN:
             return Text(path.read_bytes().decode("utf-8-sig"), f"{path.name} as it is")
+        elif suffix in COMPRESSED:
+            raise UserError(f"{path} is compressed; decompress it first")
         else:
             endings = ", ".join(filter(None, (*PLAIN, *READERS)))
             raise UserError(f"{path} has an unknown file type; text files end in {endings}")
@@ -317,8 +321,26 @@ def _arrow_rows(path: Path, column: str) -> Iterable[str]:
     return _table_rows(path, column, read)
 
 
+def _csv_rows(path: Path, column: str) -> Iterable[str]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines, strict=True)
+        if column not in (rows.fieldnames or ()):
+            raise UserError(
+                f"{path} has no column {column!r} (found: {', '.join(rows.fieldnames or ())}); "
+                "choose the column with --text-column"
+            )
+        try:
+            for row in rows:
+                if row[column] is None:
+                    raise UserError(f"{path}, line {rows.line_num} has no column {column!r}")
+                yield row[column]
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num} is not CSV: {error}") from None
+
+
 READERS: dict[str, Callable[[Path, str], Iterable[str]]] = {
     ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
     ".parquet": _parquet_rows,
     ".arrow": _arrow_rows,
 }

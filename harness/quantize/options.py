@@ -70,7 +70,7 @@ class Options:
         help=f"{text.SOURCES_HELP}. Default: wikitext2; for the embedded model {text.BUILTIN}",
     )
     text_column: str | None = option(
-        None, CALIBRATION, metavar="NAME", help="field of .jsonl, .parquet and .arrow rows"
+        None, CALIBRATION, metavar="NAME", help="field of .jsonl, .csv, .parquet and .arrow rows"
     )
     nsamples: int = option(128, CALIBRATION, type=positive, metavar="N", help="windows of calibration text")
     seqlen: int = option(2048, CALIBRATION, type=window_length, metavar="N", help="tokens per window")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -78,7 +79,15 @@ def test_a_column_that_is_not_text_is_refused(tmp_path: Path, kind: str) -> None
         ("half.jsonl", b'{"text": "a \\ud83d b"}\n', "character 2 is U.D83D, a lone surrogate"),
         ("broken.parquet", b"PAR1nothing", "cannot be read"),
         ("broken.arrow", b"ARROW1nothing", "cannot be read"),
-        ("data.csv", b"a,b", "text files end in .txt"),
+        ("data.tsv", b"a,b", "text files end in .txt"),
+        ("rows.json", b'{"text": "a"}\n', "text files end in .txt"),  # rows, or one text? Nothing says.
+        ("data.csv", b"a,b\n1,2\n", "has no column 'text' .found: a, b."),
+        ("short.csv", b"a,text\n1,2\n3\n", "line 3 has no column 'text'"),
+        ("quote.csv", b'text\n"a\n', "is not CSV"),
+        *(
+            (f"text.txt{ending}", b"zipped", "is compressed; decompress it first")
+            for ending in text.COMPRESSED
+        ),
     ],
 )
 def test_files_that_hold_no_text_are_refused_by_name(
@@ -88,6 +97,33 @@ def test_files_that_hold_no_text_are_refused_by_name(
     with pytest.raises(UserError, match=message) as error:
         text.read_text(str(tmp_path / name), text.CALIBRATION)
     assert name in str(error.value)
+
+
+ROWS = ["w1 w2", 'a "b", c', "d"]
+
+
+@pytest.mark.parametrize("name", ["", "c4", "ptb", "wikitext2"])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".gz"])
+def test_a_file_is_read_by_its_kind_whatever_data_set_it_is_of(
+    name: str, ending: str, tmp_path: Path
+) -> None:
+    """Never as plain text: braces and quotes of the file format are no text."""
+    column = text.DATA_SETS[name].column if name else "text"
+    file = tmp_path / f"rows{ending}"
+    if ending == ".csv":
+        with file.open("w", newline="") as to:
+            writer = csv.DictWriter(to, ["n", column])
+            writer.writeheader()
+            writer.writerows({"n": 1, column: row} for row in ROWS)
+    else:
+        file.write_text("".join(json.dumps({"n": 1, column: row}) + "\n" for row in ROWS))
+    source = f"{name}:{file}" if name else str(file)
+    if ending in (".tsv", ".gz") or (ending == ".json" and not name):
+        with pytest.raises(UserError, match=rf"rows\{ending} (has an unknown file type|is compressed)"):
+            text.read_text(source, text.CALIBRATION)
+        return
+    joiner = text.DATA_SETS[name].splits[text.CALIBRATION].joiner if name else "\n\n"
+    assert text.read_text(source, text.CALIBRATION).stream == joiner.join(ROWS)
 
 
 def test_a_missing_file_is_refused() -> None:

@@ -86,7 +86,10 @@ def test_a_machine_that_is_too_small_ends_the_run_with_what_to_do(
         (("--out", "NEW", "--calibration", "no.txt"), "no.txt is not a file"),
         (("--out", "NEW", "--calibration", ""), "the name of the text is empty; is a shell variable unset?"),
         (("--out", "NEW", "--eval", "c4:"), "c4: has no file name after the colon"),
-        (("--out", "NEW", "--text-column", "words"), "--text-column words applies only to .jsonl, .parquet"),
+        (
+            ("--out", "NEW", "--text-column", "words"),
+            "--text-column words applies only to .jsonl, .csv, .parquet",
+        ),
         (("--out", "NEW", "--seed", "-1"), "seed must not be negative"),
         (("--out", "NEW", "--eval", "TEXT", "--eval-seqlen", "401"), "less than one window of 401"),
     ],
