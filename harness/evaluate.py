@@ -6,13 +6,20 @@ import argparse
 from dataclasses import asdict
 
 from harness import text
+from harness.calibration.capture import require_causal
 from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, positive, run, window_length
 from harness.compute import Compute, default_compute
+from harness.errors import UserError
 from harness.files import json_text
 from harness.hf import open_model
+from harness.models.decoder import locate_layers
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
+from harness.models.original import Original
 from harness.perplexity import measure_on
+
+# Tokens to see on whether a model looks ahead.
+CAUSAL_TOKENS = 16
 
 DESCRIPTION = """\
 Measure perplexity as the GPTQ family does: split the text into consecutive windows of --seqlen tokens
@@ -62,6 +69,7 @@ def main() -> int:
         gguf_dtype=arguments.gguf_dtype,
         trust_remote_code=arguments.trust_remote_code,
     )
+    _require_causal(original, stream)
     compute = Compute() if arguments.cpu else default_compute()
     result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute)
     if arguments.json:
@@ -69,6 +77,18 @@ def main() -> int:
     else:
         print(f"perplexity {result.value:.4g}   {original.name}\n  {result.protocol}")
     return 0
+
+
+def _require_causal(original: Original, stream: text.Text) -> None:
+    """Refuse a model that sees the tokens it is to predict, if it has decoder layers to look at."""
+    window = text.tokenize(stream, original.tokenizer)[:CAUSAL_TOKENS]
+    try:
+        decoder = locate_layers(original.model, original.read)
+    except UserError:
+        return
+    # Ternary layers are of a model that was checked when it was quantized.
+    if decoder.named_linears() and len(window) > 1:
+        require_causal(original.model, decoder, window)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,18 @@ def _enter_layers(
     return seen[0]
 
 
+@torch.no_grad()
+def require_causal(model: nn.Module, decoder: DecoderLayers, window: torch.Tensor) -> None:
+    """Refuse a model whose first layer, run in float32 on the host, sees later tokens as an encoder does.
+
+    Raises
+    ------
+    UserError
+        If the output of the first layer for a token depends on later tokens.
+    """
+    _extra_output(*_enter_layers(model, decoder, window), decoder, Compute())
+
+
 def _extra_output(
     hidden: torch.Tensor, call: LayerCall, decoder: DecoderLayers, compute: Compute
 ) -> int | None:

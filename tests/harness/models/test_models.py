@@ -217,6 +217,15 @@ def test_layers_read_from_the_files_are_those_of_the_model_loaded_whole(
             assert copy.state_dict()[name].dtype == tensor.dtype
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_is_refused_with_what_to_do(beside: bool, llama: Path, tmp_path: Path) -> None:
+    """Beside the weights, or in a folder of its own; whether peft is installed does not matter."""
+    folder = shutil.copytree(llama, tmp_path / "model") if beside else tmp_path
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    with pytest.raises(UserError, match=r"holds an adapter \(adapter_config\.json\); merge it first"):
+        load_original(str(folder))
+
+
 def test_a_left_over_index_does_not_mix_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers reads the single file if there is one; a model read layer by layer must do the same."""
     tiny.save(tiny.make_model("llama", ternary=False), tmp_path)
