@@ -132,7 +132,8 @@ def run(main: Callable[[], int]) -> None:
         warnings.simplefilter("ignore")
     try:
         status = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell, as in >&-
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = EXIT_USAGE

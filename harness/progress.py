@@ -20,13 +20,15 @@ SHORT, BETWEEN_LINES = 5.0, 60.0
 def say_on_stdout(line: str) -> None:
     """Print a line to stdout above any bar, and flush it: a pipe would buffer it."""
     tqdm.write(line)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def say_on_stderr(line: str) -> None:
     """Print a line to stderr above any bar, where stdout carries machine-readable output."""
     tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
 
 
 class Progress:

@@ -48,6 +48,12 @@ class DecoderLayers:
         found = self.read([self.full_name(index, name) for name in names])
         return {name: found[self.full_name(index, name)].to(state[name].dtype) for name in names}
 
+    def other_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """Tensors of a layer beside its matrices (biases, norms), by their names in the whole model."""
+        matrices = {f"{name}.weight" for name in self.linears[index]}
+        names = [name for name in self.layers[index].state_dict() if name not in matrices]
+        return {self.full_name(index, name): tensor for name, tensor in self.tensors(index, names).items()}
+
     def working_copy(self, index: int, compute: Compute) -> nn.Module:
         """Copy a layer to the device, in the dtype that layers run in."""
         moved: dict[int, Any] = {}

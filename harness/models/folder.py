@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,13 @@ def unfinished(out: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def staged(out: Path, resumed: bool = False) -> Iterator[Path]:
+def staged(out: Path, resumed: bool = False, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Make a staging folder inside `out`, on the same disk, for files that `move_into` puts into place.
 
     The context holds the lock of `out`, so that two runs never mix their files. On exit it deletes the
     staging folder, and `out` if it created `out` and left it empty; after a failure, a staging folder with
-    `PROGRESS` is kept. With `resumed`, the contents of an existing staging folder are kept on entry.
+    `PROGRESS` is kept. With `resumed`, the contents of an existing staging folder are kept on entry. `check`
+    is called once the lock is held, and refuses what another run may have written before.
 
     Raises
     ------
@@ -98,6 +99,7 @@ def staged(out: Path, resumed: bool = False) -> Iterator[Path]:
         raise UserError(f"{out} cannot be created: {error.strerror}") from None
     try:
         with locked(out):
+            check()
             kept = resumed
             try:
                 if not resumed:
@@ -181,7 +183,7 @@ def locked(folder: Path) -> Iterator[None]:
 def require_free(out: Path, force: bool, resume: bool = False) -> None:
     """Refuse an output folder that is not empty, unless it may be overwritten or its run resumed.
 
-    Also refuse a folder that another run is writing to; `staged` checks this again.
+    Also refuse a folder that another run is writing to; `staged` finds that again, when it takes the lock.
     """
     existing = next(p for p in [out, *out.absolute().parents] if p.exists() or p.is_symlink())
     if not existing.is_dir():
@@ -193,6 +195,11 @@ def require_free(out: Path, force: bool, resume: bool = False) -> None:
     if (out / LOCK).exists():
         with locked(out):
             pass
+    require_vacant(out, force, resume)
+
+
+def require_vacant(out: Path, force: bool, resume: bool = False) -> None:
+    """Refuse an existing folder that is not empty, unless it may be overwritten or its run resumed."""
     if (out / STAGING / PROGRESS).is_file():
         if not (force or resume):
             raise UserError(

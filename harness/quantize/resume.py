@@ -17,6 +17,7 @@ import torch
 from harness.errors import UserError
 from harness.files import json_text
 from harness.models.decoder import DecoderLayers
+from harness.models.folder import PROGRESS, STAGING
 from harness.quantize.record import Record
 from harness.ternary.format import PACKED
 from harness.ternary.linear import TernaryLinear
@@ -46,19 +47,24 @@ def continue_from(earlier: dict[str, Any], record: Record, out: Path) -> None:
     UserError
         If model, text, settings, libraries or machine differ; the message names the difference.
     """
-    was, now = dict(_facts(earlier)), dict(_facts(json.loads(json_text(record.to_json()))))
+    now = dict(_facts(json.loads(json_text(record.to_json()))))
+    try:
+        was = dict(_facts(earlier))
+        checksums = [row["outputs_checksum"] for row in earlier["layers"]]
+        resumed_after, created, seconds = (earlier[name] for name in ("resumed_after", "created", "seconds"))
+        options, perplexity = earlier["options"], earlier["perplexity"]
+    except (KeyError, TypeError):
+        raise UserError(f"{out / STAGING / PROGRESS} is damaged; start over with --force") from None
     for name in [*was, *(name for name in now if name not in was)]:
         if was.get(name) != now.get(name):
             raise UserError(
                 f"{out} holds a different run: {name} was {was.get(name)} and is {now.get(name)}; "
                 "repeat the command of that run with --resume, or start over with --force"
             )
-    record.created = earlier["created"]
-    record.layers = earlier["layers"]
-    record.resumed_after = [*earlier["resumed_after"], len(earlier["layers"])]
-    record.seconds = earlier["seconds"]
-    if all(record.options[name] == earlier["options"][name] for name in EVALUATION_OPTIONS):
-        record.perplexity = earlier["perplexity"]
+    record.created, record.layers, record.seconds = created, earlier["layers"], seconds
+    record.resumed_after = [*resumed_after, len(checksums)]
+    if all(record.options[name] == options.get(name) for name in EVALUATION_OPTIONS):
+        record.perplexity = perplexity
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -82,6 +88,12 @@ def stored_weights(
         If the shard is damaged.
     """
     tensors = load_shard(shard)
+    for name, tensor in decoder.other_tensors(index).items():
+        if name not in tensors or not torch.equal(tensors[name], tensor):
+            raise UserError(
+                f"{name} in {shard} is not the model's: the shard is damaged, or the model has changed "
+                "since; start over with --force"
+            )
     weights = {}
     for name, linear in decoder.linears[index].items():
         prefix = f"{decoder.full_name(index, name)}."

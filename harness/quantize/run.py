@@ -160,9 +160,9 @@ def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
         for row, _ in zip(record.layers, ready.passage.again(weights), strict=True):
             if ready.passage.checksum() != row["outputs_checksum"]:
                 raise UserError(
-                    f"the outputs of layer {row['layer'] + 1} differ from those of the interrupted run, so "
-                    "the machine differs (in its number of threads, for example); resume on the original "
-                    "machine, or start over with --force"
+                    f"the outputs of layer {row['layer'] + 1} differ from those of the interrupted run: its "
+                    "shard is damaged, or the machine differs (in its number of threads, say); resume on the "
+                    "original machine, or start over with --force"
                 )
             step()
 

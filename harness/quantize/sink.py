@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from harness.calibration.layerwise import FittedLayer
 from harness.calibration.methods import FitError, Method, baseline, baseline_bits, ternarizer
 from harness.errors import UserError
 from harness.hf import load
-from harness.models.decoder import DecoderLayers
-from harness.models.folder import WEIGHT_FILES, require_free, require_space, unfinished
+from harness.models.folder import WEIGHT_FILES, require_free, require_space, require_vacant, unfinished
 from harness.models.original import Original
 from harness.progress import Say
 from harness.quantize.estimate import Plan
@@ -115,12 +115,14 @@ class CheckpointSink(Sink):
         if options.out is None:
             raise UserError("--out DIR is missing: name a folder for the checkpoint")
         self.out: Path = options.out
+        if options.resume and not options.force and is_ternary(self.out) and unfinished(self.out) is None:
+            raise UserError(f"{self.out} holds a complete checkpoint: there is nothing to resume")
         require_free(self.out, options.force, options.resume)
         require_other_folder(options, self.out)
-        earlier = unfinished(self.out) if options.resume else None
-        if options.resume and earlier is None:
+        self._earlier = unfinished(self.out) if options.resume else None
+        if options.resume and self._earlier is None:
             say(f"{self.out} holds no interrupted run: starting from the first layer")
-        return earlier
+        return deepcopy(self._earlier)  # which the run will add to
 
     def require_original(self, original: Original) -> None:
         """Nothing: a model on disk is read layer by layer."""
@@ -151,7 +153,8 @@ class CheckpointSink(Sink):
         self._tokenizer, self._streamed = ready.original.tokenizer, ready.original.read is not None
         self._ready = ready
         count = len(ready.passage.calls)
-        with CheckpointWriter(self.out, count + 1, ready.backend, done=record.done) as self._writer:
+        done, check = record.done, self._require_unchanged
+        with CheckpointWriter(self.out, count + 1, ready.backend, done, check) as self._writer:
             try:
                 yield
             except FitError:
@@ -165,6 +168,13 @@ class CheckpointSink(Sink):
             finally:
                 del self._ready
 
+    def _require_unchanged(self) -> None:
+        """Refuse a folder that another run has written to while this one loaded and measured."""
+        if self._earlier is None:
+            require_vacant(self.out, self.options.force)
+        elif unfinished(self.out) != self._earlier:
+            raise UserError(f"another run has written to {self.out} since this one began; repeat the command")
+
     def stored(self, index: int) -> dict[str, torch.Tensor]:
         passage = self._ready.passage
         shard, device = self._writer.shard(index + 1), passage.compute.device
@@ -172,7 +182,7 @@ class CheckpointSink(Sink):
 
     def add(self, layer: FittedLayer, index: int) -> None:
         results = {matrix.name: matrix.result for matrix in layer.matrices}
-        self._writer.add(_unpacked_tensors(self._ready.passage.decoder, index), results)
+        self._writer.add(self._ready.passage.decoder.other_tensors(index), results)
 
     def note(self, record: Record) -> None:
         self._writer.note(record.to_json())
@@ -274,13 +284,6 @@ def _shared_inputs(record: Record) -> list[list[str]] | None:
     if any("shared_inputs" not in row for row in record.layers):
         return None
     return [group for row in record.layers for group in row["shared_inputs"]]
-
-
-def _unpacked_tensors(decoder: DecoderLayers, index: int) -> dict[str, torch.Tensor]:
-    """Return the tensors of a decoder layer that are stored unchanged: biases and norms."""
-    packed = {f"{name}.weight" for name in decoder.linears[index]}
-    names = [name for name in decoder.layers[index].state_dict() if name not in packed]
-    return {decoder.full_name(index, name): tensor for name, tensor in decoder.tensors(index, names).items()}
 
 
 def _outside_layers(ready: Ready) -> dict[str, torch.Tensor]:

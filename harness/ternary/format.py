@@ -101,7 +101,7 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         If its version is not supported, or an entry is missing or malformed.
     """
     version = quantization.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
             f"{where} has format version {version!r}; this program reads version {FORMAT_VERSION}"
         )
@@ -112,7 +112,7 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
     for entry, names in (("modules", modules), ("unpermuted", unpermuted), ("coded", coded)):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{where}: {entry} of quantization_config must be a list of names")
-    if not isinstance(block_size, int) or block_size < 1:
+    if type(block_size) is not int or block_size < 1:
         raise UserError(f"{where}: block_size of quantization_config must be a positive integer")
     grid = quantization.get("grid", "float16")  # absent in the first checkpoints
     if grid not in GRIDS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +51,8 @@ class CheckpointWriter:
         Backend that computed the matrices; it packs them.
     done : int
         Number of shards that an interrupted run finished.
+    check : callable
+        Is called once the folder is locked; refuses what another run may have written before.
 
     Raises
     ------
@@ -59,11 +61,19 @@ class CheckpointWriter:
         another run is writing to the folder, or a finished shard is missing.
     """
 
-    def __init__(self, out: Path, shards: int, backend: Backend, done: int = 0) -> None:
+    def __init__(
+        self,
+        out: Path,
+        shards: int,
+        backend: Backend,
+        done: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.out = out
         self.shards = shards
         self.backend = backend
         self.done = done
+        self.check = check
         self._files: dict[str, str] = {}
         self._bytes = 0
         self._written = 0
@@ -71,7 +81,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         self._staged = ExitStack()
-        self.folder = self._staged.enter_context(staged(self.out, resumed=self.done > 0))
+        self.folder = self._staged.enter_context(staged(self.out, self.done > 0, self.check))
         for number in range(1, self.done + 1):
             shard = self.shard(number)
             tensors = load_shard(shard)

@@ -32,6 +32,7 @@ from tests.harness import tiny
 from tests.harness.conftest import SMALL
 
 Run = Callable[..., int]
+Capture = pytest.CaptureFixture[str]
 
 LAYERS = 3
 ANYWHERE = ("--true-sequential", "--grid", "int8", "--embedding", "int8")
@@ -259,11 +260,12 @@ def test_a_layer_that_gives_something_else_is_noticed(
     capsys.readouterr()
     assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     printed = capsys.readouterr()
-    assert "the outputs of layer 2 differ from those of the interrupted run" in printed.err
+    assert "model.layers.1.input_layernorm.weight in" in printed.err
+    assert "the shard is damaged, or the model has changed since" in printed.err
     assert (tmp_path / "out" / STAGING / PROGRESS).exists()
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "lacking", "progress"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "lacking", "norm", "progress", "empty progress"])
 def test_what_is_damaged_is_not_gone_on_with(
     damage: str, command: list[object], tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,15 +279,53 @@ def test_what_is_damaged_is_not_gone_on_with(
         tensors = load_shard(shard)
         del tensors["model.layers.0.mlp.up_proj.scale"]
         save_file(tensors, shard)
+    elif damage == "norm":
+        tensors = load_shard(shard)
+        tensors["model.layers.0.input_layernorm.weight"][0] += 1
+        save_file(tensors, shard)
     else:
         shard = shard.with_name(PROGRESS)
-        shard.write_text("{")
+        shard.write_text("{}" if damage == "empty progress" else "{")
     capsys.readouterr()
     assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
     error = capsys.readouterr().err.strip()
     assert str(shard) in error
     assert "damaged" in error
     assert "Traceback" not in error
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Let something happen while a run measures the original, which is before it locks its folder."""
+
+    def measure(*arguments: object) -> object:
+        act()
+        return perplexity.measure_on(*arguments)
+
+    monkeypatch.setattr(run, "measure_on", measure)
+
+
+def test_what_another_run_has_finished_meanwhile_is_not_overwritten(
+    command: list[object], tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    meanwhile(monkeypatch, (out / CONFIG).touch)
+    assert run_main(quantize_main, *command) == EXIT_USAGE
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir()] == [CONFIG]
+
+
+def test_a_run_that_another_has_resumed_meanwhile_is_left_to_it(
+    command: list[object], tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    stopped_after(1, run_main, *command)
+    progress = tmp_path / "out" / STAGING / PROGRESS
+    kept = {file.name: file.read_bytes() for file in progress.parent.iterdir()}
+    meanwhile(monkeypatch, progress.unlink)  # as it is once its shards have moved into place
+    switches = ("--eval-windows", "1")  # so that the original is measured again
+    assert run_main(quantize_main, *command, *switches, "--resume") == EXIT_USAGE
+    assert "another run has written to" in capsys.readouterr().err
+    assert {file.name for file in progress.parent.iterdir()} == kept.keys() - {PROGRESS}
 
 
 def test_a_matrix_that_cannot_be_fitted_leaves_nothing(
@@ -304,7 +344,7 @@ def test_where_nothing_was_stopped_a_run_begins(
     assert "holds no interrupted run: starting from the first layer" in capsys.readouterr().out
     assert (tmp_path / "out" / CONFIG).is_file()
     assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
-    assert "exists and is not empty" in capsys.readouterr().err
+    assert "holds a complete checkpoint: there is nothing to resume" in capsys.readouterr().err
 
 
 def test_a_baseline_is_not_gone_on_with(

@@ -213,6 +213,10 @@ DAMAGE = {
         edit_config(lambda c: c["quantization_config"].update(coded=["model.norm"])),
         r"config\.json: `coded` lists a LlamaRMSNorm, which has no weight matrix",
     ),
+    "block size that is no number": (
+        edit_config(lambda c: c["quantization_config"].update(block_size=True)),
+        "block_size of quantization_config must be a positive integer",
+    ),
     "block size": (
         edit_config(lambda c: c["quantization_config"].update(block_size="64")),
         "block_size of quantization_config must be a positive integer",
