@@ -16,8 +16,7 @@ cd "$tmp"
 unset PYTHONPATH
 export HF_HUB_OFFLINE=1 TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 python3 -m venv env
-env/bin/pip install --quiet --no-compile --disable-pip-version-check \
-    gguf==0.19.0 numpy==2.4.6 tokenizers==0.23.3 transformers==5.23.0
+env/bin/pip install --quiet --no-compile --disable-pip-version-check gguf==0.19.0 numpy==2.4.6 tokenizers==0.23.3 transformers==5.23.0
 
 env/bin/python - <<'EOF_PYTHON'
 from importlib.metadata import version
