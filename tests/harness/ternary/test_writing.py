@@ -19,7 +19,6 @@ from harness.ternary.format import is_ternary
 from harness.ternary.writing import CheckpointWriter
 
 REFERENCE = load_backend("reference")
-Q_PROJ = "model.layers.1.self_attn.q_proj"
 
 
 def test_nothing_is_left_of_a_checkpoint_that_was_not_finished(tmp_path: Path) -> None:
