@@ -133,7 +133,7 @@ def test_a_killed_process_leaves_what_goes_on_and_does_not_load(
     kill: signal.Signals, model: Path, words_file: Path, tmp_path: Path, run_main: Run
 ) -> None:
     out = tmp_path / "out"
-    more = ("--nsamples", "300", "--seqlen", "24", "--backend", "reference")
+    more = ("--nsamples", "400", "--seqlen", "24", "--backend", "reference")
     arguments = [model, "--out", out, "--calibration", words_file, *more]
     process = subprocess.Popen(
         [sys.executable, "-m", "harness.quantize", *map(str, arguments)],
