@@ -62,7 +62,7 @@ class Backend:
         """
         offered = {}
         for entry in pkgutil.iter_modules(reference.__path__):
-            path = f"{self.name}.{entry.name}"
+            path = f"{self.package.__name__}.{entry.name}"
             if importlib.util.find_spec(path) is None:
                 continue
             specification = importlib.import_module(f"reference.{entry.name}")
@@ -120,9 +120,10 @@ class Backend:
 
 
 def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
-    """Load a backend: ``reference``, ``gpu``, another package with the same modules, or ``auto``.
+    """Load a backend: ``reference``, ``cpu``, ``gpu``, another package with the same modules, or ``auto``.
 
-    ``auto`` means ``gpu`` if this machine has a CUDA GPU and the required packages, else ``reference``.
+    ``auto`` means ``gpu`` if this machine has a CUDA GPU and the required packages, else ``cpu``, which is
+    `harness.cpu`: compiled loops, held to the reference like any backend.
 
     Parameters
     ----------
@@ -142,8 +143,8 @@ def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
             package = _package("gpu")
             name, note = "gpu", f"backend auto: gpu ({package.describe()})"
         except UserError as error:
-            name, note = "reference", f"backend auto: reference (NumPy, float64); {error}"
-            package = _package("reference")
+            name, note = "cpu", f"backend auto: cpu (NumPy and Numba); {error}"
+            package = _package("cpu")
     else:
         package = _package(name)
     backend = Backend(name, package, note=note)
@@ -153,13 +154,14 @@ def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
 
 
 def _package(name: str) -> ModuleType:
-    if not name.isidentifier() or importlib.util.find_spec(name) is None:
+    path = "harness.cpu" if name == "cpu" else name
+    if not name.isidentifier() or importlib.util.find_spec(path) is None:
         raise UserError(f"unknown backend {name!r}: no Python package has this name; use --backend reference")
     try:
-        package = importlib.import_module(name)
+        package = importlib.import_module(path)
     except RuntimeError as error:  # raised at import if there is no device
         raise UserError(f"backend {name} cannot run here: {error}") from None
-    if importlib.util.find_spec(name + ".ternarize") is None:
+    if importlib.util.find_spec(f"{path}.ternarize") is None:
         raise UserError(
             f"{name!r} is not a backend: it has no module {name}.ternarize; use --backend reference"
         )

@@ -8,10 +8,13 @@ what is stored.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from reference import checks
+from reference.checks import Floats
 from reference.types import CODE_LIMIT, CodedGrid
 
 
@@ -74,3 +77,40 @@ def encode(value: ArrayLike, row: np.ndarray) -> CodedGrid:
         raise ValueError(f"a value is {np.abs(share).max():.6g} times its row's weights, beyond float16")
     codes = np.rint(np.divide(share, block, out=np.zeros_like(share), where=block != 0))
     return CodedGrid(np.clip(codes, -CODE_LIMIT, CODE_LIMIT).astype(np.int8), row, block)
+
+
+class Stored:
+    """alpha or mu of the blocks so far, as a checkpoint holds it: float16, or coded with factors of rows."""
+
+    def __init__(self, name: str, row: np.ndarray | None) -> None:
+        self.name = name
+        self.row = row
+        self.columns: list[np.ndarray] = []
+        self.factors: list[np.ndarray] = []
+
+    def add(self, value: Floats) -> np.ndarray:
+        """Take in a block (n, 1), and give its values as they are read back, in float32."""
+        if self.row is None:
+            stored = self._float16(value)
+            self.columns.append(stored)
+            return stored.astype(np.float32)
+        coded = encode(value, self.row)
+        self.columns.append(coded.codes)
+        self.factors.append(coded.block)
+        return coded.decode()
+
+    def grid(self) -> Any:
+        """All blocks."""
+        columns = np.hstack(self.columns)
+        return columns if self.row is None else CodedGrid(columns, self.row, np.hstack(self.factors))
+
+    def _float16(self, value: Floats) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = value.astype(np.float16)
+        if not np.isfinite(stored).all():
+            row = int(np.argmin(np.isfinite(stored[:, 0])))
+            raise ValueError(
+                f"the {self.name} of row {row}, block {len(self.columns)} is {value[row, 0]:.6g}, "
+                "beyond what float16 holds"
+            )
+        return stored

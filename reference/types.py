@@ -11,6 +11,7 @@ import numpy as np
 STARTS = ("asymmetric", "twn")
 REORDERINGS = ("none", "random", "hessian", "ssr")
 ALIGNMENTS = ("none", "exact", "printed", "conditional")
+REFINEMENTS = ("none", "grid", "descent")
 GRIDS = ("float16", "int8")
 
 # Codes of a `CodedGrid` are symmetric about 0.
@@ -19,7 +20,7 @@ CODE_LIMIT = 127
 
 @dataclass(frozen=True)
 class TernaryConfig:
-    """Settings of `ternarize`; the defaults are the paper's where it names one.
+    """Settings of `ternarize`; the defaults are the paper's where it names one, `BEST` the best known.
 
     It names no damping, for which GPTQ's is taken, no limit of rounds, and not what alpha and mu are stored
     in. ``start="twn"``, ``compensation=False`` and the alignments "printed" and "conditional" are for
@@ -49,6 +50,14 @@ class TernaryConfig:
     grid : {"float16", "int8"}
         What alpha and mu are stored in: float16, or 8-bit codes with factors of rows and blocks
         (`CodedGrid`). The paper does not say.
+    feed_forward : bool
+        Whether the trits of an aligned block are rounded once more, column by column with each error moved
+        into the rest of the block, and the grid is aligned again.
+    refinement : {"none", "grid", "descent"}
+        What follows the last block: nothing, the joint grid of whole rows, or rounds of joint grid and
+        coordinate descent on the trits.
+    rounds : int
+        Most rounds of the refinement.
     """
 
     block_size: int = 128
@@ -61,19 +70,32 @@ class TernaryConfig:
     max_iterations: int = 100
     seed: int = 0
     grid: str = "float16"
+    feed_forward: bool = False
+    refinement: str = "none"
+    rounds: int = 4
 
     def __post_init__(self) -> None:
-        choices = (("start", STARTS), ("reorder", REORDERINGS), ("aga", ALIGNMENTS), ("grid", GRIDS))
+        choices = (
+            ("start", STARTS),
+            ("reorder", REORDERINGS),
+            ("aga", ALIGNMENTS),
+            ("refinement", REFINEMENTS),
+            ("grid", GRIDS),
+        )
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("block_size", "max_iterations"):
+        for name in ("block_size", "max_iterations", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"damping must be finite and not negative, got {self.damping}")
+
+
+# The best known at these bits: no column order, more damping, and every step that the paper does not have.
+BEST = TernaryConfig(reorder="none", aga="conditional", feed_forward=True, refinement="descent", damping=0.1)
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,9 @@ class FitReport:
         E_w / ‖W‖² after AGA.
     output_errors : dict of str to float
         E_x / tr(W C Wᵀ) after "init", "itf" and "aga", with C_BB.
+    refinement_errors : tuple of float
+        tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ) after the last block and after every step of the refinement, with
+        H of `reference.joint.damped_objective`; empty without refinement.
     variance_before, variance_after : float
         Mean variance within blocks of W in its own order, and in quantization order.
     relative_output_error : float
@@ -115,6 +140,7 @@ class FitReport:
     variance_before: float
     variance_after: float
     relative_output_error: float
+    refinement_errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from harness.calibration.methods import FitError, Method
 from harness.calibration.passage import Passage, WorkingLayer
+from harness.calibration.targets import Statistics, Targets, collect, stream_writers
 from harness.compute import Compute
 from reference.types import TernaryMatrix
 
@@ -61,6 +63,7 @@ def fit_layers(
     *,
     first: int = 0,
     true_sequential: bool = False,
+    targets: Targets | None = None,
     progress: Progress = lambda steps, stage: None,
 ) -> Iterator[FittedLayer]:
     """Quantize the decoder layers in place, one after the other; yield each finished layer.
@@ -77,6 +80,9 @@ def fit_layers(
     true_sequential : bool
         Whether to collect inputs again after each group of matrices that share an input, so that o_proj
         is fitted to the outputs of the ternarized q/k/v.
+    targets : Targets, optional
+        What to fit matrices to instead of their own weights; the passage must hold the hidden states of the
+        original model (`Passage.keep_original`).
     progress : callable
         Called with the number of forward passes (of one window each) just finished, and the stage.
 
@@ -91,38 +97,59 @@ def fit_layers(
         clock = _Clock(passage.compute)
         with clock("load"):
             layer = passage.enter(index)
+            original = passage.enter(index) if targets is not None else None
         groups = passage.input_groups(layer)
+        writers = stream_writers(passage, layer, groups) if targets is not None else []
         matrices: list[FittedMatrix] = []
         for batch in [[group] for group in groups] if true_sequential else [groups]:
             with clock("inputs"):
-                grams = passage.collect(layer, batch, lambda: progress(1, "inputs"))
+                counted = partial(progress, 1, "inputs")
+                if targets is None or original is None:
+                    statistics = [Statistics(gram) for gram in passage.collect(layer, batch, counted)]
+                else:
+                    statistics = collect(passage, original, layer, batch, writers, targets, counted)
             with clock("fits"):
                 progress(0, ", ".join(name.rpartition(".")[2] for group in batch for name in group))
-                matrices += _fit(layer, batch, grams, method, passage.compute)
-            del grams
+                matrices += _fit(layer, batch, statistics, _towards(targets, method), passage.compute)
+            del statistics
         with clock("outputs"):
-            passage.advance(layer, lambda: progress(1, "outputs"))
+            passage.advance(layer, original, partial(progress, 1, "outputs"))
         full_names = [[layer.full_name(name) for name in group] for group in groups]
         yield FittedLayer(matrices, full_names, clock.seconds)
         # Free the weights and Gram matrices of this layer before those of the next are allocated.
-        del matrices, layer
+        del matrices, layer, original
+
+
+# Quantizes a matrix, given what is known about its inputs.
+_Fit = Callable[[torch.Tensor, Statistics], Any]
+
+
+def _towards(targets: Targets | None, method: Method) -> _Fit:
+    """Fit a matrix to its target instead of its weights, if there is one."""
+
+    def fit(weight: torch.Tensor, statistics: Statistics) -> Any:
+        if targets is not None:
+            weight = targets.shift(weight, statistics.gram, statistics.lost_products(weight))
+        return method(weight, statistics.gram)
+
+    return fit
 
 
 def _fit(
     layer: WorkingLayer,
     groups: list[list[str]],
-    grams: list[torch.Tensor],
-    method: Method,
+    statistics: list[Statistics],
+    method: _Fit,
     compute: Compute,
 ) -> Iterator[FittedMatrix]:
     """Quantize matrices of a layer, and replace their weights by the dequantized ones."""
     linears = layer.linears
     jobs = []
-    for group, gram in zip(groups, grams, strict=True):
-        if not torch.isfinite(gram).all():
+    for group, known in zip(groups, statistics, strict=True):
+        if not torch.isfinite(known.gram).all():
             name = layer.full_name(group[0])
             raise FitError(f"{name}: its inputs on the calibration text are not finite")
-        jobs += [(layer.full_name(name), linears[name].weight.detach(), gram) for name in group]
+        jobs += [(layer.full_name(name), linears[name].weight.detach(), known) for name in group]
     names = [name for group in groups for name in group]
     for name, (matrix, dense) in zip(names, _quantize_together(jobs, method, compute), strict=True):
         layer.put(name, dense)
@@ -130,7 +157,7 @@ def _fit(
 
 
 def _quantize_together(
-    jobs: list[tuple[str, torch.Tensor, torch.Tensor]], method: Method, compute: Compute
+    jobs: list[tuple[str, torch.Tensor, Statistics]], method: _Fit, compute: Compute
 ) -> Iterator[tuple[FittedMatrix, torch.Tensor]]:
     """Quantize matrices in parallel, to use all cores; each gets an equal share of the BLAS threads."""
     if compute.device.type == "cuda":  # a single matrix saturates the GPU
@@ -139,7 +166,7 @@ def _quantize_together(
     cores = torch.get_num_threads()
     workers = min(len(jobs), cores)
     # Start the longest fit first; time grows with the cube of the columns.
-    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][2]), reverse=True)
+    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][2].gram), reverse=True)
     pool = ThreadPoolExecutor(workers)
     try:
         with threadpool_limits(max(1, cores // workers), "blas"):
@@ -153,17 +180,17 @@ def _quantize_together(
 
 
 def _quantize(
-    name: str, weight: torch.Tensor, gram: torch.Tensor, method: Method
+    name: str, weight: torch.Tensor, statistics: Statistics, method: _Fit
 ) -> tuple[FittedMatrix, torch.Tensor]:
     """Quantize one matrix; return it with its dense weights, float32 or wider."""
     begin = time.perf_counter()
     try:
-        result = method(weight, gram)
+        result = method(weight, statistics)
     except ValueError as error:  # numpy's LinAlgError is one
         raise FitError(f"{name}: {error}") from None
     seconds = time.perf_counter() - begin
     dense = result.dequantize() if isinstance(result, TernaryMatrix) else result
-    return FittedMatrix(name, weight, gram, result, seconds), torch.from_dlpack(dense)
+    return FittedMatrix(name, weight, statistics.gram, result, seconds), torch.from_dlpack(dense)
 
 
 class _Clock:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from harness.backends import Backend
+from harness.calibration.targets import Shift
 from harness.compute import Compute
 from harness.errors import UserError
 from reference import baselines
@@ -29,6 +30,21 @@ def ternarizer(backend: Backend, compute: Compute, config: TernaryConfig) -> Met
             return backend.ternarize(W.to(precision), C, config)
 
     return method
+
+
+def target_shift(backend: Backend, compute: Compute, damping: float, strength: float) -> Shift:
+    """Return the shift of weights towards their targets, by a backend."""
+    precision = getattr(torch, backend.precision)
+
+    def shift(W: torch.Tensor, C: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+        with compute.queue(backend):
+            arguments = (backend.to_device(array) for array in (W.to(precision), C, D))
+            shifted = backend.function("targets.shift_targets")(
+                *arguments, damping=damping, strength=strength
+            )
+            return torch.from_dlpack(shifted)
+
+    return shift
 
 
 BASELINES = {

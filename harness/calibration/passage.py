@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -108,12 +108,19 @@ class Passage:
         Arguments of each layer.
     compute : Compute
         Where layers run.
+    originals : list of (1, seqlen, width) tensors
+        Inputs of the original model's next layer, after `keep_original`; empty before.
     """
 
     decoder: DecoderLayers
     hidden: list[torch.Tensor]
     calls: list[LayerCall]
     compute: Compute
+    originals: list[torch.Tensor] = field(default_factory=list)
+
+    def keep_original(self) -> None:
+        """Start to keep the hidden states of the original model beside those of the quantized one."""
+        self.originals = [states.clone() for states in self.hidden]
 
     def place(self, reserved: float | None = None) -> None:
         """Move hidden states to the device if they fit there, else into pinned host memory.
@@ -141,10 +148,20 @@ class Passage:
         return layer
 
     @torch.no_grad()
-    def advance(self, layer: WorkingLayer, step: Callable[[], object] = _no_step) -> None:
-        """Run a layer on every window; its outputs overwrite the hidden states. `step` counts windows."""
-        for states in self.hidden:
-            states.copy_(layer.call(layer.module, brought(states, self.compute)), non_blocking=True)
+    def advance(
+        self,
+        layer: WorkingLayer,
+        original: WorkingLayer | None = None,
+        step: Callable[[], object] = _no_step,
+    ) -> None:
+        """Run a layer on every window; its outputs overwrite the hidden states. `step` counts windows.
+
+        If the original layer is given, it does the same to the original hidden states.
+        """
+        for i, states in enumerate(self.hidden):
+            for running, mine in ((layer, states), (original, self.originals[i] if original else states)):
+                if running is not None:
+                    mine.copy_(running.call(running.module, brought(mine, self.compute)), non_blocking=True)
             step()
 
     @torch.no_grad()
@@ -157,10 +174,11 @@ class Passage:
             Dense weights of each layer, by their names in the layer.
         """
         for index, layer_weights in enumerate(weights):
+            original = self.enter(index) if self.originals else None
             layer = self.enter(index)
             for name, dense in layer_weights.items():
                 layer.put(name, dense)
-            self.advance(layer)
+            self.advance(layer, original)
             self.compute.wait()
             yield
 

@@ -1,0 +1,77 @@
+"""Rounds of joint grid and coordinate descent over whole rows, after every block has been fitted."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from reference import checks
+from reference.checks import Floats, Trits
+from reference.descent import descend
+from reference.joint import align_jointly, spread, whole_error
+
+
+def refine(
+    W: ArrayLike,
+    T: ArrayLike,
+    alpha: ArrayLike,
+    mu: ArrayLike,
+    H: ArrayLike,
+    block_size: int,
+    rounds: int = 4,
+    descent: bool = True,
+) -> tuple[Floats, Floats, Trits, list[float]]:
+    """Alternate `align_jointly` and `descend` until no trit changes, and end with a grid.
+
+    Parameters
+    ----------
+    W : (n, m) array_like
+        Weights to reach.
+    T : (n, m) array_like
+        Trits.
+    alpha, mu : (n, blocks) array_like
+        Grid.
+    H : (m, m) array_like
+        Damped Gram matrix (`reference.joint.damped_objective`).
+    block_size : int
+        Columns in a block; the last may have fewer.
+    rounds : int
+        Most rounds.
+    descent : bool
+        Whether trits move; without it, one joint grid is all there is to do.
+
+    Returns
+    -------
+    alpha, mu : (n, blocks) float64
+    T : (n, m) int8
+    errors : list of float
+        `whole_error` at the start and after every step. It never rises by more than rounding.
+
+    Raises
+    ------
+    ValueError
+        As for `align_jointly`, or if rounds is not positive.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    W = checks.matrix(W, "W")
+    T = checks.trits(T, W.shape)
+    alpha, mu = checks.matrix(alpha, "alpha"), checks.matrix(mu, "mu")
+    columns = W.shape[1]
+
+    def error() -> float:
+        W_hat = spread(alpha, columns, block_size) * T + spread(mu, columns, block_size)
+        return whole_error(W, W_hat, H)
+
+    errors = [error()]
+    for _ in range(rounds if descent else 0):
+        alpha, mu = align_jointly(W, T, alpha, mu, H, block_size)
+        errors.append(error())
+        moved = descend(W, T, alpha, mu, H, block_size)
+        unchanged = np.array_equal(moved, T)
+        T = moved
+        errors.append(error())
+        if unchanged:
+            return alpha, mu, T, errors
+    alpha, mu = align_jointly(W, T, alpha, mu, H, block_size)
+    return alpha, mu, T, [*errors, error()]
