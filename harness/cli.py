@@ -49,6 +49,17 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return convert
 
 
+def share(value: str) -> float:
+    """An argparse type for numbers from 0 to 1."""
+    try:
+        number = float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {value!r}") from None
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {value}")
+    return number
+
+
 positive = at_least(1)
 # A window of one token has nothing to predict.
 window_length = at_least(2)

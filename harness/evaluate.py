@@ -9,12 +9,13 @@ from harness import text
 from harness.calibration.capture import require_causal
 from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, positive, run, window_length
 from harness.compute import Compute, default_compute
+from harness.divergence import divergence_on
 from harness.errors import UserError
 from harness.files import json_text
 from harness.hf import open_model
 from harness.models.decoder import locate_layers
 from harness.models.gguf import GGUF_DTYPES
-from harness.models.loading import MODEL_HELP
+from harness.models.loading import MODEL_HELP, load_original
 from harness.models.original import Original
 from harness.perplexity import measure_on
 
@@ -51,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do not dequantize a ternary checkpoint in advance; saves memory, but is slow on a CPU",
     )
+    parser.add_argument(
+        "--original",
+        metavar="MODEL",
+        help="also compare predictions with those of this model: mean KL divergence, and how often both find "
+        "the same token most likely; both models must fit in memory",
+    )
     parser.add_argument("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
     add_trust_remote_code(parser)
     add_verbose(parser)
@@ -72,10 +79,21 @@ def main() -> int:
     _require_causal(original, stream)
     compute = Compute() if arguments.cpu else default_compute()
     result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute)
+    compared = None
+    if arguments.original is not None:
+        other = load_original(arguments.original, arguments.gguf_dtype, arguments.trust_remote_code)
+        compared = divergence_on(other, original, stream, arguments.seqlen, arguments.windows)
     if arguments.json:
-        print(json_text({"model": original.name, **asdict(result)}))
-    else:
-        print(f"perplexity {result.value:.4g}   {original.name}\n  {result.protocol}")
+        found = {} if compared is None else {"divergence": {"original": other.name, **asdict(compared)}}
+        print(json_text({"model": original.name, **asdict(result), **found}))
+        return 0
+    print(f"perplexity {result.value:.4g}   {original.name}\n  {result.protocol}")
+    if compared is not None:
+        print(
+            f"KL divergence from {other.name}: mean {compared.mean:.4g}, 99th percentile "
+            f"{compared.percentile_99:.4g}; the same most likely token for {compared.agreement:.1%} of "
+            f"{compared.tokens} tokens"
+        )
     return 0
 
 

@@ -79,7 +79,7 @@ def measure(
     losses = []
     for window in windows:
         window = window.to(model.device)
-        losses.append(_mean_loss(model(window[None], use_cache=False).logits, window))
+        losses.append(mean_loss(model(window[None], use_cache=False).logits, window))
         progress()
     return _perplexity(losses, windows, tokens, source, model.dtype)
 
@@ -115,7 +115,7 @@ def measure_by_layers(
         progress()
     with decoder.outside_on(model, compute.device):
         losses = [
-            _mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
+            mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
             for window, states in zip(windows, passage.hidden, strict=True)
         ]
     return _perplexity(losses, windows, tokens, source, model.dtype)
@@ -158,7 +158,7 @@ def measure_on(
         model.to(HOST)
 
 
-def _mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
+def mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
     """Mean cross-entropy of a window's tokens, the first excluded."""
     predicted, targets = logits[0, :-1], window[1:].to(logits.device)
     loss = 0.0
@@ -167,12 +167,17 @@ def _mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
     return loss / len(targets)
 
 
+def exponential(mean: float) -> float:
+    """Perplexity of a mean negative log-likelihood; infinite if that overflows."""
+    return math.inf if mean >= 700 else math.exp(mean)
+
+
 def _perplexity(
     losses: list[float], windows: torch.Tensor, tokens: int, source: str, dtype: torch.dtype
 ) -> Perplexity:
     count, seqlen = windows.shape
     mean = sum(losses) / count
-    value = math.inf if mean >= 700 else math.exp(mean)
+    value = exponential(mean)
     protocol = (
         f"{source}; {tokens} tokens, {count} of {tokens // seqlen} windows of {seqlen} without overlap, "
         f"computed in {dtype_name(dtype)}"

@@ -54,24 +54,24 @@ def refine(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    W = checks.matrix(W, "W")
-    T = checks.trits(T, W.shape)
-    alpha, mu = checks.matrix(alpha, "alpha"), checks.matrix(mu, "mu")
-    columns = W.shape[1]
+    weights = checks.matrix(W, "W")
+    trits = checks.trits(T, weights.shape)
+    scale, shift = checks.matrix(alpha, "alpha"), checks.matrix(mu, "mu")
+    columns = weights.shape[1]
 
     def error() -> float:
-        W_hat = spread(alpha, columns, block_size) * T + spread(mu, columns, block_size)
-        return whole_error(W, W_hat, H)
+        W_hat = spread(scale, columns, block_size) * trits + spread(shift, columns, block_size)
+        return whole_error(weights, W_hat, H)
 
     errors = [error()]
     for _ in range(rounds if descent else 0):
-        alpha, mu = align_jointly(W, T, alpha, mu, H, block_size)
+        scale, shift = align_jointly(weights, trits, scale, shift, H, block_size)
         errors.append(error())
-        moved = descend(W, T, alpha, mu, H, block_size)
-        unchanged = np.array_equal(moved, T)
-        T = moved
+        moved = descend(weights, trits, scale, shift, H, block_size)
+        unchanged = np.array_equal(moved, trits)
+        trits = moved
         errors.append(error())
         if unchanged:
-            return alpha, mu, T, errors
-    alpha, mu = align_jointly(W, T, alpha, mu, H, block_size)
-    return alpha, mu, T, [*errors, error()]
+            return scale, shift, trits, errors
+    scale, shift = align_jointly(weights, trits, scale, shift, H, block_size)
+    return scale, shift, trits, [*errors, error()]

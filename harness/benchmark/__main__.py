@@ -83,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
     sub.epilog = f"methods, and their names in the results:\n{listed}"
     sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
-    sub.add_argument("--eval", default=text.BUILTIN, metavar="TEXT", help="text to measure perplexity on")
+    sub.add_argument("--eval", nargs="+", default=[text.BUILTIN], metavar="TEXT", help="texts to measure on")
+    sub.add_argument("--text-column", metavar="NAME", help="as for harness.quantize")
     sub.add_argument("--nsamples", type=positive, default=16, help="calibration windows")
     sub.add_argument("--seqlen", type=window_length, default=1024, help="tokens per calibration window")
     sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens per evaluation window")
@@ -168,13 +169,13 @@ def main() -> int:
         options = Options(
             model=arguments.model,
             calibration=arguments.calibration,
-            evaluation=arguments.eval,
+            text_column=arguments.text_column,
             nsamples=arguments.nsamples,
             seqlen=arguments.seqlen,
             evaluation_seqlen=arguments.eval_seqlen,
             evaluation_windows=arguments.eval_windows,
         )
-        results = compare_methods(options, arguments.only or list(METHODS), save)
+        results = compare_methods(options, arguments.only or list(METHODS), arguments.eval, save)
     save(results)
     print(json_text(results))
     if arguments.kind in ("methods", "matmul", "generate") and arguments.file is not None:

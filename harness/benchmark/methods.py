@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from harness import text
 from harness.calibration.methods import BASELINES, FitError
+from harness.compute import default_compute
+from harness.divergence import divergence_on
 from harness.errors import UserError
+from harness.models.loading import load_original
+from harness.models.original import Original
+from harness.perplexity import measure_on
 from harness.progress import say_on_stderr
-from harness.quantize.options import NO_EVALUATION, PT2_LLM, Options
+from harness.quantize.options import NO_EVALUATION, OUTPUTS, PT2_LLM, STREAM, WEIGHTS, Options
 from harness.quantize.run import quantize
-from reference.types import TernaryConfig
+from reference.types import BEST, TernaryConfig
 
 NO_ORDER = TernaryConfig(reorder="none")
+DAMPED = replace(NO_ORDER, damping=BEST.damping)
+FED = replace(DAMPED, aga="conditional", feed_forward=True)
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,22 @@ class Method:
     words: str
     method: str = PT2_LLM
     config: TernaryConfig = field(default_factory=TernaryConfig)
+    targets: str = WEIGHTS
+    strength: float = 1.0
+    token_weights: bool = False
+    true_sequential: bool = False
 
+    def options(self, options: Options, out: Path | None) -> Options:
+        """The options of a run by this method."""
+        own = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name != "words"}
+        return replace(options, **own, out=out if self.method == PT2_LLM else None)
+
+
+def _best(words: str, strength: float = 1.0, **config: Any) -> Method:
+    return Method(words, PT2_LLM, replace(BEST, **config), STREAM, strength, True, True)
+
+
+_GPTQ_BEST = "gptq-2bit-best"
 
 METHODS: dict[str, Method] = {
     "pt2-llm": Method("SSR + ITF + AGA (PT²-LLM)"),
@@ -40,6 +63,34 @@ METHODS: dict[str, Method] = {
     "init-only": Method("initialization only", config=replace(NO_ORDER, itf=False, aga="none")),
     "eq13": Method("SSR + ITF + Eq. 13 as printed", config=TernaryConfig(aga="printed")),
     **{name: Method(f"{name} ({what})", name) for name, what in BASELINES.items()},
+    # The recipe beyond the paper, one step after the other.
+    "pt2-llm-targets": Method(
+        "PT²-LLM with targets", targets=STREAM, token_weights=True, true_sequential=True
+    ),
+    "damped": Method("ITF + AGA, damping 0.1", config=DAMPED),
+    "fed": Method("+ conditional AGA, rounding fed forward", config=FED),
+    "joint": Method("+ joint grid", config=replace(FED, refinement="grid")),
+    "descent": Method("+ descent on trits", config=BEST),
+    "sequential": Method("+ inputs collected again inside a layer", config=BEST, true_sequential=True),
+    "outputs": Method("+ targets: outputs", config=BEST, true_sequential=True, targets=OUTPUTS),
+    "stream": Method("+ targets: residual stream", config=BEST, true_sequential=True, targets=STREAM),
+    "best": _best("+ token weights (best)"),
+    "best-strength-0.5": _best("best, strength 0.5", 0.5),
+    "best-strength-0.75": _best("best, strength 0.75", 0.75),
+    "best-damping-0.03": _best("best, damping 0.03", damping=0.03),
+    "best-damping-0.3": _best("best, damping 0.3", damping=0.3),
+    "best-64": _best("best, blocks of 64", block_size=64),
+    "best-256": _best("best, blocks of 256", block_size=256),
+    "best-64-int8": _best("best, blocks of 64, alpha and mu in 8 bits", block_size=64, grid="int8"),
+    "best-32-int8": _best("best, blocks of 32, alpha and mu in 8 bits", block_size=32, grid="int8"),
+    "gptq-2bit-best-targets": Method(
+        f"{_GPTQ_BEST} with the targets of best",
+        _GPTQ_BEST,
+        DAMPED,
+        targets=STREAM,
+        token_weights=True,
+        true_sequential=True,
+    ),
 }
 
 
@@ -74,48 +125,91 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
 def compare_methods(
     options: Options,
     methods: list[str],
+    texts: list[str],
     save: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, Any]]:
-    """Measure perplexity and mean relative output error of every method, with everything else equal.
+    """Measure every method on every text, with everything else equal.
 
-    `save` receives the results so far after every method; an interrupted run loses only one method.
+    Parameters
+    ----------
+    options : Options
+        Model and calibration, and the windows of the evaluation.
+    methods : list of str
+        Keys of `METHODS`.
+    texts : list of str
+        Texts to measure on. The perplexity on the first is the perplexity of a method in its plot.
+    save : callable
+        Receives the results so far after every method: an interrupted run loses only one method.
+    say : callable
+        Prints a line for the user.
+
+    Returns
+    -------
+    dict
+        By method: bits per weight, perplexity, mean relative output error, seconds of the layers, and for
+        every text perplexity and divergence from the original.
     """
-    if options.evaluation == NO_EVALUATION:
+    if NO_EVALUATION in texts:
         raise UserError("methods are compared by perplexity, which needs a text; pass one with --eval")
-    results: dict[str, dict[str, Any]] = {}
+    streams = {name: text.read_text(name, text.EVALUATION, options.text_column) for name in texts}
+    window = options.evaluation_seqlen, options.evaluation_windows
+    original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
+
+    def examine(model: Original) -> dict[str, dict[str, Any]]:
+        return {
+            label: asdict(divergence_on(original, model, stream, *window))
+            for label, stream in zip(labels, streams.values(), strict=True)
+        }
+
+    before = [measure_on(original, stream, *window, default_compute()) for stream in streams.values()]
+    labels = [found.protocol.partition(":")[0] for found in before]
+    if len(set(labels)) < len(labels):
+        labels = list(streams)
+    results: dict[str, dict[str, Any]] = {
+        "original": {
+            "perplexity": before[0].value,
+            "texts": {
+                label: {"perplexity": found.value} for label, found in zip(labels, before, strict=True)
+            },
+        },
+        "protocol": {
+            "evaluation": before[0].protocol,
+            "texts": dict(zip(labels, (found.protocol for found in before), strict=True)),
+        },
+    }
     with TemporaryDirectory() as folder:
         for name in methods:
             method = METHODS[name]
             say(method.words)
+            measured: list[dict[str, dict[str, Any]]] = []
             try:
                 record = quantize(
                     replace(
-                        options,
-                        method=method.method,
-                        config=method.config,
-                        out=Path(folder) / "out" if method.method == PT2_LLM else None,
-                        force=True,
-                        measure_original="original" not in results,
+                        method.options(options, Path(folder) / "out"), evaluation=NO_EVALUATION, force=True
                     ),
                     say=say_on_stderr,
                     say_result=lambda line: None,
+                    examine=lambda model, found=measured: found.append(examine(model)),
                 )
             except FitError as error:  # a method that diverges is also a result
                 results[method.words] = {"error": str(error)}
             else:
-                before = record["perplexity"].get("before")
-                if before is not None:
-                    results["original"] = {"perplexity": before["value"]}
-                    results["protocol"] = {
-                        "calibration": record["calibration"],
-                        "evaluation": before["protocol"],
-                    }
+                results["protocol"].setdefault("calibration", _shared(record["calibration"]))
+                (on_texts,) = measured
                 results[method.words] = {
                     "bits_per_weight": round(record["bits_per_weight"], 3),
-                    "perplexity": record["perplexity"]["after"]["value"],
+                    "perplexity": on_texts[labels[0]]["perplexity"],
                     "mean_relative_output_error": record["mean_relative_output_error"],
+                    "seconds_of_layers": round(record["seconds"]["layers"], 1),
+                    "texts": on_texts,
                 }
             say(f"  {results[method.words]}")
             save(results)
     return results
+
+
+def _shared(calibration: dict[str, Any]) -> dict[str, Any]:
+    """What all methods of a comparison share of the calibration."""
+    own = ("targets", "strength", "token_weights", "true_sequential", "inputs_checksum")
+    return {name: value for name, value in calibration.items() if name not in own}

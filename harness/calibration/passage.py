@@ -129,7 +129,8 @@ class Passage:
         """
         if reserved is None:
             reserved = self.compute.memory // 2 if self.compute.memory else 0
-        self.hidden = self.compute.place(self.hidden, reserved)
+        placed = self.compute.place([*self.hidden, *self.originals], reserved)
+        self.hidden, self.originals = placed[: len(self.hidden)], placed[len(self.hidden) :]
 
     @torch.no_grad()
     def enter(self, index: int) -> WorkingLayer:

@@ -13,7 +13,7 @@ from harness.calibration.passage import Passage, brought
 from harness.compute import Compute, seconds_of
 from harness.machine import duration
 from harness.models.original import Original
-from harness.quantize.options import Options
+from harness.quantize.options import WEIGHTS, Options
 from harness.ternary.format import packed_bytes
 from reference.types import TernaryConfig
 
@@ -107,7 +107,8 @@ def make_plan(
         packed_bytes(rows, columns, config.block_size, config.grid, permuted) for rows, columns in shapes
     )
     seqlen = window.shape[1]
-    states = windows * window.numel() * window.element_size()
+    beside = options.targets != WEIGHTS  # the original model runs beside the quantized one
+    states = (2 if beside else 1) * windows * window.numel() * window.element_size()
 
     # Gram matrices of a layer, in float64 with a float32 chunk; most layers have two or three of one width.
     grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
@@ -115,11 +116,15 @@ def make_plan(
     device = compute.memory is not None
     fit = 8 * 3 * widest**2 + 20 * max(shape.numel() for shape in shapes)
     host_fits = 8 * 6 * widest**2 * min(torch.get_num_threads(), len(decoder.linears[0]))
+    if beside:
+        layer, grams = 2 * layer, 2 * grams
     host_layer = 12 * layer + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
 
     forward, gram = _time_layer(passage)
     # With true-sequential: one pass each for inputs of q/k/v, o, gate/up and down, and one for the outputs.
     passes = 5 if options.true_sequential else 2
+    if beside:
+        passes, gram = 2 * passes, 2 * gram
     if device:
         fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
     else:

@@ -13,11 +13,11 @@ from typing import Any
 
 from harness import text
 from harness.calibration.methods import BASELINES
-from harness.cli import path, positive, window_length
+from harness.cli import path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
-from reference.types import ALIGNMENTS, GRIDS, REORDERINGS, STARTS, TernaryConfig
+from reference.types import ALIGNMENTS, BEST, GRIDS, REFINEMENTS, REORDERINGS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
@@ -27,13 +27,33 @@ CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation before an
 # Groups of the help, and their descriptions.
 GROUPS = {
     CALIBRATION: None,
-    METHOD: "defaults are the paper's, where it states them",
+    METHOD: "every step of a recipe has its own switch; a baseline starts from the recipe paper",
     EVALUATION: None,
+}
+
+# What matrices are fitted to: their own weights, the original outputs, or also the original residual stream.
+WEIGHTS, OUTPUTS, STREAM = "weights", "outputs", "stream"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named set of defaults, for those settings that recipes differ in."""
+
+    words: str
+    config: TernaryConfig
+    targets: str
+    token_weights: bool
+    true_sequential: bool
+
+
+RECIPES = {
+    "best": Recipe("the least error known at these bits", BEST, STREAM, True, True),
+    "paper": Recipe("the paper's method, as printed", TernaryConfig(), WEIGHTS, False, False),
 }
 
 
 def option(default: Any, group: str | None = None, flag: str | None = None, **argument: Any) -> Any:
-    """Define a field as an option: its group in the help, its flag if not its name, argparse's keywords."""
+    """Define a field as an option: its group in the help, its flags if not its name, argparse's keywords."""
     return field(default=default, metadata={"group": group, "flag": flag, "argument": argument})
 
 
@@ -45,8 +65,8 @@ ON_OR_OFF: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 class Options:
     """Options of a run.
 
-    `measure_original` is not on the command line: after a first run on a model, further ones need not
-    measure the original again.
+    Without a command line, the defaults are those of the recipe "paper". `measure_original` is not on the
+    command line: after a first run on a model, further ones need not measure the original again.
     """
 
     model: str | None = option(None, flag="model", nargs="?", metavar="MODEL", help=MODEL_HELP)
@@ -57,8 +77,9 @@ class Options:
     )
     backend: str = option(
         "auto",
-        choices=("auto", "reference", "gpu"),
-        help="auto uses the GPU if there is a CUDA device with CuPy and numba-cuda, and prints its choice",
+        choices=("auto", "cpu", "gpu", "reference"),
+        help="auto uses the GPU if there is a CUDA device with CuPy and numba-cuda, else the CPU, and prints "
+        "its choice; reference is slow, and what both are held to",
     )
     gguf_dtype: str = option("bfloat16", choices=GGUF_DTYPES, help="dtype to dequantize a GGUF file to")
     trust_remote_code: bool = option(False, **SWITCH, help="run code shipped with the model")
@@ -74,9 +95,6 @@ class Options:
     )
     nsamples: int = option(128, CALIBRATION, type=positive, metavar="N", help="windows of calibration text")
     seqlen: int = option(2048, CALIBRATION, type=window_length, metavar="N", help="tokens per window")
-    true_sequential: bool = option(
-        False, CALIBRATION, **SWITCH, help="collect inputs again after each group of matrices in a layer"
-    )
 
     method: str = option(
         PT2_LLM,
@@ -84,6 +102,34 @@ class Options:
         choices=(PT2_LLM, *BASELINES),
         help="pt2-llm, or a baseline in groups of --block-size, which writes a report but no checkpoint: "
         + "; ".join(f"{name}: {what}" for name, what in BASELINES.items()),
+    )
+    recipe: str | None = option(
+        None,
+        METHOD,
+        choices=RECIPES,
+        help="defaults of the switches below. "
+        + "; ".join(f"{name}: {recipe.words}" for name, recipe in RECIPES.items()),
+    )
+    targets: str = option(
+        WEIGHTS,
+        METHOD,
+        choices=(WEIGHTS, OUTPUTS, STREAM),
+        help="what matrices are fitted to, on the inputs that the ternary layers before them give: their own "
+        "weights, their outputs in the original model, or, where they add to the residual stream, also all "
+        "that the stream lacks",
+    )
+    strength: float = option(
+        1.0, METHOD, type=share, metavar="S", help="how far targets follow the calibration text, 0 to 1"
+    )
+    token_weights: bool = option(
+        False, METHOD, **ON_OR_OFF, help="weigh tokens by the inverse square of their residual stream"
+    )
+    true_sequential: bool = option(
+        False,
+        METHOD,
+        "--sequential --true-sequential",
+        **ON_OR_OFF,
+        help="collect inputs again after each group of matrices in a layer",
     )
     embedding: str = option(AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="storage of embedding and head")
     config: TernaryConfig = field(default_factory=TernaryConfig)
@@ -125,6 +171,13 @@ CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "grid alignment: none, Eq. 12, Eq. 13 as printed, or Eq. 12 with the compensated cost",
     },
     "compensation": {**ON_OR_OFF, "help": "compensate the error of each block in the columns after it"},
+    "feed_forward": {**ON_OR_OFF, "help": "round inside a block column by column, passing on each error"},
+    "refinement": {
+        "choices": REFINEMENTS,
+        "help": "after the last block: nothing, the joint grid of whole rows, or joint grid and coordinate "
+        "descent on the trits in turn",
+    },
+    "rounds": {"type": positive, "metavar": "N", "help": "maximum rounds of joint grid and descent"},
     "damping": {"type": float, "metavar": "X", "help": "fraction of mean(diag C) added to the diagonal"},
     "max_iterations": {"type": positive, "metavar": "N", "help": "maximum rounds of ITF"},
     "seed": {"type": int, "metavar": "N", "help": "seed for the window positions and --reorder random"},
@@ -137,30 +190,60 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         name: parser.add_argument_group(name, what) for name, what in GROUPS.items()
     }
     groups[None] = parser
+
+    def add(name: str, group: str | None, flag: str | None, default: Any, argument: dict[str, Any]) -> None:
+        flags = (flag or f"--{name.replace('_', '-')}").split()
+        named = {"dest": name} if flags[0].startswith("--") else {}
+        found = {recipe: _default(recipe, name) for recipe in RECIPES}
+        if None not in found.values():  # from_arguments takes it from the recipe
+            default = None
+            if len(set(found.values())) == 1:
+                given = next(iter(found.values()))
+            else:
+                given = ", ".join(f"{_shown(value)} ({recipe})" for recipe, value in found.items())
+            argument = {**argument, "help": f"{argument['help']} (default: {_shown(given)})"}
+        groups[group].add_argument(*flags, default=default, **named, **argument)
+
     for spec in _specified():
-        group, flag, argument = (spec.metadata[key] for key in ("group", "flag", "argument"))
-        flag = flag or f"--{spec.name.replace('_', '-')}"
-        named = {"dest": spec.name} if flag.startswith("--") else {}
-        groups[group].add_argument(flag, default=spec.default, **named, **argument)
-    defaults = TernaryConfig()
+        add(spec.name, spec.metadata["group"], spec.metadata["flag"], spec.default, spec.metadata["argument"])
     for name, argument in CONFIG_OPTIONS.items():
-        flag = f"--{name.replace('_', '-')}"
-        groups[METHOD].add_argument(flag, default=getattr(defaults, name), **argument)
+        add(name, METHOD, "--order --reorder" if name == "reorder" else None, None, argument)
 
 
 def from_arguments(arguments: argparse.Namespace) -> Options:
-    """Read the options from a parsed command line.
+    """Read the options from a parsed command line; what it does not say is the recipe's.
 
     Raises
     ------
     UserError
         If `TernaryConfig` refuses a setting.
     """
+    recipe = arguments.recipe or ("best" if arguments.method == PT2_LLM else "paper")
+
+    def value(name: str) -> Any:
+        given = getattr(arguments, name)
+        return _default(recipe, name) if given is None and name in _RECIPE_FIELDS else given
+
     try:
-        config = TernaryConfig(**{name: getattr(arguments, name) for name in CONFIG_OPTIONS})
+        config = TernaryConfig(**{name: value(name) for name in CONFIG_OPTIONS})
     except ValueError as error:
         raise UserError(str(error)) from None
-    return Options(**{spec.name: getattr(arguments, spec.name) for spec in _specified()}, config=config)
+    named = {spec.name: value(spec.name) for spec in _specified()}
+    return Options(**{**named, "recipe": recipe}, config=config)
+
+
+_RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS)
+
+
+def _default(recipe: str, name: str) -> Any:
+    """The default of a setting in a recipe; None if recipes have none."""
+    settings = RECIPES[recipe]
+    return getattr(settings.config if name in CONFIG_OPTIONS else settings, name, None)
+
+
+def _shown(value: Any) -> str:
+    """A default as the help shows it."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _specified() -> Iterator[Field[Any]]:

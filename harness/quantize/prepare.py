@@ -11,7 +11,9 @@ import torch
 from harness import text
 from harness.backends import Backend, load_backend
 from harness.calibration.capture import capture_inputs
+from harness.calibration.methods import target_shift
 from harness.calibration.passage import Passage
+from harness.calibration.targets import Targets
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import find_decoder_layers
@@ -19,7 +21,7 @@ from harness.models.loading import load_original
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say
 from harness.quantize.estimate import Plan, make_plan
-from harness.quantize.options import INT8, NO_EVALUATION, Options
+from harness.quantize.options import INT8, NO_EVALUATION, STREAM, WEIGHTS, Options
 from harness.ternary.embedding import CodedMatrix, round_embeddings
 
 
@@ -52,6 +54,13 @@ class Ready:
     windows: torch.Tensor
     plan: Plan
     coded: dict[str, CodedMatrix]
+
+    def targets(self, options: Options) -> Targets | None:
+        """What matrices are fitted to; None for their own weights."""
+        if options.targets == WEIGHTS:
+            return None
+        shift = target_shift(self.backend, self.passage.compute, options.config.damping, options.strength)
+        return Targets(shift, options.targets == STREAM, options.token_weights)
 
 
 def require_other_folder(options: Options, out: Path) -> None:
@@ -129,11 +138,16 @@ def prepare(
     return Ready(original, backend, passage, len(tokens), windows, plan, coded)
 
 
-def take_all_windows(ready: Ready, say: Say) -> None:
-    """Record the inputs of the first layer for every window, and place them where they are kept."""
+def take_all_windows(ready: Ready, options: Options, say: Say) -> None:
+    """Record the inputs of the first layer for every window, and place them where they are kept.
+
+    With targets, the hidden states of the original model are kept beside those of the quantized one.
+    """
     with Progress("calibration windows through the embedding", len(ready.windows), "window", say) as step:
         passage = ready.passage
         ready.passage = capture_inputs(
             ready.original.model, passage.decoder, ready.windows, passage.compute, step
         )
+    if options.targets != WEIGHTS:
+        ready.passage.keep_original()
     ready.passage.place(reserved=ready.plan.device_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ from harness.text import Text
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
 
 
-def quantize(options: Options, say: Say = say_on_stdout, say_result: Say | None = None) -> dict[str, Any]:
+def quantize(
+    options: Options,
+    say: Say = say_on_stdout,
+    say_result: Say | None = None,
+    examine: Callable[[Original], None] = lambda model: None,
+) -> dict[str, Any]:
     """Quantize a model, write the checkpoint, and measure perplexity before and after.
 
     Parameters
@@ -40,6 +46,8 @@ def quantize(options: Options, say: Say = say_on_stdout, say_result: Say | None 
         Prints a line for the user.
     say_result : callable, optional
         Prints a line of the results at the end; `say` by default.
+    examine : callable
+        Receives the quantized model, before it is freed.
 
     Returns
     -------
@@ -63,7 +71,7 @@ def quantize(options: Options, say: Say = say_on_stdout, say_result: Say | None 
     sink.require_space(ready.plan)
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
-    take_all_windows(ready, say)
+    take_all_windows(ready, options, say)
     record = Record.of(options, ready, calibration_text, sink.computed(ready))
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
@@ -83,7 +91,10 @@ def quantize(options: Options, say: Say = say_on_stdout, say_result: Say | None 
         quantize_layers(options, sink, ready, record, say)
         sink.finish(record)
     del ready  # the original and the quantized model need not fit in memory together
-    measure("after", sink.quantized(say))
+    quantized = sink.quantized(say)
+    measure("after", quantized)
+    examine(quantized)
+    del quantized
     record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
     for line in result_lines(sink, record):
         (say_result or say)(line)
@@ -96,7 +107,7 @@ def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: T
     """Return the lines printed before a run: method, data, estimate and warnings."""
     wanted = options.nsamples * options.seqlen
     lines = [
-        f"{ready.original.name}: {options.method} on the {sink.fitted_by(ready.backend)} backend",
+        f"{ready.original.name}: {_named(options)} on the {sink.fitted_by(ready.backend)} backend",
         f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
     ]
     if ready.tokens < wanted:
@@ -112,6 +123,11 @@ def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: T
             f"{ready.plan.memory_bytes / 1e9:.1f} GB; use fewer or shorter windows"
         )
     return lines + sink.plan_lines(ready)
+
+
+def _named(options: Options) -> str:
+    """The method, and for PT²-LLM its recipe."""
+    return f"{options.method}, recipe {options.recipe}" if options.recipe else options.method
 
 
 def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, say: Say) -> None:
@@ -132,6 +148,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
             sink.method(ready),
             first=record.done,
             true_sequential=options.true_sequential,
+            targets=ready.targets(options),
             progress=progress,
         )
         while record.done < count:

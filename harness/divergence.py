@@ -1,0 +1,107 @@
+"""Compare a quantized model with its original, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness import text
+from harness.errors import UserError
+from harness.models.original import Original, require_fits
+from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
+from harness.progress import Progress, Say, say_on_stderr
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the predictions of a model are from those of its original.
+
+    Attributes
+    ----------
+    perplexity : float
+        Perplexity of the quantized model, as `harness.perplexity.measure` defines it.
+    mean : float
+        Mean over tokens of KL(original ‖ quantized) in nats.
+    percentile_99 : float
+        Its 99th percentile.
+    agreement : float
+        Share of tokens for which both models find the same next token most likely.
+    tokens : int
+        Number of predictions.
+    """
+
+    perplexity: float
+    mean: float
+    percentile_99: float
+    agreement: float
+    tokens: int
+
+
+@torch.no_grad()
+def divergence(
+    original: Any, quantized: Any, windows: torch.Tensor, progress: Callable[[], object] = lambda: None
+) -> Divergence:
+    """Measure the divergence over all predictions inside the windows.
+
+    Parameters
+    ----------
+    original, quantized : transformers.PreTrainedModel
+        Models with the same vocabulary, on one device.
+    windows : (count, seqlen) int64 tensor
+        Token ids.
+    progress : callable
+        Called after every window.
+
+    Returns
+    -------
+    Divergence
+
+    Notes
+    -----
+    Each model runs once per window, in its own dtype. Logits are compared in float32, `LOGIT_ROWS` tokens at
+    a time, and never kept.
+    """
+    losses, divergences, agreed = [], [], 0
+    for window in windows:
+        ids = window[None].to(original.device)
+        expected, got = (model(ids, use_cache=False).logits for model in (original, quantized))
+        losses.append(mean_loss(got, window))
+        for p, q in zip(expected[0, :-1].split(LOGIT_ROWS), got[0, :-1].split(LOGIT_ROWS), strict=True):
+            log_p, log_q = (logits.float().log_softmax(-1) for logits in (p, q))
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
+            agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        progress()
+    every = torch.cat(losses).double()
+    return Divergence(float(every.mean()), float(every.quantile(0.99)), agreed / len(every), len(every))
+
+
+def divergence_on(
+    original: Original,
+    quantized: Original,
+    stream: text.Text,
+    seqlen: int,
+    windows: int | None,
+    say: Say = say_on_stderr,
+) -> Divergence:
+    """Measure the divergence on a text, on the windows that perplexity is measured on.
+
+    Raises
+    ------
+    UserError
+        If the models have different vocabularies, or a window is longer than a model's context.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in (original.model, quantized.model)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{quantized.name} has {sizes[1]} tokens, {original.name} has {sizes[0]}: it is not its original"
+        )
+    tokens = text.tokenize(stream, original.tokenizer)
+    for model in (original.model, quantized.model):
+        require_fits(model, tokens, seqlen)
+    limit = min(filter(None, (windows, stream.windows)), default=None)
+    chosen = text.evaluation_windows(tokens, seqlen, limit)
+    with Progress("divergence from the original", len(chosen), "window", say) as step:
+        return divergence(original.model, quantized.model, chosen, step)
