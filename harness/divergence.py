@@ -74,8 +74,14 @@ def divergence(
             divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         progress()
-    every = torch.cat(losses).double()
-    return Divergence(float(every.mean()), float(every.quantile(0.99)), agreed / len(every), len(every))
+    every = torch.cat(divergences).double()
+    return Divergence(
+        exponential(sum(losses) / len(losses)),
+        float(every.mean()),
+        float(every.quantile(0.99)),
+        agreed / len(every),
+        len(every),
+    )
 
 
 def divergence_on(

@@ -131,8 +131,8 @@ def align_jointly(
     T = checks.trits(T, W.shape)
     H = checks.gram(H, columns, "H")
     starts = np.arange(0, columns, block_size)
-    residual = W - (spread(alpha, columns, block_size) * T + spread(mu, columns, block_size))
-    pull = residual @ H
+    scale, shift = checks.matrix(alpha, "alpha"), checks.matrix(mu, "mu")
+    pull = (W - (spread(scale, columns, block_size) * T + spread(shift, columns, block_size))) @ H
 
     blocks = len(starts)
     A = np.empty((rows, 2 * blocks, 2 * blocks))
@@ -152,4 +152,4 @@ def align_jointly(
     # No error depends on a direction without weight: all trits 0, or a block of dead inputs.
     A[:, i, i] = np.where(diagonal > 0, (1 + RIDGE) * diagonal, 1.0)
     correction = np.linalg.solve(A, np.where(diagonal > 0, right, 0.0)[..., None])[..., 0]
-    return np.asarray(alpha + correction[:, :blocks]), np.asarray(mu + correction[:, blocks:])
+    return scale + correction[:, :blocks], shift + correction[:, blocks:]

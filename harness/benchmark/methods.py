@@ -156,7 +156,7 @@ def compare_methods(
     window = options.evaluation_seqlen, options.evaluation_windows
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
 
-    def examine(model: Original) -> dict[str, dict[str, Any]]:
+    def measure(model: Original) -> dict[str, dict[str, Any]]:
         return {
             label: asdict(divergence_on(original, model, stream, *window))
             for label, stream in zip(labels, streams.values(), strict=True)
@@ -182,7 +182,7 @@ def compare_methods(
         for name in methods:
             method = METHODS[name]
             say(method.words)
-            measured: list[dict[str, dict[str, Any]]] = []
+            examined: list[Original] = []
             try:
                 record = quantize(
                     replace(
@@ -190,13 +190,13 @@ def compare_methods(
                     ),
                     say=say_on_stderr,
                     say_result=lambda line: None,
-                    examine=lambda model, found=measured: found.append(examine(model)),
+                    examine=examined.append,
                 )
             except FitError as error:  # a method that diverges is also a result
                 results[method.words] = {"error": str(error)}
             else:
                 results["protocol"].setdefault("calibration", _shared(record["calibration"]))
-                (on_texts,) = measured
+                on_texts = measure(examined.pop())
                 results[method.words] = {
                     "bits_per_weight": round(record["bits_per_weight"], 3),
                     "perplexity": on_texts[labels[0]]["perplexity"],
