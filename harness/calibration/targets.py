@@ -144,13 +144,13 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
     list of str
         Their names in the layer, in the order of their use.
     """
-    stream = brought(passage.hidden[0], passage.compute)
+    hidden = brought(passage.hidden[0], passage.compute)
+    stream = _rows(hidden)
     seen: list[torch.Tensor] = []
     made: dict[str, tuple[int, torch.Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = [*args, *kwargs.values()]
-        seen.extend(t for t in found if isinstance(t, torch.Tensor) and t.shape == stream.shape)
+        seen.extend(_rows(t) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
 
     with ExitStack() as hooks:
         for name, module in layer.module.named_modules():
@@ -159,10 +159,10 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
         for name, linear in layer.linears.items():
 
             def keep(module: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
-                made[name] = (len(seen), output)
+                made[name] = (len(seen), _rows(output))
 
             hooks.callback(linear.register_forward_hook(keep).remove)
-        seen.append(layer.call(layer.module, stream))
+        seen.append(_rows(layer.call(layer.module, hidden)))
 
     writers = []
     alone = {group[0] for group in groups if len(group) == 1}
@@ -171,7 +171,8 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
             continue
         wanted = stream + output
         slack = ROUNDINGS * torch.finfo(wanted.dtype).eps * wanted.abs().max()
-        if any((later - wanted).abs().max() <= slack for later in seen[first:]):
+        later = (states for states in seen[first:] if states.shape == wanted.shape)
+        if any((states - wanted).abs().max() <= slack for states in later):
             writers.append(name)
             stream = wanted
     return writers
