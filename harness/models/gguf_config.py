@@ -6,7 +6,6 @@ be harmless, is refused by name: it may change what the model computes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +56,8 @@ def describe(file: GgufFile) -> Described:
         If the model has experts, its architecture is unknown, or a key of the file would change what the
         model computes and has no counterpart in the config.
     """
+    import gguf
+
     keys = Keys(file)
     experts = keys.get("expert_count", 0)
     if experts or keys.has("_exps.weight"):
@@ -69,6 +70,11 @@ def describe(file: GgufFile) -> Described:
         raise UserError(
             f"{file.path} has the architecture {file.architecture}, which cannot be read from GGUF; pass the "
             f"original model's folder instead, or a file of {', '.join(ARCHITECTURES)}"
+        )
+    if file.architecture not in gguf.MODEL_ARCH_NAMES.values():
+        raise UserError(
+            f"{file.path} has the architecture {file.architecture}, which the installed gguf does not know; "
+            "upgrade it: pip install --upgrade gguf"
         )
     if "token_embd.weight" not in file.tensors:
         raise UserError(f"{file.path} lacks the tensor token_embd.weight; is the file complete?")
@@ -161,10 +167,6 @@ def _gemma(keys: Keys, period: int, biggest: int) -> dict[str, Any]:
     settings = _sizes(keys)
     layers, heads = settings["num_hidden_layers"], settings["num_attention_heads"]
     scalar = settings["hidden_size"] // heads if layers == biggest else settings["head_dim"]
-    if scale := keys.get("attention.scale", 0):
-        scalar = max(1, round(scale**-2))
-        if not math.isclose(scalar**-0.5, scale, rel_tol=1e-6):  # the config takes integers only
-            keys.refuse("attention.scale", scale)
     window = keys.get("attention.sliding_window", 0)
     pattern = keys.get("attention.sliding_window_pattern", period)
     if not isinstance(pattern, list):  # every period-th layer attends to everything

@@ -96,8 +96,9 @@ def rope_parameters(keys: Keys, sizes: dict[str, Any], partial: bool = False) ->
 def _yarn(keys: Keys, factor: float, attention: float, original: int) -> dict[str, Any]:
     if (mix := keys.get("rope.scaling.yarn_ext_factor", 1.0)) not in (1, -1):  # -1 stands for 1
         keys.refuse("rope.scaling.yarn_ext_factor", mix)
-    if log := keys.get("rope.scaling.yarn_log_multiplier", 0.0):
-        keys.refuse("rope.scaling.yarn_log_multiplier", log)
+    for key, unused in (("yarn_log_multiplier", 0), ("yarn_attn_factor", 1)):  # of which runtimes disagree
+        if (value := keys.get(f"rope.scaling.{key}", unused)) != unused:
+            keys.refuse(f"rope.scaling.{key}", value)
     own = {
         "rope_type": "yarn",
         "factor": factor,
@@ -105,7 +106,6 @@ def _yarn(keys: Keys, factor: float, attention: float, original: int) -> dict[st
         "beta_fast": keys.get("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": keys.get("rope.scaling.yarn_beta_slow", 1.0),
     }
-    attention *= keys.get("rope.scaling.yarn_attn_factor", 1.0)
     if attention != 1:
         own["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
     return own

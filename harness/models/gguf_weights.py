@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
-import gguf
 import torch
 
 from harness.errors import UserError
@@ -55,7 +55,7 @@ def read_weights(
         If the file lacks a tensor, or has one that the model lacks, or one of another shape.
     """
     config, expected = model.config, model.state_dict()
-    names = {name: _name_in_file(name, file.architecture, config) for name in expected}
+    names = _names_in_file(expected, file.architecture, config.num_hidden_layers)
     if config.tie_word_embeddings:
         names.pop("lm_head.weight")
     predicting = range(config.num_hidden_layers, file.value(f"{file.architecture}.block_count"))
@@ -84,16 +84,20 @@ def _require_none(names: list[str], file: GgufFile, what: str) -> None:
         raise UserError(f"{file.path} {what} {', '.join(sorted(names)[:5])}{more}")
 
 
-def _name_in_file(name: str, architecture: str, config: Any) -> str:
-    """Name in GGUF of a tensor of a model."""
-    if name == "lm_head.weight":  # gguf has no name for it where models share it with the embedding
-        return "output.weight"
+def _names_in_file(names: Iterable[str], architecture: str, layers: int) -> dict[str, str]:
+    """Map the names of a model's tensors to those in GGUF."""
+    import gguf
+
     archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    known = gguf.get_tensor_name_map(archs[architecture], config.num_hidden_layers)
-    # gguf's own converter renames this one before it asks.
-    asked = name.replace(".dt_bias", ".dt_proj.bias")
-    own = known.get_name(asked, try_suffixes=(".weight", ".bias"))
-    return own or known.get_name(asked.partition(".")[2], try_suffixes=(".weight", ".bias")) or name
+    known = gguf.get_tensor_name_map(archs[architecture], layers)
+    found = {}
+    for name in names:
+        # gguf's own converter renames this one before it asks.
+        asked = name.replace(".dt_bias", ".dt_proj.bias")
+        # Some architectures have their names without that of the body, and none for a shared head.
+        own = [known.get_name(one, (".weight", ".bias")) for one in (asked, asked.partition(".")[2])]
+        found[name] = "output.weight" if name == "lm_head.weight" else own[0] or own[1] or name
+    return found
 
 
 def _is_zero(name: str, file: GgufFile) -> bool:

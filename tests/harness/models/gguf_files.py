@@ -118,22 +118,18 @@ def stored(name: str, values: Array, architecture: str, config: Any) -> Array:
     return values
 
 
-def name_in_gguf(name: str, architecture: str, model: Any) -> str:
-    arch = {known: arch for arch, known in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-    name = name.replace("dt_bias", "dt_proj.bias")
-    short = name.removeprefix(f"{model.base_model_prefix}.")
-    found = [names.get_name(one, try_suffixes=(".weight", ".bias")) for one in (name, short)]
-    return found[0] or found[1] or {"lm_head.weight": "output.weight"}[name]
-
-
 def tensors_of(model: Any, architecture: str) -> dict[str, Array]:
     """A model's tensors under their names in GGUF."""
+    arch = {known: arch for arch, known in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     tied = getattr(model, "all_tied_weights_keys", {})
     tensors = {}
     for name, tensor in model.state_dict().items():
+        asked = name.replace("dt_bias", "dt_proj.bias")
+        short = asked.removeprefix(f"{model.base_model_prefix}.")
+        found = [names.get_name(one, try_suffixes=(".weight", ".bias")) for one in (asked, short)]
+        own = found[0] or found[1] or "output.weight"
         if name not in tied:
-            own = name_in_gguf(name, architecture, model)
             tensors[own] = stored(own, tensor.float().numpy(), architecture, model.config)
     return tensors
 
