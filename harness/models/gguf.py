@@ -52,14 +52,13 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Original:
         If the file does not exist, is not a GGUF file, is incomplete, or describes a model that transformers
         does not have.
     """
-    file = GgufFile(path)
-    path = file.path
-    description = describe(file)
-
     transformers = quiet_transformers()
 
-    files = {"gguf_file": path.name}
     try:
+        file = GgufFile(path)
+        description = describe(file)
+        path = file.path
+        files = {"gguf_file": path.name}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **files)
         model, ignored = build_model(file, description, dtype)
     except UserError:

@@ -154,6 +154,7 @@ def _windowed(settings: dict[str, Any], window: int | None) -> dict[str, Any]:
 
 def _qwen2(keys: Keys) -> Described:
     settings = _llama_like(keys)
+    keys.get("use_parallel_residual")  # files of Qwen1.5 claim it, but no model of this architecture has it
     return "Qwen2ForCausalLM", _windowed(settings, _window(keys, settings))
 
 

@@ -13,7 +13,7 @@ import torch
 from harness.errors import UserError
 from harness.models.original import summary
 
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 # Values that are dequantized at a time; a float32 copy of a whole embedding would take gigabytes.
@@ -54,7 +54,10 @@ class GgufFile:
         kind = _contents(self.fields, "general.type", "model")
         self.architecture = _contents(self.fields, "general.architecture", None)
         if kind != "model" or self.architecture in (None, "clip"):
-            raise UserError(f"{path} is not a language model (general.type is {kind}); pass the model's file")
+            raise UserError(
+                f"{path} holds no language model: its general.type is {kind}, its general.architecture "
+                f"{self.architecture}"
+            )
 
     @property
     def path(self) -> Path:

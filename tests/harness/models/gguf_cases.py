@@ -84,13 +84,19 @@ def factors(values: list[float] | Array, name: str = "rope_freqs") -> dict[str, 
     return {f"{name}.weight": np.array(values, dtype=np.float32)}
 
 
-def gemma3(keys: dict[str, Any], slides: list[bool], full: dict[str, Any] | None = None, **own: Any) -> Case:
+def gemma3(
+    keys: dict[str, Any],
+    slides: list[bool],
+    full: dict[str, Any] | None = None,
+    local: float = 1e4,
+    **own: Any,
+) -> Case:
     settings = GEMMA | {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention" if one else "full_attention" for one in slides],
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": THETA, **(full or {})},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
         },
     }
     return Case("gemma3", "Gemma3ForCausalLM", settings | own, GEMMA_KEYS | {"block_count": 4} | keys)
@@ -188,6 +194,7 @@ CASES = {
     ),
     "llama with a window as long as its context": llama({"attention.sliding_window": 128}),
     "qwen2": Case("qwen2", "Qwen2ForCausalLM", SETTINGS, LLAMA_KEYS),
+    "qwen1.5": Case("qwen2", "Qwen2ForCausalLM", SETTINGS, LLAMA_KEYS | {"use_parallel_residual": True}),
     "qwen2 with yarn": Case("qwen2", "Qwen2ForCausalLM", SETTINGS | rotary(**YARN_CONFIG), LLAMA_KEYS | YARN),
     "qwen2 with windows": Case(
         "qwen2",
@@ -223,10 +230,12 @@ CASES = {
             "attention.sliding_window_pattern": 2,
             "rope.scaling.type": "linear",
             "rope.scaling.factor": 8.0,
+            "rope.freq_base_swa": 2e3,
             "final_logit_softcapping": 3.0,
         },
         [True, False, True, False],
         {"rope_type": "linear", "factor": 8.0},
+        local=2e3,
         final_logit_softcapping=3.0,
     ),
     "phi3": phi3({}),

@@ -215,14 +215,14 @@ def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:
         ),
         (
             lambda c: c.general.update({"general.type": "adapter"}),
-            "is not a language model (general.type is ad",
+            "holds no language model: its general.type is adapter",
         ),
         (
             lambda c: setattr(c, "architecture", "rwkv7"),
             "has the architecture rwkv7, which cannot be read from",
         ),
         (lambda c: setattr(c, "architecture", "rwkv7"), "or a file of llama, qwen2,"),
-        (lambda c: setattr(c, "architecture", "clip"), "is not a language model"),
+        (lambda c: setattr(c, "architecture", "clip"), "holds no language model: its general.type is model"),
     ],
 )
 def test_files_that_are_not_this_model_are_refused(
@@ -232,6 +232,16 @@ def test_files_that_are_not_this_model_are_refused(
     content.keys = dict(content.keys)
     change(content)
     assert message in refusal(content, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    "keys", [{"attention.head_count": 0}, {"embedding_length": "wide"}, {"block_count": 0.5}]
+)
+def test_settings_that_make_no_sense_are_no_stack_trace(keys: dict[str, Any], tmp_path: Path) -> None:
+    content = content_of()
+    content.keys = content.keys | keys
+    with pytest.raises(UserError, match=r"a\.gguf could not be read; is the file complete\?"):
+        load_original(str(content.write(tmp_path / "a.gguf")))
 
 
 def test_experts_are_named_before_the_architecture(tmp_path: Path) -> None:
