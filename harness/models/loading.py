@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from harness.errors import UserError
 from harness.models.folder import read_config
 from harness.models.gguf import GGUF_DTYPES, embedded_gguf, load_gguf
+from harness.models.gguf_file import require_no_pointer
 from harness.models.original import Original, quiet_transformers, require_all_found, summary
 from harness.models.streamed import is_larger_than_memory, load_streamed
 
@@ -49,6 +50,7 @@ def load_original(
         return load_gguf(path, GGUF_DTYPES[gguf_dtype])
     if path.is_dir():
         _require_no_adapter(path)
+        _require_weights_of_its_own(path)
         quantization = read_config(path).get("quantization_config")
         if quantization:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -95,6 +97,17 @@ def _require_no_adapter(folder: Path) -> None:
             f"{folder} holds an adapter ({ADAPTER}); merge it first (merge_and_unload of peft, then "
             "save_pretrained into a new folder), or delete it to quantize the model without it"
         )
+
+
+def _require_weights_of_its_own(folder: Path) -> None:
+    """Refuse a folder of GGUF files only, and files to read that Git LFS did not download."""
+    weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    for file in (*sorted(weights), folder / "tokenizer.json"):
+        if file.is_file():
+            require_no_pointer(file)
+    files = sorted(folder.glob("*.gguf"))
+    if files and not weights:
+        raise UserError(f"{folder} holds its weights as GGUF; pass the file, such as {files[0]}")
 
 
 def _require_whole_shards(folder: Path) -> None:
