@@ -45,11 +45,13 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Original:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
 
+    from harness.models.gguf_tokenizer import read_tokenizer  # needs gguf, which machines with a GPU may lack
+
     transformers = quiet_transformers()
 
     files = {"gguf_file": path.name}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **files)
+        tokenizer = read_tokenizer(path)
         with _bar_of_reader(shown=is_verbose()):
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent,
@@ -58,6 +60,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Original:
                 output_loading_info=True,
                 **files,
             )
+    except UserError:
+        raise
     except Exception as error:  # errors of gguf and transformers share no base class
         raise UserError(f"{path} could not be read; is the file complete? {summary(error)}") from None
     require_complete(info, str(path))
