@@ -63,21 +63,32 @@ def read_tokenizer(path: Path) -> Any:
         return fields[key].contents() if key in fields else default
 
     model = read(Keys.Tokenizer.MODEL)
-    if model == BYTE_LEVEL:
-        rule = _rule(path, read(Keys.Tokenizer.PRE))
-        tokenizer, ids, add_bos = _byte_level(path, read, rule), {}, rule.add_bos
-    elif model == SENTENCEPIECE and read(Keys.General.ARCHITECTURE) not in OWN_ORDER:
-        tokenizer, ids, add_bos = _sentencepiece(path, read), _SENTENCEPIECE_IDS, True
-    else:
+    own_order = read(Keys.General.ARCHITECTURE) in OWN_ORDER
+    if model not in (BYTE_LEVEL, SENTENCEPIECE) or (model == SENTENCEPIECE and own_order):
         return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
-    tokens = _tokens(read)
-    for token, kind in zip(tokens, read(Keys.Tokenizer.TOKEN_TYPE, ()), strict=False):
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            special = kind == TokenType.CONTROL
-            added = AddedToken(token, normalized=False, special=special)
-            (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
-    roles = {role: tokens[i] for role, key in _ROLES.items() if (i := read(key, ids.get(key))) is not None}
+    # A vocabulary may have several empty tokens; llama.cpp gives them these names.
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(read(Keys.Tokenizer.LIST))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
+        raise UserError(f"{path} lists the token {twice!r} twice; its tokenizer is damaged")
+    ids = _SENTENCEPIECE_IDS if model == SENTENCEPIECE else {}
+    stated = {role: read(key, ids.get(key)) for role, key in _ROLES.items()}
+    # Files have ids that no token has; llama.cpp takes such a role as not given.
+    roles = {role: tokens[i] for role, i in stated.items() if i is not None and i < len(tokens)}
+    if model == BYTE_LEVEL:
+        rule = _rule(path, read(Keys.Tokenizer.PRE))
+        tokenizer, add_bos = _byte_level(vocabulary, read, rule), rule.add_bos
+    else:
+        tokenizer, add_bos = _sentencepiece(vocabulary, read, roles.get("unk_token")), True
+    kinds = read(Keys.Tokenizer.TOKEN_TYPE, ())
+    for kind, add in (
+        (TokenType.CONTROL, tokenizer.add_special_tokens),
+        (TokenType.USER_DEFINED, tokenizer.add_tokens),
+    ):
+        whole = (token for token, own in zip(tokens, kinds, strict=False) if own == kind)
+        add([AddedToken(token, normalized=False, special=kind == TokenType.CONTROL) for token in whole])
     surrounds = {
         "add_bos_token": read(Keys.Tokenizer.ADD_BOS, add_bos),
         "add_eos_token": read(Keys.Tokenizer.ADD_EOS, False),
@@ -99,7 +110,7 @@ def _rule(path: Path, name: str | None) -> Rule:
         what = (
             "does not say how words are split"
             if name is None
-            else f"splits words by the rule '{name}', which is not known here"
+            else f"splits words by the rule {name!r}, which is not known here"
         )
         say_on_stderr(
             f"{path} {what}; its text is split by llama.cpp's default rule, and token ids may be wrong"
@@ -108,25 +119,22 @@ def _rule(path: Path, name: str | None) -> Rule:
     return RULES[name]
 
 
-def _byte_level(path: Path, read: Read, rule: Rule) -> Tokenizer:
+def _byte_level(vocabulary: dict[str, int], read: Read, rule: Rule) -> Tokenizer:
     """Byte-level BPE."""
     tokenizer = Tokenizer(
-        BPE(vocab=_vocabulary(path, read), merges=_stated_merges(read), ignore_merges=rule.ignore_merges)
+        BPE(vocab=vocabulary, merges=_stated_merges(read), ignore_merges=rule.ignore_merges)
     )
     tokenizer.pre_tokenizer = pre_tokenizer(rule)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(path: Path, read: Read) -> Tokenizer:
+def _sentencepiece(vocabulary: dict[str, int], read: Read, unknown: str | None) -> Tokenizer:
     """BPE over characters with bytes to fall back on.
 
     SentencePiece prepends a space to a text that begins with spaces too, which `Metaspace` does not.
     """
-    vocabulary = _vocabulary(path, read)
-    tokens = _tokens(read)
-    merges = _stated_merges(read) or _merges(tokens, read(Keys.Tokenizer.SCORES), vocabulary)
-    unknown = tokens[read(Keys.Tokenizer.UNK_ID, _SENTENCEPIECE_IDS[Keys.Tokenizer.UNK_ID])]
+    merges = _stated_merges(read) or _merges(vocabulary, read(Keys.Tokenizer.SCORES))
     tokenizer = Tokenizer(
         BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -140,20 +148,6 @@ def _sentencepiece(path: Path, read: Read) -> Tokenizer:
     return tokenizer
 
 
-def _tokens(read: Read) -> list[str]:
-    """All tokens; empty ones, of which a vocabulary may have several, get llama.cpp's names."""
-    return [token or f"[EMPTY_{i}]" for i, token in enumerate(read(Keys.Tokenizer.LIST))]
-
-
-def _vocabulary(path: Path, read: Read) -> dict[str, int]:
-    tokens = _tokens(read)
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
-        raise UserError(f"{path} lists the token {twice!r} twice; its tokenizer is damaged")
-    return vocabulary
-
-
 def _stated_merges(read: Read) -> list[tuple[str, str]]:
     """The merges in the file. A space separates their halves; the first half may begin with one."""
     merges = []
@@ -163,11 +157,11 @@ def _stated_merges(read: Read) -> list[tuple[str, str]]:
     return merges
 
 
-def _merges(tokens: list[str], scores: list[float], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """All pairs that make a token, in the order in which SentencePiece would join them: by its score."""
     return [
         (token[:at], token[at:])
-        for _, token in sorted(zip(scores, tokens, strict=True), key=lambda scored: -scored[0])
+        for _, token in sorted(zip(scores, vocabulary, strict=True), key=lambda scored: -scored[0])
         for at in range(1, len(token))
         if token[:at] in vocabulary and token[at:] in vocabulary
     ]

@@ -149,6 +149,9 @@ def test_the_tokenizer_comes_back(pre: str, run_main: Run, tmp_path: Path) -> No
     assert [back.bos_token_id, back.eos_token_id, back.pad_token_id] == [1, 2, 0]
     assert back.chat_template == tokenizer.chat_template
     assert back(TEXT).input_ids == tokenizer(TEXT).input_ids
+    if pre in ("gpt-2", "qwen2", "dbrx", "llama-bpe"):  # transformers reads others as the first
+        peer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        assert peer(TEXT).input_ids == tokenizer(TEXT).input_ids
     if pre == "default":
         scores = fields["tokenizer.ggml.scores"].contents()
         merged = [token for token, _ in sorted(zip(tokens, scores, strict=True), key=lambda t: -t[1])]

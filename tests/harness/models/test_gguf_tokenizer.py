@@ -99,6 +99,14 @@ def test_tokens_around_a_text_that_are_not_said_are_refused(tmp_path: Path) -> N
         read_tokenizer(path)
 
 
+def test_an_id_that_no_token_has_is_no_role(tmp_path: Path) -> None:
+    for file in (
+        byte_level(tmp_path / "a", "smollm", pad_token_id=2**32 - 1),
+        sentencepiece(tmp_path / "b", True, pad_token_id=10**6),
+    ):
+        assert read_tokenizer(file).pad_token is None
+
+
 def test_a_token_listed_twice_is_refused(tmp_path: Path) -> None:
     path = byte_level(tmp_path / "a.gguf", "smollm", more=["two", "two"])
     with pytest.raises(UserError, match=r"a\.gguf lists the token 'two' twice"):
