@@ -40,6 +40,15 @@ _GPT4O = rf"{_CASED[0]}{_ENGLISH}?|{_CASED[1]}{_ENGLISH}?|\p{{N}}{{1,3}}{_SIGNS_
 _SEED_CODER = rf"{_ENGLISH}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+{_SPACES}"
 _MINICPM5 = rf"{_ENGLISH}|{_WORD}|\p{{N}}+{_SIGNS}{_SPACES}"
 _UFAKZEKA = rf"{_WORD}|\p{{N}}{_SIGNS}{_SPACES}"
+_JAIS2 = (
+    rf"{_ENGLISH}|{_WORD}|\p{{N}}{{1,3}}{_SIGNS}|\s*[\r\n]+|"
+    + "".join(rf"\s{{{count}}}(?!\S)|" for count in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
+    + r"\s{1}"
+)
+_EXAONE = (
+    rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 _BLOOM = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 
 # DeepSeek lists the letters that have a case, and the characters of Chinese, Japanese and Korean.
@@ -88,7 +97,7 @@ _NAMES = (
     (
         Rule((_QWEN2,)),
         "qwen2 stablelm2 hunyuan solar-open grok-2 megrez deepseek-r1-qwen kormo "
-        "bailingmoe bailingmoe2 llada-moe",
+        "bailingmoe bailingmoe2 llada-moe f2llmv2",
     ),
     (Rule((_QWEN35,)), "qwen35"),
     (Rule((_TEKKEN,), True, True), "tekken"),
@@ -107,6 +116,9 @@ _NAMES = (
     (Rule((r"\p{N}{1,3}", _MINICPM5), True), "minicpm5"),
     (Rule((_UFAKZEKA,)), "ufakzeka"),
     (Rule((r"[^\n]+|[\n]+", _QWEN2)), "laguna"),
+    (Rule((_JAIS2,)), "jais-2"),
+    (Rule((_EXAONE,)), "exaone-moe"),
+    (Rule((_NUMBER, r"(?=(\d{3})+(?!\d))")), "superbpe"),
 )
 RULES = {name: rule for rule, names in _NAMES for name in names.split()}
 
