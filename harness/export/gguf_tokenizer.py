@@ -1,11 +1,8 @@
 """Write a tokenizer's vocabulary, merges and rules as GGUF metadata.
 
 GGUF stores the names of a tokenizer's rules, not the rules, so only rules with a name can be written:
-byte-level BPE ("gpt2") with one of the word splits in `PRE_TOKENIZERS`, and SentencePiece BPE over characters
-with byte fallback ("llama").
-
-The export has the tokenizer of the checkpoint. transformers reads "smollm" from a GGUF file as "gpt-2", so a
-checkpoint made from such a file does not split digits, and neither does its export.
+byte-level BPE ("gpt2") with one of the word splits in `harness.models.word_splits`, and SentencePiece BPE
+over characters with byte fallback ("llama").
 """
 
 from __future__ import annotations
@@ -16,19 +13,12 @@ from typing import Any
 
 import gguf
 from gguf import Keys, TokenType
+from tokenizers import Tokenizer
 
 from harness.errors import UserError
+from harness.models.word_splits import RULES, splits_of
 
 SPACE = "\u2581"  # SentencePiece's symbol for a space
-
-# Regular expressions that split words, and llama.cpp's names for them.
-_SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
-PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS.values())
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
@@ -62,7 +52,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
         writer.add_add_space_prefix(_prepends_space(rules))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(rules))
+        writer.add_tokenizer_pre(_word_split(rules))
 
     tokens, types = _tokens(tokenizer, model, config.vocab_size)
     writer.add_token_list(tokens)
@@ -114,32 +104,37 @@ def _key(name: str) -> str:
 def _unknown(what: str) -> UserError:
     return UserError(
         f"the checkpoint's tokenizer {what}, for which GGUF has no name; without a tokenizer the file would "
-        f"not run. Supported are SentencePiece BPE with byte fallback, and byte-level BPE with a word split "
-        f"of {', '.join(PRE_TOKENIZERS)}"
+        "not run. Supported are SentencePiece BPE with byte fallback, and byte-level BPE with a word split "
+        "that has a name"
     )
 
 
-def _pre_tokenizer(rules: dict[str, Any]) -> str:
-    """Find llama.cpp's name for the word split before byte-level BPE."""
+def _word_split(rules: dict[str, Any]) -> str:
+    """Find GGUF's name for the word split before byte-level BPE."""
     steps = _steps(rules["pre_tokenizer"], "pretokenizers")
-    normalizers = [step["type"] for step in _steps(rules["normalizer"], "normalizers")]
-    *before, last = [(step["type"], step) for step in steps] or [("nothing", {})]
-    name = None
-    if last[0] == "ByteLevel" and not last[1].get("add_prefix_space"):
-        own_split = last[1].get("use_regex", True)
-        kinds = [kind for kind, _ in before]
-        if own_split and not kinds:
-            name = "gpt-2"
-        elif own_split and kinds == ["Digits"] and before[0][1].get("individual_digits"):
-            name = "smollm"
-        elif not own_split and kinds == ["Split"] and before[0][1].get("behavior") == "Isolated":
-            name = _SPLITS.get(before[0][1]["pattern"].get("Regex", ""))
-    if name is None:
+    splits = splits_of(steps)
+    names = [name for name, rule in RULES.items() if rule.splits == splits]
+    if not names:
         raise _unknown(f"splits words by {' and '.join(step['type'] for step in steps) or 'nothing'}")
     # llama.cpp expects text in NFC already.
+    normalizers = [step["type"] for step in _steps(rules["normalizer"], "normalizers")]
     if normalizers not in ([], ["NFC"]):
         raise _unknown(f"normalizes text by {' and '.join(normalizers)}")
-    return name
+    ignores = bool(rules["model"].get("ignore_merges"))
+    exact = [name for name in names if RULES[name].ignore_merges == ignores]
+    unmerged = None if exact else _unmerged(rules)
+    if unmerged:
+        how = "takes" if ignores else "does not take"
+        raise _unknown(f"{how} words such as {unmerged!r} whole, and splits text as {names[0]}")
+    return (exact or names)[0]
+
+
+def _unmerged(rules: dict[str, Any]) -> str | None:
+    """Find a token that merges do not lead to."""
+    model = {**rules["model"], "ignore_merges": False}
+    merging = Tokenizer.from_str(json.dumps({**rules, "model": model})).model
+    added = {token["content"] for token in rules["added_tokens"]}
+    return next((t for t in model["vocab"] if t not in added and len(merging.tokenize(t)) > 1), None)
 
 
 def _prepends_space(rules: dict[str, Any]) -> bool:

@@ -52,14 +52,13 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Original:
         If the file does not exist, is not a GGUF file, is incomplete, or describes a model that transformers
         does not have.
     """
-    transformers = quiet_transformers()
+    from harness.models.gguf_tokenizer import read_tokenizer  # needs gguf, which machines with a GPU may lack
 
     try:
         file = GgufFile(path)
         description = describe(file)
         path = file.path
-        files = {"gguf_file": path.name}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **files)
+        tokenizer = read_tokenizer(path)
         model, ignored = build_model(file, description, dtype)
     except UserError:
         raise

@@ -12,11 +12,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from harness.errors import UserError
+from harness.files import read_json
 from harness.models.folder import SINGLE, read_index
 from harness.models.original import quiet_transformers
 from harness.ternary.format import PACKED, require_base3
 from harness.ternary.linear import TernaryLinear
 from reference.types import CODE_LIMIT
+
+# Classes of tokenizers whose rules are all in tokenizer.json, by their names now and before transformers 5.
+_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def verify(folder: Path, model: nn.Module) -> None:
@@ -61,11 +65,18 @@ def verify(folder: Path, model: nn.Module) -> None:
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer saved with a checkpoint; code shipped with it runs only if trusted."""
+    """Load the tokenizer saved with a checkpoint; code shipped with it runs only if trusted.
+
+    For some architectures AutoTokenizer replaces rules in the files by those of another class (Qwen2's, say),
+    which a tokenizer from a GGUF file may not have.
+    """
     transformers = quiet_transformers()
 
+    config = Path(path) / "tokenizer_config.json"
+    as_stored = config.is_file() and read_json(config).get("tokenizer_class") in _PLAIN_CLASSES
+    reader = transformers.PreTrainedTokenizerFast if as_stored else transformers.AutoTokenizer
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return reader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"the tokenizer in {path} cannot be read: {error}") from None
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import dynamic_module_utils
 
@@ -72,7 +72,7 @@ def config_of(kind: str) -> Any:
 KINDS = ("tied", "untied", "wide heads", "mistral", "qwen2", "qwen3")
 
 
-def byte_level(*before: Any, own_split: bool = True) -> Any:
+def byte_level(*before: Any, own_split: bool = True, ignore_merges: bool = False) -> Any:
     """Byte-level BPE trained on the texts here, after steps that split words."""
     tokenizer = Tokenizer(models.BPE())
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_split)
@@ -83,6 +83,7 @@ def byte_level(*before: Any, own_split: bool = True) -> Any:
         vocab_size=390, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
     )
     tokenizer.train_from_iterator([__doc__ or "", TEXT, tiny.words(300)], trainer)
+    tokenizer.model.ignore_merges = ignore_merges
     return wrapped(tokenizer)
 
 
@@ -99,6 +100,10 @@ def sentencepiece() -> Any:
     rules = json.loads(tokenizer.to_str())
     # Bytes are no special tokens, only the trainer has them as such.
     rules["added_tokens"] = rules["added_tokens"][: len(SPECIAL)]
+    # As SentencePiece: a space comes before a text that begins with one, and after a special token.
+    prepend, replace = normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")
+    rules["normalizer"] = json.loads(normalizers.Sequence([prepend, replace]).__getstate__())
+    rules["pre_tokenizer"] = None
     return wrapped(Tokenizer.from_str(json.dumps(rules)))
 
 

@@ -1,9 +1,10 @@
-"""GGUF files against the checkpoint's bytes, read by transformers and by gguf."""
+"""GGUF files against the checkpoint's bytes, read by transformers, gguf and this package."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import harness
 from harness.cli import EXIT_USAGE
+from harness.errors import UserError
 from harness.export.__main__ import main as export_main
+from harness.export.gguf_tokenizer import add_tokenizer
+from harness.models.gguf_tokenizer import read_tokenizer
+from harness.models.word_splits import RULES, Rule, pre_tokenizer
 from harness.perplexity import measure
 from tests.harness import tiny
 from tests.harness.export.checkpoints import (
@@ -36,12 +41,9 @@ from tests.harness.export.checkpoints import (
     sentencepiece,
     to_gguf,
     with_own_code,
+    wrapped,
     write,
 )
-
-
-def read_tokenizer(file: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,11 +107,25 @@ def test_a_block_that_holds_a_whole_row_may_have_any_size(run_main: Run, tmp_pat
     assert torch.equal(weight, alpha.float() * (t + 1) + (mu - alpha).half().float())
 
 
+def split(regex: str) -> Any:
+    return pre_tokenizers.Split(Regex(regex), "isolated")
+
+
+# The steps that the tokenizers have from which these names come.
 SPLITS = {
     "gpt-2": lambda: byte_level(),
     "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
-    "qwen2": lambda: byte_level(pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), own_split=False),
-    "llama-bpe": lambda: byte_level(pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), own_split=False),
+    "qwen2": lambda: byte_level(split(QWEN2_SPLIT), own_split=False),
+    "dbrx": lambda: byte_level(split(LLAMA3_SPLIT), own_split=False),
+    "llama-bpe": lambda: byte_level(split(LLAMA3_SPLIT), own_split=False, ignore_merges=True),
+    "deepseek-coder": lambda: byte_level(
+        split("[\r\n]"),
+        split(r"\s?\p{L}+"),
+        split(r"\s?\p{P}+"),
+        split("[一-龥ࠀ-一가-퟿]+"),
+        pre_tokenizers.Digits(individual_digits=True),
+        own_split=False,
+    ),
     "default": sentencepiece,
 }
 
@@ -129,20 +145,56 @@ def test_the_tokenizer_comes_back(pre: str, run_main: Run, tmp_path: Path) -> No
         gguf.TokenType.CONTROL,
         gguf.TokenType.UNUSED,
     ]
-    # From the file itself: some versions of transformers replace the ids by their defaults.
-    ids = [fields[f"tokenizer.ggml.{role}_token_id"].contents() for role in ("bos", "eos", "padding")]
-    assert ids == [1, 2, 0]
     back = read_tokenizer(file)
+    assert [back.bos_token_id, back.eos_token_id, back.pad_token_id] == [1, 2, 0]
     assert back.chat_template == tokenizer.chat_template
-    # transformers does not know this one by its name and leaves digits together.
-    text = TEXT.replace("1984", "").replace("3.14", "") if pre == "smollm" else TEXT
-    assert back(text).input_ids == tokenizer(text).input_ids
+    assert back(TEXT).input_ids == tokenizer(TEXT).input_ids
+    if pre in ("gpt-2", "qwen2", "dbrx", "llama-bpe"):  # transformers reads others as the first
+        peer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        assert peer(TEXT).input_ids == tokenizer(TEXT).input_ids
     if pre == "default":
         scores = fields["tokenizer.ggml.scores"].contents()
         merged = [token for token, _ in sorted(zip(tokens, scores, strict=True), key=lambda t: -t[1])]
         merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
         in_order = list(dict.fromkeys("".join(merge) for merge in merges))
         assert [token for token in merged if token in set(in_order)] == in_order
+
+
+def split_by(rule: Rule) -> Any:
+    tokenizer = byte_level(ignore_merges=rule.ignore_merges)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(rule)
+    return tokenizer
+
+
+def written(tokenizer: Any, key: str) -> Any:
+    writer = gguf.GGUFWriter(None, "llama")
+    add_tokenizer(writer, tokenizer, config_of("tied"))
+    return writer.kv_data[0][f"tokenizer.ggml.{key}"].value
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_that_is_read_can_be_written(name: str) -> None:
+    found, rule = RULES[written(split_by(RULES[name]), "pre")], RULES[name]
+    assert (found.splits, found.ignore_merges) == (rule.splits, rule.ignore_merges)
+
+
+def test_words_that_merges_do_not_lead_to_are_not_lost() -> None:
+    """llama.cpp concludes from the name of the rule whether merges are ignored."""
+    tokenizer = split_by(replace(RULES["qwen2"], ignore_merges=True))
+    assert written(tokenizer, "pre") == "qwen2"  # as each token has merges
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["model"]["merges"].pop()
+    with pytest.raises(UserError, match=r"takes words such as '.+' whole, and splits text as qwen2"):
+        written(wrapped(Tokenizer.from_str(json.dumps(rules))), "pre")
+
+
+@pytest.mark.parametrize(("scheme", "prepends"), [("always", True), ("first", True), ("never", False)])
+def test_a_prepended_space_is_stated(scheme: str, prepends: bool) -> None:
+    tokenizer = sentencepiece()
+    assert written(tokenizer, "add_space_prefix") is True
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    assert written(tokenizer, "add_space_prefix") is prepends
 
 
 def test_tokens_around_a_text_are_stated(run_main: Run, tmp_path: Path) -> None:
