@@ -19,7 +19,10 @@ from tests.harness.export import checkpoints
 torch.set_num_threads(1)
 
 # Enough tokens for every width of the tiny models, and little enough to be quick.
-SMALL = ("--nsamples", "8", "--seqlen", "24", "--eval-seqlen", "24", "--backend", "reference")
+SMALL = (
+    *("--recipe", "paper", "--backend", "reference"),
+    *("--nsamples", "8", "--seqlen", "24", "--eval-seqlen", "24"),
+)
 
 
 @pytest.fixture(scope="session")

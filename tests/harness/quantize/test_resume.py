@@ -88,7 +88,7 @@ def figures_of(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("layers", range(1, LAYERS + 1))
-@pytest.mark.parametrize("switches", [(), ANYWHERE, ("--reorder", "none")])
+@pytest.mark.parametrize("switches", [(), ANYWHERE, ("--recipe", "best")])
 def test_a_run_stopped_after_any_layer_goes_on_to_the_same_bytes(
     layers: int,
     switches: tuple[str, ...],
