@@ -110,6 +110,11 @@ def _enter_layers(
         _run(model, window)
     finally:
         handle.remove()
+    if not seen:
+        raise UserError(
+            f"text does not go through {decoder.prefix} of {type(model).__name__}, its heaviest list of "
+            "layers; such models cannot be calibrated layer by layer"
+        )
     return seen[0]
 
 
