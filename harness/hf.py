@@ -96,6 +96,10 @@ class TernaryQuantizer(HfQuantizer):
         self.stored_dtype = dtype
         for name in stored.modules:
             swap(model, name, stored, dtype)
+            # The `_init_weights` of a model fills tables that no file holds, and may initialize weights by
+            # name: until all tensors are loaded, it finds here a weight that takes no memory.
+            layer = model.get_submodule(name)
+            vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         for name in stored.coded:
             expect_codes(model.get_submodule(name))
         if folder:
@@ -109,6 +113,7 @@ class TernaryQuantizer(HfQuantizer):
             model.tie_weights()
         for module in model.modules():
             if isinstance(module, TernaryLinear):
+                vars(module).pop("weight", None)  # what stood in for it while tensors were loaded
                 module.keep_dense(self.quantization_config.dense)
         return model
 
@@ -182,10 +187,7 @@ def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) 
             dtype,
         )
     layer.bias = plain.bias  # in the dtype of the model
-    holder: Any = model.get_submodule(parent)
-    setattr(holder, own, layer)
-    # Some models initialize the weights of their projections by name; a TernaryLinear may have none.
-    holder._is_hf_initialized = True
+    setattr(model.get_submodule(parent), own, layer)
 
 
 def load(
