@@ -23,7 +23,7 @@ from harness.files import read_json
 from harness.models.folder import CONFIG, GENERATION, read_config
 from harness.models.loading import load_original
 from harness.models.original import Original, quiet_transformers, require_complete
-from harness.ternary.embedding import expect_codes, kept_codes, take_codes
+from harness.ternary.embedding import correct_config, expect_codes, kept_codes, take_codes
 from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, stored_layers
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
@@ -102,6 +102,8 @@ class TernaryQuantizer(HfQuantizer):
             vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         for name in stored.coded:
             expect_codes(model.get_submodule(name))
+            # A head with codes of its own is not tied, as the config of early checkpoints may say.
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)
         if folder:
             with torch.device("cpu"):  # transformers has made the meta device the default
                 verify(folder, model)
@@ -110,7 +112,8 @@ class TernaryQuantizer(HfQuantizer):
         for name in self.quantization_config.coded:
             take_codes(model.get_submodule(name), self.stored_dtype, model.dtype)
         if self.quantization_config.coded:
-            model.tie_weights()
+            model.tie_weights(recompute_mapping=False)
+        correct_config(model)
         for module in model.modules():
             if isinstance(module, TernaryLinear):
                 vars(module).pop("weight", None)  # what stood in for it while tensors were loaded
@@ -133,13 +136,15 @@ class TernaryQuantizer(HfQuantizer):
                     f"the weights of {name} were edited; trits cannot hold the edit, and saving loses it. "
                     "Edit the original model and ternarize it again"
                 )
+        correct_config(model)
         if not self.quantization_config.coded:
             return None, {}
-        tied = getattr(model, "all_tied_weights_keys", {})
-        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        state = model.state_dict()
         for name in self.quantization_config.coded:
-            parts = kept_codes(model.get_submodule(name))
-            state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            module = model.get_submodule(name)
+            tied = module.weight.data_ptr()
+            state = {other: tensor for other, tensor in state.items() if tensor.data_ptr() != tied}
+            state |= {f"{name}.{part}": tensor for part, tensor in kept_codes(module).items()}
         return state, {}
 
     def is_serializable(self) -> bool:
