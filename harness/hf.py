@@ -86,12 +86,12 @@ class TernaryQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **rest: Any
     ) -> None:
         stored = stored_layers(self.quantization_config.to_dict(), "config.json")
-        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        files = [Path(file) for file in checkpoint_files or ()]
         # Weights equal those that calibration used, even if the model is loaded or saved in another dtype.
         config = self.quantization_config
         if config.weight_dtype is None:
             own = dtype_name(model.dtype)
-            config.weight_dtype = read_config(folder).get("dtype") if folder else own
+            config.weight_dtype = read_config(files[0].parent).get("dtype") if files else own
         dtype = _named_dtype(config.weight_dtype)
         self.stored_dtype = dtype
         for name in stored.modules:
@@ -104,9 +104,9 @@ class TernaryQuantizer(HfQuantizer):
             expect_codes(model.get_submodule(name))
             # A head with codes of its own is not tied, as the config of early checkpoints may say.
             model.all_tied_weights_keys.pop(f"{name}.weight", None)
-        if folder:
+        if files:
             with torch.device("cpu"):  # transformers has made the meta device the default
-                verify(folder, model)
+                verify(files, model)
 
     def _process_model_after_weight_loading(self, model: Any, **rest: Any) -> Any:
         for name in self.quantization_config.coded:
