@@ -1,8 +1,10 @@
 """Ternary checkpoints in transformers: after ``import harness.hf``, ``from_pretrained`` reads them.
 
 Linear layers become `TernaryLinear`, which holds dense weights beside the packed ones. `use_kernels` makes a
-device multiply by the packed weights; `load` calls it. Loading refuses a checkpoint that is damaged or lacks
-a tensor; without this import transformers would only warn, and initialize such layers at random.
+device multiply by the packed weights; `load` calls it. ``model.dequantize()`` turns them into ``nn.Linear``.
+
+Loading refuses a checkpoint that is damaged or lacks a tensor; without this import transformers would only
+warn, and initialize such layers at random.
 """
 
 from __future__ import annotations
@@ -85,6 +87,7 @@ class TernaryQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **rest: Any
     ) -> None:
+        _require_class(model)
         stored = stored_layers(self.quantization_config.to_dict(), "config.json")
         files = [Path(file) for file in checkpoint_files or ()]
         # Weights equal those that calibration used, even if the model is loaded or saved in another dtype.
@@ -147,6 +150,23 @@ class TernaryQuantizer(HfQuantizer):
             state |= {f"{name}.{part}": tensor for part, tensor in kept_codes(module).items()}
         return state, {}
 
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Turn a ternary model into a plain one, in place; in its own dtype by default."""
+        return super().dequantize(model, model.dtype if dtype is None else dtype)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, TernaryLinear):
+                _put(model, name, layer.plain())
+        for name in self.quantization_config.coded:
+            module = model.get_submodule(name)
+            module.weight.requires_grad_(True)
+            if hasattr(module, "row_factor_bits"):
+                del module.row_factor_bits
+        for parameter in model.parameters():  # tables that the model computes stay as exact as they are
+            parameter.data = parameter.data.to(dtype)
+        return model
+
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the same tensors."""
         return True
@@ -160,6 +180,17 @@ class TernaryQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """``torch.compile`` and static caches work."""
         return True
+
+
+def _require_class(model: Any) -> None:
+    """Refuse to load a checkpoint into a model of another class, such as the body alone."""
+    classes = model.config.architectures
+    if classes and not any(kind.__name__ in classes for kind in type(model).__mro__):
+        raise UserError(
+            f"the checkpoint is for {classes[0]} (load it by AutoModelForCausalLM), not for "
+            f"{type(model).__name__}; that can be loaded from the plain model that "
+            "dequantize() and save_pretrained() of the loaded model write"
+        )
 
 
 def _named_dtype(name: Any) -> torch.dtype:
@@ -180,7 +211,6 @@ def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) 
     plain = dict(model.named_modules()).get(name)
     if not isinstance(plain, nn.Linear):
         raise UserError(f"config.json: {name} is not a linear layer of {type(model).__name__}")
-    parent, _, own = name.rpartition(".")
     with torch.device(plain.weight.device):
         layer = TernaryLinear(
             plain.in_features,
@@ -192,7 +222,13 @@ def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) 
             dtype,
         )
     layer.bias = plain.bias  # in the dtype of the model
-    setattr(model.get_submodule(parent), own, layer)
+    _put(model, name, layer)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that has this name in a model."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
 
 
 def load(
