@@ -285,3 +285,27 @@ def whole_model_gram(model: Any, linear: torch.nn.Linear) -> np.ndarray:
     handle.remove()
     X = torch.cat(rows).numpy()
     return X.T @ X
+
+
+def test_several_vectors_a_token_are_refused() -> None:
+    """As in Gemma 3n, whose layers predict and correct several versions of the hidden states."""
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=tiny.VOCABULARY,
+        vocab_size_per_layer_input=tiny.VOCABULARY,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=[32, 32],
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(
+        UserError, match=r"hidden states of shape \(4, 1, 24, 32\) through its decoder layers"
+    ):
+        capture_inputs(model, find_decoder_layers(model), windows())
