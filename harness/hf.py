@@ -93,8 +93,8 @@ class TernaryQuantizer(HfQuantizer):
         # Weights equal those that calibration used, even if the model is loaded or saved in another dtype.
         config = self.quantization_config
         if config.weight_dtype is None:
-            own = dtype_name(model.dtype)
-            config.weight_dtype = read_config(files[0].parent).get("dtype") if files else own
+            loaded = dtype_name(model.dtype)
+            config.weight_dtype = read_config(files[0].parent).get("dtype") if files else loaded
         dtype = _named_dtype(config.weight_dtype)
         self.stored_dtype = dtype
         for name in stored.modules:
@@ -105,8 +105,11 @@ class TernaryQuantizer(HfQuantizer):
             vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         for name in stored.coded:
             expect_codes(model.get_submodule(name))
-            # A head with codes of its own is not tied, as the config of early checkpoints may say.
-            model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        # A head with codes of its own is not tied, whatever the config of an early checkpoint says.
+        own = {f"{name}.weight" for name in stored.coded}
+        for name, source in list(model.all_tied_weights_keys.items()):
+            if {name, source} <= own:
+                del model.all_tied_weights_keys[name]
         if files:
             with torch.device("cpu"):  # transformers has made the meta device the default
                 verify(files, model)

@@ -119,8 +119,8 @@ def _enter_layers(
     if hidden.shape[:-1] != (1, len(window)):
         raise UserError(
             f"{type(model).__name__} passes hidden states of shape {tuple(hidden.shape)} through its decoder "
-            f"layers for {len(window)} tokens, not one vector a token; such models cannot be calibrated layer "
-            "by layer"
+            f"layers for {len(window)} tokens, not one vector a token; such models cannot be calibrated "
+            "layer by layer"
         )
     return seen[0]
 
