@@ -25,6 +25,7 @@ from harness.files import read_json
 from harness.models.folder import CONFIG, GENERATION, read_config
 from harness.models.loading import load_original
 from harness.models.original import Original, quiet_transformers, require_complete
+from harness.models.tables import compute_tables
 from harness.ternary.embedding import correct_config, expect_codes, kept_codes, take_codes
 from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, stored_layers
 from harness.ternary.kernels.launches import use_kernels
@@ -120,6 +121,7 @@ class TernaryQuantizer(HfQuantizer):
         if self.quantization_config.coded:
             model.tie_weights(recompute_mapping=False)
         correct_config(model)
+        compute_tables(model)
         for module in model.modules():
             if isinstance(module, TernaryLinear):
                 vars(module).pop("weight", None)  # what stood in for it while tensors were loaded

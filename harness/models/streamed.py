@@ -14,6 +14,7 @@ from harness.machine import host_memory
 from harness.models.decoder import DecoderLayers, Reader, find_decoder_layers, locate_layers
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
+from harness.models.tables import compute_tables
 
 # Share of the memory that weights may take; the rest is for hidden states and working memory.
 MEMORY_SHARE = 0.6
@@ -86,6 +87,7 @@ def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False)
     _compute_buffers(shapes, layers)
     parent, _, name = prefix.rpartition(".")
     setattr(model.get_submodule(parent), name, layers)
+    compute_tables(model)
     return find_decoder_layers(model)
 
 
