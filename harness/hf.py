@@ -1,8 +1,10 @@
 """Ternary checkpoints in transformers: after ``import harness.hf``, ``from_pretrained`` reads them.
 
 Linear layers become `TernaryLinear`, which holds dense weights beside the packed ones. `use_kernels` makes a
-device multiply by the packed weights; `load` calls it. Loading refuses a checkpoint that is damaged or lacks
-a tensor; without this import transformers would only warn, and initialize such layers at random.
+device multiply by the packed weights; `load` calls it. ``model.dequantize()`` turns them into ``nn.Linear``.
+
+Loading refuses a checkpoint that is damaged or lacks a tensor; without this import transformers would only
+warn, and initialize such layers at random.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from harness.files import read_json
 from harness.models.folder import CONFIG, GENERATION, read_config
 from harness.models.loading import load_original
 from harness.models.original import Original, quiet_transformers, require_complete
-from harness.ternary.embedding import expect_codes, kept_codes, take_codes
+from harness.models.tables import compute_tables
+from harness.ternary.embedding import correct_config, expect_codes, kept_codes, take_codes
 from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, stored_layers
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
@@ -85,30 +88,43 @@ class TernaryQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **rest: Any
     ) -> None:
+        _require_class(model)
         stored = stored_layers(self.quantization_config.to_dict(), "config.json")
-        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        files = [Path(file) for file in checkpoint_files or ()]
         # Weights equal those that calibration used, even if the model is loaded or saved in another dtype.
         config = self.quantization_config
         if config.weight_dtype is None:
-            own = dtype_name(model.dtype)
-            config.weight_dtype = read_config(folder).get("dtype") if folder else own
+            loaded = dtype_name(model.dtype)
+            config.weight_dtype = read_config(files[0].parent).get("dtype") if files else loaded
         dtype = _named_dtype(config.weight_dtype)
         self.stored_dtype = dtype
         for name in stored.modules:
             swap(model, name, stored, dtype)
+            # The `_init_weights` of a model fills tables that no file holds, and may initialize weights by
+            # name: until all tensors are loaded, it finds here a weight that takes no memory.
+            layer = model.get_submodule(name)
+            vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         for name in stored.coded:
             expect_codes(model.get_submodule(name))
-        if folder:
+        # A head with codes of its own is not tied, whatever the config of an early checkpoint says.
+        own = {f"{name}.weight" for name in stored.coded}
+        for name, source in list(model.all_tied_weights_keys.items()):
+            if {name, source} <= own:
+                del model.all_tied_weights_keys[name]
+        if files:
             with torch.device("cpu"):  # transformers has made the meta device the default
-                verify(folder, model)
+                verify(files, model)
 
     def _process_model_after_weight_loading(self, model: Any, **rest: Any) -> Any:
         for name in self.quantization_config.coded:
             take_codes(model.get_submodule(name), self.stored_dtype, model.dtype)
         if self.quantization_config.coded:
-            model.tie_weights()
+            model.tie_weights(recompute_mapping=False)
+        correct_config(model)
+        compute_tables(model)
         for module in model.modules():
             if isinstance(module, TernaryLinear):
+                vars(module).pop("weight", None)  # what stood in for it while tensors were loaded
                 module.keep_dense(self.quantization_config.dense)
         return model
 
@@ -128,14 +144,33 @@ class TernaryQuantizer(HfQuantizer):
                     f"the weights of {name} were edited; trits cannot hold the edit, and saving loses it. "
                     "Edit the original model and ternarize it again"
                 )
+        correct_config(model)
         if not self.quantization_config.coded:
             return None, {}
-        tied = getattr(model, "all_tied_weights_keys", {})
-        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        state = model.state_dict()
         for name in self.quantization_config.coded:
-            parts = kept_codes(model.get_submodule(name))
-            state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            module = model.get_submodule(name)
+            tied = module.weight.data_ptr()
+            state = {other: tensor for other, tensor in state.items() if tensor.data_ptr() != tied}
+            state |= {f"{name}.{part}": tensor for part, tensor in kept_codes(module).items()}
         return state, {}
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Turn a ternary model into a plain one, in place; in its own dtype by default."""
+        return super().dequantize(model, model.dtype if dtype is None else dtype)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, TernaryLinear):
+                _put(model, name, layer.plain())
+        for name in self.quantization_config.coded:
+            module = model.get_submodule(name)
+            module.weight.requires_grad_(True)
+            if hasattr(module, "row_factor_bits"):
+                del module.row_factor_bits
+        for parameter in model.parameters():  # tables that the model computes stay as exact as they are
+            parameter.data = parameter.data.to(dtype)
+        return model
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the same tensors."""
@@ -150,6 +185,17 @@ class TernaryQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """``torch.compile`` and static caches work."""
         return True
+
+
+def _require_class(model: Any) -> None:
+    """Refuse to load a checkpoint into a model of another class, such as the body alone."""
+    classes = model.config.architectures
+    if classes and not any(kind.__name__ in classes for kind in type(model).__mro__):
+        raise UserError(
+            f"the checkpoint is for {classes[0]} (load it by AutoModelForCausalLM), not for "
+            f"{type(model).__name__}; that can be loaded from the plain model that "
+            "dequantize() and save_pretrained() of the loaded model write"
+        )
 
 
 def _named_dtype(name: Any) -> torch.dtype:
@@ -170,7 +216,6 @@ def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) 
     plain = dict(model.named_modules()).get(name)
     if not isinstance(plain, nn.Linear):
         raise UserError(f"config.json: {name} is not a linear layer of {type(model).__name__}")
-    parent, _, own = name.rpartition(".")
     with torch.device(plain.weight.device):
         layer = TernaryLinear(
             plain.in_features,
@@ -182,10 +227,13 @@ def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) 
             dtype,
         )
     layer.bias = plain.bias  # in the dtype of the model
-    holder: Any = model.get_submodule(parent)
-    setattr(holder, own, layer)
-    # Some models initialize the weights of their projections by name; a TernaryLinear may have none.
-    holder._is_hf_initialized = True
+    _put(model, name, layer)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that has this name in a model."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
 
 
 def load(

@@ -110,6 +110,18 @@ def _enter_layers(
         _run(model, window)
     finally:
         handle.remove()
+    if not seen:
+        raise UserError(
+            f"text does not go through {decoder.prefix} of {type(model).__name__}, its heaviest list of "
+            "layers; such models cannot be calibrated layer by layer"
+        )
+    hidden = seen[0][0]
+    if hidden.shape[:-1] != (1, len(window)):
+        raise UserError(
+            f"{type(model).__name__} passes hidden states of shape {tuple(hidden.shape)} through its decoder "
+            f"layers for {len(window)} tokens, not one vector a token; such models cannot be calibrated "
+            "layer by layer"
+        )
     return seen[0]
 
 

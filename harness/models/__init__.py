@@ -4,4 +4,5 @@ Read `folder` (files of a model folder), `decoder` (the layers to quantize), `or
 `gguf` and `streamed` are two ways to load a model. A GGUF file goes through `gguf_file` (its bytes),
 `gguf_keys`, `gguf_rope` and `gguf_config` (what its settings say), `gguf_weights` (its tensors), and
 `gguf_tokenizer` with the rules in `word_splits`.
+`tables` computes what no file holds.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,12 +100,12 @@ class DecoderLayers:
 
 
 def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
-    """Find the decoder layers: of the outermost ModuleLists, the one with the most weights.
+    """Find the decoder layers: of the outermost ModuleLists that text goes through, the heaviest.
 
     Parameters
     ----------
     model : nn.Module
-        A causal language model.
+        A causal language model; it may have a vision tower as well.
     read : callable, optional
         Reads tensors of the layers from disk, if the layers are on torch's meta device.
 
@@ -124,12 +124,49 @@ def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers
         raise UserError(
             f"{type(model).__name__} has no ModuleList of decoder layers, so there is nothing to quantize"
         )
-    prefix, layers = max(candidates.items(), key=lambda item: _weights_in(item[1]))
+    prefix = _heaviest_with_text(model, candidates)
+    layers = candidates[prefix]
     linears = [
         {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         for layer in layers
     ]
     return DecoderLayers(prefix, layers, linears, read)
+
+
+@torch.no_grad()
+def _heaviest_with_text(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> str:
+    """Name the heaviest list of layers that two tokens go through; the heaviest of all if none do.
+
+    The forward pass ends where its outcome is known: for most models, in front of the first layer.
+    """
+    by_weight = sorted(candidates, key=lambda name: _weights_in(candidates[name]), reverse=True)
+    entered: set[str] = set()
+
+    def watch(name: str) -> Callable[..., None]:
+        def enter(*arguments: Any) -> None:
+            entered.add(name)
+            # Only decoder layers are ever left on disk, and they cannot run here.
+            if name == by_weight[0] or any(p.is_meta for p in candidates[name].parameters()):
+                raise _Found
+
+        return enter
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name))
+        for name, layers in candidates.items()
+        for layer in layers
+    ]
+    # A model may fail on two tokens alone; layers before the failure have been entered.
+    with suppress(Exception):
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+        model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return next((name for name in by_weight if name in entered), by_weight[0])
+
+
+class _Found(Exception):
+    """Ends a forward pass once the decoder layers are found."""
 
 
 def find_decoder_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:

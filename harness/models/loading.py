@@ -12,6 +12,7 @@ from harness.models.gguf import GGUF_DTYPES, embedded_gguf, load_gguf
 from harness.models.gguf_file import require_no_pointer
 from harness.models.original import Original, quiet_transformers, require_all_found, summary
 from harness.models.streamed import is_larger_than_memory, load_streamed
+from harness.models.tables import compute_tables
 
 # What tells peft and transformers of an adapter.
 ADAPTER = "adapter_config.json"
@@ -87,6 +88,7 @@ def load_original(
     if getattr(model, "_hf_peft_config_loaded", False):  # an adapter's id on a hub
         raise UserError(f"{source} is an adapter; merge it into its base model first, and pass the result")
     ignored = require_all_found(info, source)
+    compute_tables(model)
     return Original(model.eval(), tokenizer, source, ignored=ignored)
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from harness.compute import HOST
 from harness.errors import UserError
 from harness.machine import host_memory
-from harness.models.decoder import DecoderLayers, Reader, find_decoder_layers
+from harness.models.decoder import DecoderLayers, Reader, find_decoder_layers, locate_layers
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
+from harness.models.tables import compute_tables
 
 # Share of the memory that weights may take; the rest is for hidden states and working memory.
 MEMORY_SHARE = 0.6
@@ -73,34 +75,32 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
 def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False) -> DecoderLayers:
     """Replace a model's decoder layers with `depth` layers on torch's meta device, without weights.
 
-    Non-persistent buffers (causal masks, position tables) are in no file; all layers take them from the
-    model's first layer.
-
-    Raises
-    ------
-    UserError
-        If a layer has a non-persistent buffer that the first layer lacks.
+    Non-persistent buffers (causal masks, position tables) are in no file; they are computed.
     """
+    prefix = locate_layers(model).prefix
     model.config.get_text_config().num_hidden_layers = depth
     with torch.device("meta"):
         shapes = quiet_transformers().AutoModelForCausalLM.from_config(
             model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
         )
-    decoder = find_decoder_layers(shapes)
-    computed = dict(model.get_submodule(decoder.prefix)[0].named_buffers())
-    for index, layer in enumerate(decoder.layers):
-        stored = layer.state_dict()
-        for buffer in [name for name, _ in layer.named_buffers() if name not in stored]:
-            if buffer not in computed:
-                raise UserError(
-                    f"{type(model).__name__} cannot be read layer by layer: layer {index} has a "
-                    f"non-persistent buffer {buffer} that layer 0 lacks"
-                )
-            owner, _, own = buffer.rpartition(".")
-            layer.get_submodule(owner).register_buffer(own, computed[buffer], persistent=False)
-    parent, _, name = decoder.prefix.rpartition(".")
-    setattr(model.get_submodule(parent), name, decoder.layers.eval())
-    return decoder
+    layers = shapes.get_submodule(prefix).eval()
+    _compute_buffers(shapes, layers)
+    parent, _, name = prefix.rpartition(".")
+    setattr(model.get_submodule(parent), name, layers)
+    compute_tables(model)
+    return find_decoder_layers(model)
+
+
+def _compute_buffers(model: Any, layers: Any) -> None:
+    """Fill the non-persistent buffers of layers on the meta device, as ``from_pretrained`` would."""
+    stored = layers.state_dict()
+    for name, buffer in [(name, buffer) for name, buffer in layers.named_buffers() if name not in stored]:
+        owner, _, own = name.rpartition(".")
+        empty = torch.empty_like(buffer, device=HOST)
+        layers.get_submodule(owner).register_buffer(own, empty, persistent=False)
+    for module in layers.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def _reader(folder: Path, files: dict[str, str]) -> Reader:

@@ -51,6 +51,19 @@ class CodedMatrix:
         return self.original.nbytes - sum(tensor.nbytes for tensor in self.parts.values())
 
 
+def has_own_head(model: Any) -> bool:
+    """Whether a model has an LM head with other weights than its embedding, whatever its config says."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and head.weight is not embedding.weight
+
+
+def correct_config(model: Any) -> None:
+    """Make the config of a model whose LM head is its own say so, or transformers may tie it."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False) and has_own_head(model):
+            config.tie_word_embeddings = False
+
+
 def round_embeddings(model: Any) -> dict[str, CodedMatrix]:
     """Round a model's embedding to 8 bits, and its LM head unless the two are tied.
 
@@ -65,9 +78,7 @@ def round_embeddings(model: Any) -> dict[str, CodedMatrix]:
         By module name.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    found = [embedding]
-    if head is not None and head.weight is not embedding.weight:
-        found.append(head)
+    found = [embedding, head] if has_own_head(model) else [embedding]
     names = {id(module): name for name, module in model.named_modules()}
     coded = {}
     for module in found:

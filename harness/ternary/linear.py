@@ -52,7 +52,7 @@ class TernaryLinear(nn.Module):
     scale: torch.Tensor
     shift: torch.Tensor
     weight: torch.Tensor | None
-    bias: torch.Tensor | None
+    bias: nn.Parameter | None
     permutation: torch.Tensor | None
     row_factor: torch.Tensor | None
     scale_factor: torch.Tensor | None
@@ -112,6 +112,13 @@ class TernaryLinear(nn.Module):
     def dequantize(self) -> torch.Tensor:
         """Compute the (n, m) weights, columns in original order, in the dtype used during calibration."""
         return self.matrix().dequantize(self.block_size, self.weight_dtype)
+
+    def plain(self) -> nn.Linear:
+        """Make an ``nn.Linear`` with the dense weights and the bias of this layer."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantize() if self.weight is None else self.weight)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
 
     def keep_dense(self, keep: bool) -> None:
         """Keep dense weights beside the stored tensors (faster), or drop them (smaller)."""

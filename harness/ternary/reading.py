@@ -13,7 +13,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.files import read_json
-from harness.models.folder import SINGLE, read_index
+from harness.models.folder import INDEX, SINGLE, read_index
 from harness.models.original import quiet_transformers
 from harness.ternary.format import PACKED, require_base3
 from harness.ternary.linear import TernaryLinear
@@ -23,13 +23,13 @@ from reference.types import CODE_LIMIT
 _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
-def verify(folder: Path, model: nn.Module) -> None:
+def verify(files: list[Path], model: nn.Module) -> None:
     """Check that the tensors of a checkpoint are those that a model with `TernaryLinear` layers needs.
 
     Parameters
     ----------
-    folder : Path
-        The checkpoint.
+    files : list of Path
+        The shards of the checkpoint, all in one folder.
     model : nn.Module
         The model, on any device; only shapes and dtypes of its tensors are used.
 
@@ -39,9 +39,9 @@ def verify(folder: Path, model: nn.Module) -> None:
         If a tensor is missing, unknown, damaged, or of the wrong shape or dtype; the message names it.
     """
     ternary = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
-    expected = model.state_dict()
+    expected, folder = model.state_dict(), files[0].parent
     seen = set()
-    for name, tensor in tensors_of(folder):
+    for name, tensor in _tensors_in(files):
         module, _, part = name.rpartition(".")
         if module in ternary and part == "weight":
             raise UserError(f"{folder} holds {name} both dense and packed; quantize the model again")
@@ -92,6 +92,12 @@ def weight_map(folder: Path) -> dict[str, str]:
     if (folder / SINGLE).is_file():  # which transformers reads before any shards
         with _opened(folder / SINGLE) as shard:
             return dict.fromkeys(shard.keys(), SINGLE)
+    variants = sorted(file.name for file in folder.glob("model.*.safetensors"))
+    if variants and not (folder / INDEX).exists():
+        raise UserError(
+            f"{folder} only holds a variant of a checkpoint, {variants[0]}; read it by from_pretrained(..., "
+            "variant=...) and save it without a variant"
+        )
     files = read_index(folder)
     for file in sorted(set(files.values())):
         listed = {name for name, where in files.items() if where == file}
@@ -105,9 +111,12 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterate over the tensors of a checkpoint, with their names."""
-    files = weight_map(folder)
-    for file in sorted(set(files.values())):
-        with _opened(folder / file) as shard:
+    return _tensors_in([folder / file for file in sorted(set(weight_map(folder).values()))])
+
+
+def _tensors_in(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in files:
+        with _opened(file) as shard:
             for name in sorted(shard.keys()):
                 yield name, shard.get_tensor(name)
 

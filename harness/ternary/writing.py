@@ -30,6 +30,7 @@ from harness.models.folder import (
     staged,
 )
 from harness.models.original import Original
+from harness.ternary.embedding import correct_config
 from harness.ternary.format import QUANT_METHOD, packed_tensors
 from reference.packing import FORMAT_VERSION
 from reference.types import TernaryConfig, TernaryMatrix
@@ -153,6 +154,7 @@ class CheckpointWriter:
                 write_json(self.folder / GENERATION, original.model.generation_config.to_dict())
             save_code(original.model, original.model.config, self.folder)
             write_json(self.folder / REPORT, report)
+            correct_config(original.model)
             config = original.model.config.to_dict()
             config["architectures"] = [type(original.model).__name__]
             config["quantization_config"] = {

@@ -126,6 +126,43 @@ def test_what_is_saved_is_what_was_stored(ternarized: Path, tmp_path: Path) -> N
     assert torch.equal(again(PROMPT).logits, harness.load(ternarized)(PROMPT).logits)
 
 
+def test_a_checkpoint_is_saved_over_itself(damaged: Path) -> None:
+    """From many files into one, whose index transformers leaves behind, and from that file into itself."""
+    expected = harness.load(damaged)(PROMPT).logits
+    for _ in range(2):
+        harness.load(damaged).save_pretrained(damaged)
+        assert (damaged / "model.safetensors").exists()
+        assert (damaged / INDEX).exists()
+        for model in (harness.load(damaged), AutoModelForCausalLM.from_pretrained(damaged, dtype="auto")):
+            assert torch.equal(model(PROMPT).logits, expected)
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}])
+def test_a_variant_is_saved_and_read(shards: dict[str, str], quantized: Path, tmp_path: Path) -> None:
+    """Alone in a folder, and beside a checkpoint."""
+    model = harness.load(quantized)
+    beside = shutil.copytree(quantized, tmp_path / "beside")
+    for folder in (tmp_path / "alone", beside):
+        model.save_pretrained(folder, variant="fp16", **shards)
+        again = AutoModelForCausalLM.from_pretrained(folder, variant="fp16", dtype="auto")
+        assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
+    assert torch.equal(harness.load(beside)(PROMPT).logits, model(PROMPT).logits)
+    with pytest.raises(
+        UserError, match=r"only holds a variant of a checkpoint, model\.fp16.*safetensors; read"
+    ):
+        harness.load(tmp_path / "alone")
+
+
+def test_a_damaged_variant_is_refused_by_name(quantized: Path, tmp_path: Path) -> None:
+    harness.load(quantized).save_pretrained(tmp_path, variant="fp16")
+    file = tmp_path / "model.fp16.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.trits"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.trits is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, variant="fp16")
+
+
 def test_saved_in_another_dtype_weights_are_still_those_that_calibration_saw(
     ternarized: Path, tmp_path: Path
 ) -> None:
@@ -191,7 +228,8 @@ def test_greedy_generation_is_that_of_the_dequantized_model(ternarized: Path) ->
     options = {"max_new_tokens": 6, "do_sample": False}
     expected = plain.generate(PROMPT, **options)
     assert torch.equal(model.generate(PROMPT, **options), expected)
-    assert torch.equal(model.generate(PROMPT, cache_implementation="static", **options), expected)
+    static = {"cache_implementation": "static", **options}
+    assert torch.equal(model.generate(PROMPT, **static), plain.generate(PROMPT, **static))
     assert torch.equal(copy.deepcopy(model).generate(PROMPT, **options), expected)
 
 

@@ -42,23 +42,49 @@ CONFIGS: dict[str, Any] = {
     "opt": lambda: transformers.OPTConfig(
         **_COMMON, ffn_dim=INNER, word_embed_proj_dim=WIDTH, max_position_embeddings=128
     ),
+    # Attention with tables that no file holds: positions, and masks that differ from layer to layer.
+    "codegen": lambda: transformers.CodeGenConfig(
+        **_COMMON, n_inner=INNER, n_positions=128, rotary_dim=16, tie_word_embeddings=False
+    ),
+    "gptj": lambda: transformers.GPTJConfig(
+        **_COMMON, n_inner=INNER, n_positions=128, rotary_dim=16, tie_word_embeddings=False
+    ),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **{key: value for key, value in _COMMON.items() if key != "num_attention_heads"},
+        num_heads=4,
+        intermediate_size=INNER,
+        max_position_embeddings=128,
+        attention_types=[[["global", "local"], 1], [["local"], 1]],
+        window_size=8,
+    ),
 }
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.bfloat16, ternary: bool = True) -> Any:
     """A random model of one architecture; with `ternary`, every decoder matrix on a grid of its rows."""
+    computed = tables(CONFIGS[kind]())
     torch.manual_seed(0)
     # Not .to(dtype), which would round the rotary tables as well.
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype).eval()
     with torch.no_grad():
+        for name, table in computed.items():
+            model.get_buffer(name).copy_(table)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                if ternary and "layers." in name:
+                if ternary and name != "lm_head":
                     module.weight.copy_(on_grid(*module.weight.shape))
                 if module.bias is not None:
                     # OPT's ReLU would leave some inputs of fc2 dead, whose weights count as 0.
                     module.bias.normal_(mean=2.0 if name.endswith("fc1") else 0.0, std=0.1)
     return model
+
+
+def tables(config: Any) -> dict[str, torch.Tensor]:
+    """The buffers of a model of `config`, as computed in float32.
+
+    transformers computes them so when it loads a model of another dtype, but not when it makes one.
+    """
+    return dict(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).named_buffers())
 
 
 def on_grid(rows: int, columns: int) -> torch.Tensor:

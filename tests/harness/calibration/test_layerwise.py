@@ -20,6 +20,7 @@ from harness.models.decoder import find_decoder_layers
 from tests.harness import tiny
 
 ARCHITECTURES = sorted(tiny.CONFIGS)
+RETURN_TUPLES = {"bloom", "codegen", "gpt_neo", "gptj"}
 
 
 def windows(count: int = 3, seqlen: int = 24) -> torch.Tensor:
@@ -32,7 +33,7 @@ def keep(W: np.ndarray, C: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, "bloom"])
 def test_layers_run_one_by_one_give_what_the_whole_model_gives(kind: str) -> None:
-    if kind == "bloom":  # whose layers return a tuple, and take a mask by position
+    if kind == "bloom":  # whose layers take a mask by position
         config = transformers.BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=64, n_layer=3, n_head=4)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
     else:
@@ -49,7 +50,7 @@ def test_layers_run_one_by_one_give_what_the_whole_model_gives(kind: str) -> Non
     passage = capture_inputs(model, decoder, windows())
     for _ in fit_layers(passage, keep):
         pass
-    assert (passage.calls[0].extra is not None) == (kind == "bloom")
+    assert (passage.calls[0].extra is not None) == (kind in RETURN_TUPLES)
     for states, wanted, window in zip(passage.hidden, expected, windows(), strict=True):
         with torch.no_grad():
             logits = model(window[None], use_cache=False).logits
@@ -284,3 +285,27 @@ def whole_model_gram(model: Any, linear: torch.nn.Linear) -> np.ndarray:
     handle.remove()
     X = torch.cat(rows).numpy()
     return X.T @ X
+
+
+def test_several_vectors_a_token_are_refused() -> None:
+    """As in Gemma 3n, whose layers predict and correct several versions of the hidden states."""
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=tiny.VOCABULARY,
+        vocab_size_per_layer_input=tiny.VOCABULARY,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=[32, 32],
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(
+        UserError, match=r"hidden states of shape \(4, 1, 24, 32\) through its decoder layers"
+    ):
+        capture_inputs(model, find_decoder_layers(model), windows())
