@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import platform
@@ -96,6 +97,10 @@ class Text:
     stream: str
     protocol: str
     windows: int | None = None  # the protocol evaluates only the first windows; None for all
+
+    def checksum(self) -> str:
+        """SHA-256 of the stream."""
+        return hashlib.sha256(self.stream.encode()).hexdigest()
 
 
 def read_text(source: str, use: str, column: str | None = None) -> Text:

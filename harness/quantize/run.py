@@ -64,7 +64,7 @@ def quantize(options: Options, say: Say = say_on_stdout, say_result: Say | None 
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
     take_all_windows(ready, say)
-    record = Record.of(options, ready, calibration_text, sink.computed(ready))
+    record = Record.of(options, ready, calibration_text, evaluation_text, sink.computed(ready, say))
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
     record.spent("load", began)

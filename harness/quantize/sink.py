@@ -21,6 +21,7 @@ from harness.calibration.methods import FitError, Method, baseline, baseline_bit
 from harness.errors import UserError
 from harness.hf import load
 from harness.models.folder import WEIGHT_FILES, require_free, require_space, require_vacant, unfinished
+from harness.models.identity import identify
 from harness.models.original import Original
 from harness.progress import Say
 from harness.quantize.estimate import Plan
@@ -68,8 +69,8 @@ class Sink(ABC):
         """Return the lines that print the estimate."""
 
     @abstractmethod
-    def computed(self, ready: Ready) -> dict[str, Any]:
-        """Return the record's entries for backend, settings, plan and bits per weight."""
+    def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
+        """Return the record's entries for the original, backend, settings, plan and bits per weight."""
 
     @abstractmethod
     def method(self, ready: Ready) -> Method:
@@ -136,8 +137,9 @@ class CheckpointSink(Sink):
     def plan_lines(self, ready: Ready) -> list[str]:
         return ready.plan.lines()
 
-    def computed(self, ready: Ready) -> dict[str, Any]:
+    def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
         return {
+            "original": identify(self.options.model, say),
             "backend": ready.backend.name,
             "config": asdict(self.options.config),
             "plan": asdict(ready.plan),
@@ -241,9 +243,10 @@ class BaselineSink(Sink):
     def plan_lines(self, ready: Ready) -> list[str]:
         return []
 
-    def computed(self, ready: Ready) -> dict[str, Any]:
+    def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
         config = self.options.config
         return {
+            "original": None,
             "backend": self.fitted_by(ready.backend),
             "config": {"block_size": config.block_size, "damping": config.damping},
             "plan": None,

@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from harness.errors import UserError
-from harness.models.folder import SINGLE, read_index
-from harness.models.original import quiet_transformers
+from harness.models.folder import SINGLE, read_index, require_no_pointer
 from harness.ternary.format import PACKED, require_base3
 from harness.ternary.linear import TernaryLinear
 from reference.types import CODE_LIMIT
@@ -60,16 +59,6 @@ def verify(folder: Path, model: nn.Module) -> None:
             raise UserError(f"the tensor {name} is missing" if packed else f"{folder} lacks {name}")
 
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer saved with a checkpoint; code shipped with it runs only if trusted."""
-    transformers = quiet_transformers()
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"the tokenizer in {path} cannot be read: {error}") from None
-
-
 def weight_map(folder: Path) -> dict[str, str]:
     """Map every tensor name to its file, and check the files against the index.
 
@@ -103,6 +92,7 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    require_no_pointer(file)
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard

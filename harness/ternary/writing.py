@@ -154,6 +154,7 @@ class CheckpointWriter:
             save_code(original.model, original.model.config, self.folder)
             write_json(self.folder / REPORT, report)
             config = original.model.config.to_dict()
+            config.pop("_name_or_path", None)  # a place on this machine; transformers drops it too
             config["architectures"] = [type(original.model).__name__]
             config["quantization_config"] = {
                 "quant_method": QUANT_METHOD,
