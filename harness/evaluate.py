@@ -7,7 +7,15 @@ from dataclasses import asdict
 
 from harness import text
 from harness.calibration.capture import require_causal
-from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, positive, run, window_length
+from harness.cli import (
+    HelpFormatter,
+    add_trust_remote_code,
+    add_verbose,
+    model_name,
+    positive,
+    run,
+    window_length,
+)
 from harness.compute import Compute, default_compute
 from harness.errors import UserError
 from harness.files import json_text
@@ -36,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m harness.evaluate", description=DESCRIPTION, formatter_class=HelpFormatter
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"a ternary checkpoint; or {MODEL_HELP}")
+    what = f"a ternary checkpoint; or {MODEL_HELP}"
+    parser.add_argument("model", nargs="?", type=model_name, metavar="MODEL", help=what)
     parser.add_argument("--data", required=True, metavar="TEXT", help=text.SOURCES_HELP)
     parser.add_argument(
         "--text-column", metavar="NAME", help="field to read from .jsonl, .csv, .parquet and .arrow rows"

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.calibration.methods import BASELINES, FitError
 from harness.errors import UserError
-from harness.progress import say_on_stderr
+from harness.progress import Say, say_on_stderr, say_on_stdout
 from harness.quantize.options import NO_EVALUATION, PT2_LLM, Options
 from harness.quantize.run import quantize
 from reference.types import TernaryConfig
@@ -75,7 +75,7 @@ def compare_methods(
     options: Options,
     methods: list[str],
     save: Callable[[dict[str, Any]], None],
-    say: Callable[[str], None] = print,
+    say: Say = say_on_stdout,
 ) -> dict[str, dict[str, Any]]:
     """Measure perplexity and mean relative output error of every method, with everything else equal.
 
@@ -116,6 +116,6 @@ def compare_methods(
                     "perplexity": record["perplexity"]["after"]["value"],
                     "mean_relative_output_error": record["mean_relative_output_error"],
                 }
-            say(f"  {results[method.words]}")
             save(results)
+            say(f"  {results[method.words]}")
     return results

@@ -85,10 +85,12 @@ def quantize(options: Options, say: Say = say_on_stdout, say_result: Say | None 
     del ready  # the original and the quantized model need not fit in memory together
     measure("after", sink.quantized(say))
     record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
-    for line in result_lines(sink, record):
-        (say_result or say)(line)
-    if options.out is not None:
-        write_report(options.out, sink, record)
+    try:
+        if options.out is not None:
+            write_report(options.out, sink, record)
+    finally:
+        for line in result_lines(sink, record):
+            (say_result or say)(line)
     return record.to_json()
 
 
