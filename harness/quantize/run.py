@@ -25,6 +25,10 @@ from harness.quantize.resume import continue_from
 from harness.quantize.sink import Sink, sink_for
 from harness.ternary.embedding import unrounded
 from harness.text import Text
+from reference.types import TernaryConfig
+
+# Warn of a matrix if alpha is too small in more than this share of the blocks of its rows.
+LOST_SHARE = 0.01
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
 
@@ -144,7 +148,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
                 del layer  # free its float64 matrices before those of the next are allocated
             sink.note(record)
             bar.update(record.done - bar.n)
-            for line in layer_lines(record.layers[-1], count, options.config.damping):
+            for line in layer_lines(record.layers[-1], count, options.config):
                 say(line)
     record.mean_relative_output_error = mean_layer_error(record.layers)
 
@@ -169,15 +173,22 @@ def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
             step()
 
 
-def layer_lines(row: dict[str, Any], count: int, damping: float) -> list[str]:
-    """Format the figures of a finished layer, and a warning for each matrix that needed more damping."""
+def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[str]:
+    """Format the figures of a finished layer, and warnings: more damping, alpha too small for its type."""
     lines = [
         f"layer {row['layer'] + 1:3d}/{count}  {len(row['matrices'])} matrices  "
         f"relative output error {row['relative_output_error']:.4f}  {sum(row['seconds'].values()):.1f} s"
     ]
     for matrix in row["matrices"]:
-        if matrix.get("damping", 0.0) > damping:
+        if matrix.get("damping", 0.0) > config.damping:
             lines.append(f"  warning: {matrix['name']}: damping raised to {matrix['damping']:g}")
+        if matrix.get("lost_blocks", 0.0) > LOST_SHARE:
+            share = f"{matrix['lost_blocks']:.0%}"
+            more = "; --grid int8 stores smaller ones" if config.grid == "float16" else ""
+            lines.append(
+                f"  warning: {matrix['name']}: alpha of {share} of its blocks is too small for "
+                f"{config.grid}, and rounds to 0 or coarsely{more}"
+            )
     return lines
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from harness.backends import Backend
+from harness.calibration.grid_range import require_in_range
 from harness.calibration.layerwise import FittedLayer
 from harness.calibration.methods import FitError, Method, baseline, baseline_bits, ternarizer
 from harness.errors import UserError
 from harness.hf import load
+from harness.models.decoder import locate_layers
 from harness.models.folder import WEIGHT_FILES, require_free, require_space, require_vacant, unfinished
 from harness.models.identity import identify
 from harness.models.original import Original
@@ -126,7 +128,7 @@ class CheckpointSink(Sink):
         return deepcopy(self._earlier)  # which the run will add to
 
     def require_original(self, original: Original) -> None:
-        """Nothing: a model on disk is read layer by layer."""
+        require_in_range(locate_layers(original.model, original.read), self.options.config)
 
     def require_space(self, plan: Plan) -> None:
         require_space(self.out, plan.packed_bytes + plan.other_bytes)
