@@ -10,7 +10,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     progress                      progress bars, or lines where there is no terminal
     backends, compute             which package fits matrices; which device runs layers
     models/                       the original model: its folder, loading, decoder layers
-    text                          calibration and evaluation text
+    text, windows                 calibration and evaluation text, and the windows cut from it
     calibration/                  from text to fitted matrices, layer by layer
     ternary/                      a ternary model in torch and on disk
     perplexity, hf                measure a model; load checkpoints in transformers

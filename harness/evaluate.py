@@ -25,6 +25,7 @@ from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
 from harness.models.original import Original
 from harness.perplexity import measure_on
+from harness.windows import AUTO, BOS_CHOICES, tokenize
 
 # Tokens to see on whether a model looks ahead.
 CAUSAL_TOKENS = 16
@@ -53,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seqlen", type=window_length, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=positive, metavar="N", help="measure only the first N windows")
     parser.add_argument(
+        "--bos",
+        choices=BOS_CHOICES,
+        default=AUTO,
+        help="which windows begin with the BOS token in place of their first token: every-window, as "
+        "llama.cpp does; as-tokenized: at most the first of a text, as the GPTQ family does; auto: every-window for "
+        "Gemma models, which break down without it, else as-tokenized",
+    )
+    parser.add_argument(
         "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="dtype to dequantize a GGUF file to"
     )
     parser.add_argument(
@@ -80,7 +89,7 @@ def main() -> int:
     )
     _require_causal(original, stream)
     compute = Compute() if arguments.cpu else default_compute()
-    result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute)
+    result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute, bos=arguments.bos)
     if arguments.json:
         print(json_text({"model": original.name, **asdict(result)}))
     else:
@@ -90,7 +99,7 @@ def main() -> int:
 
 def _require_causal(original: Original, stream: text.Text) -> None:
     """Refuse a model that sees the tokens it is to predict, if it has decoder layers to look at."""
-    window = text.tokenize(stream, original.tokenizer)[:CAUSAL_TOKENS]
+    window = tokenize(stream, original.tokenizer)[:CAUSAL_TOKENS]
     try:
         decoder = locate_layers(original.model, original.read)
     except UserError:

@@ -101,6 +101,7 @@ class Record:
             calibration={
                 "text": calibration_text.protocol,
                 "tokens": ready.tokens,
+                "bos": ready.beginning,
                 "nsamples": options.nsamples,
                 "seqlen": options.seqlen,
                 "seed": options.config.seed,

@@ -103,7 +103,8 @@ def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: T
     wanted = options.nsamples * options.seqlen
     lines = [
         f"{ready.original.name}: {options.method} on the {sink.fitted_by(ready.backend)} backend",
-        f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
+        f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}; "
+        f"{ready.beginning}",
     ]
     if ready.tokens < wanted:
         lines.append(

@@ -18,6 +18,7 @@ STOREYS = [
     {"compute"},
     {"models"},
     {"text"},
+    {"windows"},
     {"calibration", "ternary"},
     {"perplexity"},
     {"hf"},
