@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
         choices=BOS_CHOICES,
         default=AUTO,
         help="which windows begin with the BOS token in place of their first token: every-window, as "
-        "llama.cpp does; as-tokenized: at most the first of a text, as the GPTQ family does; auto: every-window for "
-        "Gemma models, which break down without it, else as-tokenized",
+        "llama.cpp does; as-tokenized: at most the first of a text, as the GPTQ family does; auto: "
+        "every-window for Gemma models, which break down without it, else as-tokenized",
     )
     parser.add_argument(
         "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="dtype to dequantize a GGUF file to"
