@@ -5,11 +5,12 @@ transformers.
 
 Reading order, bottom-up; a module imports only modules listed above it:
 
-    errors, files, cli, machine   messages, JSON, command lines, facts about this machine
+    errors, signals, streams      messages; Ctrl-C and SIGTERM; stdout and stderr
+    files, cli, machine           JSON, command lines, facts about this machine
     progress                      progress bars, or lines where there is no terminal
     backends, compute             which package fits matrices; which device runs layers
     models/                       the original model: its folder, loading, decoder layers
-    text                          calibration and evaluation text
+    text, windows                 calibration and evaluation text, and the windows cut from it
     calibration/                  from text to fitted matrices, layer by layer
     ternary/                      a ternary model in torch and on disk
     perplexity, hf                measure a model; load checkpoints in transformers
@@ -34,9 +35,16 @@ Words used throughout:
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from harness.signals import end_at_once
+
 __all__ = ["load"]
+
+# "-m" as long as Python locates the module to run: python -m harness.PROGRAM, whose imports take seconds.
+if sys.argv[:1] == ["-m"]:
+    end_at_once()
 
 
 def __getattr__(name: str) -> Any:

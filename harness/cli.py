@@ -6,18 +6,20 @@ import argparse
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.signals import WORDS, raised
+from harness.streams import discard, make_writable
 
 EXIT_MISS = 1  # a check failed
 EXIT_USAGE = 2  # unusable input; the message says why
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143  # as a shell reports a process that SIGTERM has ended
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 # The largest count that is accepted: libraries take 32-bit integers.
 LARGEST = 2**31 - 1
@@ -69,7 +71,19 @@ def path(value: str) -> Path:
     """Convert an argument that names a file or folder; refuse an empty one, which pathlib takes for "."."""
     if not value:
         raise argparse.ArgumentTypeError("is empty; is a shell variable unset?")
-    return Path(value)
+    return Path(model_name(value))
+
+
+def model_name(value: str) -> str:
+    """Refuse a name that is not Unicode, which the libraries that read and write models do not take."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(
+            f"{value!a} is not a name in {sys.getfilesystemencoding().upper()}, as this system's names "
+            "should be; rename it, or set a locale with UTF-8"
+        ) from None
+    return value
 
 
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
@@ -120,55 +134,59 @@ def _out_of_memory_message(error: Exception) -> str | None:
     return None
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM has arrived: a scheduler, a container or `kill` wants the process to end."""
-
-
-def _on_terminate(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-    raise _Terminated
-
-
 def run(main: Callable[[], int]) -> None:
     """Run a command line and exit with its status.
 
     Bad input, Ctrl-C, SIGTERM and a lack of memory (host or device) print one line instead of a stack trace.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _on_terminate) if in_main_thread else None
+    make_writable()
     # The programs print their own progress; what libraries print would bury it.
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         _set_verbosity("error")
     if not sys.warnoptions:  # python -W, PYTHONWARNINGS
         warnings.simplefilter("ignore")
-    try:
-        status = main()
-        if sys.stdout is not None:  # closed by the shell, as in >&-
+    status: Any
+    with raised() as arrived:
+        try:
+            try:
+                status = main()
+            except SystemExit as error:  # of argparse, after its help or a usage error
+                if arrived:
+                    raise
+                status = error.code
             sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = EXIT_USAGE
-    except _Terminated:
-        print("terminated", file=sys.stderr)
-        status = EXIT_TERMINATED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of the pipe (such as head) is gone; nothing more can be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = EXIT_MISS
-    except (MemoryError, RuntimeError) as error:
-        reason = _out_of_memory_message(error)
-        if reason is None:
-            raise
-        print(f"error: {reason}", file=sys.stderr)
-        status = EXIT_USAGE
-    except OSError as error:  # a path without read permission, or one that is too long
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"error: {what}", file=sys.stderr)
-        status = EXIT_USAGE
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        except BaseException as error:
+            if arrived or isinstance(error, KeyboardInterrupt):
+                status = _ended_by(arrived[0] if arrived else signal.SIGINT)
+            else:
+                status = _explain(error)
     sys.exit(status)
+
+
+def _ended_by(number: int) -> int:
+    _print_error(WORDS[signal.Signals(number)])
+    return 128 + number
+
+
+def _explain(error: BaseException) -> int:
+    """Print an error that has an explanation in one line, and return the exit status; raise any other."""
+    if isinstance(error, UserError):
+        reason: str | None = str(error)
+    elif isinstance(error, BrokenPipeError):
+        discard(sys.stdout)
+        return EXIT_MISS
+    elif isinstance(error, MemoryError | RuntimeError):
+        reason = _out_of_memory_message(error)
+    elif isinstance(error, OSError):  # a path without read permission, or one that is too long
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    else:
+        reason = None
+    if reason is None:
+        raise error
+    _print_error(f"error: {reason}")
+    return EXIT_USAGE
+
+
+def _print_error(line: str) -> None:
+    with suppress(OSError):  # whoever read stderr may be gone
+        print(line, file=sys.stderr, flush=True)

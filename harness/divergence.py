@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from harness import text
 from harness.errors import UserError
 from harness.models.original import Original, require_fits
 from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
 from harness.progress import Progress, Say, say_on_stderr
+from harness.text import Text
+from harness.windows import AUTO, bos_of, evaluation_windows, tokenize
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ def divergence(
 def divergence_on(
     original: Original,
     quantized: Original,
-    stream: text.Text,
+    stream: Text,
     seqlen: int,
     windows: int | None,
     say: Say = say_on_stderr,
+    bos: str = AUTO,
 ) -> Divergence:
     """Measure the divergence on a text, on the windows that perplexity is measured on.
 
@@ -104,10 +106,11 @@ def divergence_on(
         raise UserError(
             f"{quantized.name} has {sizes[1]} tokens, {original.name} has {sizes[0]}: it is not its original"
         )
-    tokens = text.tokenize(stream, original.tokenizer)
+    tokens = tokenize(stream, original.tokenizer)
     for model in (original.model, quantized.model):
         require_fits(model, tokens, seqlen)
     limit = min(filter(None, (windows, stream.windows)), default=None)
-    chosen = text.evaluation_windows(tokens, seqlen, limit)
+    first = bos_of(original.model, original.tokenizer, bos)
+    chosen = evaluation_windows(tokens, seqlen, limit, first)
     with Progress("divergence from the original", len(chosen), "window", say) as step:
         return divergence(original.model, quantized.model, chosen, step)

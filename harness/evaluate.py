@@ -7,7 +7,15 @@ from dataclasses import asdict
 
 from harness import text
 from harness.calibration.capture import require_causal
-from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, positive, run, window_length
+from harness.cli import (
+    HelpFormatter,
+    add_trust_remote_code,
+    add_verbose,
+    model_name,
+    positive,
+    run,
+    window_length,
+)
 from harness.compute import Compute, default_compute
 from harness.divergence import divergence_on
 from harness.errors import UserError
@@ -18,6 +26,7 @@ from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP, load_original
 from harness.models.original import Original
 from harness.perplexity import measure_on
+from harness.windows import AUTO, BOS_CHOICES, tokenize
 
 # Tokens to see on whether a model looks ahead.
 CAUSAL_TOKENS = 16
@@ -37,13 +46,22 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m harness.evaluate", description=DESCRIPTION, formatter_class=HelpFormatter
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"a ternary checkpoint; or {MODEL_HELP}")
+    what = f"a ternary checkpoint; or {MODEL_HELP}"
+    parser.add_argument("model", nargs="?", type=model_name, metavar="MODEL", help=what)
     parser.add_argument("--data", required=True, metavar="TEXT", help=text.SOURCES_HELP)
     parser.add_argument(
         "--text-column", metavar="NAME", help="field to read from .jsonl, .csv, .parquet and .arrow rows"
     )
     parser.add_argument("--seqlen", type=window_length, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=positive, metavar="N", help="measure only the first N windows")
+    parser.add_argument(
+        "--bos",
+        choices=BOS_CHOICES,
+        default=AUTO,
+        help="which windows begin with the BOS token in place of their first token: every-window, as "
+        "llama.cpp does; as-tokenized: at most the first of a text, as the GPTQ family does; auto: "
+        "every-window for Gemma models, which break down without it, else as-tokenized",
+    )
     parser.add_argument(
         "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="dtype to dequantize a GGUF file to"
     )
@@ -78,11 +96,13 @@ def main() -> int:
     )
     _require_causal(original, stream)
     compute = Compute() if arguments.cpu else default_compute()
-    result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute)
+    result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute, bos=arguments.bos)
     compared = None
     if arguments.original is not None:
         other = load_original(arguments.original, arguments.gguf_dtype, arguments.trust_remote_code)
-        compared = divergence_on(other, original, stream, arguments.seqlen, arguments.windows)
+        compared = divergence_on(
+            other, original, stream, arguments.seqlen, arguments.windows, bos=arguments.bos
+        )
     if arguments.json:
         found = {} if compared is None else {"divergence": {"original": other.name, **asdict(compared)}}
         print(json_text({"model": original.name, **asdict(result), **found}))
@@ -99,7 +119,7 @@ def main() -> int:
 
 def _require_causal(original: Original, stream: text.Text) -> None:
     """Refuse a model that sees the tokens it is to predict, if it has decoder layers to look at."""
-    window = text.tokenize(stream, original.tokenizer)[:CAUSAL_TOKENS]
+    window = tokenize(stream, original.tokenizer)[:CAUSAL_TOKENS]
     try:
         decoder = locate_layers(original.model, original.read)
     except UserError:

@@ -12,7 +12,10 @@ from harness.errors import UserError
 
 
 def json_text(value: Any) -> str:
-    """Serialize to standard JSON; non-finite numbers become the strings "nan", "inf" and "-inf"."""
+    """Serialize to standard JSON; non-finite numbers become the strings "nan", "inf" and "-inf".
+
+    Lone surrogates, as in file names that are not Unicode, are escaped; the rest is as it is.
+    """
 
     def plain(item: Any) -> Any:
         if isinstance(item, dict):
@@ -23,7 +26,8 @@ def json_text(value: Any) -> str:
             return str(item)
         return str(item) if isinstance(item, float) and not math.isfinite(item) else item
 
-    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace").decode()  # JSON has the same escapes
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, positive, run
+from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, model_name, positive, run
 from harness.compute import default_compute
 from harness.errors import UserError
 from harness.hf import open_model
@@ -146,7 +146,8 @@ def main() -> int:
         prog="python -m harness.generate", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("model", nargs="?", metavar="PATH", help=f"a ternary checkpoint; or {MODEL_HELP}")
+    what = f"a ternary checkpoint; or {MODEL_HELP}"
+    add("model", nargs="?", type=model_name, metavar="PATH", help=what)
     add("--prompt", required=True, metavar="TEXT", help="text to continue")
     add("--chat", action="store_true", help="pass the prompt as a user message, through the chat template")
     add("--tokens", type=positive, default=64, metavar="N", help="maximum number of new tokens")

@@ -15,6 +15,7 @@ from harness.cli import EXIT_MISS, HelpFormatter, run
 from harness.errors import UserError
 from harness.machine import duration
 from harness.models.gguf import EMBEDDED_PACKAGE
+from harness.progress import say_on_stdout
 
 RECORD = "golden/gpu-verified.json"
 FULL_SIZE = "tests/gpu/test_full_size.py"
@@ -135,7 +136,7 @@ def run_parts(commands: dict[str, list[str]]) -> int:
     """Run the commands in turn; return 0 if every command that could run passed, else `EXIT_MISS`."""
     outcomes = []
     for part, command in commands.items():
-        print(f"== {part}: {' '.join(command)}", flush=True)
+        say_on_stdout(f"== {part}: {' '.join(command)}")
         if missing := _missing_requirement(command):
             outcomes.append((part, 0, f"not run: {missing} is not installed"))
             continue
@@ -145,7 +146,7 @@ def run_parts(commands: dict[str, list[str]]) -> int:
         outcome = "passed" if code == 0 else f"FAILED with exit code {code}"
         outcomes.append((part, code, f"{outcome} in {duration(time.perf_counter() - begin)}"))
     for part, _, outcome in outcomes:
-        print(f"{part:14} {outcome}")
+        say_on_stdout(f"{part:14} {outcome}")
     return EXIT_MISS if any(code for _, code, _ in outcomes) else 0
 
 

@@ -26,11 +26,12 @@ from harness.models.folder import CONFIG, GENERATION, read_config
 from harness.models.loading import load_original
 from harness.models.original import Original, quiet_transformers, require_complete
 from harness.models.tables import compute_tables
+from harness.models.tokenizer import load_tokenizer
 from harness.ternary.embedding import correct_config, expect_codes, kept_codes, take_codes
 from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, stored_layers
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
-from harness.ternary.reading import load_tokenizer, verify, weight_map
+from harness.ternary.reading import verify, weight_map
 from reference.packing import FORMAT_VERSION
 
 # Allowed types of a model's weights.
@@ -333,8 +334,8 @@ def open_model(
     """
     path = Path(source) if source else None  # `load_original` refuses an empty name
     if path is not None and is_ternary(path):
-        model = load(path, device, dense, trust_remote_code)
-        return Original(model, load_tokenizer(path, trust_remote_code), str(path))
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        return Original(load(path, device, dense, trust_remote_code), tokenizer, str(path))
     if dense is False:
         raise UserError(f"{source or 'the embedded model'} is not a ternary checkpoint; drop --packed")
     return load_original(source, gguf_dtype, trust_remote_code)

@@ -67,7 +67,11 @@ def machine() -> dict[str, Any]:
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line
+            for line in cpuinfo.read_text("utf-8", "replace").splitlines()
+            if line.startswith("model name")
+        ]
         name = models[0].partition(":")[2].strip() if models else name
     return {"cpu": name, "memory_gb": round(host_memory() / 1e9, 1), **environment()}
 

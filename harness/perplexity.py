@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from harness import text
 from harness.calibration.capture import capture_inputs, logits_after
 from harness.calibration.passage import brought
 from harness.compute import HOST, Compute, dtype_name
 from harness.models.decoder import DecoderLayers, locate_layers
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say, say_on_stderr
+from harness.text import Text
+from harness.windows import AUTO, beginning, bos_of, evaluation_windows, tokenize
 
 # Rows of logits converted to float32 at a time, to bound memory with large vocabularies.
 LOGIT_ROWS = 256
@@ -123,17 +124,18 @@ def measure_by_layers(
 
 def measure_on(
     original: Original,
-    stream: text.Text,
+    stream: Text,
     seqlen: int,
     windows: int | None,
     compute: Compute,
     what: str = "perplexity",
     say: Say = say_on_stderr,
+    bos: str = AUTO,
 ) -> Perplexity:
     """Measure the perplexity of a model on a text by the text's protocol, with a progress bar.
 
     A model that fits on the device is moved there and back. Otherwise, or if its decoder layers are on
-    disk, it runs one decoder layer at a time.
+    disk, it runs one decoder layer at a time. `bos` is the choice of `harness.windows.bos_of`.
 
     Raises
     ------
@@ -141,11 +143,13 @@ def measure_on(
         If the text is shorter than one window, or a window is longer than the model's context.
     """
     model = original.model
-    tokens = text.tokenize(stream, original.tokenizer)
+    tokens = tokenize(stream, original.tokenizer)
     require_fits(model, tokens, seqlen)
     limit = min(filter(None, (windows, stream.windows)), default=None)
-    chosen = text.evaluation_windows(tokens, seqlen, limit)
-    arguments = (chosen, len(tokens), stream.protocol)
+    first = bos_of(model, original.tokenizer, bos)
+    chosen = evaluation_windows(tokens, seqlen, limit, first)
+    source = f"{stream.protocol}; {beginning(tokens, original.tokenizer, first)}"
+    arguments = (chosen, len(tokens), source)
     if original.read is not None or not compute.holds(model, seqlen):
         decoder = locate_layers(model, original.read)
         with Progress(what, len(decoder.layers), "layer", say) as step:

@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
 from harness.machine import duration
+from harness.streams import discard
 
 Say = Callable[[str], object]
 
@@ -18,17 +20,22 @@ SHORT, BETWEEN_LINES = 5.0, 60.0
 
 
 def say_on_stdout(line: str) -> None:
-    """Print a line to stdout above any bar, and flush it: a pipe would buffer it."""
-    tqdm.write(line)
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    """Print a line to stdout above any bar."""
+    _say(line, sys.stdout)
 
 
 def say_on_stderr(line: str) -> None:
     """Print a line to stderr above any bar, where stdout carries machine-readable output."""
-    tqdm.write(line, file=sys.stderr)
-    if sys.stderr is not None:
-        sys.stderr.flush()
+    _say(line, sys.stderr)
+
+
+def _say(line: str, stream: Any) -> None:
+    """Print a line and flush it, as a pipe would buffer it. If that fails, long work goes on unread."""
+    try:
+        tqdm.write(line, file=stream)
+        stream.flush()
+    except OSError:
+        discard(stream)
 
 
 class Progress:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import platform
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from harness.errors import UserError
 from harness.models.original import is_verbose
@@ -97,6 +95,10 @@ class Text:
     protocol: str
     windows: int | None = None  # the protocol evaluates only the first windows; None for all
 
+    def checksum(self) -> str:
+        """SHA-256 of the stream."""
+        return hashlib.sha256(self.stream.encode()).hexdigest()
+
 
 def read_text(source: str, use: str, column: str | None = None) -> Text:
     """Read text by name or from a file.
@@ -160,47 +162,6 @@ def require_unicode(text: str, source: str) -> None:
         raise UserError(
             f"{source} is not valid Unicode: character {error.start} is {code}, a lone surrogate"
         ) from None
-
-
-def tokenize(text: Text, tokenizer: Any) -> torch.Tensor:
-    """Tokenize the whole stream, (tokens,), with the special tokens that the tokenizer adds."""
-    return tokenizer(text.stream, return_tensors="pt", verbose=False).input_ids[0]
-
-
-def calibration_windows(tokens: torch.Tensor, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-    """Draw windows at random starts, (nsamples, seqlen), as the GPTQ family does.
-
-    Raises
-    ------
-    UserError
-        If there are fewer than seqlen + 1 tokens.
-    """
-    if len(tokens) < seqlen + 1:
-        raise UserError(
-            f"the calibration text has {len(tokens)} tokens, but windows of {seqlen} need at least "
-            f"{seqlen + 1}; use more text or a smaller --seqlen"
-        )
-    generator = random.Random(seed)
-    starts = [generator.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
-    return torch.stack([tokens[s : s + seqlen] for s in starts])
-
-
-def evaluation_windows(tokens: torch.Tensor, seqlen: int, limit: int | None) -> torch.Tensor:
-    """Cut consecutive windows that do not overlap, (windows, seqlen); drop the remainder.
-
-    Raises
-    ------
-    UserError
-        If there are fewer than seqlen tokens.
-    """
-    count = len(tokens) // seqlen
-    if count == 0:
-        raise UserError(
-            f"the evaluation text has {len(tokens)} tokens, less than one window of {seqlen}; "
-            "use more text or shorter windows"
-        )
-    count = min(count, limit) if limit else count
-    return tokens[: count * seqlen].reshape(count, seqlen)
 
 
 def _builtin(use: str) -> Text:

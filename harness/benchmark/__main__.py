@@ -22,11 +22,12 @@ from harness.benchmark.methods import METHODS, compare_methods, summarize
 from harness.benchmark.products import product_speed
 from harness.benchmark.quantization import Scale, quantize_shape
 from harness.benchmark.shapes import SHAPES
-from harness.cli import HelpFormatter, add_verbose, path, positive, run, window_length
+from harness.cli import HelpFormatter, add_verbose, model_name, path, positive, run, window_length
 from harness.compute import compute_for, default_compute
 from harness.errors import UserError
 from harness.files import json_text, write_json
 from harness.machine import machine
+from harness.progress import say_on_stdout
 from harness.quantize.options import NO_EVALUATION, Options
 from harness.quantize.run import quantize
 
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     defaults = Options()
     sub = kind("run", "time every stage of a quantization, and two plain forward passes of the same tokens")
     model = sub.add_mutually_exclusive_group()
-    model.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
+    model.add_argument("--model", type=model_name, metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
     sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="calibration windows")
     sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens per window")
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     sub = kind("methods", "compare the paper's ablations and 2-bit baselines on the same text")
     listed = "\n".join(f"  {key:16} {method.words}" for key, method in METHODS.items())
     sub.epilog = f"methods, and their names in the results:\n{listed}"
-    sub.add_argument("--model", metavar="MODEL", help="as for harness.quantize")
+    sub.add_argument("--model", type=model_name, metavar="MODEL", help="as for harness.quantize")
     sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
     sub.add_argument("--eval", nargs="+", default=[text.BUILTIN], metavar="TEXT", help="texts to measure on")
     sub.add_argument("--text-column", metavar="NAME", help="as for harness.quantize")
@@ -177,7 +178,7 @@ def main() -> int:
         )
         results = compare_methods(options, arguments.only or list(METHODS), arguments.eval, save)
     save(results)
-    print(json_text(results))
+    say_on_stdout(json_text(results))
     if arguments.kind in ("methods", "matmul", "generate") and arguments.file is not None:
         figures.draw_beside(arguments.file)
     return 0
@@ -204,7 +205,7 @@ def _quantize_shapes(
 ) -> dict[str, dict[str, Any]]:
     backend = load_backend(arguments.backend)
     if backend.note:
-        print(backend.note)
+        say_on_stdout(backend.note)
     limit = arguments.device_memory
     compute = compute_for(backend, None if limit is None else limit * 10**9)
     results: dict[str, dict[str, Any]] = {}

@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.models.loading import load_original
 from harness.models.original import Original
 from harness.perplexity import measure_on
-from harness.progress import say_on_stderr
+from harness.progress import Say, say_on_stderr, say_on_stdout
 from harness.quantize.options import NO_EVALUATION, OUTPUTS, PT2_LLM, STREAM, WEIGHTS, Options
 from harness.quantize.run import quantize
 from reference.types import BEST, TernaryConfig
@@ -127,7 +127,7 @@ def compare_methods(
     methods: list[str],
     texts: list[str],
     save: Callable[[dict[str, Any]], None],
-    say: Callable[[str], None] = print,
+    say: Say = say_on_stdout,
 ) -> dict[str, dict[str, Any]]:
     """Measure every method on every text, with everything else equal.
 
@@ -204,8 +204,8 @@ def compare_methods(
                     "seconds_of_layers": round(record["seconds"]["layers"], 1),
                     "texts": on_texts,
                 }
-            say(f"  {results[method.words]}")
             save(results)
+            say(f"  {results[method.words]}")
     return results
 
 

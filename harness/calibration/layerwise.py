@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+from harness.calibration.grid_range import lost_share
 from harness.calibration.methods import FitError, Method
 from harness.calibration.passage import Passage, WorkingLayer
 from harness.calibration.targets import Statistics, Targets, collect, stream_writers
@@ -35,6 +36,7 @@ class FittedMatrix:
     gram: torch.Tensor
     result: Any  # TernaryMatrix, or for the baselines the dense (n, m) array
     seconds: float
+    lost: float = 0.0  # share of blocks whose alpha is too small to be stored
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,11 @@ def _quantize(
     except ValueError as error:  # numpy's LinAlgError is one
         raise FitError(f"{name}: {error}") from None
     seconds = time.perf_counter() - begin
-    dense = result.dequantize() if isinstance(result, TernaryMatrix) else result
-    return FittedMatrix(name, weight, statistics.gram, result, seconds), torch.from_dlpack(dense)
+    gram = statistics.gram
+    if not isinstance(result, TernaryMatrix):
+        return FittedMatrix(name, weight, gram, result, seconds), torch.from_dlpack(result)
+    lost = lost_share(name, weight, gram, result)
+    return FittedMatrix(name, weight, gram, result, seconds, lost), torch.from_dlpack(result.dequantize())
 
 
 class _Clock:

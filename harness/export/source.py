@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from harness.errors import UserError
 from harness.hf import load
+from harness.models.tokenizer import load_tokenizer
 from harness.ternary.format import unpack_base3
 from harness.ternary.linear import TernaryLinear
-from harness.ternary.reading import load_tokenizer
 from reference.types import TernaryMatrix
 
 Float64 = NDArray[np.float64]

@@ -21,6 +21,8 @@ from harness.errors import UserError
 from harness.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Weights of torch's own format, which transformers reads where there are no safetensors files.
+BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
 
 STAGING = ".incomplete"
@@ -38,8 +40,31 @@ WEIGHT_FILES = (SINGLE, "model-[0-9]*-of-[0-9]*.safetensors")
 # Disk space for everything but weights: tokenizer (the largest have 35 MB), index, report, config.
 BESIDE_WEIGHTS = 64 << 20
 
+# A file of Git LFS begins with this until it is fetched.
+POINTER = b"version https://git-lfs.github.com/spec/"
+
 # transformers reads chat templates from these, and writes them only for a tokenizer that has templates.
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
+
+
+def require_no_pointer(file: Path) -> None:
+    """Refuse a file that Git LFS has not fetched: a few lines of text stand in its place.
+
+    Raises
+    ------
+    UserError
+        If the file is such a pointer.
+    """
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(POINTER))
+    except OSError:
+        return  # whoever reads the file says why it cannot be read
+    if start == POINTER:
+        raise UserError(
+            f"{file} is a Git LFS pointer, not the file itself; run git lfs pull in {file.parent}, or "
+            "download the file"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -47,6 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise UserError(f"{folder} is not a model: it has no {CONFIG}")
+    require_no_pointer(file)
     return read_json(file)
 
 
@@ -58,7 +84,20 @@ def files_of_tensors(folder: Path) -> dict[str, str]:
         return dict.fromkeys(shard.keys(), SINGLE)
 
 
-def read_index(folder: Path) -> dict[str, str]:
+def weight_files(folder: Path) -> list[str]:
+    """Name the files of weights that transformers reads; it prefers safetensors, and a single file."""
+    named = read_config(folder).get("transformers_weights")
+    if isinstance(named, str):
+        return [named]
+    for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
+        if (folder / single).is_file():
+            return [single]
+        if (folder / index).is_file():
+            return sorted(set(read_index(folder, index).values()))
+    return []
+
+
+def read_index(folder: Path, name: str = INDEX) -> dict[str, str]:
     """Read from the index of a sharded model which file holds each tensor.
 
     Raises
@@ -66,9 +105,10 @@ def read_index(folder: Path) -> dict[str, str]:
     UserError
         If there is no index, or it is damaged.
     """
-    files: Any = read_json(folder / INDEX).get("weight_map")
+    require_no_pointer(folder / name)
+    files: Any = read_json(folder / name).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise UserError(f"{folder / INDEX} is damaged: it has no weight_map from tensors to files")
+        raise UserError(f"{folder / name} is damaged: it has no weight_map from tensors to files")
     return files
 
 

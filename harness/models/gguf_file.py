@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from harness.errors import UserError
+from harness.models.folder import require_no_pointer
 from harness.models.original import summary
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-POINTER = b"version https://git-lfs.github.com/spec/"
 
 # Values that are dequantized at a time; a float32 copy of a whole embedding would take gigabytes.
 CHUNK = 1 << 24
@@ -116,15 +116,6 @@ class GgufFile:
             exact = torch.from_numpy(np.array(values, dtype=np.float32))
             rows[start : start + step] = change(exact) if change else exact
         return result
-
-
-def require_no_pointer(path: Path) -> None:
-    """Refuse a file that stands for one that Git LFS did not download."""
-    with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise UserError(
-                f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {path.parent}"
-            )
 
 
 def _open(path: Path) -> Any:

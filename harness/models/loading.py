@@ -7,12 +7,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from harness.errors import UserError
-from harness.models.folder import read_config
+from harness.models.folder import read_config, require_no_pointer, weight_files
 from harness.models.gguf import GGUF_DTYPES, embedded_gguf, load_gguf
-from harness.models.gguf_file import require_no_pointer
 from harness.models.original import Original, quiet_transformers, require_all_found, summary
 from harness.models.streamed import is_larger_than_memory, load_streamed
 from harness.models.tables import compute_tables
+from harness.models.tokenizer import load_tokenizer
 
 # What tells peft and transformers of an adapter.
 ADAPTER = "adapter_config.json"
@@ -70,7 +70,8 @@ def load_original(
     try:
         if path.is_dir() and is_larger_than_memory(path):
             return load_streamed(path, trust_remote_code)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        transformers.AutoConfig.from_pretrained(source, **options)  # an unknown kind of model is said first
+        tokenizer = load_tokenizer(source, trust_remote_code)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto",
@@ -114,9 +115,11 @@ def _require_weights_of_its_own(folder: Path) -> None:
 
 def _require_whole_shards(folder: Path) -> None:
     """Refuse a damaged shard by name; transformers would not name it."""
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (folder / name for name in weight_files(folder)):
+        require_no_pointer(file)
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged: {error}") from None

@@ -15,6 +15,7 @@ from harness.models.decoder import DecoderLayers, Reader, find_decoder_layers, l
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
 from harness.models.tables import compute_tables
+from harness.models.tokenizer import load_tokenizer
 
 # Share of the memory that weights may take; the rest is for hidden states and working memory.
 MEMORY_SHARE = 0.6
@@ -51,7 +52,7 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     transformers = quiet_transformers()
 
     options = {"trust_remote_code": trust_remote_code}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(folder, **options)
     depth = config.get_text_config().num_hidden_layers
     config.get_text_config().num_hidden_layers = 1

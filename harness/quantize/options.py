@@ -13,7 +13,7 @@ from typing import Any
 
 from harness import text
 from harness.calibration.methods import BASELINES
-from harness.cli import path, positive, share, window_length
+from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
@@ -69,7 +69,9 @@ class Options:
     command line: after a first run on a model, further ones need not measure the original again.
     """
 
-    model: str | None = option(None, flag="model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    model: str | None = option(
+        None, flag="model", nargs="?", type=model_name, metavar="MODEL", help=MODEL_HELP
+    )
     out: Path | None = option(None, type=path, metavar="DIR", help="output folder; optional for a baseline")
     force: bool = option(False, **SWITCH, help="write into DIR even if it is not empty")
     resume: bool = option(

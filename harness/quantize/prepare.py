@@ -23,6 +23,7 @@ from harness.progress import Progress, Say
 from harness.quantize.estimate import Plan, make_plan
 from harness.quantize.options import INT8, NO_EVALUATION, STREAM, WEIGHTS, Options
 from harness.ternary.embedding import CodedMatrix, round_embeddings
+from harness.windows import beginning, bos_of, calibration_windows, evaluation_windows, tokenize
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Ready:
         Hidden states of the first window; after `take_all_windows`, of every window.
     tokens : int
         Tokens of the calibration text.
+    beginning : str
+        Which windows begin with a BOS token, in words.
     windows : (samples, seqlen) int64 tensor
         Calibration windows.
     plan : Plan
@@ -51,6 +54,7 @@ class Ready:
     backend: Backend
     passage: Passage
     tokens: int
+    beginning: str
     windows: torch.Tensor
     plan: Plan
     coded: dict[str, CodedMatrix]
@@ -118,12 +122,13 @@ def prepare(
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
     accept(original)
     decoder = find_decoder_layers(original.model, original.read)
-    tokens = text.tokenize(calibration_text, original.tokenizer)
-    windows = text.calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed)
+    tokens = tokenize(calibration_text, original.tokenizer)
+    bos = bos_of(original.model, original.tokenizer)
+    windows = calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed, bos)
     require_fits(original.model, tokens, options.seqlen)
     if evaluation_text is not None:
-        evaluated = text.tokenize(evaluation_text, original.tokenizer)
-        text.evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
+        evaluated = tokenize(evaluation_text, original.tokenizer)
+        evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
         require_fits(original.model, evaluated, options.evaluation_seqlen)
     coded = round_embeddings(original.model) if options.embedding == INT8 else {}
     passage = capture_inputs(original.model, decoder, windows[:1], compute)
@@ -135,7 +140,8 @@ def prepare(
         evaluated=evaluation_text is not None,
         saved_bytes=sum(matrix.saved_bytes for matrix in coded.values()),
     )
-    return Ready(original, backend, passage, len(tokens), windows, plan, coded)
+    words = beginning(tokens, original.tokenizer, bos)
+    return Ready(original, backend, passage, len(tokens), words, windows, plan, coded)
 
 
 def take_all_windows(ready: Ready, options: Options, say: Say) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,12 +31,16 @@ class Record:
         UTC time of the start.
     model, dtype : str
         The original model, and the dtype of its weights.
+    original : dict of str to str, optional
+        What the original is, by `harness.models.identity`; None if its method cannot be resumed.
     method, backend, config, bits_per_weight
         Method and backend, their settings, and all stored bits per weight.
     options : dict
         Options of the command line, except those in `config`.
     calibration : dict
         Text, windows and arithmetic of the calibration.
+    evaluation_checksum : str, optional
+        SHA-256 of the text that perplexity is measured on.
     versions, machine, cores, device
         Software and hardware, which can change results.
     plan : dict, optional
@@ -55,6 +60,7 @@ class Record:
     created: str
     model: str
     dtype: str
+    original: dict[str, str] | None
     method: str
     backend: str
     config: dict[str, Any]
@@ -66,6 +72,7 @@ class Record:
     machine: str
     cores: int | None
     device: str
+    evaluation_checksum: str | None
     perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -76,7 +83,12 @@ class Record:
 
     @classmethod
     def of(
-        cls, options: Options, ready: Ready, calibration_text: text.Text, computed: dict[str, Any]
+        cls,
+        options: Options,
+        ready: Ready,
+        calibration_text: text.Text,
+        evaluation_text: text.Text | None,
+        computed: dict[str, Any],
     ) -> Record:
         """Start the record of a run; `computed` holds the sink's entries about the method."""
         passage, model = ready.passage, ready.original.model
@@ -89,6 +101,7 @@ class Record:
             calibration={
                 "text": calibration_text.protocol,
                 "tokens": ready.tokens,
+                "bos": ready.beginning,
                 "nsamples": options.nsamples,
                 "seqlen": options.seqlen,
                 "seed": options.config.seed,
@@ -99,9 +112,11 @@ class Record:
                 "computed_in": dtype_name(passage.compute.dtype or model.dtype),
                 "activations_kept_in": dtype_name(passage.hidden[0].dtype),
                 "gram": gram.SUMS,
+                "windows_checksum": hashlib.sha256(ready.windows.numpy().tobytes()).hexdigest(),
                 "inputs_checksum": passage.checksum(),
             },
             device=passage.compute.describe(),
+            evaluation_checksum=None if evaluation_text is None else evaluation_text.checksum(),
             **environment(),
             **computed,
         )

@@ -13,7 +13,7 @@ from reference.types import TernaryMatrix
 
 
 def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
-    """Report one matrix: name, shape, dead inputs, seconds, and the fit (for a baseline, only its error)."""
+    """Report one matrix: name, shape, what it lost, seconds, and the fit (for a baseline, only its error)."""
     result = fitted.result
     if isinstance(result, TernaryMatrix) and result.report is not None:
         figures = asdict(result.report)
@@ -27,6 +27,7 @@ def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
         "name": fitted.name,
         "shape": list(fitted.weight.shape),
         "dead_inputs": int((fitted.gram.diagonal() == 0).sum()),
+        "lost_blocks": fitted.lost,
         "seconds": fitted.seconds,
         **figures,
     }

@@ -25,7 +25,7 @@ from harness.ternary.writing import load_shard
 from reference.types import TernaryConfig
 
 # Entries that must agree in both records, and options that must agree and are in none of these entries.
-SAME = ("model", "dtype", "method", "backend", "device", "machine", "config", "calibration", "versions")
+SAME = ("dtype", "method", "backend", "device", "machine", "config", "calibration", "versions")
 SAME_OPTIONS = ("embedding", "gguf_dtype", "trust_remote_code")
 EVALUATION_OPTIONS = ("evaluation", "evaluation_seqlen", "evaluation_windows", "text_column")
 
@@ -55,6 +55,7 @@ def continue_from(earlier: dict[str, Any], record: Record, out: Path) -> None:
         options, perplexity = earlier["options"], earlier["perplexity"]
     except (KeyError, TypeError):
         raise UserError(f"{out / STAGING / PROGRESS} is damaged; start over with --force") from None
+    _require_same_original(earlier, record, out)
     for name in [*was, *(name for name in now if name not in was)]:
         if was.get(name) != now.get(name):
             raise UserError(
@@ -63,8 +64,27 @@ def continue_from(earlier: dict[str, Any], record: Record, out: Path) -> None:
             )
     record.created, record.layers, record.seconds = created, earlier["layers"], seconds
     record.resumed_after = [*resumed_after, len(checksums)]
-    if all(record.options[name] == options.get(name) for name in EVALUATION_OPTIONS):
+    same_text = record.evaluation_checksum == earlier.get("evaluation_checksum")
+    if same_text and all(record.options[name] == options.get(name) for name in EVALUATION_OPTIONS):
         record.perplexity = perplexity
+
+
+def _require_same_original(earlier: dict[str, Any], record: Record, out: Path) -> None:
+    """Refuse a model that has changed, and name the first file that differs; its place may be another."""
+    was, now = earlier.get("original"), record.original or {}
+    if not isinstance(was, dict):
+        raise UserError(
+            f"{out / STAGING / PROGRESS} is of an older version, which did not note what the original was; "
+            "start over with --force"
+        )
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            then, today = (str(files.get(name, "absent"))[:12] for files in (was, now))
+            raise UserError(
+                f"{out} holds a run of another original: {name} of {record.model} is not what that run read "
+                f"({then} then, {today} now); put the model back and repeat the command of that run with "
+                "--resume, or start over with --force"
+            )
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -91,8 +111,7 @@ def stored_weights(
     for name, tensor in decoder.other_tensors(index).items():
         if name not in tensors or not torch.equal(tensors[name], tensor):
             raise UserError(
-                f"{name} in {shard} is not the model's: the shard is damaged, or the model has changed "
-                "since; start over with --force"
+                f"{name} in {shard} is not the model's: the shard is damaged; start over with --force"
             )
     weights = {}
     for name, linear in decoder.linears[index].items():

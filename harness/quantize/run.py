@@ -26,6 +26,10 @@ from harness.quantize.resume import continue_from
 from harness.quantize.sink import Sink, sink_for
 from harness.ternary.embedding import unrounded
 from harness.text import Text
+from reference.types import TernaryConfig
+
+# Warn of a matrix if alpha is too small in more than this share of the blocks of its rows.
+LOST_SHARE = 0.01
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
 
@@ -72,7 +76,7 @@ def quantize(
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
     take_all_windows(ready, options, say)
-    record = Record.of(options, ready, calibration_text, sink.computed(ready))
+    record = Record.of(options, ready, calibration_text, evaluation_text, sink.computed(ready, say))
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
     record.spent("load", began)
@@ -96,10 +100,12 @@ def quantize(
     examine(quantized)
     del quantized
     record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
-    for line in result_lines(sink, record):
-        (say_result or say)(line)
-    if options.out is not None:
-        write_report(options.out, sink, record)
+    try:
+        if options.out is not None:
+            write_report(options.out, sink, record)
+    finally:
+        for line in result_lines(sink, record):
+            (say_result or say)(line)
     return record.to_json()
 
 
@@ -108,7 +114,8 @@ def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: T
     wanted = options.nsamples * options.seqlen
     lines = [
         f"{ready.original.name}: {_named(options)} on the {sink.fitted_by(ready.backend)} backend",
-        f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}",
+        f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}; "
+        f"{ready.beginning}",
     ]
     if ready.tokens < wanted:
         lines.append(
@@ -159,7 +166,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
                 del layer  # free its float64 matrices before those of the next are allocated
             sink.note(record)
             bar.update(record.done - bar.n)
-            for line in layer_lines(record.layers[-1], count, options.config.damping):
+            for line in layer_lines(record.layers[-1], count, options.config):
                 say(line)
     record.mean_relative_output_error = mean_layer_error(record.layers)
 
@@ -184,15 +191,22 @@ def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
             step()
 
 
-def layer_lines(row: dict[str, Any], count: int, damping: float) -> list[str]:
-    """Format the figures of a finished layer, and a warning for each matrix that needed more damping."""
+def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[str]:
+    """Format the figures of a finished layer, and warnings: more damping, alpha too small for its type."""
     lines = [
         f"layer {row['layer'] + 1:3d}/{count}  {len(row['matrices'])} matrices  "
         f"relative output error {row['relative_output_error']:.4f}  {sum(row['seconds'].values()):.1f} s"
     ]
     for matrix in row["matrices"]:
-        if matrix.get("damping", 0.0) > damping:
+        if matrix.get("damping", 0.0) > config.damping:
             lines.append(f"  warning: {matrix['name']}: damping raised to {matrix['damping']:g}")
+        if matrix.get("lost_blocks", 0.0) > LOST_SHARE:
+            share = f"{matrix['lost_blocks']:.0%}"
+            more = "; --grid int8 stores smaller ones" if config.grid == "float16" else ""
+            lines.append(
+                f"  warning: {matrix['name']}: alpha of {share} of its blocks is too small for "
+                f"{config.grid}, and rounds to 0 or coarsely{more}"
+            )
     return lines
 
 

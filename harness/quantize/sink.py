@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from harness.backends import Backend
+from harness.calibration.grid_range import require_in_range
 from harness.calibration.layerwise import FittedLayer
 from harness.calibration.methods import FitError, Method, baseline, baseline_bits, ternarizer
 from harness.errors import UserError
 from harness.hf import load
+from harness.models.decoder import locate_layers
 from harness.models.folder import WEIGHT_FILES, require_free, require_space, require_vacant, unfinished
+from harness.models.identity import identify
 from harness.models.original import Original
 from harness.progress import Say
 from harness.quantize.estimate import Plan
@@ -68,8 +71,8 @@ class Sink(ABC):
         """Return the lines that print the estimate."""
 
     @abstractmethod
-    def computed(self, ready: Ready) -> dict[str, Any]:
-        """Return the record's entries for backend, settings, plan and bits per weight."""
+    def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
+        """Return the record's entries for the original, backend, settings, plan and bits per weight."""
 
     @abstractmethod
     def method(self, ready: Ready) -> Method:
@@ -125,7 +128,7 @@ class CheckpointSink(Sink):
         return deepcopy(self._earlier)  # which the run will add to
 
     def require_original(self, original: Original) -> None:
-        """Nothing: a model on disk is read layer by layer."""
+        require_in_range(locate_layers(original.model, original.read), self.options.config)
 
     def require_space(self, plan: Plan) -> None:
         require_space(self.out, plan.packed_bytes + plan.other_bytes)
@@ -136,8 +139,9 @@ class CheckpointSink(Sink):
     def plan_lines(self, ready: Ready) -> list[str]:
         return ready.plan.lines()
 
-    def computed(self, ready: Ready) -> dict[str, Any]:
+    def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
         return {
+            "original": identify(self.options.model, say),
             "backend": ready.backend.name,
             "config": asdict(self.options.config),
             "plan": asdict(ready.plan),
@@ -241,9 +245,10 @@ class BaselineSink(Sink):
     def plan_lines(self, ready: Ready) -> list[str]:
         return []
 
-    def computed(self, ready: Ready) -> dict[str, Any]:
+    def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
         config = self.options.config
         return {
+            "original": None,
             "backend": self.fitted_by(ready.backend),
             "config": {"block_size": config.block_size, "damping": config.damping},
             "plan": None,

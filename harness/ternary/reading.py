@@ -12,15 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from harness.errors import UserError
-from harness.files import read_json
-from harness.models.folder import INDEX, SINGLE, read_index
-from harness.models.original import quiet_transformers
+from harness.models.folder import INDEX, SINGLE, read_index, require_no_pointer
 from harness.ternary.format import PACKED, require_base3
 from harness.ternary.linear import TernaryLinear
 from reference.types import CODE_LIMIT
-
-# Classes of tokenizers whose rules are all in tokenizer.json, by their names now and before transformers 5.
-_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def verify(files: list[Path], model: nn.Module) -> None:
@@ -62,23 +57,6 @@ def verify(files: list[Path], model: nn.Module) -> None:
         if name not in seen and name not in tied:
             packed = name.rpartition(".")[0] in ternary
             raise UserError(f"the tensor {name} is missing" if packed else f"{folder} lacks {name}")
-
-
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer saved with a checkpoint; code shipped with it runs only if trusted.
-
-    For some architectures AutoTokenizer replaces rules in the files by those of another class (Qwen2's, say),
-    which a tokenizer from a GGUF file may not have.
-    """
-    transformers = quiet_transformers()
-
-    config = Path(path) / "tokenizer_config.json"
-    as_stored = config.is_file() and read_json(config).get("tokenizer_class") in _PLAIN_CLASSES
-    reader = transformers.PreTrainedTokenizerFast if as_stored else transformers.AutoTokenizer
-    try:
-        return reader.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"the tokenizer in {path} cannot be read: {error}") from None
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -123,6 +101,7 @@ def _tensors_in(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    require_no_pointer(file)
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard

@@ -156,6 +156,7 @@ class CheckpointWriter:
             write_json(self.folder / REPORT, report)
             correct_config(original.model)
             config = original.model.config.to_dict()
+            config.pop("_name_or_path", None)  # a place on this machine; transformers drops it too
             config["architectures"] = [type(original.model).__name__]
             config["quantization_config"] = {
                 "quant_method": QUANT_METHOD,

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from golden.cases import FOLDER, KINDS, Case, GoldenError, load_cases
 from harness.backends import Backend, load_backend
-from harness.cli import EXIT_MISS, add_verbose, path, run
+from harness.cli import EXIT_MISS, add_verbose, model_name, path, run
 from harness.errors import UserError
 from harness.files import json_text
+from harness.progress import say_on_stdout
 from harness.verify.cases import Outcome, verify
 from harness.verify.record import add_to_record
 from harness.verify.tolerances import TOLERANCES
@@ -122,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         nargs="?",
+        type=model_name,
         const=EMBEDDED,
         metavar="MODEL",
         help="instead of the golden cases, fit every matrix of a real model with the backend and with the "
@@ -159,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = checked.text
     if options.json:
         text = json_text({"backend": backend.name, "passed": checked.passed, checked.part: checked.results})
-    print(text)
+    say_on_stdout(text)
     if not checked.passed:
         return EXIT_MISS
     if options.record:

@@ -19,6 +19,7 @@ from harness.models.loading import load_original
 from harness.perplexity import measure_on
 from harness.progress import Progress
 from harness.verify.tolerances import OUTPUT_ERROR
+from harness.windows import bos_of, calibration_windows, tokenize
 from reference.aga import output_error
 from reference.types import TernaryConfig, TernaryMatrix
 
@@ -97,7 +98,8 @@ def _ternarized(
     decoder = find_decoder_layers(original.model, original.read)
     stream = text.read_text(text.BUILTIN, text.CALIBRATION)
     held_out = text.read_text(text.BUILTIN, text.EVALUATION)
-    windows = text.calibration_windows(text.tokenize(stream, original.tokenizer), nsamples, seqlen, seed=0)
+    bos = bos_of(original.model, original.tokenizer)
+    windows = calibration_windows(tokenize(stream, original.tokenizer), nsamples, seqlen, 0, bos)
     measure = (held_out, min(seqlen, 2048), EVALUATION_WINDOWS, compute)
     before = measure_on(original, *measure).value
     passage = capture_inputs(original.model, decoder, windows, compute)

@@ -127,7 +127,7 @@ def test_the_protocol_is_printed_with_the_number(
     assert run_main(evaluate.main, llama, "--data", words_file, "--seqlen", "50") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("perplexity ")
-    assert "words.txt as it is; 400 tokens, 8 of 8 windows of 50" in printed
+    assert "words.txt as it is; no BOS token; 400 tokens, 8 of 8 windows of 50" in printed
 
 
 def test_perplexities_that_are_no_numbers_are_json_all_the_same() -> None:

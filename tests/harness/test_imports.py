@@ -12,12 +12,13 @@ ROOT = Path(harness.__file__).parent
 
 # From the ground up. Rooms of one line know nothing of each other.
 STOREYS = [
-    {"errors"},
+    {"errors", "signals", "streams"},
     {"files", "cli", "machine"},
     {"backends", "progress"},
     {"compute"},
     {"models"},
     {"text"},
+    {"windows"},
     {"calibration", "ternary"},
     {"perplexity"},
     {"hf"},

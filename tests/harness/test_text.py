@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from harness import text
 from harness.errors import UserError
-from tests.harness import tiny
 
 WIKITEXT_TEST = Path(__file__).parents[3] / "shared" / "data" / "wikitext2" / "wiki.test.raw"
 
@@ -136,36 +133,6 @@ def test_builtin_text_is_split_without_overlap() -> None:
     evaluation = text.read_text(text.BUILTIN, text.EVALUATION).stream
     assert 0.15 < len(evaluation) / (len(calibration) + len(evaluation)) < 0.25
     assert evaluation[:500] not in calibration
-
-
-def test_calibration_windows_start_where_the_gptq_family_starts_them() -> None:
-    tokens = torch.arange(1000)
-    windows = text.calibration_windows(tokens, nsamples=5, seqlen=100, seed=7)
-    generator = random.Random(7)
-    for window in windows:
-        start = generator.randint(0, 1000 - 100 - 1)
-        assert window.tolist() == list(range(start, start + 100))
-
-
-def test_calibration_needs_one_token_more_than_a_window() -> None:
-    assert text.calibration_windows(torch.arange(11), 2, 10, 0).tolist() == [list(range(10))] * 2
-    with pytest.raises(UserError, match=r"has 10 tokens.*at least 11"):
-        text.calibration_windows(torch.arange(10), 2, 10, 0)
-
-
-def test_evaluation_windows_do_not_overlap_and_drop_the_rest() -> None:
-    assert text.evaluation_windows(torch.arange(25), 10, None).tolist() == [
-        list(range(10)),
-        list(range(10, 20)),
-    ]
-    assert len(text.evaluation_windows(torch.arange(25), 10, 1)) == 1
-    with pytest.raises(UserError, match="less than one window of 30"):
-        text.evaluation_windows(torch.arange(25), 30, None)
-
-
-def test_tokens_are_exactly_what_the_tokenizer_gives() -> None:
-    tokenizer = tiny.make_tokenizer()
-    assert text.tokenize(text.Text("w5 w3 w90", ""), tokenizer).tolist() == [5, 3, 90]
 
 
 def write_table(folder: Path, kind: str, columns: dict[str, list]) -> Path:

@@ -16,7 +16,7 @@ import harness
 from harness.cli import EXIT_USAGE
 from harness.export.__main__ import main as export_main
 from harness.export.hqq import export_hqq
-from harness.ternary.reading import load_tokenizer
+from harness.models.tokenizer import load_tokenizer
 from tests.harness import tiny
 from tests.harness.export.checkpoints import Run, code_cache, config_of, raw, raw_grid, with_own_code, write
 

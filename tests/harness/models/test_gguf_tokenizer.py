@@ -12,8 +12,8 @@ import transformers
 from harness.errors import UserError
 from harness.models.gguf import embedded_gguf
 from harness.models.gguf_tokenizer import read_tokenizer
+from harness.models.tokenizer import load_tokenizer
 from harness.models.word_splits import RULES
-from harness.ternary.reading import load_tokenizer
 from tests.harness.models import llama_cpp
 from tests.harness.models.llama_cpp import MARKED, TEXTS, WITH_MARKS, byte_level, sentencepiece
 

@@ -19,8 +19,8 @@ from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
 from harness.errors import UserError
 from harness.files import write_json
 from harness.models.folder import REPORT
+from harness.models.tokenizer import load_tokenizer
 from harness.quantize.__main__ import main as quantize_main
-from harness.ternary.reading import load_tokenizer
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
 

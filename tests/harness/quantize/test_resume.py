@@ -27,53 +27,14 @@ from harness.models.decoder import DecoderLayers
 from harness.models.folder import CONFIG, PROGRESS, REPORT, STAGING
 from harness.quantize import run
 from harness.quantize.__main__ import main as quantize_main
-from harness.ternary.writing import CheckpointWriter, load_shard
-from tests.harness import tiny
-from tests.harness.conftest import SMALL
+from harness.ternary.writing import load_shard
+from tests.harness.quantize.stopping import files_of, stop_after, stopped_after
 
 Run = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
 
 LAYERS = 3
 ANYWHERE = ("--true-sequential", "--grid", "int8", "--embedding", "int8")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model off any ternary grid, so that every layer changes what the next one sees."""
-    return tiny.save(tiny.make_model("qwen3", ternary=False), tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def command(model: Path, words_file: Path, tmp_path: Path) -> list[object]:
-    """Arguments of a run into tmp_path / "out"."""
-    return [model, "--out", tmp_path / "out", "--calibration", words_file, "--eval", words_file, *SMALL]
-
-
-def stop_after(
-    layers: int, patch: pytest.MonkeyPatch, error: type[BaseException] = KeyboardInterrupt
-) -> None:
-    """Stop the next run once it has noted so many layers."""
-    note = CheckpointWriter.note
-
-    def stop(self: CheckpointWriter, report: dict[str, object]) -> None:
-        note(self, report)
-        if len(report["layers"]) == layers:
-            raise error
-
-    patch.setattr(CheckpointWriter, "note", stop)
-
-
-def stopped_after(layers: int, run_main: Run, *arguments: object) -> None:
-    """Run the command until so many layers are noted, and stop it there."""
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(layers, patch)
-        assert run_main(quantize_main, *arguments) == EXIT_INTERRUPTED
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """All files but the report."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != REPORT}
 
 
 def figures_of(folder: Path) -> dict[str, object]:
@@ -206,63 +167,6 @@ def test_a_stopped_run_is_not_thrown_away_unasked(
     assert (tmp_path / "out" / STAGING / PROGRESS).read_bytes() == before
     assert run_main(quantize_main, *command, "--force") == 0
     assert json.loads((tmp_path / "out" / REPORT).read_text())["resumed_after"] == []
-
-
-@pytest.mark.parametrize(
-    ("switches", "message"),
-    [
-        (("--seed", "1"), "config.seed was 0 and is 1"),
-        (("--nsamples", "7"), "calibration.nsamples was 8 and is 7"),
-        (("--embedding", "int8"), "options.embedding was as-it-is and is int8"),
-        (("--true-sequential",), "calibration.true_sequential was False and is True"),
-    ],
-)
-def test_another_run_is_not_gone_on_with(
-    switches: tuple[str, ...],
-    message: str,
-    command: list[object],
-    tmp_path: Path,
-    run_main: Run,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    stopped_after(1, run_main, *command)
-    capsys.readouterr()
-    assert run_main(quantize_main, *command, *switches, "--resume") == EXIT_USAGE
-    printed = capsys.readouterr()
-    assert message in printed.err
-    assert "repeat the command of that run with --resume, or start over with --force" in printed.err
-    assert "layers are kept" not in printed.out
-    assert run_main(quantize_main, *command, "--resume") == 0
-
-
-def test_other_text_is_found_by_what_reaches_the_first_layer(
-    command: list[object], words_file: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(words_file.read_text())
-    command[command.index(words_file)] = text
-    stopped_after(1, run_main, *command)
-    text.write_text(" ".join(reversed(words_file.read_text().split())))
-    assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
-    assert "calibration.inputs_checksum was " in capsys.readouterr().err
-
-
-def test_a_layer_that_gives_something_else_is_noticed(
-    command: list[object], model: Path, tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By its norms, which are read from the original."""
-    folder = command[0] = shutil.copytree(model, tmp_path / "model")
-    stopped_after(2, run_main, *command)
-    changed = tiny.make_model("qwen3", ternary=False)
-    with torch.no_grad():
-        changed.model.layers[1].input_layernorm.weight[0] += 0.5
-    tiny.save(changed, folder)
-    capsys.readouterr()
-    assert run_main(quantize_main, *command, "--resume") == EXIT_USAGE
-    printed = capsys.readouterr()
-    assert "model.layers.1.input_layernorm.weight in" in printed.err
-    assert "the shard is damaged, or the model has changed since" in printed.err
-    assert (tmp_path / "out" / STAGING / PROGRESS).exists()
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "lacking", "norm", "progress", "empty progress"])

@@ -1,0 +1,58 @@
+"""Load the tokenizer of a model folder or id, and refuse one without a vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.files import read_json
+from harness.models.folder import require_no_pointer
+from harness.models.original import quiet_transformers, summary
+
+# Files that hold a vocabulary, as far as tokenizers have names in common.
+VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json")
+CONFIG = "tokenizer_config.json"
+# Classes of tokenizers whose rules are all in tokenizer.json, by their names now and before transformers 5.
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "*merges*")
+
+
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer; code shipped with it runs only if trusted.
+
+    For some architectures AutoTokenizer replaces rules in the files by those of another class (Qwen2's, say),
+    which a tokenizer from a GGUF file may not have.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it cannot be read.
+    """
+    transformers = quiet_transformers()
+
+    folder = Path(source) if Path(source).is_dir() else None
+    if folder is not None:
+        for file in (file for pattern in (*VOCABULARIES, *SETTINGS) for file in folder.glob(pattern)):
+            require_no_pointer(file)
+    reader = transformers.AutoTokenizer
+    config = None if folder is None else folder / CONFIG
+    if config is not None and config.is_file() and read_json(config).get("tokenizer_class") in PLAIN_CLASSES:
+        reader = transformers.PreTrainedTokenizerFast
+    try:
+        tokenizer = reader.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exception
+        if folder is not None and not any(file for name in VOCABULARIES for file in folder.glob(name)):
+            raise _lacking(source) from None
+        raise UserError(f"the tokenizer of {source} cannot be read: {summary(error)}") from None
+    # Of files that are not there, transformers makes a tokenizer of special tokens for some models.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise _lacking(source)
+    return tokenizer
+
+
+def _lacking(source: str | Path) -> UserError:
+    return UserError(
+        f"{source} has no tokenizer; put tokenizer.json and tokenizer_config.json (or tokenizer.model) of "
+        "the model into it"
+    )
