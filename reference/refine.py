@@ -55,23 +55,26 @@ def refine(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     W = checks.matrix(W, "W")
-    T = checks.trits(T, W.shape)
-    alpha, mu = checks.matrix(alpha, "alpha"), checks.matrix(mu, "mu")
+    trits = checks.trits(T, W.shape)
     columns = W.shape[1]
+    grid = (
+        checks.blocks(alpha, W.shape, block_size, "alpha"),
+        checks.blocks(mu, W.shape, block_size, "mu"),
+    )
 
     def error() -> float:
-        W_hat = spread(alpha, columns, block_size) * T + spread(mu, columns, block_size)
-        return whole_error(W, W_hat, H)
+        scale, shift = (spread(part, columns, block_size) for part in grid)
+        return whole_error(W, scale * trits + shift, H)
 
     errors = [error()]
     for _ in range(rounds if descent else 0):
-        alpha, mu = align_jointly(W, T, alpha, mu, H, block_size)
+        grid = align_jointly(W, trits, *grid, H, block_size)
         errors.append(error())
-        moved = descend(W, T, alpha, mu, H, block_size)
-        unchanged = np.array_equal(moved, T)
-        T = moved
+        moved = descend(W, trits, *grid, H, block_size)
+        unchanged = np.array_equal(moved, trits)
+        trits = moved
         errors.append(error())
         if unchanged:
-            return alpha, mu, T, errors
-    alpha, mu = align_jointly(W, T, alpha, mu, H, block_size)
-    return alpha, mu, T, [*errors, error()]
+            return *grid, trits, errors
+    grid = align_jointly(W, trits, *grid, H, block_size)
+    return *grid, trits, [*errors, error()]

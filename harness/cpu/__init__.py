@@ -1,4 +1,4 @@
-"""The backend for CPUs: the functions of `reference` that take time, with compiled loops and few large products.
+"""The backend for CPUs: what takes time in `reference`, with compiled loops and few large products.
 
 Weights may be float32: then the products of the refinement are too, and everything else is float64. Read
 `ternarize`, which uses `rows` (loops over the rows of a block), `gptq` (factors of H) and `refine` (`joint`,

@@ -65,6 +65,8 @@ CODED = "computed to 1e-9 or better; no golden value is that close to a tie of t
 ALIGNED = "sums over C, amplified by the condition number of Eq. 12's 2x2 system, up to 1e3 on the slices"
 PRINTED = "as for align_grid; also, a row sum of C is a difference of larger numbers"
 INVERTED = "ε times the condition number of H, 1.3e4 on the worst slice, is 3e-12; allows 30 times that"
+JOINT = "a system of a row that its ridge keeps to a condition of 1e3 times the blocks, of sums over H"
+SHIFTED = "ε times the condition number of H, which damping keeps below 1e3"
 FIGURES = "a sum of squared errors in the report; a wrong stage changes its first digits"
 
 # Largest relative difference between the output error (Eq. 11) of a whole matrix and the reference's.
@@ -119,6 +121,21 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
     ],
     "gptq.compensate": [("W_R", "row", 1e-10, INVERTED)],
     "gptq.eliminate": [("Hinv", "diagonal", 1e-10, INVERTED)],
+    "targets.lost_products": [("D", "answer", 1e-13, SUMS.replace("m columns", "m tokens"))],
+    "targets.token_weights": [("omega", "answer", 1e-14, SUMS)],
+    "targets.shift_targets": [("W_star", "row", 1e-11, SHIFTED)],
+    "feedforward.round_fed_forward": [("T", "trits", 1e-9, DECIDED + "; H is inverted before")],
+    "joint.whole_error": [("error", "whole power", 1e-12, SUMS + ", and H adds m terms to each")],
+    "joint.damped_objective": [("H", "answer", 1e-14, "one sum of the diagonal, one product, one sum")],
+    "joint.spread": [("columns", "equal", 0, "values are copied")],
+    "joint.align_jointly": [("alpha", "row", 1e-11, JOINT), ("mu", "row", 1e-11, JOINT)],
+    "descent.descend": [("T", "trits", 1e-9, DECIDED)],
+    "refine.refine": [
+        ("alpha", "row", 1e-10, JOINT + ", again in every round"),
+        ("mu", "row", 1e-10, JOINT + ", again in every round"),
+        ("T", "trits", 1e-9, DECIDED + "; the grids they are based on have the error of align_jointly"),
+        ("errors", "whole power", 1e-10, FIGURES),
+    ],
     "ternarize.ternarize": [
         ("trits", "trits", 1e-9, DECIDED + "; the margin of a case is that of its closest decision"),
         ("share of other trits", "one", 0, "in float64, no golden decision is close enough to flip"),
@@ -140,6 +157,7 @@ _TABLE: dict[str, list[tuple[str, str, float, str]]] = {
         ("report.variance_before", "answer", 1e-10, FIGURES),
         ("report.variance_after", "answer", 1e-10, FIGURES),
         ("report.relative_output_error", "answer", 1e-10, FIGURES),
+        ("report.refinement_errors", "answer", 1e-10, FIGURES + "; the number of steps must agree"),
     ],
     "grids.row_factor": [("row", "equal", 0, STORED)],
     "grids.encode": [("codes", "equal", 0, CODED), ("block", "equal", 0, STORED)],
@@ -184,8 +202,8 @@ def _row_scale(case: Case, expected: Array) -> Array:
     return np.maximum(abs(weights).max(axis=1), abs(expected).max(axis=1))[:, None]
 
 
-def _power(case: Case, expected: Array) -> Array:
-    W, C = case.inputs["W"], case.inputs["C"]
+def _power(case: Case, expected: Array, gram: str = "C") -> Array:
+    W, C = case.inputs["W"], case.inputs[gram]
     return np.maximum(((W @ C) * W).sum(), expected)
 
 
@@ -203,6 +221,10 @@ SCALES: dict[str, tuple[str, Callable[[Case, Array], Any]]] = {
         lambda case, expected: max(np.square(case.inputs["W"]).sum(), expected.max()),
     ),
     "power": ("the larger of tr(WCWᵀ) and the answer", _power),
+    "whole power": (
+        "the larger of tr(WHWᵀ) and the answer",
+        lambda case, expected: _power(case, expected, "H"),
+    ),
     "slope": ("2 Σ|W|", lambda case, expected: 2 * abs(case.inputs["W"]).sum()),
     "output slope": (
         "2 Σ|W| |C|",
