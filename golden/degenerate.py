@@ -218,7 +218,7 @@ def _whole_rows(drafts: Drafts) -> None:
         drafts.add(operation, "one-column", single, block_size=4)
         drafts.add(operation, "blocks-of-one", wide, block_size=1)
     drafts.add("descent.descend", "no-sweep", given, block_size=9, sweeps=0)
-    # With H = I and alpha = 1 the best is w itself. Halves go to 0, and a step that gains nothing is not taken.
+    # With H = I and alpha = 1 the best is w itself. Halves go to 0; a step that gains nothing is not taken.
     halves = [[0.5, -0.5, 1.5, -1.5, 0.5, -0.5], [0.5, -0.5, 3, -3, 0, 0.25]]
     ties = {
         "W": halves,

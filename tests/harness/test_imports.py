@@ -13,7 +13,7 @@ ROOT = Path(harness.__file__).parent
 # From the ground up. Rooms of one line know nothing of each other.
 STOREYS = [
     {"errors"},
-    {"files", "cli", "machine"},
+    {"files", "cli", "machine", "cpu"},
     {"backends", "progress"},
     {"compute"},
     {"models"},
