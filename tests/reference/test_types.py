@@ -34,7 +34,9 @@ def test_settings_that_mean_nothing_are_refused(changes, message):
 
 
 def test_defaults_are_those_of_the_paper_and_of_gptq():
-    paper = TernaryConfig(128, "asymmetric", "ssr", True, "exact", True, 0.01, 100, 0, "float16", False, "none")
+    paper = TernaryConfig(
+        128, "asymmetric", "ssr", True, "exact", True, 0.01, 100, 0, "float16", False, "none"
+    )
     assert TernaryConfig() == paper
 
 
