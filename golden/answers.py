@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from golden import layout, whole
+from golden import layout, refinement, whole
 from golden.arithmetic import Array, Exact
 from golden.cases import Tensors
-from golden.whole import Kit
+from golden.refinement import Kit
 
 # Largest width for which all assignments of trits to a row are enumerated (3^7 = 2187).
 BRUTE_FORCE_COLUMNS = 7
@@ -48,7 +48,21 @@ ORIGINS = {
         "positive",
         "gptq.compensate": "W_R + E H_BR H_RR⁻¹ with H itself, in rational arithmetic",
         "gptq.eliminate": "H_RR inverted by elimination in rational arithmetic",
-        "ternarize.ternarize": "all steps in rational arithmetic, compensation by solving with H_RR",
+        "feedforward.round_fed_forward": "columns compensated by solving with H over all later columns, each "
+        "given the best of the three values, in rational arithmetic",
+        "targets.lost_products": "token by token in rational arithmetic",
+        "targets.token_weights": "definition in rational arithmetic, one token at a time",
+        "targets.shift_targets": "W* H = W H + s D over the live inputs, by elimination in rational "
+        "arithmetic",
+        "joint.whole_error": "quadratic form in rational arithmetic",
+        "joint.damped_objective": "definition in rational arithmetic, one diagonal entry at a time",
+        "joint.spread": "values copied column by column",
+        "joint.align_jointly": "the rows of P written out, P H Pᵀ with its ridge solved by elimination, in "
+        "rational arithmetic",
+        "descent.descend": "all three trits tried by the error of the whole row, in rational arithmetic",
+        "refine.refine": "joint grid and descent in turn, each as by itself, in rational arithmetic",
+        "ternarize.ternarize": "all steps in rational arithmetic, compensation by solving with H_RR, descent "
+        "by trying all three trits",
         "grids.row_factor": "mean of squares in rational arithmetic, root to 60 digits, rounded once",
         "grids.encode": "definition in rational arithmetic, one value at a time",
         "packing.pack_base3": "positional notation, one trit at a time",
@@ -83,7 +97,7 @@ ORIGINS = {
         "gptq.compensate": "W_R + E H_BR H_RR⁻¹ by a dense solve with H itself",
         "gptq.eliminate": "H_RR inverted by a dense solve",
         "ternarize.ternarize": "composition of the other real answers, compensation by a dense solve with "
-        "H_RR for all quantized columns at once",
+        "H_RR for all quantized columns at once, descent by trying all three trits",
         "packing.pack_base3": "positional notation, one trit at a time",
         "packing.unpack_base3": "the trits that were packed, one at a time",
         "packing.pack_2bit": "positional notation, one trit at a time",
@@ -179,6 +193,44 @@ def _eliminate(kit: Kit, B: Array, R: Array, H: Array, **_: Array) -> dict[str, 
     return {"Hinv": kit.solve(H[np.ix_(R, R)], kit.numbers(np.eye(len(R))))}
 
 
+def _feed_forward(kit: Kit, W: Array, alpha: Array, mu: Array, H: Array, **_: Array) -> dict[str, Any]:
+    """H covers the columns of W, and those that remain after them, which the tested function never sees."""
+    n, k = W.shape
+    later = list(range(k, len(H)))
+    wider = np.hstack([W, kit.numbers(np.zeros((n, len(later))))])
+    return {"T": whole.round_fed_forward(kit, wider, alpha, mu, H, list(range(k)), later)}
+
+
+def _lost_products(kit: Kit, Y: Array, W: Array, X_hat: Array, omega: Array | None = None) -> dict[str, Any]:
+    D = kit.numbers(np.zeros(W.shape))
+    for token, (y, x) in enumerate(zip(Y, X_hat, strict=True)):
+        for i, w in enumerate(W):
+            lost = y[i] - w @ x
+            D[i] = D[i] + (lost if omega is None else omega[token, 0] * lost) * x
+    return {"D": D}
+
+
+def _token_weights(kit: Kit, h: Array) -> dict[str, Any]:
+    return {"omega": [[len(x) / (x @ x) if any(x) else x[0]] for x in h]}
+
+
+def _shift_targets(
+    kit: Kit, W: Array, C: Array, D: Array, damping: float = 0.1, strength: float = 1.0
+) -> dict[str, Any]:
+    H, _ = whole.damped(kit, C, damping)
+    alive = np.flatnonzero(np.diag(C) != 0)
+    W_star = W.copy()
+    if alive.size:
+        H = H[np.ix_(alive, alive)]
+        wanted = W[:, alive] @ H + kit.numbers(strength) * D[:, alive]
+        W_star[:, alive] = kit.solve(H, wanted.T).T
+    return {"W_star": W_star}
+
+
+def _refine(kit: Kit, **given: Any) -> dict[str, Any]:
+    return dict(zip(("alpha", "mu", "T", "errors"), refinement.refine(kit, **given), strict=True))
+
+
 def _pack(kit: Kit, trits: Array, base: int, places: int) -> dict[str, Any]:
     packed = []
     for row in trits.reshape(int(np.prod(trits.shape[:-1])), -1).tolist():
@@ -236,6 +288,20 @@ _ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {
     "gptq.invert_damped": _invert,
     "gptq.compensate": _compensate,
     "gptq.eliminate": _eliminate,
+    "feedforward.round_fed_forward": _feed_forward,
+    "targets.lost_products": _lost_products,
+    "targets.token_weights": _token_weights,
+    "targets.shift_targets": _shift_targets,
+    "joint.whole_error": lambda kit, W, W_hat, H: {"error": kit.output_error(W - W_hat, H)},
+    "joint.damped_objective": lambda kit, C, damping: {"H": refinement.damped_objective(kit, C, damping)},
+    "joint.spread": lambda kit, grid, columns, block_size: {
+        "columns": refinement.spread(grid, columns, block_size)
+    },
+    "joint.align_jointly": lambda kit, **given: dict(
+        zip(("alpha", "mu"), refinement.align_jointly(kit, **given), strict=True)
+    ),
+    "descent.descend": lambda kit, **given: {"T": refinement.descend(kit, **given)},
+    "refine.refine": _refine,
     "ternarize.ternarize": lambda kit, W, C, **config: whole.ternarize(kit, W, C, **config),
     "grids.row_factor": lambda kit, W: {"row": kit.row_factor(W)},
     "grids.encode": lambda kit, value, row: dict(zip(("codes", "block"), kit.coded(value, row), strict=True)),

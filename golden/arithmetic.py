@@ -179,7 +179,11 @@ class Exact(Arithmetic):
         return sum(x * x for x in E.flat)
 
     def output_error(self, E: Array, C: Array) -> Any:
-        return sum(e @ C @ e for e in E)
+        return sum(self.row_errors(E, C))
+
+    def row_errors(self, E: Array, C: Array) -> Array:
+        """Compute e C eᵀ of every row e, (n,)."""
+        return np.array([e @ C @ e for e in E], dtype=object)
 
     def similarities(self, W: Array) -> list[Any]:
         """Compute a key per column that orders like its cosine with the mean; None for a zero column.
@@ -307,6 +311,10 @@ class Dense(Arithmetic):
 
     def output_error(self, E: Array, C: Array) -> Any:
         return math.fsum(np.square(E @ self.root(C)).flat)
+
+    def row_errors(self, E: Array, C: Array) -> Array:
+        """Compute the squared norm of e C^½ for every row e, (n,)."""
+        return np.square(E @ self.root(C)).sum(axis=1)
 
     def similarities(self, W: Array) -> list[Any]:
         """Compute the cosine of each column with the mean column; None for a zero column."""

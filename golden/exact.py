@@ -11,6 +11,14 @@ from golden.arithmetic import Array, Exact, rational
 from golden.cases import Case
 from golden.drafts import Drafts
 
+# As `reference.types.BEST`, repeated here.
+BEST: dict = {
+    "reorder": "none",
+    "aga": "conditional",
+    "feed_forward": True,
+    "refinement": "descent",
+    "damping": 0.1,
+}
 CONFIGS: dict[str, dict] = {
     "default": {},
     "none": {"reorder": "none"},
@@ -25,6 +33,19 @@ CONFIGS: dict[str, dict] = {
     "undamped": {"damping": 0.0},
     "int8": {"grid": "int8"},
     "int8-hessian": {"grid": "int8", "reorder": "hessian"},
+}
+# Beyond the paper, on blocks wide enough for trits to move.
+MORE_CONFIGS: dict[str, dict] = {
+    "feed-forward": {"feed_forward": True},
+    "feed-forward-printed": {"feed_forward": True, "aga": "printed"},
+    "feed-forward-uncompensated": {"feed_forward": True, "compensation": False},
+    "joint-grid": {"refinement": "grid"},
+    "descent": {"refinement": "descent"},
+    "descent-one-round": {"refinement": "descent", "rounds": 1, "compensation": False},
+    "descent-int8": {"refinement": "descent", "grid": "int8", "reorder": "hessian"},
+    "best": BEST,
+    "best-int8": {**BEST, "grid": "int8"},
+    "best-wide": {**BEST, "block_size": 9},
 }
 
 
@@ -78,6 +99,8 @@ def cases() -> list[Case]:
     drafts = Drafts("exact")
     _per_row(drafts)
     _per_matrix(drafts)
+    _targets(drafts)
+    _whole_rows(drafts)
     _packing(drafts)
     _layout(drafts)
     return drafts.cases
@@ -151,6 +174,9 @@ def _per_matrix(drafts: Drafts) -> None:
     whole = {"W": sixteenths(21, 4, 8, 1000), "C": correlated(22, 8)}
     for label, config in CONFIGS.items():
         drafts.add("ternarize.ternarize", label, whole, block_size=3, **config)
+    wider = {"W": sixteenths(126, 3, 12, 1000), "C": correlated(127, 12)}
+    for label, config in MORE_CONFIGS.items():
+        drafts.add("ternarize.ternarize", label, wider, **{"block_size": 5, **config})
 
     drafts.add("grids.row_factor", "small", {"W": W})
     drafts.add("grids.row_factor", "wide", {"W": sixteenths(23, 6, 5, 4000)})
@@ -170,6 +196,50 @@ def _per_matrix(drafts: Drafts) -> None:
             "permutation": order,
         }
         drafts.add("matmul.matmul", label, inputs, block_size=size)
+
+
+def _targets(drafts: Drafts) -> None:
+    tokens, m, n = 9, 6, 4
+    W, X_hat, Y = sixteenths(41, n, m), sixteenths(42, tokens, m), sixteenths(43, tokens, n, 64)
+    h = np.rint(sixteenths(44, tokens, 8, 256))
+    lost = {"Y": Y, "W": W, "X_hat": X_hat}
+    omega = np.abs(sixteenths(45, tokens, 1)) + 1 / 16
+    drafts.add("targets.lost_products", "plain", lost)
+    drafts.add("targets.lost_products", "weighted", {**lost, "omega": omega})
+    drafts.add("targets.token_weights", "small", {"h": h})
+    D, C = sixteenths(46, n, m, 4000), correlated(47, m)
+    many_settings: dict[str, dict] = {
+        "defaults": {},
+        "half": {"strength": 0.5},
+        "weak-damping": {"damping": 1 / 128, "strength": 0.75},
+    }
+    for label, settings in many_settings.items():
+        drafts.add("targets.shift_targets", label, {"W": W, "C": C, "D": D}, **settings)
+
+
+def _whole_rows(drafts: Drafts) -> None:
+    n, m = 4, 8
+    W, T = sixteenths(101, n, m), trits(102, n, m)
+    H = correlated(103, m) + 64 * np.eye(m)
+    drafts.add("joint.whole_error", "small", {"W": W, "W_hat": T / 2, "H": H})
+    drafts.add("joint.damped_objective", "small", {"C": H}, damping=0.1)
+    for size in (3, 4, 8):
+        blocks = -(-m // size)
+        alpha, mu = sixteenths(104, n, blocks, 8) + 9 / 16, sixteenths(105, n, blocks, 4)
+        start = {"W": W, "T": T, "alpha": alpha, "mu": mu, "H": H}
+        label = f"blocks-of-{size}"
+        drafts.add("joint.spread", label, {"grid": alpha}, columns=m, block_size=size)
+        drafts.add("joint.align_jointly", label, start, block_size=size)
+        drafts.add("descent.descend", label, start, block_size=size)
+        drafts.add("descent.descend", f"{label}-one-sweep", start, block_size=size, sweeps=1)
+        drafts.add("refine.refine", label, start, block_size=size)
+        drafts.add("refine.refine", f"{label}-one-round", start, block_size=size, rounds=1)
+        drafts.add("refine.refine", f"{label}-grid", start, block_size=size, descent=False)
+    # Rounding fed forward sees only the block's part of the inverse.
+    Hinv = inverse(H)
+    for k in (1, 3, 7, 8):
+        block = {"W": W[:, :k], "alpha": alpha[:, :1], "mu": mu[:, :1], "Hinv": Hinv[:k, :k]}
+        drafts.add("feedforward.round_fed_forward", f"k{k}", block, hidden={"H": H})
 
 
 def _packing(drafts: Drafts) -> None:

@@ -17,6 +17,7 @@ from golden.answers import answer
 from golden.arithmetic import Array, Dense
 from golden.cases import Case, Tensors
 from golden.drafts import Drafts
+from golden.exact import BEST
 from golden.whole import damped
 
 TOKENS_FILE = "real-tokens.safetensors"
@@ -61,7 +62,12 @@ SLICES = (
         "v",
         slice(8, 24),
         slice(64, 192),
-        {"default": {}, "hessian-32": {"block_size": 32, "reorder": "hessian"}},
+        {
+            "default": {},
+            "hessian-32": {"block_size": 32, "reorder": "hessian"},
+            "best-40": {**BEST, "block_size": 40},
+            "joint-grid-50": {"block_size": 50, "refinement": "grid"},
+        },
         ("compensate",),
     ),
     Slice(
@@ -76,7 +82,12 @@ SLICES = (
         "gate",
         slice(500, 520),
         slice(0, 200),
-        {"blocks-of-64": {"block_size": 64}, "conditional-64": {"block_size": 64, "aga": "conditional"}},
+        {
+            "blocks-of-64": {"block_size": 64},
+            "conditional-64": {"block_size": 64, "aga": "conditional"},
+            "best": BEST,
+            "feed-forward-64": {"block_size": 64, "feed_forward": True},
+        },
     ),
     Slice(
         26,

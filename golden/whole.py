@@ -1,19 +1,20 @@
 """Ternarize a whole matrix by the steps of an `Arithmetic`, independently of `reference.ternarize`.
 
-The two differ in kind only in compensation: here, no inverse is kept and updated. The remaining columns R are
+The two differ in kind in compensation: here, no inverse is kept and updated. The remaining columns R are
 computed from the original weights and the errors of all quantized columns Q, as
-W_R + (W_Q - Ŵ_Q) H_QR H_RR⁻¹.
+W_R + (W_Q - Ŵ_Q) H_QR H_RR⁻¹. Rounding fed forward does the same with every column of a block in turn.
+`golden.refinement` says how the refinement differs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from golden.arithmetic import Array, Dense, Exact
-
-Kit = Exact | Dense
+from golden.arithmetic import Array, Grid
+from golden.refinement import Kit, damped_objective, dequantized, descend, refine
 
 # Defaults of `reference.types.TernaryConfig`, repeated here; the settings of a case override them.
 DEFAULTS: dict[str, Any] = {
@@ -26,6 +27,9 @@ DEFAULTS: dict[str, Any] = {
     "damping": 0.01,
     "max_iterations": 100,
     "grid": "float16",
+    "feed_forward": False,
+    "refinement": "none",
+    "rounds": 4,
 }
 
 
@@ -95,6 +99,19 @@ def conditional_cost(kit: Kit, H: Array, block: list[int], later: list[int]) -> 
     return cost
 
 
+def round_fed_forward(
+    kit: Kit, W: Array, alpha: Array, mu: Array, H: Array, block: list[int], later: list[int]
+) -> Array:
+    """Round the columns `block` of W one by one, each compensated for the errors of those before it."""
+    columns = []
+    W_hat = W.copy()
+    for place, j in enumerate(block):
+        w = remaining(kit, W, W_hat, H, block[:place], block[place:] + later)[:, :1]
+        columns.append(kit.round(w, alpha, mu))
+        W_hat[:, j : j + 1] = alpha * columns[-1] + mu
+    return np.hstack(columns)
+
+
 def ternarize(
     kit: Kit, W: Array, C: Array, order: list[int] | None = None, **settings: Any
 ) -> dict[str, Array]:
@@ -104,8 +121,10 @@ def ternarize(
     W = W.copy()
     W[:, np.diag(C) == 0] = kit.numbers(0.0)[()]
     H, damping = C, 0.0
-    if config["compensation"] or config["aga"] == "conditional":
+    if config["compensation"] or config["aga"] == "conditional" or config["feed_forward"]:
         H, damping = damped(kit, C, config["damping"])
+    elif config["refinement"] != "none":
+        damping = config["damping"]
 
     W_hat = np.zeros(W.shape, dtype=np.float32)
     stored = _Float16(kit) if config["grid"] == "float16" else _EightBits(kit, W)
@@ -121,12 +140,38 @@ def ternarize(
         W_B = now[:, [rest.index(j) for j in B]]
         rest = [j for j in rest if j not in B]
         cost = conditional_cost(kit, H, B, rest) if config["aga"] == "conditional" else C[np.ix_(B, B)]
-        result = _fit_block(kit, W_B, C[np.ix_(B, B)], cost, config)
+
+        def feed_forward(
+            alpha: Array, mu: Array, W_B: Array = W_B, B: list[int] = B, rest: list[int] = rest
+        ) -> Array:
+            compensated = W.copy()
+            compensated[:, B] = W_B
+            return round_fed_forward(kit, compensated, alpha, mu, H, B, rest)
+
+        result = _fit_block(
+            kit, W_B, C[np.ix_(B, B)], cost, feed_forward if config["feed_forward"] else None, config
+        )
         alpha, mu = stored.add("scale", result["alpha"]), stored.add("shift", result["mu"])
         W_hat[:, B] = alpha * result["T"] + mu
         trits.append(result["T"])
         fits.append(result)
         done += B
+
+    T, shares = np.hstack(trits), np.zeros(0)
+    if config["refinement"] != "none":
+        target, H = W[:, done], damped_objective(kit, C, damping)[np.ix_(done, done)]
+        alpha, mu = (np.hstack([f[name] for f in fits]) for name in ("alpha", "mu"))
+        descent = config["refinement"] == "descent"
+        alpha, mu, T, errors = refine(kit, target, T, alpha, mu, H, k, config["rounds"], descent)
+        shares = _shares(errors, kit.output_error(target, H))
+        stored = _Float16(kit) if config["grid"] == "float16" else _EightBits(kit, W)
+        alpha, mu = (
+            np.hstack([stored.add(name, values[:, b : b + 1]) for b in range(len(fits))])
+            for name, values in (("scale", alpha), ("shift", mu))
+        )
+        if descent:
+            T = descend(kit, target, T, kit.numbers(alpha), kit.numbers(mu), H, k)
+        W_hat[:, done] = dequantized(T, alpha, mu, k)
 
     power = kit.output_error(W, C)
     norm = kit.weight_error(W)
@@ -135,7 +180,7 @@ def ternarize(
     stages = [sum(f["output"][stage] for f in fits) for stage in range(3)]
     error = kit.output_error(W - kit.numbers(W_hat), C)
     return {
-        "trits": np.hstack(trits),
+        "trits": T,
         **stored.arrays(),
         "permutation": np.array(done, dtype=np.int64),
         "weights": W_hat,
@@ -149,6 +194,7 @@ def ternarize(
         "report.variance_before": _shares(block_variance(kit, W, k), 1),
         "report.variance_after": _shares(block_variance(kit, W[:, done], k), 1),
         "report.relative_output_error": _shares(error, power),
+        "report.refinement_errors": shares,
     }
 
 
@@ -194,7 +240,14 @@ class _EightBits:
         return arrays
 
 
-def _fit_block(kit: Kit, W: Array, C: Array, cost: Array, config: dict[str, Any]) -> dict[str, Any]:
+def _fit_block(
+    kit: Kit,
+    W: Array,
+    C: Array,
+    cost: Array,
+    feed_forward: Callable[[Array, Array], Array] | None,
+    config: dict[str, Any],
+) -> dict[str, Any]:
     if config["start"] == "twn":
         alpha, T = kit.symmetric(W)
         mu = alpha * 0
@@ -205,15 +258,21 @@ def _fit_block(kit: Kit, W: Array, C: Array, cost: Array, config: dict[str, Any]
     if config["itf"]:
         alpha, mu, T, weight = fit(kit, W, (alpha, mu, T), config["max_iterations"])
     output.append(kit.output_error(W - alpha * T - mu, C))
-    if config["aga"] in ("exact", "conditional"):
-        alpha, mu = kit.align(W, T, cost)
-    elif config["aga"] == "printed":
-        alpha, mu = kit.align_printed(W, T, C)
-    residual = W - alpha * T - mu
+
+    def aligned(T: Array) -> Grid:
+        if config["aga"] in ("exact", "conditional"):
+            return kit.align(W, T, cost)
+        return kit.align_printed(W, T, C) if config["aga"] == "printed" else (alpha, mu)
+
+    grid = aligned(T)
+    if feed_forward:
+        T = feed_forward(*grid)
+        grid = aligned(T)
+    residual = W - grid[0] * T - grid[1]
     output.append(kit.output_error(residual, C))
     return {
-        "alpha": alpha,
-        "mu": mu,
+        "alpha": grid[0],
+        "mu": grid[1],
         "T": T,
         "weight": weight,
         "aligned": kit.weight_error(residual),

@@ -7,6 +7,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
 
     errors, signals, streams      messages; Ctrl-C and SIGTERM; stdout and stderr
     files, cli, machine           JSON, command lines, facts about this machine
+    cpu/                          the backend for CPUs
     progress                      progress bars, or lines where there is no terminal
     backends, compute             which package fits matrices; which device runs layers
     models/                       the original model: its folder, loading, decoder layers
@@ -27,7 +28,7 @@ Words used throughout:
     Gram matrix    C = XᵀX of a matrix's calibration inputs X
     window         one sequence of calibration or evaluation tokens
     hidden states  output of one decoder layer and input of the next, kept for every window
-    backend        a package that implements the functions of reference/: `reference` or `gpu`
+    backend        a package that implements the functions of reference/: `reference`, `cpu` or `gpu`
     shard          one safetensors file of a checkpoint; each decoder layer has its own
     packed         stored as trits, in bytes (on disk) or in the kernels' words (on a device)
     dense          stored as ordinary weights, dequantized

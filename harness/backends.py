@@ -33,10 +33,11 @@ class Backend:
     name : str
         Name of the package.
     package : module
-        May define ``REFUSED``, the operations it leaves out on purpose, and ``PRECISIONS``, if it supports
-        more than float64. If its arrays are not NumPy arrays, it defines ``STANDIN = False`` and the
-        functions ``to_device``, ``to_host``, ``on_stream`` and ``use_allocator`` of `gpu.device`.
-        If it cannot run on this machine, importing it raises a RuntimeError with the reason.
+        May define ``REFUSED``, the operations it leaves out on purpose, ``REST``, the package that computes
+        what it does not offer, and ``PRECISIONS``, if it supports more than float64. If its arrays are not
+        NumPy arrays, it defines ``STANDIN = False`` and the functions ``to_device``, ``to_host``,
+        ``on_stream`` and ``use_allocator`` of `gpu.device`. If it cannot run on this machine,
+        importing it raises a RuntimeError with the reason.
     precision : str
         dtype of the weights passed to it.
     note : str
@@ -58,19 +59,19 @@ class Backend:
         """The package's functions by operation, ``module.function``.
 
         Operations are the public functions of `reference`. A package offers those that it has under the same
-        names, whether it defines or imports them.
+        names, whether it defines or imports them, and those of its ``REST``.
         """
         offered = {}
+        packages = [self.package.__name__, getattr(self.package, "REST", None)]
         for entry in pkgutil.iter_modules(reference.__path__):
-            path = f"{self.package.__name__}.{entry.name}"
-            if importlib.util.find_spec(path) is None:
-                continue
+            paths = [f"{package}.{entry.name}" for package in packages if package]
+            modules = [importlib.import_module(path) for path in paths if importlib.util.find_spec(path)]
             specification = importlib.import_module(f"reference.{entry.name}")
-            own = vars(importlib.import_module(path))
             for name, function in inspect.getmembers(specification, inspect.isfunction):
                 public = function.__module__ == specification.__name__ and not name.startswith("_")
-                if public and name in own:
-                    offered[f"{entry.name}.{name}"] = own[name]
+                own = [vars(module)[name] for module in modules if name in vars(module)]
+                if public and own:
+                    offered[f"{entry.name}.{name}"] = own[0]
         return offered
 
     def function(self, operation: str) -> Callable[..., Any]:

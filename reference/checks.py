@@ -44,6 +44,15 @@ def column(value: ArrayLike, rows: int, name: str) -> Floats:
     return array
 
 
+def blocks(value: ArrayLike, shape: tuple[int, ...], block_size: int, name: str) -> Floats:
+    """`value` as a finite float64 array with a number for every row and block of a matrix of this shape."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    array = matrix(value, name)
+    same_shape(name, array, (shape[0], -(-shape[1] // block_size)))
+    return array
+
+
 def gram(value: ArrayLike, columns: int, name: str = "C") -> Floats:
     """`value` as a symmetric (columns, columns) matrix with a diagonal that is not negative."""
     array = matrix(value, name)

@@ -52,7 +52,7 @@ def descend(
     ------
     ValueError
         If shapes do not fit, a value is not finite, H is not a Gram matrix, T holds something else than
-        trits, or sweeps is negative.
+        trits, block_size is not positive, or sweeps is negative.
 
     Notes
     -----
@@ -66,6 +66,8 @@ def descend(
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape).copy()
     columns = W.shape[1]
+    alpha = checks.blocks(alpha, W.shape, block_size, "alpha")
+    mu = checks.blocks(mu, W.shape, block_size, "mu")
     H = checks.gram(H, columns, "H")
     scale = spread(alpha, columns, block_size)
     g = (W - (scale * T + spread(mu, columns, block_size))) @ H

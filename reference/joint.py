@@ -82,10 +82,9 @@ def spread(grid: ArrayLike, columns: int, block_size: int) -> Floats:
     Raises
     ------
     ValueError
-        If the number of blocks does not fit.
+        If the number of blocks does not fit, or block_size is not positive.
     """
-    grid = checks.matrix(grid, "grid")
-    checks.same_shape("grid", grid, (grid.shape[0], -(-columns // block_size)))
+    grid = checks.blocks(grid, (len(np.asarray(grid)), columns), block_size, "grid")
     return np.repeat(grid, block_size, axis=1)[:, :columns]
 
 
@@ -114,8 +113,8 @@ def align_jointly(
     Raises
     ------
     ValueError
-        If shapes do not fit, a value is not finite, H is not a Gram matrix, or T holds something else than
-        trits.
+        If shapes do not fit, a value is not finite, H is not a Gram matrix, T holds something else than
+        trits, or block_size is not positive.
 
     Notes
     -----
@@ -129,10 +128,12 @@ def align_jointly(
     W = checks.matrix(W, "W")
     rows, columns = W.shape
     T = checks.trits(T, W.shape)
+    alpha = checks.blocks(alpha, W.shape, block_size, "alpha")
+    mu = checks.blocks(mu, W.shape, block_size, "mu")
     H = checks.gram(H, columns, "H")
     starts = np.arange(0, columns, block_size)
-    scale, shift = checks.matrix(alpha, "alpha"), checks.matrix(mu, "mu")
-    pull = (W - (spread(scale, columns, block_size) * T + spread(shift, columns, block_size))) @ H
+    residual = W - (spread(alpha, columns, block_size) * T + spread(mu, columns, block_size))
+    pull = residual @ H
 
     blocks = len(starts)
     A = np.empty((rows, 2 * blocks, 2 * blocks))
@@ -152,4 +153,4 @@ def align_jointly(
     # No error depends on a direction without weight: all trits 0, or a block of dead inputs.
     A[:, i, i] = np.where(diagonal > 0, (1 + RIDGE) * diagonal, 1.0)
     correction = np.linalg.solve(A, np.where(diagonal > 0, right, 0.0)[..., None])[..., 0]
-    return scale + correction[:, :blocks], shift + correction[:, blocks:]
+    return alpha + correction[:, :blocks], mu + correction[:, blocks:]

@@ -54,24 +54,27 @@ def refine(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    weights = checks.matrix(W, "W")
-    trits = checks.trits(T, weights.shape)
-    scale, shift = checks.matrix(alpha, "alpha"), checks.matrix(mu, "mu")
-    columns = weights.shape[1]
+    W = checks.matrix(W, "W")
+    trits = checks.trits(T, W.shape)
+    columns = W.shape[1]
+    grid = (
+        checks.blocks(alpha, W.shape, block_size, "alpha"),
+        checks.blocks(mu, W.shape, block_size, "mu"),
+    )
 
     def error() -> float:
-        W_hat = spread(scale, columns, block_size) * trits + spread(shift, columns, block_size)
-        return whole_error(weights, W_hat, H)
+        scale, shift = (spread(part, columns, block_size) for part in grid)
+        return whole_error(W, scale * trits + shift, H)
 
     errors = [error()]
     for _ in range(rounds if descent else 0):
-        scale, shift = align_jointly(weights, trits, scale, shift, H, block_size)
+        grid = align_jointly(W, trits, *grid, H, block_size)
         errors.append(error())
-        moved = descend(weights, trits, scale, shift, H, block_size)
+        moved = descend(W, trits, *grid, H, block_size)
         unchanged = np.array_equal(moved, trits)
         trits = moved
         errors.append(error())
         if unchanged:
-            return scale, shift, trits, errors
-    scale, shift = align_jointly(weights, trits, scale, shift, H, block_size)
-    return scale, shift, trits, [*errors, error()]
+            return *grid, trits, errors
+    grid = align_jointly(W, trits, *grid, H, block_size)
+    return *grid, trits, [*errors, error()]

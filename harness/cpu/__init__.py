@@ -5,5 +5,7 @@ Weights may be float32: then the products of the refinement are too, and everyth
 `descent`).
 """
 
+# What else there is, such as packing, takes no time worth compiling.
+REST = "reference"
 # Types of weights; the first is preferred.
 PRECISIONS = ("float32", "float64")

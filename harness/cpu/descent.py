@@ -21,8 +21,8 @@ def descend(W: Any, T: Any, alpha: Any, mu: Any, H: Any, block_size: int, sweeps
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape).copy()
     H = np.ascontiguousarray(checks.gram(H, W.shape[1], "H"))
-    alpha, mu = np.asarray(alpha, np.float64), np.asarray(mu, np.float64)
-    spread(alpha, W.shape[1], block_size)  # checks its shape
+    alpha = checks.blocks(alpha, W.shape, block_size, "alpha")
+    mu = checks.blocks(mu, W.shape, block_size, "mu")
     g = (W - (spread(alpha, W.shape[1], block_size) * T + spread(mu, W.shape[1], block_size))) @ H
     descend_rows(T, g, alpha, H, block_size, sweeps, MARGIN)
     return T

@@ -17,8 +17,8 @@ def align_jointly(W: Any, T: Any, alpha: Any, mu: Any, H: Any, block_size: int) 
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape)
     H = checks.gram(H, W.shape[1], "H")
-    for grid in (alpha, mu):
-        spread(grid, W.shape[1], block_size)  # checks its shape
+    alpha = checks.blocks(alpha, W.shape, block_size, "alpha")
+    mu = checks.blocks(mu, W.shape, block_size, "mu")
     return correct(W, W @ H, T, alpha, mu, H, block_size)[:2]
 
 

@@ -33,9 +33,8 @@ def refine(
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape)
     H = checks.gram(H, W.shape[1], "H")
-    alpha, mu = checks.matrix(alpha, "alpha"), checks.matrix(mu, "mu")
-    for grid in (alpha, mu):
-        spread(grid, W.shape[1], block_size)  # checks its shape
+    alpha = checks.blocks(alpha, W.shape, block_size, "alpha")
+    mu = checks.blocks(mu, W.shape, block_size, "mu")
     return refined(W, W @ H, T, alpha, mu, H, block_size, rounds if descent else 0)
 
 

@@ -16,6 +16,7 @@ from harness.cpu.gptq import factor_damped, inverse
 from harness.cpu.refine import refined, settle
 from harness.cpu.rows import align_rows, feed_forward_rows, fit_rows
 from reference import checks
+from reference.aga import align_grid_printed
 from reference.checks import Floats
 from reference.grids import Stored, row_factor
 from reference.joint import damped_objective
@@ -179,6 +180,8 @@ def _fit_block(
     def align(T: Any) -> Floats:
         if config.aga == "none":
             return fitted
+        if config.aga == "printed":
+            return np.hstack(align_grid_printed(W_B, T, C_BB))
         return align_rows(W_B, T, T.astype(np.float64) @ cost, cost.sum(axis=1))
 
     grid = align(T)

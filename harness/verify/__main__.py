@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backend",
         default="auto",
-        help="reference, gpu, a package with the same modules, or auto: gpu if it can run, else reference "
+        help="reference, cpu, gpu, a package with the same modules, or auto: gpu if it can run, else cpu "
         "(default: auto)",
     )
     parser.add_argument("--operation", metavar="NAME", help="only this module or module.function")

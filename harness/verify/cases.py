@@ -62,7 +62,7 @@ def run_case(backend: Backend, case: Case) -> list[Finding]:
     except MissingOperation as missing:
         return [Finding("", np.inf, str(missing))]
     try:
-        result = function(**_arguments(backend, case))
+        result = function(**arguments(backend, case))
     except Exception as error:
         if case.raises and isinstance(error, EXCEPTIONS[case.raises]):
             return []
@@ -82,7 +82,7 @@ def run_case(backend: Backend, case: Case) -> list[Finding]:
 WEIGHTS = ("W", "W_hat", "W_R", "A")
 
 
-def _arguments(backend: Backend, case: Case) -> dict[str, Any]:
+def arguments(backend: Backend, case: Case) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for path, value in case.inputs.items():
         *groups, name = path.split(".")

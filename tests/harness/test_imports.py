@@ -13,7 +13,7 @@ ROOT = Path(harness.__file__).parent
 # From the ground up. Rooms of one line know nothing of each other.
 STOREYS = [
     {"errors", "signals", "streams"},
-    {"files", "cli", "machine"},
+    {"files", "cli", "machine", "cpu"},
     {"backends", "progress"},
     {"compute"},
     {"models"},
@@ -21,7 +21,7 @@ STOREYS = [
     {"windows"},
     {"calibration", "ternary"},
     {"perplexity"},
-    {"hf"},
+    {"divergence", "hf"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
     {"benchmark", "hardware"},
 ]

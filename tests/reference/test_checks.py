@@ -3,12 +3,28 @@
 import numpy as np
 import pytest
 
-from reference import aga, atq, baselines, gptq, ssr, ternarize, twn
+from reference import (
+    aga,
+    atq,
+    baselines,
+    descent,
+    feedforward,
+    gptq,
+    joint,
+    refine,
+    ssr,
+    targets,
+    ternarize,
+    twn,
+)
 
 W = np.array([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])
 T = np.array([[1, -1, 0], [0, 1, -1]])
 ALPHA, MU = np.ones((2, 1)), np.zeros((2, 1))
 C = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]])
+
+# A grid of blocks of one column.
+ROWS = {"W": W, "T": T, "alpha": np.ones((2, 3)), "mu": np.zeros((2, 3)), "H": C, "block_size": 1}
 
 FUNCTIONS = {
     "symmetric_ternarize": (twn.symmetric_ternarize, {"W": W}),
@@ -34,12 +50,22 @@ FUNCTIONS = {
     "invert_damped": (gptq.invert_damped, {"C": C, "damping": 0.01}),
     "compensate": (gptq.compensate, {"W_R": W, "E": W[:, :2], "Hinv_BB": np.eye(2), "Hinv_BR": W}),
     "eliminate": (gptq.eliminate, {"Hinv": C, "B": np.array([0]), "R": np.array([1, 2])}),
+    "lost_products": (targets.lost_products, {"Y": W.T, "W": W, "X_hat": C, "omega": np.ones((3, 1))}),
+    "token_weights": (targets.token_weights, {"h": W}),
+    "shift_targets": (targets.shift_targets, {"W": W, "C": C, "D": W}),
+    "round_fed_forward": (feedforward.round_fed_forward, {"W": W, "alpha": ALPHA, "mu": MU, "Hinv": C}),
+    "whole_error": (joint.whole_error, {"W": W, "W_hat": W, "H": C}),
+    "damped_objective": (joint.damped_objective, {"C": C, "damping": 0.1}),
+    "spread": (joint.spread, {"grid": W, "columns": 3, "block_size": 1}),
+    "align_jointly": (joint.align_jointly, ROWS),
+    "descend": (descent.descend, ROWS),
+    "refine": (refine.refine, ROWS),
     "ternarize": (ternarize.ternarize, {"W": W, "C": C}),
     "round_to_nearest": (baselines.round_to_nearest, {"W": W}),
     "gptq": (baselines.gptq, {"W": W, "C": C}),
 }
-MATRICES = ("W", "W_hat", "W_R", "A", "X", "E", "alpha", "mu", "Hinv_BR")
-GRAMS = ("C", "Hinv", "Hinv_BB")
+MATRICES = ("W", "W_hat", "W_R", "A", "X", "E", "alpha", "mu", "Hinv_BR", "Y", "X_hat", "D", "h", "grid")
+GRAMS = ("C", "H", "Hinv", "Hinv_BB")
 
 
 def spoiled(name, value):
@@ -67,7 +93,7 @@ def spoiled(name, value):
             broken = array.copy()
             broken[0, 0] = bad
             yield broken, r"\bT must hold only"
-    if name in ("T", "W_hat", "alpha", "mu"):
+    if name in ("T", "W_hat", "alpha", "mu", "D", "Y", "omega"):
         yield array[:-1], rf"\b{name} has shape"
         yield array.T, rf"\b{name} has shape"
 
@@ -114,6 +140,15 @@ def test_blocks_of_the_inverse_must_fit():
     ):
         with pytest.raises(ValueError, match="has shape"):
             gptq.compensate(**{**FUNCTIONS["compensate"][1], **arguments})
+
+
+@pytest.mark.parametrize("block_size", [0, -1])
+@pytest.mark.parametrize("function", [joint.align_jointly, descent.descend, refine.refine])
+def test_blocks_of_no_columns_are_refused(function, block_size):
+    with pytest.raises(ValueError, match=f"block_size must be at least 1, got {block_size}"):
+        function(**{**ROWS, "block_size": block_size})
+    with pytest.raises(ValueError, match=f"block_size must be at least 1, got {block_size}"):
+        joint.spread(W, 3, block_size)
 
 
 def test_rounding_in_a_gram_matrix_is_not_asymmetry():

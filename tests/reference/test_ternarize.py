@@ -82,6 +82,39 @@ def test_grids_in_8_bits_agree_with_the_dense_route(kind):
         assert result.scale.row is result.shift.row
 
 
+# Fed forward or not, by every refinement, and the rounds it takes.
+BEYOND = list(product((False, True), [("none", 4), ("grid", 4), ("descent", 1), ("descent", 4)]))[1:]
+
+
+@pytest.mark.parametrize("kind", ["white", "correlated", "dead", "zero", "outlier"])
+@pytest.mark.parametrize("reorder", REORDERINGS)
+@pytest.mark.parametrize(("feed_forward", "refinement"), BEYOND)
+def test_steps_beyond_the_paper_agree_with_the_dense_route(feed_forward, refinement, reorder, kind):
+    W, C = layer(4, 21, 14, kind)
+    for block_size, aga, compensation, grid in (
+        (9, "conditional", True, "float16"),  # the last block has 3 columns
+        (21, "exact", True, "int8"),
+        (8, "none", False, "float16"),
+        (10, "printed", True, "int8"),  # the last block has 1
+    ):
+        agree(
+            W,
+            C,
+            TernaryConfig(
+                block_size,
+                reorder=reorder,
+                aga=aga,
+                compensation=compensation,
+                damping=0.05,
+                grid=grid,
+                feed_forward=feed_forward,
+                refinement=refinement[0],
+                rounds=refinement[1],
+                seed=5,
+            ),
+        )
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_limit_of_rounds_agrees_with_the_dense_route(limit):
     W, C = layer(12, 60, 6)

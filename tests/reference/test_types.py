@@ -8,7 +8,7 @@ import pytest
 from golden import whole
 from golden.arithmetic import Dense
 from reference.ternarize import ternarize
-from reference.types import ALIGNMENTS, REORDERINGS, STARTS, TernaryConfig, TernaryMatrix
+from reference.types import ALIGNMENTS, BEST, REFINEMENTS, REORDERINGS, STARTS, TernaryConfig, TernaryMatrix
 from tests.reference.strategies import random_gram
 
 
@@ -18,6 +18,8 @@ from tests.reference.strategies import random_gram
         ({"start": "gaussian"}, "start must be one of asymmetric, twn, got 'gaussian'"),
         ({"reorder": "cosine"}, "reorder must be one of none, random, hessian, ssr, got 'cosine'"),
         ({"aga": "on"}, "aga must be one of none, exact, printed, conditional, got 'on'"),
+        ({"refinement": "full"}, "refinement must be one of none, grid, descent, got 'full'"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),
         ({"seed": -1}, "seed must not be negative, got -1"),
@@ -32,7 +34,10 @@ def test_settings_that_mean_nothing_are_refused(changes, message):
 
 
 def test_defaults_are_those_of_the_paper_and_of_gptq():
-    assert TernaryConfig() == TernaryConfig(128, "asymmetric", "ssr", True, "exact", True, 0.01, 100, 0)
+    paper = TernaryConfig(
+        128, "asymmetric", "ssr", True, "exact", True, 0.01, 100, 0, "float16", False, "none"
+    )
+    assert TernaryConfig() == paper
 
 
 def test_settings_cannot_change_after_the_fact():
@@ -76,9 +81,16 @@ CONFIGS = [
         ("asymmetric", "ssr", False, "none", False),
     ]
 ]
+CONFIGS += [
+    dataclasses.replace(CONFIGS[0], feed_forward=True, refinement="grid"),
+    dataclasses.replace(CONFIGS[1], feed_forward=True),
+    dataclasses.replace(CONFIGS[2], refinement="descent", block_size=9),
+    dataclasses.replace(CONFIGS[5], refinement="descent", rounds=1),
+    dataclasses.replace(BEST, block_size=5),
+]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.start}-{c.reorder}-{c.itf}-{c.aga}")
+@pytest.mark.parametrize("config", CONFIGS, ids=map(str, range(len(CONFIGS))))
 @pytest.mark.parametrize("dead", [False, True])
 def test_figures_of_the_fit_are_those_of_their_definitions(config, dead):
     rng = np.random.default_rng(1)
@@ -99,7 +111,9 @@ def test_figures_of_the_fit_are_those_of_their_definitions(config, dead):
         expected = answer[f"report.{name}"].tolist()
         assert figure == pytest.approx(expected, rel=tolerances.get(name, 1e-12)), name
     assert (figures["iterations"] == 0) == (not config.itf)
-    assert figures["damping"] == (config.damping if config.compensation else 0)
+    damped = config.compensation or config.feed_forward or config.refinement != "none"
+    assert figures["damping"] == (config.damping if damped else 0)
+    assert bool(figures["refinement_errors"]) == (config.refinement != "none")
 
 
 def test_dead_weights_do_not_count_in_any_figure():
@@ -124,3 +138,4 @@ def test_names_of_the_settings_are_those_of_the_checkpoint():
     assert STARTS == ("asymmetric", "twn")
     assert REORDERINGS == ("none", "random", "hessian", "ssr")
     assert ALIGNMENTS == ("none", "exact", "printed", "conditional")
+    assert REFINEMENTS == ("none", "grid", "descent")

@@ -218,7 +218,7 @@ def test_json_is_all_that_is_printed(backend, no_device, capsys, broken):
     )
     assert report["passed"] is not broken
     assert code == broken
-    assert report["backend"] == (name if broken else "reference")
+    assert report["backend"] == (name if broken else "cpu")
     variance = report["golden"]["float64"]["ssr.block_variance"]
     assert (
         variance["outputs"]["variance"]["tolerance"]
@@ -231,7 +231,7 @@ def test_auto_says_what_it_is(no_device, capsys):
     assert verify_main(["--operation", "twn.symmetric_ternarize", "--kind", "exact"]) == 0
     captured = capsys.readouterr()
     assert "auto" in captured.err
-    assert "reference" in captured.err
+    assert "backend auto: cpu" in captured.err
 
 
 @pytest.mark.parametrize(
