@@ -28,15 +28,14 @@ def whole_error(W: Array, W_hat: Array, H: Array) -> float:
 @twin
 def damped_objective(C: Array, damping: float) -> Array:
     check_damping(damping)
-    return damped_copy(checks.gram(C, C.shape[-1]), damping)
+    return damp_alive(checks.gram(C, C.shape[-1]).copy(), damping)
 
 
-def damped_copy(C: Array, damping: float) -> Array:
-    """Compute `damped_objective` without checking the input."""
-    H = C.copy()
-    diagonal, every = xp.diagonal(C), xp.arange(C.shape[0])
-    H[every, every] = xp.where(diagonal == 0, 0.0, diagonal + damping * diagonal.mean())
-    return H
+def damp_alive(C: Array, damping: float) -> Array:
+    """Overwrite C by its `damped_objective`, without checking the input."""
+    diagonal, every = xp.diagonal(C).copy(), xp.arange(C.shape[0])
+    C[every, every] = xp.where(diagonal == 0, 0.0, diagonal + damping * diagonal.mean())
+    return C
 
 
 @twin

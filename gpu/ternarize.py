@@ -19,7 +19,7 @@ from gpu.descent import descended
 from gpu.device import Array, cholesky, is_factor, subtract_product, xp
 from gpu.gptq import damped_inverse, halved
 from gpu.grids import coded, require_coded, row_factor
-from gpu.joint import damped_copy, spread_grid
+from gpu.joint import damp_alive, spread_grid
 from gpu.kernels.feedforward import feed_rows
 from gpu.kernels.fitting import fit_rows
 from gpu.refine import refined
@@ -101,11 +101,8 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     errors: list[float] = []
     if config.refinement != "none":
         del remaining  # and the inverse of H with it
-        trits, grids, errors = _refined(W, C, trits, grids, permutation, damping, config, row)
-        scale, shift = _stored(grids, row)
-        alpha, mu = _read_back(grids, row)
-        W_hat[:, permutation] = spread_grid(alpha, m, config.block_size) * trits + spread_grid(
-            mu, m, config.block_size
+        trits, (scale, shift), W_hat[:, permutation], errors = _refined(
+            W, C, trits, grids, permutation, damping, config, row
         )
     return TernaryMatrix(
         trits=trits,
@@ -126,20 +123,34 @@ def _refined(
     damping: float,
     config: TernaryConfig,
     row: Array | None,
-) -> tuple[Array, Array, list[float]]:
-    """Refine whole rows; return trits, alpha and mu (2, n, blocks) as computed, and errors as shares."""
+) -> tuple[Array, tuple[Any, Any], Array, list[float]]:
+    """Refine whole rows from the grids as computed, (2, n, blocks).
+
+    Returns
+    -------
+    trits : (n, m) int8
+    stored : alpha and mu of all blocks, in the stored type
+    W_hat : (n, m) float32
+        Columns in quantization order, like those of the trits.
+    errors : list of float
+        As shares of the power of W.
+    """
     k, descends = config.block_size, config.refinement == "descent"
-    H = damped_copy(C, damping)
-    if config.reorder != "none":
-        W, H = W[:, permutation], H[permutation[:, None], permutation]
+    if config.reorder == "none":
+        H = C.copy()
+    else:
+        W, H = W[:, permutation], C[permutation[:, None], permutation]
+    damp_alive(H, damping)
     W = W.astype(np.float64, copy=False)
     alpha, mu, trits, errors = refined(W, trits, grids[0], grids[1], H, k, config.rounds if descends else 0)
     grids = xp.stack([alpha, mu])
+    stored = _stored(grids, row)
+    alpha, mu = _read_back(grids, row)
     if descends:
-        alpha, mu = (grid.astype(np.float64) for grid in _read_back(grids, row))
-        trits = descended(W, trits, alpha, mu, H, k)
+        trits = descended(W, trits, alpha.astype(np.float64), mu.astype(np.float64), H, k)
+    W_hat = spread_grid(alpha, W.shape[1], k) * trits + spread_grid(mu, W.shape[1], k)
     power = float(quadratic_form(W, H))
-    return trits, grids, [error / power if power > 0 else 0.0 for error in errors]
+    return trits, stored, W_hat, [error / power if power > 0 else 0.0 for error in errors]
 
 
 class _Remaining:

@@ -181,8 +181,11 @@ _descend_row = _build(CUDA)
 @cuda.jit
 def descend_rows_kernel(T, g, alpha, H, diagonal, block_size, sweeps, moves):
     """One row per CUDA block; see `descend_rows` for the arguments."""
-    panel, by = cuda.shared.array(PANEL, float64), cuda.shared.array(PANEL, float64)
-    moved, nearest = cuda.shared.array(PANEL, int64), cuda.shared.array(LANES, int64)
+    # One a line: Numba's simulator tells shared arrays apart by their lines.
+    panel = cuda.shared.array(PANEL, float64)
+    moved = cuda.shared.array(PANEL, int64)
+    by = cuda.shared.array(PANEL, float64)
+    nearest = cuda.shared.array(LANES, int64)
     changes = cuda.shared.array(LANES, float64)
     _descend_row(
         T,
@@ -230,8 +233,8 @@ def descend_rows(
         Number of moves in each row.
     """
     moves = xp.zeros(T.shape[0], xp.int64)
-    grid, H, diagonal = (xp.ascontiguousarray(array) for array in (alpha, H, xp.diagonal(H)))
-    arguments = (T, g, grid, H, diagonal, block_size, sweeps, moves)
+    grid, H = xp.ascontiguousarray(alpha), xp.ascontiguousarray(H)
+    arguments = (T, g, grid, H, xp.diagonal(H).copy(), block_size, sweeps, moves)
     if STANDIN and not simulate:
         panel, by, moved = xp.empty(PANEL), xp.empty(PANEL), xp.empty(PANEL, xp.int64)
         _descend_rows_cpu(*arguments, panel, moved, by, xp.empty(1, xp.int64), xp.empty(1))
