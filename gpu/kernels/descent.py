@@ -108,8 +108,7 @@ def _build(target: Target) -> Any:
             for first in range(0, m, PANEL):
                 last = min(first + PANEL, m)
                 for j in range(first + lane, last, lanes):
-                    panel[j - first] = g[row, j]
-                barrier()
+                    panel[j - first] = g[row, j]  # for this lane alone, until the first `least`
                 count = descend_panel(
                     T,
                     alpha,
