@@ -40,9 +40,8 @@ def damp_alive(C: Array, damping: float) -> Array:
 
 @twin
 def spread(grid: Array, columns: int, block_size: int) -> Array:
-    grid = checks.matrix(grid, "grid").astype(np.float64, copy=False)
-    checks.same_shape("grid", grid, (grid.shape[0], -(-columns // block_size)))
-    return spread_grid(grid, columns, block_size)
+    grid = checks.matrix(grid, "grid")
+    return spread_grid(grid_of(grid, (grid.shape[0], columns), block_size, "grid"), columns, block_size)
 
 
 def spread_grid(grid: Array, columns: int, block_size: int) -> Array:
@@ -52,6 +51,8 @@ def spread_grid(grid: Array, columns: int, block_size: int) -> Array:
 
 def grid_of(value: Array, shape: tuple[int, int], block_size: int, name: str) -> Array:
     """Check a grid of all blocks of a matrix of this shape; return it in float64."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
     grid = checks.matrix(value, name).astype(np.float64, copy=False)
     checks.same_shape(name, grid, (shape[0], -(-shape[1] // block_size)))
     return grid

@@ -140,7 +140,7 @@ def _refined(
         H = C.copy()
     else:
         W, H = W[:, permutation], C[permutation[:, None], permutation]
-    damp_alive(H, damping)
+    H = damp_alive(H, damping)
     W = W.astype(np.float64, copy=False)
     alpha, mu, trits, errors = refined(W, trits, grids[0], grids[1], H, k, config.rounds if descends else 0)
     grids = xp.stack([alpha, mu])
