@@ -22,7 +22,7 @@ def gram(X: Array) -> Array:
 
 @twin
 def damp(C: Array, damping: float) -> Array:
-    _check_damping(damping)
+    check_damping(damping)
     return _damped(checks.gram(C, C.shape[-1]), damping)
 
 
@@ -31,7 +31,7 @@ def invert_damped(C: Array, damping: float) -> tuple[Array, float]:
     """At most three (m, m) float64 matrices are in memory, C included. The host waits for the device once per
     damping step.
     """
-    _check_damping(damping)
+    check_damping(damping)
     return damped_inverse(checks.gram(C, C.shape[-1]), damping)
 
 
@@ -61,7 +61,7 @@ def compensate(W_R: Array, E: Array, Hinv_BB: Array, Hinv_BR: Array) -> Array:
     Hinv_BB = checks.gram(Hinv_BB, E.shape[1], "Hinv_BB")
     checks.same_shape("W_R", W_R, (E.shape[0], Hinv_BR.shape[1]))
     checks.same_shape("Hinv_BR", Hinv_BR, (E.shape[1], W_R.shape[1]))
-    whitening, half = halved(_factor(Hinv_BB, "Hinv_BB"), Hinv_BR)
+    whitening, half = halved(factored(Hinv_BB, "Hinv_BB"), Hinv_BR)
     return W_R - (E @ whitening.T @ half).astype(W_R.dtype, copy=False)
 
 
@@ -69,7 +69,7 @@ def compensate(W_R: Array, E: Array, Hinv_BB: Array, Hinv_BR: Array) -> Array:
 def eliminate(Hinv: Array, B: Array, R: Array) -> Array:
     Hinv = checks.gram(Hinv, Hinv.shape[-1], "Hinv")
     B, R = xp.asarray(B), xp.asarray(R)
-    _, half = halved(_factor(Hinv[B[:, None], B], "the block of Hinv"), Hinv[B[:, None], R])
+    _, half = halved(factored(Hinv[B[:, None], B], "the block of Hinv"), Hinv[B[:, None], R])
     return Hinv[R[:, None], R] - half.T @ half
 
 
@@ -100,7 +100,8 @@ def inverse_by_factor(L: Array) -> Array:
     return L
 
 
-def _check_damping(damping: float) -> None:
+def check_damping(damping: float) -> None:
+    """Refuse what is no share of a diagonal."""
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping must be a finite number that is not negative, got {damping}")
 
@@ -128,7 +129,8 @@ def _inverse(C: Array, damping: float, dead: Array) -> tuple[Array, bool]:
     return Hinv, bool(regular)
 
 
-def _factor(A: Array, name: str) -> Array:
+def factored(A: Array, name: str) -> Array:
+    """Return the lower Cholesky factor, or raise LinAlgError; waits for the device."""
     L = cholesky(A)
     if not is_factor(L, xp.diagonal(A)):
         raise np.linalg.LinAlgError(f"{name} is not positive definite")

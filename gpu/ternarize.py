@@ -2,7 +2,8 @@
 
 W and the inverse of H are updated in place. Finished columns are set to zero, and removed once they reach
 `DONE_SHARE` of all (`_Remaining`). The host knows all shapes, so it queues the whole loop without waiting for
-the device, and checks for errors (a failed factorization, a scale beyond float16) once at the end.
+the device, and checks for errors (a failed factorization, a scale beyond float16) once at the end. After that
+comes the refinement, if any, which waits once a round.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import numpy as np
 from gpu import checks
 from gpu.aga import aligned_grid, quadratic_form
 from gpu.atq import residual, squared_norm
+from gpu.descent import descended
 from gpu.device import Array, cholesky, is_factor, subtract_product, xp
 from gpu.gptq import damped_inverse, halved
 from gpu.grids import coded, require_coded, row_factor
+from gpu.joint import damp_alive, spread_grid
+from gpu.kernels.feedforward import feed_rows
 from gpu.kernels.fitting import fit_rows
+from gpu.refine import refined
 from gpu.ssr import block_variance, most_similar
 from gpu.twin import twin
 from reference.types import FitReport, TernaryConfig, TernaryMatrix
@@ -44,8 +49,10 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     order = _fixed_order(C, config)
     Hinv: Array | None = None
     damping = 0.0
-    if config.compensation or config.aga == "conditional":
+    if config.compensation or config.aga == "conditional" or config.feed_forward:
         Hinv, damping = damped_inverse(C, config.damping)
+    elif config.refinement != "none":
+        damping = config.damping
 
     remaining = _Remaining(W, Hinv)
     del Hinv  # `_Remaining` owns it, updates it, and frees it when it removes columns
@@ -63,7 +70,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
         columns = remaining.columns[B]
         W_B = remaining.W[:, B]
         C_BB = C[columns[:, None], columns]
-        cost = C_BB
+        cost, L = C_BB, None
         if remaining.Hinv is not None:
             Hinv_B = remaining.Hinv[B]
             Hinv_BB = Hinv_B[:, B]
@@ -73,7 +80,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
             if config.aga == "conditional":
                 cost = whitening.T @ whitening
 
-        grid, T = _fit_block(W_B, C_BB, cost, config, figures, b)
+        grid, T = _fit_block(W_B, C_BB, cost, L, config, figures, b)
         grids[:, :, b : b + 1] = grid
         alpha, mu = _read_back(grid, row)
         trits[:, block], permutation[block] = T, columns
@@ -91,14 +98,59 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     if not _all_are_factors(factors):
         raise np.linalg.LinAlgError(f"the inverse of H has no Cholesky factor, with damping {damping:g}")
     scale, shift = _stored(grids, row)
+    errors: list[float] = []
+    if config.refinement != "none":
+        del remaining  # and the inverse of H with it
+        trits, (scale, shift), W_hat[:, permutation], errors = _refined(
+            W, C, trits, grids, permutation, damping, config, row
+        )
     return TernaryMatrix(
         trits=trits,
         scale=scale,
         shift=shift,
         permutation=permutation,
         block_size=config.block_size,
-        report=figures.report(W, W_hat, C, permutation, damping),
+        report=figures.report(W, W_hat, C, permutation, damping, errors),
     )
+
+
+def _refined(
+    W: Array,
+    C: Array,
+    trits: Array,
+    grids: Array,
+    permutation: Array,
+    damping: float,
+    config: TernaryConfig,
+    row: Array | None,
+) -> tuple[Array, tuple[Any, Any], Array, list[float]]:
+    """Refine whole rows from the grids as computed, (2, n, blocks).
+
+    Returns
+    -------
+    trits : (n, m) int8
+    stored : alpha and mu of all blocks, in the stored type
+    W_hat : (n, m) float32
+        Columns in quantization order, like those of the trits.
+    errors : list of float
+        As shares of the power of W.
+    """
+    k, descends = config.block_size, config.refinement == "descent"
+    if config.reorder == "none":
+        H = C.copy()
+    else:
+        W, H = W[:, permutation], C[permutation[:, None], permutation]
+    H = damp_alive(H, damping)
+    W = W.astype(np.float64, copy=False)
+    alpha, mu, trits, errors = refined(W, trits, grids[0], grids[1], H, k, config.rounds if descends else 0)
+    grids = xp.stack([alpha, mu])
+    stored = _stored(grids, row)
+    alpha, mu = _read_back(grids, row)
+    if descends:
+        trits = descended(W, trits, alpha.astype(np.float64), mu.astype(np.float64), H, k)
+    W_hat = spread_grid(alpha, W.shape[1], k) * trits + spread_grid(mu, W.shape[1], k)
+    power = float(quadratic_form(W, H))
+    return trits, stored, W_hat, [error / power if power > 0 else 0.0 for error in errors]
 
 
 class _Remaining:
@@ -161,11 +213,17 @@ def _all_are_factors(factors: list[tuple[Array, Array]]) -> bool:
 
 
 def _fit_block(
-    W_B: Array, C_BB: Array, cost: Array, config: TernaryConfig, figures: _Figures, b: int
+    W_B: Array,
+    C_BB: Array,
+    cost: Array,
+    L: Array | None,
+    config: TernaryConfig,
+    figures: _Figures,
+    b: int,
 ) -> tuple[Array, Array]:
-    """Run Algorithm 1 on one block; return alpha and mu as one array (2, n, 1), and the trits.
+    """Run Algorithm 1 on one block, and feed its trits forward; return alpha and mu (2, n, 1), and the trits.
 
-    `cost` is the matrix of the quadratic form that AGA minimizes.
+    `cost` is the matrix of the quadratic form that AGA minimizes, and L the Cholesky factor of H⁻¹_BB.
     """
     limit = config.max_iterations if config.itf else 0
     fitted, T0, T, errors, steps = fit_rows(W_B, limit, symmetric=config.start == "twn")
@@ -174,6 +232,11 @@ def _fit_block(
     aligned = itf = residual(W_B, alpha, mu, T)
     if config.aga != "none":
         alpha, mu = aligned_grid(W_B, T, cost)
+        aligned = residual(W_B, alpha, mu, T)
+    if config.feed_forward and L is not None:
+        T = feed_rows(W_B, alpha, mu, L)
+        if config.aga != "none":
+            alpha, mu = aligned_grid(W_B, T, cost)
         aligned = residual(W_B, alpha, mu, T)
     # One product serves all three stages.
     E = xp.concatenate([init, itf, aligned])
@@ -197,7 +260,9 @@ class _Figures:
         self.aligned = xp.zeros(())
         self.output_errors = xp.zeros((blocks, len(STAGES)))
 
-    def report(self, W: Array, W_hat: Array, C: Array, permutation: Array, damping: float) -> FitReport:
+    def report(
+        self, W: Array, W_hat: Array, C: Array, permutation: Array, damping: float, errors: list[float]
+    ) -> FitReport:
         """Return the report; waits for the device."""
 
         def share(value: Array, total: float) -> float:
@@ -221,6 +286,7 @@ class _Figures:
             variance_before=block_variance(W, self.block_size),
             variance_after=block_variance(W[:, permutation], self.block_size),
             relative_output_error=share(quadratic_form(W64 - W_hat, C), power),
+            refinement_errors=tuple(errors),
         )
 
 
@@ -236,7 +302,7 @@ def _fixed_order(C: Array, config: TernaryConfig) -> Array | None:
 
 
 def _read_back(grid: Array, row: Array | None) -> tuple[Array, Array]:
-    """Round alpha and mu of a block, (2, n, 1), to the stored type; return them in float32."""
+    """Round alpha and mu of one or all blocks, (2, n, blocks), to the stored type; return them in float32."""
     if row is None:
         alpha, mu = _float16(grid).astype(np.float32)
         return alpha, mu

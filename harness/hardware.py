@@ -74,7 +74,8 @@ PARTS = {
         # CuPy and torch probe the CUDA runtime with calls that may fail, and handle the failure.
         "compute-sanitizer --report-api-errors no --error-exitcode 1 "
         "python -m pytest -x tests/gpu/test_matmul.py tests/gpu/test_tensor_cores.py "
-        "tests/gpu/test_warpgroup.py tests/gpu/test_fitting.py",
+        "tests/gpu/test_warpgroup.py tests/gpu/test_fitting.py tests/gpu/test_descent.py "
+        "tests/gpu/test_feedforward.py",
     ),
     "memory": (
         "quantization at the shape of a 65B model, in 40 GB of GPU memory",

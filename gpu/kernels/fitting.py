@@ -15,7 +15,7 @@ from reference.twn import THRESHOLD
 
 def _build(target: Target) -> Any:
     """The body for one row."""
-    jit, total, build_optimal_grid = target.jit, target.total, target.optimal_grid
+    jit, total, build_optimal_grid, nearest = target.jit, target.total, target.optimal_grid, target.nearest
 
     @jit
     def record(W, T, row, alpha, mu, errors, step, partial, lane, lanes):
@@ -62,14 +62,7 @@ def _build(target: Target) -> Any:
     def flexible_round(W, T, row, alpha, mu, partial, lane, lanes):
         changed = 0.0
         for j in range(lane, W.shape[1], lanes):
-            centred = np.float64(W[row, j]) - mu
-            t = 0
-            if abs(centred) > abs(alpha) / 2:
-                t = 1
-                if (centred < 0) != (alpha < 0):
-                    t = -1
-                if alpha == 0.0:
-                    t = 0
+            t = nearest(np.float64(W[row, j]) - mu, alpha)
             if t != T[row, j]:
                 changed = 1.0
                 T[row, j] = t

@@ -1,4 +1,4 @@
-"""Shared by the Numba kernels: one source for two compilers, sums over the lanes of a block, Eq. 9 of a row.
+"""Shared by the Numba kernels: one source for two compilers, what lanes find out together, Eq. 9 and Eq. 10.
 
 The body of a kernel is plain Numba, compiled twice: for CUDA, with LANES lanes and real barriers, and for the
 CPU, with one lane and no barriers. The CPU version stands in for CUDA at full matrix sizes; Numba's simulator
@@ -29,7 +29,9 @@ class Target(NamedTuple):
     jit: Callable[..., Any]
     barrier: Any
     total: Any  # the sum over all lanes
+    least: Any  # the least integer of all lanes
     optimal_grid: Any  # alpha and mu of a row by Eq. 9
+    nearest: Any  # the trit of a weight by Eq. 10
 
 
 def _target(jit: Callable[..., Any], barrier: Any) -> Target:
@@ -40,6 +42,16 @@ def _target(jit: Callable[..., Any], barrier: Any) -> Target:
         result = 0.0
         for other in range(lanes):
             result += partial[other]
+        barrier()
+        return result
+
+    @jit
+    def least(partial, lane, lanes, value):
+        partial[lane] = value
+        barrier()
+        result = partial[0]
+        for other in range(1, lanes):
+            result = min(result, partial[other])
         barrier()
         return result
 
@@ -66,7 +78,15 @@ def _target(jit: Callable[..., Any], barrier: Any) -> Target:
             alpha = m * wt1 / denominator
         return alpha, mean - alpha * t1 / m
 
-    return Target(jit, barrier, total, optimal_grid)
+    @jit
+    def nearest(centred, alpha):
+        if alpha == 0.0 or not abs(centred) > abs(alpha) / 2:
+            return 0
+        if (centred < 0) != (alpha < 0):
+            return -1
+        return 1
+
+    return Target(jit, barrier, total, least, optimal_grid, nearest)
 
 
 def _barrier():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -127,6 +127,7 @@ def make_plan(
         passes, gram = 2 * passes, 2 * gram
     if device:
         fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
+        fitting += _time_refinement(compute, config, shapes)
     else:
         fitting = sum(TERNARIZE_WEIGHT * n * m + TERNARIZE_CUBE * m**3 for n, m in shapes)
     return Plan(
@@ -164,8 +165,18 @@ def _time_layer(passage: Passage) -> tuple[float, float]:
 
 def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:
     """Time the ternarization of a block of columns on a device; launches cost more than arithmetic."""
+    config = replace(config, refinement="none")
     columns = 8 * config.block_size
     W = torch.randn(columns, columns, device=compute.device)
     C = (W.T @ W).double()
     method = ternarizer(backend, compute, config)
     return seconds_of(lambda: method(W, C), compute) / 8
+
+
+def _time_refinement(compute: Compute, config: TernaryConfig, shapes: list[torch.Size]) -> float:
+    """Estimate the refinement on a device from its products by H, and as much again for everything else."""
+    from gpu.refine import products  # needs CuPy and a device
+
+    H = torch.ones(2048, 2048, dtype=torch.float64, device=compute.device)
+    by_work = seconds_of(lambda: H @ H, compute) / len(H) ** 3
+    return 2 * products(config) * by_work * sum(n * m**2 for n, m in shapes)

@@ -21,7 +21,17 @@ os.environ["NUMBA_ENABLE_CUDASIM"] = "0"  # and the real compiler
 from numba.cuda import dispatcher
 from numba.cuda.descriptor import cuda_target
 
-from gpu.kernels import alignment, fitting, launching, packing, product, similarity
+from gpu.kernels import (
+    alignment,
+    descent,
+    feedforward,
+    fitting,
+    launching,
+    packing,
+    product,
+    segments,
+    similarity,
+)
 
 
 def array(dtype, ndim):
@@ -49,6 +59,11 @@ def signatures():
                 product.multiply_kernel,
                 (W, array("uint32", 4), array(grid, 3), array(order, 1), int, two),
             )
+    two, T, one = array("float64", 2), array("int8", 2), array("float64", 1)
+    yield "feedforward.feed_rows", feedforward.feed_rows_kernel, (two, two, two, T)
+    yield "segments.match_rows", segments.match_rows_kernel, (two, T, int, int, two)
+    kinds = (T, two, two, two, one, int, int, array("int64", 1))
+    yield "descent.descend_rows", descent.descend_rows_kernel, kinds
     for name, kernel, kinds in (
         ("compare", similarity.compare_kernel, (sums, array("bool", 1), row_sums)),
         ("rank", similarity.rank_kernel, (row_sums, array("int32", 1))),

@@ -131,11 +131,11 @@ def install() -> None:
     from gpu import device
 
     device.xp = DeviceModule(np)
-    for name in ("cholesky", "solve_lower", "subtract_product"):
+    for name in ("cholesky", "solve_lower", "solve_systems", "subtract_product"):
         setattr(device, name, _around(getattr(device, name)))
-    from gpu.kernels import alignment, fitting, packing, similarity
+    from gpu.kernels import alignment, descent, feedforward, fitting, packing, segments, similarity
 
-    for module in (alignment, fitting, packing, similarity):
+    for module in (alignment, descent, feedforward, fitting, packing, segments, similarity):
         for name in [name for name in vars(module) if name.endswith(("rows_cpu", "columns_cpu"))]:
             setattr(module, name, _around(getattr(module, name)))
     import gpu

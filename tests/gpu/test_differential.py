@@ -42,6 +42,9 @@ def inputs(operation, shape, dtype, kind="correlated"):
     Hinv = (Hinv + Hinv.T) / 2
     k = max(1, m // 3)
     B, R = np.arange(0, k), np.arange(k, m)
+    H = C + 0.1 * np.diag(C).mean() * np.eye(m)
+    whole = {"alpha": rng.normal(size=(n, -(-m // 50))), "mu": rng.normal(size=(n, -(-m // 50)))}
+    rows = {"W": W, "T": T, **whole, "H": H, "block_size": 50}
     return {
         "twn.symmetric_ternarize": {"W": W},
         "atq.ternary_init": {"W": W},
@@ -67,6 +70,21 @@ def inputs(operation, shape, dtype, kind="correlated"):
             "Hinv_BR": Hinv[:k, k:],
         },
         "gptq.eliminate": {"Hinv": Hinv, "B": B, "R": R},
+        "targets.lost_products": {
+            "Y": rng.normal(size=(9, n)).astype(np.float32).astype(dtype),
+            "W": W,
+            "X_hat": rng.normal(size=(9, m)).astype(np.float32).astype(dtype),
+            "omega": rng.uniform(size=(9, 1)),
+        },
+        "targets.token_weights": {"h": W},
+        "targets.shift_targets": {"W": W, "C": C, "D": rng.normal(size=shape)},
+        "feedforward.round_fed_forward": {"W": W, **grid, "Hinv": Hinv},
+        "joint.whole_error": {"W": W, "W_hat": (alpha * T + mu).astype(dtype), "H": H},
+        "joint.damped_objective": {"C": C, "damping": 0.1},
+        "joint.spread": {"grid": whole["alpha"], "columns": m, "block_size": 50},
+        "joint.align_jointly": rows,
+        "descent.descend": rows,
+        "refine.refine": rows,
         "grids.row_factor": {"W": W},
         "grids.encode": {"value": mu, "row": np.abs(rng.normal(size=(n, 1))).astype(np.float16)},
         "packing.pack_base3": {"trits": T},

@@ -1,5 +1,7 @@
 """Matrices of the size of real models; in the stand-in, a sixteenth of it each way."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import linalg
@@ -14,10 +16,11 @@ from reference.atq import iterative_ternary_fitting
 from reference.gptq import compensate, damp
 from reference.ssr import select_block
 from reference.ternarize import ternarize as reference_ternarize
-from reference.types import TernaryConfig
+from reference.types import BEST, TernaryConfig
 
 SHRINK = 16 if STANDIN else 1
 CONFIG = TernaryConfig(block_size=128 // (4 if STANDIN else 1))
+FULL = replace(BEST, block_size=CONFIG.block_size)
 TO_HOST = load_backend("gpu", "float64").to_host
 
 
@@ -42,12 +45,15 @@ def layer(rows, columns):
     return gpu.to_device(W), (C + C.T) / 2
 
 
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(BEST, block_size=CONFIG.block_size)], ids=["paper", "best"]
+)
 @pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (11008, 4096), (4096, 11008)])
-def test_output_error_is_that_of_the_reference(rows, columns):
+def test_output_error_is_that_of_the_reference(rows, columns, config):
     W, C = layer(rows, columns)
     host_W, host_C = gpu.to_host(W).astype(np.float64), gpu.to_host(C)
-    expected = output_error(host_W, reference_ternarize(host_W, host_C, CONFIG).dequantize(), host_C)
-    ours = TO_HOST(ternarize(W, C, CONFIG))
+    expected = output_error(host_W, reference_ternarize(host_W, host_C, config).dequantize(), host_C)
+    ours = TO_HOST(ternarize(W, C, config))
     error = output_error(host_W, ours.dequantize(), host_C)
     assert error == pytest.approx(expected, rel=OUTPUT_ERROR)
 

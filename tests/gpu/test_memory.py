@@ -1,6 +1,7 @@
 """How much memory a matrix takes while it is fitted."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import gpu
 from gpu.device import STANDIN, xp
 from gpu.ternarize import ternarize
-from reference.types import TernaryConfig
+from reference.types import BEST, TernaryConfig
 from tests.reference.strategies import random_gram
 
 
@@ -42,13 +43,21 @@ def _peak_hook():
     return Peak()
 
 
-@pytest.mark.parametrize("aga", ["exact", "conditional"])
-def test_three_square_matrices_are_the_most_there_are(aga):
+@pytest.mark.parametrize(
+    "config",
+    [
+        TernaryConfig(),
+        TernaryConfig(aga="conditional"),
+        BEST,
+        replace(BEST, reorder="ssr", refinement="grid"),
+    ],
+    ids=["exact", "conditional", "best", "joint grid"],
+)
+def test_three_square_matrices_are_the_most_there_are(config):
     rows, columns = 16, 1536
     rng = np.random.default_rng(0)
     W = gpu.to_device(rng.normal(size=(rows, columns)))
     C = gpu.to_device(random_gram(rng, columns, "correlated"))
-    config = TernaryConfig(aga=aga)
     ternarize(W, C, config)  # compiles kernels, and makes the libraries' workspaces
     square = 8 * columns * columns
     # C is the third, and was there before; there may be a matrix of booleans, and rows and blocks.

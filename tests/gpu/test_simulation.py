@@ -10,7 +10,7 @@ import pytest
 
 import gpu
 from gpu.device import STANDIN
-from gpu.kernels import alignment, fitting, packing, similarity
+from gpu.kernels import alignment, descent, feedforward, fitting, packing, segments, similarity
 
 W = np.ones((2, 5))
 T = np.ones((2, 5), np.int8)
@@ -18,6 +18,9 @@ BYTES = np.full((2, 1), 121, np.uint8)
 LAUNCHES = {
     "fit_rows": (fitting, ["fit_rows_kernel"], (W, 1)),
     "align_rows": (alignment, ["align_rows_kernel"], (W, T, W, W[0])),
+    "feed_rows": (feedforward, ["feed_rows_kernel"], (W, W[:, :1], W[:, :1], np.eye(5))),
+    "match_rows": (segments, ["match_rows_kernel"], (W, T, 0, 2)),
+    "descend_rows": (descent, ["descend_rows_kernel"], (T, W, W[:, :1], np.eye(5), 5, 1)),
     "pack_rows": (packing, ["pack_rows_kernel"], (T, 5, 3)),
     "unpack_rows": (packing, ["unpack_rows_kernel"], (BYTES, 5, 5, 3)),
     "compare_columns": (

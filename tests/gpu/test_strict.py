@@ -13,7 +13,16 @@ pytestmark = pytest.mark.skipif(not STANDIN, reason="CuPy itself keeps host and 
 # What tests do with the arrays that they are given must hold for CuPy's.
 FILES = [
     f"tests/gpu/test_{name}.py"
-    for name in ("damping", "dequantize", "factorization", "many_rows", "one_matrix", "precision")
+    for name in (
+        "damping",
+        "dequantize",
+        "factorization",
+        "many_rows",
+        "one_matrix",
+        "precision",
+        "refine",
+        "targets",
+    )
 ]
 
 

@@ -9,7 +9,7 @@ import gpu
 from gpu.grids import encode, row_factor
 from harness.backends import load_backend
 from reference.ternarize import ternarize
-from reference.types import TernaryConfig
+from reference.types import BEST, TernaryConfig
 from tests.reference.strategies import random_gram
 
 CONFIGS = {
@@ -30,6 +30,16 @@ CONFIGS = {
     "narrowest blocks, no compensation": TernaryConfig(block_size=16, compensation=False),
     "one wide block": TernaryConfig(block_size=1000),
     "few rounds": TernaryConfig(max_iterations=2),
+    "best": replace(BEST, block_size=32),
+    "best, one wide block": BEST,
+    "best, one block": replace(BEST, block_size=1000),
+    "best, narrowest blocks, one round": replace(BEST, block_size=16, rounds=1),
+    "best, by similarity": replace(BEST, block_size=50, reorder="ssr"),
+    "best, random, no compensation": replace(BEST, block_size=50, reorder="random", compensation=False),
+    "fed forward": TernaryConfig(feed_forward=True),
+    "fed forward, no alignment": TernaryConfig(feed_forward=True, aga="none", compensation=False),
+    "joint grid": TernaryConfig(refinement="grid", block_size=50),
+    "descent alone": TernaryConfig(refinement="descent", aga="none", compensation=False, reorder="none"),
 }
 
 
@@ -64,11 +74,12 @@ def test_float64_gives_the_matrix_of_the_reference(backend, name):
         assert getattr(ours.report, figure) == pytest.approx(getattr(theirs.report, figure), rel=1e-9)
 
 
+@pytest.mark.parametrize("base", [TernaryConfig(), BEST], ids=["paper", "best"])
 @pytest.mark.parametrize("kind", ["white", "correlated", "dead", "outlier"])
-def test_grids_in_8_bits_are_those_of_the_reference(backend, kind):
+def test_grids_in_8_bits_are_those_of_the_reference(backend, kind, base):
     W, C = layer(60, 151, kind)
     W[7], W[8] = 0, W[8] * 1e-3
-    config = TernaryConfig(block_size=50, grid="int8")
+    config = replace(base, block_size=50, grid="int8")
     ours, theirs = backend.ternarize(W, C, config), ternarize(W, C, config)
     np.testing.assert_array_equal(ours.trits, theirs.trits)
     for name in ("scale", "shift"):
@@ -90,35 +101,39 @@ def test_grids_beyond_8_bits_are_refused(backend):
     assert not gpu.to_host(zero.decode()).any()
 
 
+@pytest.mark.parametrize("config", [TernaryConfig(), BEST], ids=["paper", "best"])
 @pytest.mark.parametrize("kind", ["white", "correlated", "dead", "outlier"])
-def test_weights_in_float32_give_the_matrix_of_the_reference(backend, kind):
+def test_weights_in_float32_give_the_matrix_of_the_reference(backend, kind, config):
     W, C = layer(130, 577, kind)
-    ours, theirs = backend.ternarize(W.astype(np.float32), C, TernaryConfig()), ternarize(W, C)
+    ours, theirs = backend.ternarize(W.astype(np.float32), C, config), ternarize(W, C, config)
     for part in ("trits", "scale", "shift", "permutation"):
         np.testing.assert_array_equal(getattr(ours, part), getattr(theirs, part), err_msg=part)
 
 
-def test_the_report_is_true_of_what_is_stored(backend):
+@pytest.mark.parametrize("config", [TernaryConfig(), BEST], ids=["paper", "best"])
+def test_the_report_is_true_of_what_is_stored(backend, config):
     W, C = layer()
-    result = backend.ternarize(W, C, TernaryConfig())
+    result = backend.ternarize(W, C, config)
     E = W - result.dequantize()
     power = ((W @ C) * W).sum()
     assert result.report.relative_output_error == pytest.approx(((E @ C) * E).sum() / power, rel=1e-9)
 
 
-def test_two_runs_give_the_same_bytes(backend):
+@pytest.mark.parametrize("config", [TernaryConfig(), BEST], ids=["paper", "best"])
+def test_two_runs_give_the_same_bytes(backend, config):
     W, C = layer()
-    first, second = (backend.ternarize(W.astype(np.float32), C, TernaryConfig()) for _ in range(2))
+    first, second = (backend.ternarize(W.astype(np.float32), C, config) for _ in range(2))
     for part in ("trits", "scale", "shift", "permutation"):
         assert getattr(first, part).tobytes() == getattr(second, part).tobytes()
 
 
-def test_dead_inputs_do_not_reach_the_result(backend):
+@pytest.mark.parametrize("config", [TernaryConfig(), BEST], ids=["paper", "best"])
+def test_dead_inputs_do_not_reach_the_result(backend, config):
     W, C = layer(kind="dead")
     (dead,) = np.flatnonzero(np.diag(C) == 0)
     other = W.copy()
     other[:, dead] = 1e6
-    a, b = backend.ternarize(W, C, TernaryConfig()), backend.ternarize(other, C, TernaryConfig())
+    a, b = backend.ternarize(W, C, config), backend.ternarize(other, C, config)
     np.testing.assert_array_equal(a.trits, b.trits)
 
 
