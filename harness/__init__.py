@@ -14,7 +14,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     text, windows                 calibration and evaluation text, and the windows cut from it
     calibration/                  from text to fitted matrices, layer by layer
     ternary/                      a ternary model in torch and on disk
-    perplexity, hf                measure a model; load checkpoints in transformers
+    perplexity, divergence, hf    measure a model; load checkpoints in transformers
     evaluate, generate, inspect   single-file programs
     quantize/, export/, verify/   programs with a folder
     benchmark/, hardware          programs that measure the others

@@ -17,7 +17,7 @@ from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
-from reference.types import ALIGNMENTS, BEST, GRIDS, REFINEMENTS, REORDERINGS, STARTS, TernaryConfig
+from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
@@ -158,6 +158,12 @@ class Options:
     measure_original: bool = True
 
 
+# Switches that together say what `TernaryConfig.refinement` is.
+REFINEMENT_SWITCHES = {
+    "joint_grid": "after the last block, fit alpha and mu of all blocks of a row together",
+    "descent": "alternate the joint grid with coordinate descent on the trits of whole rows",
+}
+
 # Options of a fit, named after the fields of `TernaryConfig`, which holds their defaults.
 CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
     "block_size": {"type": positive, "metavar": "K", "help": "columns that share alpha and mu"},
@@ -174,11 +180,6 @@ CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "compensation": {**ON_OR_OFF, "help": "compensate the error of each block in the columns after it"},
     "feed_forward": {**ON_OR_OFF, "help": "round inside a block column by column, passing on each error"},
-    "refinement": {
-        "choices": REFINEMENTS,
-        "help": "after the last block: nothing, the joint grid of whole rows, or joint grid and coordinate "
-        "descent on the trits in turn",
-    },
     "rounds": {"type": positive, "metavar": "N", "help": "maximum rounds of joint grid and descent"},
     "damping": {"type": float, "metavar": "X", "help": "fraction of mean(diag C) added to the diagonal"},
     "max_iterations": {"type": positive, "metavar": "N", "help": "maximum rounds of ITF"},
@@ -210,6 +211,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         add(spec.name, spec.metadata["group"], spec.metadata["flag"], spec.default, spec.metadata["argument"])
     for name, argument in CONFIG_OPTIONS.items():
         add(name, METHOD, "--order --reorder" if name == "reorder" else None, None, argument)
+    for name, words in REFINEMENT_SWITCHES.items():
+        add(name, METHOD, None, None, {**ON_OR_OFF, "help": words})
 
 
 def from_arguments(arguments: argparse.Namespace) -> Options:
@@ -226,20 +229,27 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
         given = getattr(arguments, name)
         return _default(recipe, name) if given is None and name in _RECIPE_FIELDS else given
 
+    if arguments.descent and arguments.joint_grid is False:
+        raise UserError("--descent alternates with the joint grid; drop --no-joint-grid")
+    refinement = "none"
+    if value("joint_grid") or arguments.descent:
+        refinement = "descent" if value("descent") else "grid"
     try:
-        config = TernaryConfig(**{name: value(name) for name in CONFIG_OPTIONS})
+        config = TernaryConfig(**{name: value(name) for name in CONFIG_OPTIONS}, refinement=refinement)
     except ValueError as error:
         raise UserError(str(error)) from None
     named = {spec.name: value(spec.name) for spec in _specified()}
     return Options(**{**named, "recipe": recipe}, config=config)
 
 
-_RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS)
+_RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES)
 
 
 def _default(recipe: str, name: str) -> Any:
     """The default of a setting in a recipe; None if recipes have none."""
     settings = RECIPES[recipe]
+    if name in REFINEMENT_SWITCHES:
+        return settings.config.refinement in (("grid", "descent") if name == "joint_grid" else ("descent",))
     return getattr(settings.config if name in CONFIG_OPTIONS else settings, name, None)
 
 

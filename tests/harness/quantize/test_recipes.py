@@ -51,8 +51,8 @@ def test_best_is_the_default_and_the_paper_is_one_word_away() -> None:
         (("--no-true-sequential",), {"true_sequential": False}),
         (("--order", "ssr"), {"config": {"reorder": "ssr"}}),
         (("--reorder", "ssr"), {"config": {"reorder": "ssr"}}),
-        (("--no-descent",), {"config": {"descent": False}}),
-        (("--no-joint-grid",), {"config": {"joint_grid": False}}),
+        (("--no-descent",), {"config": {"refinement": "grid"}}),
+        (("--no-joint-grid",), {"config": {"refinement": "none"}}),
         (("--no-feed-forward",), {"config": {"feed_forward": False}}),
         (("--damping", "0.3"), {"config": {"damping": 0.3}}),
         (("--strength", "0.5"), {"strength": 0.5}),
@@ -63,6 +63,11 @@ def test_every_step_has_its_own_switch(flags: tuple[str, ...], changed: dict[str
     if "config" in changed:
         changed = {"config": replace(expected.config, **changed["config"])}
     assert options(*flags) == replace(expected, **changed)
+
+
+def test_descent_without_the_joint_grid_is_refused(run_main: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(quantize_main, "--descent", "--no-joint-grid") == EXIT_USAGE
+    assert "alternates with the joint grid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("strength", ["1.5", "-0.1", "much"])
@@ -93,7 +98,7 @@ def test_best_is_nearer_to_the_original_than_the_paper(
         report = json.loads((out / REPORT).read_text())
         assert report["options"]["recipe"] == recipe
         assert report["calibration"]["targets"] == ("stream" if recipe == "best" else "weights")
-        assert report["config"]["descent"] == (recipe == "best")
+        assert report["config"]["refinement"] == ("descent" if recipe == "best" else "none")
     assert found["best", "reference"] < 0.8 * found["paper", "reference"]
     # Both backends round alike but for ties, which one float32 product could break.
     assert found["best", "cpu"] == pytest.approx(found["best", "reference"], rel=0.05)
