@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from harness.calibration.grid_range import lost_share
 from harness.calibration.methods import FitError, Method
 from harness.calibration.passage import Passage, WorkingLayer
-from harness.calibration.targets import Statistics, Targets, collect, stream_writers
+from harness.calibration.targets import Beside, Statistics, Targets
 from harness.compute import Compute
 from reference.types import TernaryMatrix
 
@@ -99,27 +99,28 @@ def fit_layers(
         clock = _Clock(passage.compute)
         with clock("load"):
             layer = passage.enter(index)
-            original = passage.enter(index) if targets is not None else None
         groups = passage.input_groups(layer)
-        writers = stream_writers(passage, layer, groups) if targets is not None else []
+        beside = Beside(passage, layer, groups, targets) if targets is not None else None
         matrices: list[FittedMatrix] = []
         for batch in [[group] for group in groups] if true_sequential else [groups]:
             with clock("inputs"):
                 counted = partial(progress, 1, "inputs")
-                if targets is None or original is None:
+                if beside is None:
                     statistics = [Statistics(gram) for gram in passage.collect(layer, batch, counted)]
                 else:
-                    statistics = collect(passage, original, layer, batch, writers, targets, counted)
+                    statistics = beside.collect(layer, batch, counted)
             with clock("fits"):
                 progress(0, ", ".join(name.rpartition(".")[2] for group in batch for name in group))
                 matrices += _fit(layer, batch, statistics, _towards(targets, method), passage.compute)
             del statistics
         with clock("outputs"):
-            passage.advance(layer, original, partial(progress, 1, "outputs"))
+            if beside is not None:
+                beside.advance()
+            passage.advance(layer, partial(progress, 1, "outputs"))
         full_names = [[layer.full_name(name) for name in group] for group in groups]
         yield FittedLayer(matrices, full_names, clock.seconds)
         # Free the weights and Gram matrices of this layer before those of the next are allocated.
-        del matrices, layer, original
+        del matrices, layer, beside
 
 
 # Quantizes a matrix, given what is known about its inputs.

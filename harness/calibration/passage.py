@@ -149,21 +149,15 @@ class Passage:
         return layer
 
     @torch.no_grad()
-    def advance(
-        self,
-        layer: WorkingLayer,
-        original: WorkingLayer | None = None,
-        step: Callable[[], object] = _no_step,
-    ) -> None:
-        """Run a layer on every window; its outputs overwrite the hidden states. `step` counts windows.
-
-        If the original layer is given, it does the same to the original hidden states.
-        """
-        for i, states in enumerate(self.hidden):
-            for running, mine in ((layer, states), (original, self.originals[i] if original else states)):
-                if running is not None:
-                    mine.copy_(running.call(running.module, brought(mine, self.compute)), non_blocking=True)
+    def advance(self, layer: WorkingLayer, step: Callable[[], object] = _no_step) -> None:
+        """Run a layer on every window; its outputs overwrite the hidden states. `step` counts windows."""
+        for states in self.hidden:
+            self.overwrite(states, layer)
             step()
+
+    def overwrite(self, states: torch.Tensor, layer: WorkingLayer) -> None:
+        """Replace the hidden states of one window by a layer's outputs."""
+        states.copy_(layer.call(layer.module, brought(states, self.compute)), non_blocking=True)
 
     @torch.no_grad()
     def again(self, weights: Iterable[dict[str, torch.Tensor]]) -> Iterator[None]:
@@ -175,11 +169,14 @@ class Passage:
             Dense weights of each layer, by their names in the layer.
         """
         for index, layer_weights in enumerate(weights):
-            original = self.enter(index) if self.originals else None
+            if self.originals:
+                original = self.enter(index)
+                for states in self.originals:
+                    self.overwrite(states, original)
             layer = self.enter(index)
             for name, dense in layer_weights.items():
                 layer.put(name, dense)
-            self.advance(layer, original)
+            self.advance(layer)
             self.compute.wait()
             yield
 

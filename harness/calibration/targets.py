@@ -22,6 +22,9 @@ from harness.calibration.passage import Passage, WorkingLayer, brought
 # quantize; `reference.targets.shift_targets` with its settings.
 Shift = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
+# What one pass of an original layer shows is kept up to this size; more is computed again when it is needed.
+KEPT_BYTES = 2e9
+
 # A stream and the sum of its parts may differ by this many roundings.
 ROUNDINGS = 8
 
@@ -71,65 +74,125 @@ class Statistics:
         return self.lost if self.of_outputs else weight.to(self.lost.dtype) @ self.lost
 
 
-def collect(
-    passage: Passage,
-    original: WorkingLayer,
-    layer: WorkingLayer,
-    groups: list[list[str]],
-    writers: list[str],
-    targets: Targets,
-    step: Callable[[], object] = lambda: None,
-) -> list[Statistics]:
-    """Sum the statistics of each group's inputs over all windows of both models.
+class Beside:
+    """The original layer, which runs beside the layer that is quantized.
+
+    What a pass over all windows shows is kept if it takes at most `KEPT_BYTES`, so that one pass is enough.
 
     Parameters
     ----------
     passage : Passage
         Hidden states of both models.
-    original, layer : WorkingLayer
-        The layer before quantization, and the layer as it is now.
+    layer : WorkingLayer
+        The layer before its quantization.
     groups : list of lists of str
-        Matrices that share an input.
-    writers : list of str
-        Matrices of the layer that add to the residual stream (`stream_writers`), in the order of their use.
+        Matrices that share an input, in the order of their use.
     targets : Targets
-        What to sum.
-    step : callable
-        Called after every window.
+        What matrices are fitted to.
     """
-    device = passage.compute.device
-    sums = []
-    for group in groups:
-        first = layer.linears[group[0]]
-        writes = targets.stream and group[0] in writers
-        rows = first.out_features if writes else first.in_features
-        sums.append((GramSum(first.in_features, device), ProductSum(rows, first.in_features, device), writes))
-    inputs = [group[0] for group in groups]
-    outputs = writers[: 1 + max((writers.index(name) for name in inputs if name in writers), default=-1)]
-    for states, true_states in zip(passage.hidden, passage.originals, strict=True):
-        here, there = brought(states, passage.compute), brought(true_states, passage.compute)
-        ours = _watch(layer, here, inputs, outputs)
-        theirs = _watch(original, there, inputs, outputs)
-        for name, (gram, product, writes) in zip(inputs, sums, strict=True):
-            x = _rows(ours.inputs[name])
-            if not writes:
-                gram.add(x)
-                product.add(_rows(theirs.inputs[name]).float() - x.float(), x)
-                continue
-            before = writers[: 1 + writers.index(name)]
-            stream, true_stream = (
-                _rows(start).float() + sum(_rows(seen.outputs[writer]).float() for writer in before)
-                for start, seen in ((here, ours), (there, theirs))
-            )
-            lost = true_stream - stream
-            if targets.token_weights:
-                size = true_stream.square().mean(dim=1, keepdim=True)
-                root = torch.where(size > 0, size, torch.inf).rsqrt()
-                x, lost = root * x, root * lost
-            gram.add(x)
-            product.add(lost, x)
-        step()
-    return [Statistics(gram.finish(), product.finish(), writes) for gram, product, writes in sums]
+
+    def __init__(
+        self, passage: Passage, layer: WorkingLayer, groups: list[list[str]], targets: Targets
+    ) -> None:
+        self.passage, self.targets = passage, targets
+        self.layer = passage.enter(layer.index)
+        self.writers = stream_writers(passage, layer, groups) if targets.stream else []
+        linears = layer.linears
+        self._inputs = [group[0] for group in groups if group[0] not in self.writers]
+        width = sum(linears[name].in_features for name in self._inputs)
+        width += sum(linears[name].out_features for name in self.writers)
+        tokens = sum(states[..., 0].numel() for states in passage.originals)
+        fits = 4 * tokens * (width + passage.originals[0].shape[-1]) <= KEPT_BYTES
+        self._kept: list[_Seen] | None = [] if fits else None
+
+    @torch.no_grad()
+    def collect(
+        self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = lambda: None
+    ) -> list[Statistics]:
+        """Sum the statistics of some groups' inputs over all windows of both models.
+
+        Parameters
+        ----------
+        layer : WorkingLayer
+            The layer as it is now.
+        groups : list of lists of str
+            Matrices that share an input.
+        step : callable
+            Called after every window.
+        """
+        inputs = [group[0] for group in groups]
+        sums = {name: _Sums(layer.linears[name], name in self.writers, self.passage) for name in inputs}
+        writing = [self.writers.index(name) for name in inputs if name in self.writers]
+        outputs = self.writers[: 1 + max(writing, default=-1)]
+        for i, states in enumerate(self.passage.hidden):
+            here = brought(states, self.passage.compute)
+            ours = _watch(layer, here, inputs, outputs)
+            theirs = self._seen(i, [name for name in inputs if name not in self.writers], outputs)
+            for name, total in sums.items():
+                if name in self.writers:
+                    before = self.writers[: 1 + self.writers.index(name)]
+                    there = self.passage.originals[i].to(here.device)
+                    total.add_stream(
+                        ours.inputs[name],
+                        ours.stream(here, before),
+                        theirs.stream(there, before),
+                        self.targets.token_weights,
+                    )
+                else:
+                    total.add_inputs(ours.inputs[name], theirs.inputs[name])
+            step()
+        return [total.finish() for total in sums.values()]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replace the hidden states of the original model by the original layer's outputs."""
+        for i, states in enumerate(self.passage.originals):
+            output = self._kept[i].output if self._kept else None
+            if output is not None:
+                states.copy_(output, non_blocking=True)
+            else:
+                self.passage.overwrite(states, self.layer)
+
+    def _seen(self, i: int, inputs: list[str], outputs: list[str]) -> _Seen:
+        """What the original layer reads and writes on a window; more than was asked for, if that is kept."""
+        hidden = brought(self.passage.originals[i], self.passage.compute)
+        if self._kept is None:
+            return _watch(self.layer, hidden, inputs, outputs)
+        if i == len(self._kept):
+            self._kept.append(_watch(self.layer, hidden, self._inputs, self.writers, to_the_end=True))
+        return self._kept[i]
+
+
+class _Sums:
+    """Sums over windows for one group of matrices."""
+
+    def __init__(self, linear: nn.Linear, writes: bool, passage: Passage) -> None:
+        device = passage.compute.device
+        self.writes = writes
+        self.gram = GramSum(linear.in_features, device)
+        rows = linear.out_features if writes else linear.in_features
+        self.lost = ProductSum(rows, linear.in_features, device)
+
+    def add_inputs(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """Add a window by the inputs in both models."""
+        x = _rows(ours)
+        self.gram.add(x)
+        self.lost.add(_rows(theirs).float() - x.float(), x)
+
+    def add_stream(
+        self, ours: torch.Tensor, stream: torch.Tensor, true_stream: torch.Tensor, weighted: bool
+    ) -> None:
+        """Add a window by the inputs, and the residual streams of both models after the matrix."""
+        x, lost = _rows(ours), true_stream - stream
+        if weighted:
+            size = true_stream.square().mean(dim=1, keepdim=True)
+            root = torch.where(size > 0, size, torch.inf).rsqrt()
+            x, lost = root * x, root * lost
+        self.gram.add(x)
+        self.lost.add(lost, x)
+
+    def finish(self) -> Statistics:
+        return Statistics(self.gram.finish(), self.lost.finish(), self.writes)
 
 
 @torch.no_grad()
@@ -180,17 +243,30 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
 
 @dataclass
 class _Seen:
+    """Inputs and outputs of matrices on one window, and the output of the layer if it ran to the end."""
+
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
+    output: torch.Tensor | None = None
+
+    def stream(self, start: torch.Tensor, writers: list[str]) -> torch.Tensor:
+        """The residual stream after these matrices, (tokens, width) float32."""
+        return _rows(start).float() + sum(_rows(self.outputs[name]).float() for name in writers)
 
 
 @torch.no_grad()
-def _watch(layer: WorkingLayer, hidden: torch.Tensor, inputs: list[str], outputs: list[str]) -> _Seen:
-    """Run a layer until these matrices have been used; return their inputs and outputs."""
+def _watch(
+    layer: WorkingLayer,
+    hidden: torch.Tensor,
+    inputs: list[str],
+    outputs: list[str],
+    to_the_end: bool = False,
+) -> _Seen:
+    """Run a layer until these matrices have been used, or to its end."""
     seen = _Seen({}, {})
 
     def done() -> None:
-        if len(seen.inputs) == len(inputs) and len(seen.outputs) == len(outputs):
+        if not to_the_end and len(seen.inputs) == len(inputs) and len(seen.outputs) == len(outputs):
             raise _Done
 
     with ExitStack() as hooks:
@@ -209,7 +285,7 @@ def _watch(layer: WorkingLayer, hidden: torch.Tensor, inputs: list[str], outputs
 
             hooks.callback(layer.linears[name].register_forward_hook(after).remove)
         with suppress(_Done):
-            layer.call(layer.module, hidden)
+            seen.output = layer.call(layer.module, hidden)
     return seen
 
 

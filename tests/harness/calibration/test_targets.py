@@ -64,9 +64,13 @@ def test_matrices_that_add_to_the_stream_are_found(kind: str, writers: list[str]
     assert stream_writers(passage, layer, passage.input_groups(layer)) == writers
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("token_weights", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_lost_products_are_those_of_both_whole_models(stream: bool, token_weights: bool) -> None:
+def test_lost_products_are_those_of_both_whole_models(
+    stream: bool, token_weights: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.calibration.targets.KEPT_BYTES", 1e9 * kept)
     model = tiny.make_model("llama", torch.float32, ternary=False)
     original = tiny.make_model("llama", torch.float32, ternary=False)
     decoder, names = find_decoder_layers(model), [*find_decoder_layers(original).named_linears()]
