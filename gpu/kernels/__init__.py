@@ -3,7 +3,8 @@
 Reading order
 -------------
 Quantization, in Numba: `lanes` (what 32 threads do together), `fitting` (Eqs. 8-10), `alignment` (Eq. 12),
-`similarity` (column order), `packing` (trits of a checkpoint), all launched by `launching`.
+`similarity` (column order), `feedforward` (rounding fed forward), `segments` (sums for the joint grid),
+`descent` (trits of whole rows), `packing` (trits of a checkpoint), all launched by `launching`.
 
 The product y = x (alpha T + mu)^T: `layout` (T in device memory; the bytes are in `reference.layout`),
 `product` (the plain kernel, in Numba, for everything else), `choice` (the table that chooses), then the CUDA

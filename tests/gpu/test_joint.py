@@ -73,7 +73,9 @@ def test_repeated_it_reaches_dense_least_squares():
         np.testing.assert_allclose(W_hat, best @ P, rtol=0, atol=1e-9)
 
 
-def test_the_fall_is_that_of_the_error():
+@pytest.mark.parametrize("rows_at_once", [2, 5])
+def test_the_fall_is_that_of_the_error(rows_at_once, monkeypatch):
+    monkeypatch.setattr(joint, "SYSTEM_BYTES", rows_at_once * 8 * 8**2)
     case = random_rows(5, 23, 6, "correlated")
     T, g, alpha, mu, H = map(gpu.to_device, (case.T, case.gradients, case.alpha, case.mu, case.H))
     new_alpha, new_mu, fall = joint.corrected(T, g, alpha, mu, H, joint.Ones(H, 6))
