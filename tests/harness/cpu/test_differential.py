@@ -95,8 +95,8 @@ def test_weights_in_float32_give_nearly_the_same_trits(config):
     W, C = layer(48, 400, 6)
     W = W.astype(np.float32)
     got, expected = ternarize(W, C, config), REFERENCE.ternarize(W, C, config)
-    # Products in float32 are off by 1e-6 of a trit's step, so hardly a trit differs by itself. But a code that
-    # rounds the other way moves the grid of 128 columns by up to 1/127, and some of their trits with it.
+    # Products in float32 are off by 1e-6 of a trit's step, so hardly a trit differs by itself. But a code
+    # that rounds the other way moves the grid of 128 columns by up to 1/127, and some of their trits with it.
     assert (got.trits != expected.trits).mean() <= (2e-3 if config.grid == "int8" else 1e-4)
     assert got.report.relative_output_error == pytest.approx(expected.report.relative_output_error, rel=1e-3)
     if config.refinement == "none":
