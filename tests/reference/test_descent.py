@@ -93,6 +93,14 @@ def test_a_step_that_changes_nothing_is_not_taken():
         assert descend(W, T, [[1.0]], [[0.0]], np.eye(4), 4).tolist() == T
 
 
+@pytest.mark.parametrize("alpha", [1.0, -8.0])
+@pytest.mark.parametrize("weight", [1.0, 2.0**-9])
+def test_a_trit_moves_for_more_than_the_margin(alpha, weight):
+    """A step of d from t = 0 with w = (½ + δ) α gains 2 δ α² H, and the margin is 1e-7 α² H."""
+    for share, t in ((0.49e-7, 0), (0.51e-7, 1)):
+        assert descend([[(0.5 + share) * alpha]], [[0]], [[alpha]], [[0.0]], [[weight]], 1).tolist() == [[t]]
+
+
 def test_gradients_of_lazy_columns_are_those_of_all():
     """Moves in one batch of columns reach the columns of every other: compare with one column at a time."""
     rng = np.random.default_rng(2)
