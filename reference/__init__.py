@@ -1,9 +1,9 @@
 """PT²-LLM (arXiv 2510.03267) in float64 NumPy and SciPy: the specification every backend is held to.
 
 Read in this order: `twn` (Eq. 1-3), `atq` (Eq. 4-10, Algorithm 1), `aga` (Eq. 11-13), `ssr`
-(Eq. 14-16), `gptq` (block error compensation), `ternarize` (one weight matrix, start to end),
-`grids`, `packing` and `matmul` (what a checkpoint stores), `layout` (what kernels read), `baselines` (what
-people compare with).
+(Eq. 14-16), `gptq` (block error compensation), `targets`, `feedforward`, `joint`, `descent` and `refine`
+(beyond the paper), `ternarize` (one weight matrix, start to end), `grids`, `packing` and `matmul` (what a
+checkpoint stores), `layout` (what kernels read), `baselines` (what people compare with).
 
 Symbols, used throughout:
 

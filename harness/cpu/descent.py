@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from harness.cpu.compiled import compiled
 from reference import checks
 from reference.checks import Trits
 from reference.descent import MARGIN
@@ -28,7 +28,7 @@ def descend(W: Any, T: Any, alpha: Any, mu: Any, H: Any, block_size: int, sweeps
     return T
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def descend_rows(T: Any, g: Any, alpha: Any, H: Any, block_size: int, sweeps: int, margin: float) -> int:
     """Move trits in place, and the gradients with them.
 

@@ -1,7 +1,7 @@
 """Loops over the rows of a block, compiled by Numba: Algorithm 1, Eq. 12, and rounding fed forward.
 
 Sums may be reordered (``reassoc``), so that they run in vector registers; they differ from the reference's in
-the last digits. All kernels release the GIL: matrices are fitted in parallel threads.
+the last digits.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from harness.cpu.compiled import compiled
 from reference.aga import SINGULAR
 from reference.twn import THRESHOLD
 
-_compiled = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+_compiled = compiled({"reassoc", "contract", "nsz"})
 
 
 @_compiled

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import reference
-from golden import cases, generate, model, real
+from golden import cases, exact, generate, model, real
 from golden.cases import FOLDER, KINDS, MANIFEST, GoldenError
 from harness.backends import load_backend
-from reference.types import TernaryConfig
+from reference.types import BEST, TernaryConfig
 
 # Baselines are others' methods; checks have tests of their own.
 WITHOUT_CASES = {"baselines", "checks"}
@@ -136,6 +136,10 @@ def test_manifest_is_well_formed(all_cases):
             TernaryConfig(**case.parameters)
         if case.kind == "real":
             assert all(margin.min() > 1e-9 for margin in case.margins.values()), case.name
+
+
+def test_best_settings_are_those_of_the_reference():
+    assert TernaryConfig(**exact.BEST) == BEST
 
 
 def test_real_slices_cover_layers_and_matrices(all_cases):

@@ -93,16 +93,44 @@ def test_a_step_that_changes_nothing_is_not_taken():
         assert descend(W, T, [[1.0]], [[0.0]], np.eye(4), 4).tolist() == T
 
 
+@pytest.mark.parametrize("alpha", [1.0, -8.0])
+@pytest.mark.parametrize("weight", [1.0, 2.0**-9])
+def test_a_trit_moves_for_more_than_the_margin(alpha, weight):
+    """A step of d from t = 0 with w = (½ + δ) α gains 2 δ α² H, and the margin is 1e-7 α² H."""
+    for share, t in ((0.49e-7, 0), (0.51e-7, 1)):
+        assert descend([[(0.5 + share) * alpha]], [[0]], [[alpha]], [[0.0]], [[weight]], 1).tolist() == [[t]]
+
+
+def test_there_are_eight_sweeps_unless_told_otherwise():
+    """A move makes that of the column before it worth while, which only the next sweep comes to."""
+    H = np.eye(12) + 0.4 * (np.eye(12, k=1) + np.eye(12, k=-1))
+    g = 0.3 * (-1.0) ** np.arange(12)
+    g[-1] = -0.7
+    start = [np.linalg.solve(H, g)], np.zeros((1, 12)), [[1.0]], [[0.0]], H, 12
+    for sweeps in range(13):
+        assert np.abs(descend(*start, sweeps)).tolist() == [[0] * (12 - sweeps) + [1] * sweeps]
+    assert np.array_equal(descend(*start), descend(*start, 8))
+
+
+def test_rows_do_not_disturb_each_other():
+    """Not even a row whose step is not taken, beside one that moves in the same column."""
+    H = [[1.0, 0.5], [0.5, 1.0]]
+    # g = (-½, -17/32): for the first trit 1 and 0 are equal, so it stays, and the second goes to -1.
+    W, T = [[11 / 16, -3 / 8], [-1, 0]], [[1, 0], [1, 0]]
+    assert descend(W, T, np.ones((2, 1)), np.zeros((2, 1)), H, 2).tolist() == [[1, -1], [-1, 0]]
+
+
 def test_gradients_of_lazy_columns_are_those_of_all():
     """Moves in one batch of columns reach the columns of every other: compare with one column at a time."""
     rng = np.random.default_rng(2)
     m = 2 * LAZY_COLUMNS + 5
-    W, T, H = rng.normal(size=(2, m)), rng.integers(-1, 2, size=(2, m)), random_gram(rng, m)
+    n = 12
+    W, T, H = rng.normal(size=(n, m)), rng.integers(-1, 2, size=(n, m)), random_gram(rng, m)
     H = H + 50  # every input tells of every other
-    alpha, mu = np.full((2, 3), 0.7), np.zeros((2, 3))
+    alpha, mu = np.full((n, 3), 0.7), np.zeros((n, 3))
     expected = T.copy()
     for _ in range(2):
-        for i in range(2):
+        for i in range(n):
             for j in range(m):
                 g = (W[i] - 0.7 * expected[i]) @ H[:, j]
                 t = np.clip(np.rint(expected[i, j] + g / (0.7 * H[j, j])), -1, 1)

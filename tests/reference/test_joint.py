@@ -123,6 +123,13 @@ def test_dead_inputs_cost_nothing_and_others_their_share_of_the_mean():
     assert damped_objective(np.zeros((2, 2)), 0.5).tolist() == [[0, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("damping", [-1e-9, np.inf, np.nan])
+def test_dampings_that_mean_nothing_are_refused(damping):
+    with pytest.raises(ValueError, match="damping must be a finite number that is not negative"):
+        damped_objective(np.eye(2), damping)
+    assert np.array_equal(damped_objective(np.eye(2), 0), np.eye(2))
+
+
 @given(layers())
 def test_error_is_that_of_rows_and_of_outputs(layer):
     W, T, C = layer

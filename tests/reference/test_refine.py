@@ -58,6 +58,14 @@ def test_steps_are_joint_grid_and_descent_in_turn(case):
     assert all(np.array_equal(*pair) for pair in zip(result[:3], (alpha, mu, T), strict=True))
 
 
+def test_it_stops_after_four_rounds_unless_told_otherwise():
+    W, C = correlated_layer()
+    rng = np.random.default_rng(4)
+    start = W, rng.integers(-1, 2, size=W.shape), np.ones((24, 1)), np.zeros((24, 1)), C, 96
+    lengths = [len(refine(*start, **settings)[3]) for settings in ({}, {"rounds": 4}, {"rounds": 5})]
+    assert lengths == [10, 10, 12]
+
+
 def test_every_step_lowers_the_error_of_a_correlated_layer():
     W, C = correlated_layer()
     start = replace(BEST, block_size=32, refinement="none")

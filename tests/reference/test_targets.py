@@ -98,6 +98,22 @@ def test_weights_of_tokens_make_their_streams_the_same_size():
     assert omega[3] == 0
 
 
+def test_tokens_without_weight_count_for_nothing():
+    rng = np.random.default_rng(4)
+    W, X_hat, Y = rng.normal(size=(2, 3)), rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+    omega = np.array([[0], [1], [0], [2], [0]])
+    kept = [1, 3]
+    alone = lost_products(Y[kept], W, X_hat[kept], omega[kept])
+    np.testing.assert_allclose(lost_products(Y, W, X_hat, omega), alone, rtol=1e-14)
+
+
+def test_inputs_and_gram_matrix_of_another_layer_are_named():
+    with pytest.raises(ValueError, match=r"X_hat has shape \(2, 4\), expected \(2, 3\)"):
+        lost_products(np.ones((2, 1)), np.ones((1, 3)), np.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"C has shape \(4, 4\), expected \(3, 3\)"):
+        shift_targets(np.ones((1, 3)), np.eye(4), np.ones((1, 3)))
+
+
 def test_negative_weights_of_tokens_are_named():
     with pytest.raises(ValueError, match=r"omega\[1\] is negative"):
         lost_products(np.ones((3, 1)), np.ones((1, 2)), np.ones((3, 2)), [[1], [-1], [0]])
