@@ -103,11 +103,8 @@ def _require_no_adapter(folder: Path) -> None:
 
 
 def _require_weights_of_its_own(folder: Path) -> None:
-    """Refuse a folder of GGUF files only, and files to read that Git LFS did not download."""
+    """Refuse a folder of GGUF files only."""
     weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    for file in (*sorted(weights), folder / "tokenizer.json"):
-        if file.is_file():
-            require_no_pointer(file)
     files = sorted(folder.glob("*.gguf"))
     if files and not weights:
         raise UserError(f"{folder} holds its weights as GGUF; pass the file, such as {files[0]}")

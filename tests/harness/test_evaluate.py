@@ -170,7 +170,7 @@ def test_a_lack_of_memory_ends_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(perplexity, "_mean_loss", lambda *arguments: torch.empty(1 << 60))
+    monkeypatch.setattr(perplexity, "mean_loss", lambda *arguments: torch.empty(1 << 60))
     assert run_main(evaluate.main, llama, "--data", words_file, "--seqlen", "24", "--cpu") == EXIT_USAGE
     assert "this machine is out of memory; free some" in capsys.readouterr().err
 

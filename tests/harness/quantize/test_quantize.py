@@ -218,18 +218,23 @@ def test_every_setting_of_the_method_is_a_switch(
         itf=False,
         aga="printed",
         compensation=False,
-        damping=0.1,
+        damping=0.2,
         max_iterations=5,
         seed=3,
         grid="int8",
+        feed_forward=True,
+        refinement="grid",
+        rounds=2,
     )
     assert all(value != getattr(TernaryConfig(), name) for name, value in vars(config).items())
     seen: list[Options] = []
     monkeypatch.setattr("harness.quantize.__main__.quantize", seen.append)
     switches = "--block-size 64 --start twn --reorder hessian --no-itf --aga printed --no-compensation"
-    rest = "--damping 0.1 --max-iterations 5 --seed 3 --grid int8"
-    assert run_main(quantize_main, "--out", tmp_path, *f"{switches} {rest}".split()) == 0
-    assert seen[0].config == config
+    rest = "--damping 0.2 --max-iterations 5 --seed 3 --grid int8 --feed-forward --joint-grid --rounds 2"
+    for recipe in ("paper", "best --no-descent"):
+        arguments = f"--recipe {recipe} {switches} {rest}".split()
+        assert run_main(quantize_main, "--out", tmp_path, *arguments) == 0
+        assert seen.pop().config == config
 
 
 def assert_same_weights(loaded: torch.nn.Module, model: torch.nn.Module) -> None:
