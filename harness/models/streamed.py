@@ -105,9 +105,21 @@ def _compute_buffers(model: Any, layers: Any) -> None:
 
 
 def _reader(folder: Path, files: dict[str, str]) -> Reader:
+    """Read tensors by name, and refuse a file that is no longer the one of the first tensors."""
+
+    def state(file: str) -> tuple[int, int, int]:
+        found = (folder / file).stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    began = {file: state(file) for file in set(files.values())}
+
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = {}
         for file in sorted({files[name] for name in names}):
+            if state(file) != began[file]:
+                raise UserError(
+                    f"{folder / file} has changed while the model was in use; put it back, or begin again"
+                )
             with safe_open(folder / file, framework="pt") as shard:
                 tensors.update({name: shard.get_tensor(name) for name in names if files[name] == file})
         return tensors

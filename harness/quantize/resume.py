@@ -2,7 +2,8 @@
 
 Finished layers are read from their shards. Hidden states are not stored, because on a fast device writing
 them would take longer than everything else. Instead, finished layers run once more, and a checksum shows that
-each gives the same outputs as before.
+each gives the same outputs as before. That the model is the same is told by the checksums of its files
+(`harness.models.identity`).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from harness.cli import EXIT_USAGE
 from harness.models.folder import PROGRESS, REPORT, STAGING
 from harness.models.identity import identify
 from harness.quantize.__main__ import main as quantize_main
+from harness.ternary.writing import CheckpointWriter
 from tests.harness import tiny
 from tests.harness.quantize.stopping import files_of, stopped_after
 
@@ -146,6 +147,32 @@ def test_a_run_of_another_original_is_not_gone_on_with(
     assert f"holds a run of another original: {file} of {folder} is not what that run read" in printed.err
     assert "start over with --force" in printed.err
     assert files_of(tmp_path / "out" / STAGING) == kept
+
+
+def test_a_model_that_changes_under_a_run_is_not_mixed(
+    command: list[object],
+    model: Path,
+    tmp_path: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    """Its layers are read one after the other, hours apart if they are large."""
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
+    folder = command[0] = shutil.copytree(model, tmp_path / "model")
+    note = CheckpointWriter.note
+
+    def changed(self: CheckpointWriter, report: dict[str, object]) -> None:
+        note(self, report)
+        shutil.copyfile(model / "model.safetensors", folder / "model.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "note", changed)
+        assert run_main(quantize_main, *command) == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert f"{folder / 'model.safetensors'} has changed while the model was in use" in printed.err
+    assert "1 of 3 layers are kept" in printed.out
+    assert run_main(quantize_main, *command, "--resume") == 0  # what was copied is the same in the end
 
 
 def test_a_moved_original_is_the_same(
