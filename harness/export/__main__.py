@@ -23,7 +23,7 @@ error is printed. Nothing else changes.
 Both formats group neighbouring columns, so the checkpoint must be quantized without reordering, which
 costs accuracy:
 
-  python -m harness.quantize MODEL --reorder none --out DIR
+  python -m harness.quantize MODEL --grid float16 --out DIR
   python -m harness.export DIR --format gguf --out model.gguf
   python -m harness.evaluate model.gguf --data wikitext2
 """

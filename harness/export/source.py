@@ -159,7 +159,7 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
     Parameters
     ----------
     folder : Path
-        Checkpoint written by ``python -m harness.quantize --reorder none``.
+        Checkpoint written by ``python -m harness.quantize --grid float16``, without ``--order``.
     trust_remote_code : bool
         Whether Python code shipped with the model may run.
 
