@@ -20,8 +20,8 @@ Both formats store alpha * t + mu as a scale and an offset. The offset is rounde
 much larger than alpha, this moves the weights of a block by less than 1/1000 of its alpha; the actual
 error is printed. Nothing else changes.
 
-Both formats group neighbouring columns, so the checkpoint must be quantized without reordering, which
-costs accuracy:
+Both formats group neighbouring columns and hold float16 values, so the checkpoint must be quantized
+without reordering (as the recipe best does), with alpha and mu in float16:
 
   python -m harness.quantize MODEL --grid float16 --out DIR
   python -m harness.export DIR --format gguf --out model.gguf
