@@ -17,6 +17,7 @@ import torch
 from harness import text
 from harness.backends import load_backend
 from harness.benchmark import figures
+from harness.benchmark.fits import fit_speed
 from harness.benchmark.generation import Lengths, generation_speed
 from harness.benchmark.methods import METHODS, compare_methods, summarize
 from harness.benchmark.products import product_speed
@@ -36,6 +37,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
 
   run      time every stage of a quantization, and two plain forward passes of the same tokens
   methods  compare the paper's ablations and 2-bit baselines on the same text
+  fits     time fits of single matrices, by recipe, beside the reference
   quantize quantize random weights in the shapes of large models
   matmul   time products with matrices of large models, packed and dense
   generate measure tokens per second of random models of these shapes, dense and ternary
@@ -44,11 +46,24 @@ Run a benchmark on this machine and write the results to a file, with command, m
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
+  python -m harness.benchmark fits benchmarks/fits.json --matrix 1536x576 4096x4096
   python -m harness.benchmark quantize benchmarks/quantize.json --shape llama-7b llama-65b --layers 2
   python -m harness.benchmark matmul benchmarks/matmul.json --shape llama-7b llama-65b
   python -m harness.benchmark generate benchmarks/generate.json --shape llama-7b
   python -m harness.benchmark plot benchmarks/generate.json
 """
+
+
+# The matrices of SmolLM2-135M.
+DEFAULT_MATRICES = [(576, 576), (192, 576), (1536, 576), (576, 1536)]
+
+
+def matrix_shape(value: str) -> tuple[int, int]:
+    """An argparse type for a shape such as 1536x576."""
+    rows, by, columns = value.partition("x")
+    if not (by and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"must be ROWSxCOLUMNS, such as 1536x576, got {value!r}")
+    return int(rows), int(columns)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,6 +106,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens per evaluation window")
     sub.add_argument("--eval-windows", type=positive, default=8, help="evaluation windows")
     sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="run only these methods")
+
+    sub = kind("fits", "time fits of single matrices, by recipe, beside the reference")
+    sub.add_argument(
+        "--matrix", nargs="+", type=matrix_shape, default=DEFAULT_MATRICES, metavar="NxM", help="shapes"
+    )
+    sub.add_argument("--backend", default="auto", help="as for harness.quantize")
 
     scale = Scale("")
     shape_help = "models whose shapes to use, with random weights"
@@ -152,6 +173,9 @@ def main() -> int:
 
     if arguments.kind == "run":
         results = _run_figures(arguments)
+    elif arguments.kind == "fits":
+        backend = load_backend(arguments.backend)
+        results = fit_speed(arguments.matrix, backend, load_backend("reference"), compute_for(backend), save)
     elif arguments.kind == "quantize":
         results = _quantize_shapes(arguments, save)
     elif arguments.kind == "matmul":

@@ -341,3 +341,16 @@ def test_llama_7b_takes_as_little_as_is_said(grid: str, embedding: int, most: fl
     # A code takes a byte, and every row a float32.
     rest = 2 * vocabulary * (embedding * hidden + (4 if embedding == 1 else 0)) + 2 * (2 * depth + 1) * hidden
     assert 0.98 * most < ternary + rest + 1e6 < most
+
+
+def test_fits_of_matrices_are_timed_by_every_recipe(
+    tmp_path: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "fits.json"
+    assert run_main(benchmark_main, "fits", file, "--matrix", "8x48", "--backend", "cpu") == 0
+    found = json.loads(file.read_text())["results"]["8x48"]
+    assert found["seconds"].keys() == {"paper", "best"}
+    ratio = found["seconds_of_paper_in_reference"] / found["seconds"]["paper"]
+    assert found["paper_times_faster_than_reference"] == pytest.approx(ratio, rel=0.05)
+    assert run_main(benchmark_main, "fits", "--matrix", "8by48") == EXIT_USAGE
+    assert "must be ROWSxCOLUMNS" in capsys.readouterr().err
