@@ -42,7 +42,8 @@ for kind in ("qwen2", "gpt_neox", "gpt2", "opt", "cohere", "gemma", "llama", "mi
         print(f"{kind}: {ids[kind]}")
         continue
     ids[kind] = tokenizer(text).input_ids
-    print(f"{kind}: {type(tokenizer).__name__}, {len(tokenizer)} of {config.vocab_size} tokens, {text!r} is {ids[kind]}")
+    size = f"{len(tokenizer)} of {config.vocab_size} tokens"
+    print(f"{kind}: {type(tokenizer).__name__}, {size}, {text!r} is {ids[kind]}")
 assert all(ids[kind] == [] for kind in ("qwen2", "gpt_neox", "gpt2", "opt", "cohere"))
 assert len(ids["gemma"]) == 1
 assert ids["llama"] == ids["mistral"] == "ValueError"

@@ -32,7 +32,8 @@ LENGTH, ROTATED = 2048, 16
 print("transformers", version("transformers"), "torch", version("torch"))
 special = {"bos_token_id": 0, "eos_token_id": 0}
 small = {"vocab_size": 64, "n_positions": LENGTH, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": ROTATED}
-neox = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+neox = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+neox |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 
 # In float64: the sines of all frequencies, then the cosines.
 angles = np.arange(LENGTH)[:, np.newaxis] / 10000.0 ** (np.arange(0, ROTATED, 2) / ROTATED)

@@ -57,7 +57,7 @@ again = LlamaForCausalLM.from_pretrained("model").lm_head.weight
 shard = json.loads(Path("model/model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
 with safe_open(Path("model") / shard, "pt") as file:
     by_index = file.get_tensor("lm_head.weight")
-print(f"  saved last: all 1, from_pretrained: all {again.unique().item():g}, by the index: all {by_index.unique().item():g}")
+print(f"  saved last: all 1, from_pretrained: {again.unique().tolist()}, by the index: {by_index.unique().tolist()}")
 print(f"  warnings: {len(said)}")
 assert torch.all(again == 0) and torch.all(by_index == 1) and not said
 
