@@ -17,7 +17,7 @@ BEST: dict = {
     "aga": "conditional",
     "feed_forward": True,
     "refinement": "descent",
-    "damping": 0.1,
+    "damping": 0.3,
 }
 CONFIGS: dict[str, dict] = {
     "default": {},

@@ -95,7 +95,7 @@ class TernaryConfig:
 
 
 # The best known at these bits: no column order, more damping, and every step that the paper does not have.
-BEST = TernaryConfig(reorder="none", aga="conditional", feed_forward=True, refinement="descent", damping=0.1)
+BEST = TernaryConfig(reorder="none", aga="conditional", feed_forward=True, refinement="descent", damping=0.3)
 
 
 @dataclass(frozen=True)

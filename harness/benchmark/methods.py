@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
     "pt2-llm-targets": Method(
         "PT²-LLM with targets", targets=STREAM, token_weights=True, true_sequential=True
     ),
-    "damped": Method("ITF + AGA, damping 0.1", config=DAMPED),
+    "damped": Method(f"ITF + AGA, damping {DAMPED.damping}", config=DAMPED),
     "fed": Method("+ conditional AGA, rounding fed forward", config=FED),
     "joint": Method("+ joint grid", config=replace(FED, refinement="grid")),
     "descent": Method("+ descent on trits", config=BEST),
@@ -78,7 +78,7 @@ METHODS: dict[str, Method] = {
     "best-strength-0.5": _best("best, strength 0.5", 0.5),
     "best-strength-0.75": _best("best, strength 0.75", 0.75),
     "best-damping-0.03": _best("best, damping 0.03", damping=0.03),
-    "best-damping-0.3": _best("best, damping 0.3", damping=0.3),
+    "best-damping-0.1": _best("best, damping 0.1", damping=0.1),
     "best-64": _best("best, blocks of 64", block_size=64),
     "best-256": _best("best, blocks of 256", block_size=256),
     "best-64-int8": _best("best, blocks of 64, alpha and mu in 8 bits", block_size=64, grid="int8"),
