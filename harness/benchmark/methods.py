@@ -17,7 +17,7 @@ from harness.models.loading import load_original
 from harness.models.original import Original
 from harness.perplexity import measure_on
 from harness.progress import Say, say_on_stderr, say_on_stdout
-from harness.quantize.options import NO_EVALUATION, OUTPUTS, PT2_LLM, STREAM, WEIGHTS, Options
+from harness.quantize.options import NO_EVALUATION, OUTPUTS, PT2_LLM, RECIPES, STREAM, WEIGHTS, Options
 from harness.quantize.run import quantize
 from reference.types import BEST, TernaryConfig
 
@@ -45,7 +45,7 @@ class Method:
 
 
 def _best(words: str, strength: float = 1.0, **config: Any) -> Method:
-    return Method(words, PT2_LLM, replace(BEST, **config), STREAM, strength, True, True)
+    return Method(words, PT2_LLM, replace(RECIPES["best"].config, **config), STREAM, strength, True, True)
 
 
 _GPTQ_BEST = "gptq-2bit-best"
@@ -74,15 +74,16 @@ METHODS: dict[str, Method] = {
     "sequential": Method("+ inputs collected again inside a layer", config=BEST, true_sequential=True),
     "outputs": Method("+ targets: outputs", config=BEST, true_sequential=True, targets=OUTPUTS),
     "stream": Method("+ targets: residual stream", config=BEST, true_sequential=True, targets=STREAM),
-    "best": _best("+ token weights (best)"),
+    "token-weights": _best("+ token weights", block_size=128, grid="float16"),
+    "best": _best("+ blocks of 64, alpha and mu in 8 bits (best)"),
     "best-strength-0.5": _best("best, strength 0.5", 0.5),
     "best-strength-0.75": _best("best, strength 0.75", 0.75),
     "best-damping-0.03": _best("best, damping 0.03", damping=0.03),
     "best-damping-0.1": _best("best, damping 0.1", damping=0.1),
-    "best-64": _best("best, blocks of 64", block_size=64),
+    "best-damping-0.6": _best("best, damping 0.6", damping=0.6),
+    "best-32": _best("best, blocks of 32", block_size=32),
+    "best-128": _best("best, blocks of 128", block_size=128),
     "best-256": _best("best, blocks of 256", block_size=256),
-    "best-64-int8": _best("best, blocks of 64, alpha and mu in 8 bits", block_size=64, grid="int8"),
-    "best-32-int8": _best("best, blocks of 32, alpha and mu in 8 bits", block_size=32, grid="int8"),
     "gptq-2bit-best-targets": Method(
         f"{_GPTQ_BEST} with the targets of best",
         _GPTQ_BEST,
