@@ -13,6 +13,9 @@ from reference.joint import spread
 # let a trit whose step changes nothing go to and fro for ever.
 MARGIN = 1e-7
 
+# Most passes over the columns.
+SWEEPS = 8
+
 # Columns whose gradients are kept up to date at every step; the others are updated once a block.
 LAZY_COLUMNS = 128
 
@@ -24,7 +27,7 @@ def descend(
     mu: ArrayLike,
     H: ArrayLike,
     block_size: int,
-    sweeps: int = 8,
+    sweeps: int = SWEEPS,
 ) -> Trits:
     r"""Move one trit after the other to where `reference.joint.whole_error` is least.
 

@@ -9,13 +9,13 @@ import numpy as np
 from harness.cpu.compiled import compiled
 from reference import checks
 from reference.checks import Trits
-from reference.descent import MARGIN
+from reference.descent import MARGIN, SWEEPS
 from reference.joint import spread
 
 __all__ = ["descend", "descend_rows"]
 
 
-def descend(W: Any, T: Any, alpha: Any, mu: Any, H: Any, block_size: int, sweeps: int = 8) -> Trits:
+def descend(W: Any, T: Any, alpha: Any, mu: Any, H: Any, block_size: int, sweeps: int = SWEEPS) -> Trits:
     if sweeps < 0:
         raise ValueError(f"sweeps must not be negative, got {sweeps}")
     W = checks.matrix(W, "W")

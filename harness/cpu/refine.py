@@ -10,12 +10,10 @@ from harness.cpu.descent import descend_rows
 from harness.cpu.joint import correct
 from reference import checks
 from reference.checks import Floats, Trits
-from reference.descent import MARGIN
+from reference.descent import MARGIN, SWEEPS
 from reference.joint import spread
 
 __all__ = ["refine", "refined", "settle"]
-
-SWEEPS = 8
 
 
 def refine(

@@ -77,5 +77,6 @@ def table(layers: list[dict[str, Any]]) -> list[str]:
     return [
         *lines,
         "E_w, E_x: sums over blocks, relative to the weights that each block was fitted to (compensated for",
-        "earlier blocks); whole: stored matrix relative to the original; rounds: maximum rounds of ITF",
+        "earlier blocks); whole: stored matrix relative to what it was fitted to, its target if it has one;",
+        "rounds: maximum rounds of ITF",
     ]
