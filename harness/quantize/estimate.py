@@ -124,7 +124,8 @@ def make_plan(
     # With true-sequential: one pass each for inputs of q/k/v, o, gate/up and down, and one for the outputs.
     passes = 5 if options.true_sequential else 2
     if beside:
-        passes, gram = 2 * passes, 2 * gram
+        # One pass of the original layer; passes of the other end as soon as the inputs are there.
+        passes, gram = 4 if options.true_sequential else 3, 2 * gram
     if device:
         fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
         fitting += _time_refinement(compute, config, shapes)
