@@ -10,6 +10,7 @@ from harness.backends import Backend
 from harness.calibration.gram import GramSum
 from harness.calibration.methods import ternarizer
 from harness.calibration.passage import Passage, brought
+from harness.calibration.targets import KEPT_BYTES
 from harness.compute import Compute, seconds_of
 from harness.machine import duration
 from harness.models.original import Original
@@ -116,9 +117,12 @@ def make_plan(
     device = compute.memory is not None
     fit = 8 * 3 * widest**2 + 20 * max(shape.numel() for shape in shapes)
     host_fits = 8 * 6 * widest**2 * min(torch.get_num_threads(), len(decoder.linears[0]))
+    kept = 0.0
     if beside:
         layer, grams = 2 * layer, 2 * grams
-    host_layer = 12 * layer + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
+        # Inputs and outputs of the original layer: some five tensors of the hidden width in float32.
+        kept = min(KEPT_BYTES, 20 * windows * window.numel())
+    host_layer = 12 * layer + kept + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
 
     forward, gram = _time_layer(passage)
     # With true-sequential: one pass each for inputs of q/k/v, o, gate/up and down, and one for the outputs.
