@@ -63,4 +63,6 @@ def factor_damped(C: Floats, damping: float) -> tuple[Floats, float]:
 def inverse(L: Floats) -> Floats:
     """The symmetric inverse of LLᵀ."""
     lower, _ = lapack.dpotri(L, lower=1)
-    return np.tril(lower) + np.tril(lower, -1).T
+    symmetric = lower + lower.T  # above the diagonal of `lower` are the zeros of L
+    np.fill_diagonal(symmetric, np.diag(lower))
+    return symmetric

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from scipy import linalg
-from scipy.linalg import blas, lapack
+from scipy.linalg import lapack
 
 from harness.cpu.gptq import factor_damped, inverse
 from harness.cpu.refine import refined, settle
@@ -26,6 +26,9 @@ from reference.types import FitReport, TernaryConfig, TernaryMatrix
 __all__ = ["ternarize"]
 
 STAGES = ("init", "itf", "aga")
+
+# Columns of C in one panel of a quadratic form.
+PANEL = 256
 
 
 def ternarize(W: Any, C: Any, config: TernaryConfig = TernaryConfig()) -> TernaryMatrix:
@@ -152,10 +155,8 @@ class _Chosen:
                     half = linalg.solve_triangular(L, self.Hinv[np.ix_(B, R)], lower=True)
             yield columns, W_B, L, half
             if self.Hinv is not None and half is not None:
-                # Only one triangle is computed, and mirrored, which keeps the inverse symmetric.
-                kept = np.asfortranarray(self.Hinv[np.ix_(R, R)])
-                kept = blas.dsyrk(-1.0, half, beta=1.0, c=kept, trans=1, lower=1, overwrite_c=1)
-                self.Hinv = np.tril(kept) + np.tril(kept, -1).T
+                # NumPy computes one triangle of such a product and mirrors it: the inverse stays symmetric.
+                self.Hinv = self.Hinv[np.ix_(R, R)] - half.T @ half
 
     def subtract(self, change: Floats) -> None:
         """Compensate the columns that remain."""
@@ -230,10 +231,8 @@ class _Figures:
             return float(value / total) if total > 0 else 0.0
 
         norm = float(np.square(W).sum())
-        WC = W @ C
-        power = float(np.einsum("ij,ij->", WC, W))
-        E = W - result.dequantize()
-        error = float(np.einsum("ij,ij->", E @ C, E))
+        power = _quadratic_form(W, C)
+        error = _quadratic_form(W - result.dequantize(), C)
         return FitReport(
             damping=damping,
             weight_power=norm,
@@ -249,3 +248,16 @@ class _Figures:
             relative_output_error=share(error, power),
             refinement_errors=refinement_errors,
         )
+
+
+def _quadratic_form(E: Floats, C: Floats) -> float:
+    """tr(E C Eᵀ) for a symmetric C, by little more than half of its products."""
+    total = 0.0
+    for first in range(0, len(C), PANEL):
+        panel = slice(first, first + PANEL)
+        own = E[:, panel]
+        product = own @ C[panel, panel]
+        if first:  # what lies above the diagonal panel equals what lies left of it
+            product += 2 * (E[:, :first] @ C[:first, panel])
+        total += float(np.einsum("ij,ij->", product, own))
+    return total
