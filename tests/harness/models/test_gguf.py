@@ -352,16 +352,12 @@ def test_bytes_in_another_order_are_refused(tmp_path: Path) -> None:
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "model-00002-of-00002.safetensors", "tokenizer.json"])
-def test_a_git_lfs_pointer_is_named(name: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / name).write_text(POINTER)
-    source = tmp_path / name if name.endswith(".gguf") else tmp_path
-    with pytest.raises(
-        UserError, match=r"is a Git LFS pointer, not the file itself; run git lfs pull in"
-    ) as error:
-        load_original(str(source))
-    assert str(tmp_path / name) in str(error.value)
+def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_text(POINTER)
+    message = rf"^{file} is a Git LFS pointer, not the file itself; run git lfs pull in"
+    with pytest.raises(UserError, match=message):
+        load_original(str(file))
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "tokenizer.json"]])

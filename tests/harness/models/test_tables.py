@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import dynamic_module_utils
 
 import harness
 import harness.hf
@@ -20,6 +19,7 @@ from harness.quantize.run import quantize
 from harness.ternary.linear import TernaryLinear
 from reference.types import TernaryConfig
 from tests.harness import tiny
+from tests.harness.export.checkpoints import code_cache
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +122,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     config.update(model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
     (original / "config.json").write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+    with code_cache(folder / "modules"):
         yield original, ternarize(original, folder, trust_remote_code=True)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import dynamic_module_utils
 
 import harness
 from harness.calibration.methods import BASELINES
@@ -25,6 +24,7 @@ from harness.quantize.run import quantize
 from reference.types import TernaryConfig
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
+from tests.harness.export.checkpoints import code_cache
 
 Run = Callable[..., int]
 
@@ -76,9 +76,8 @@ def test_a_model_too_large_for_the_memory_gives_the_same_checkpoint(
 
 
 def test_code_that_comes_with_a_model_goes_into_the_checkpoint(
-    llama: Path, words_file: Path, tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+    llama: Path, words_file: Path, tmp_path: Path, run_main: Run
 ) -> None:
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     source, out = shutil.copytree(llama, tmp_path / "source"), tmp_path / "out"
     (source / "modeling_own.py").write_text(
         "from transformers import LlamaForCausalLM\n"
@@ -96,9 +95,10 @@ def test_code_that_comes_with_a_model_goes_into_the_checkpoint(
     config.update(model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
     (source / "config.json").write_text(json.dumps(config))
     arguments = ("--out", out, "--calibration", words_file, "--trust-remote-code", *SMALL)
-    assert run_main(quantize_main, source, *arguments) == 0
-    shutil.rmtree(source)
-    assert type(harness.load(out, trust_remote_code=True)).__name__ == "OwnForCausalLM"
+    with code_cache(tmp_path / "modules"):
+        assert run_main(quantize_main, source, *arguments) == 0
+        shutil.rmtree(source)
+        assert type(harness.load(out, trust_remote_code=True)).__name__ == "OwnForCausalLM"
     with pytest.raises(UserError, match="trust_remote_code"):
         harness.load(out)
 
