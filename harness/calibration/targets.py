@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ Shift = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 # What one pass of an original layer shows is kept up to this size; more is computed again when it is needed.
 KEPT_BYTES = 2e9
 
-# A stream and the sum of its parts may differ by this many roundings.
-ROUNDINGS = 8
+# Share of a matrix's output by which a stream may differ from the sum of its parts, to allow for rounding.
+ADDED = 0.01
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,18 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
     """Find the matrices whose outputs are added to the residual stream as they are.
 
     A matrix is one of them if the stream before it and its output add up to the input of a later module, or
-    to the output of the layer. Where a norm or a factor stands between, it is not.
+    to the output of the layer, within `ADDED` of the output's size. Where a norm or a factor stands between,
+    they do not. The layer runs in float32: in 16 bits, one large channel of the stream would hide the output.
 
     Returns
     -------
     list of str
         Their names in the layer, in the order of their use.
     """
-    hidden = brought(passage.hidden[0], passage.compute)
+    compute = replace(passage.compute, dtype=torch.float32)
+    module = passage.decoder.working_copy(layer.index, compute)
+    call = passage.calls[layer.index].to(compute)
+    hidden = brought(passage.hidden[0], compute)
     stream = _rows(hidden)
     seen: list[torch.Tensor] = []
     made: dict[str, tuple[int, torch.Tensor]] = {}
@@ -216,16 +220,16 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
         seen.extend(_rows(t) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
 
     with ExitStack() as hooks:
-        for name, module in layer.module.named_modules():
+        for name, part in module.named_modules():
             if name:
-                hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        for name, linear in layer.linears.items():
+                hooks.callback(part.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for name in layer.linears:
 
             def keep(module: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
                 made[name] = (len(seen), _rows(output))
 
-            hooks.callback(linear.register_forward_hook(keep).remove)
-        seen.append(_rows(layer.call(layer.module, hidden)))
+            hooks.callback(module.get_submodule(name).register_forward_hook(keep).remove)
+        seen.append(_rows(call(module, hidden)))
 
     writers = []
     alone = {group[0] for group in groups if len(group) == 1}
@@ -233,9 +237,8 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
         if name not in alone or output.shape != stream.shape:
             continue
         wanted = stream + output
-        slack = ROUNDINGS * torch.finfo(wanted.dtype).eps * wanted.abs().max()
         later = (states for states in seen[first:] if states.shape == wanted.shape)
-        if any((states - wanted).abs().max() <= slack for states in later):
+        if any((states - wanted).norm() <= ADDED * output.norm() for states in later):
             writers.append(name)
             stream = wanted
     return writers

@@ -13,6 +13,7 @@ from torch import nn
 from harness.calibration.capture import capture_inputs
 from harness.calibration.layerwise import fit_layers
 from harness.calibration.targets import Targets, stream_writers
+from harness.compute import Compute
 from harness.models.decoder import find_decoder_layers
 from reference import targets as equations
 from tests.harness import tiny
@@ -62,6 +63,22 @@ def test_matrices_that_add_to_the_stream_are_found(kind: str, writers: list[str]
     passage = capture_inputs(model, decoder, windows())
     layer = passage.enter(0)
     assert stream_writers(passage, layer, passage.input_groups(layer)) == writers
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "granite", "llama"])
+def test_a_large_channel_hides_no_norm_nor_factor_in_16_bits(kind: str) -> None:
+    model = random_model(kind).to(torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] *= 1000
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight *= 0.1
+    decoder = find_decoder_layers(model)
+    compute = Compute(dtype=None)  # layers in the dtype of the model, as on a GPU
+    passage = capture_inputs(model, decoder, windows(), compute)
+    layer = passage.enter(0)
+    found = stream_writers(passage, layer, passage.input_groups(layer))
+    assert bool(found) == (kind == "llama")
 
 
 @pytest.mark.parametrize("kept", [False, True])
