@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from harness.compute import HOST, Compute
 from harness.errors import UserError
 from harness.models.original import Original, require_fits
 from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
@@ -91,26 +92,55 @@ def divergence_on(
     stream: Text,
     seqlen: int,
     windows: int | None,
+    compute: Compute,
     say: Say = say_on_stderr,
     bos: str = AUTO,
 ) -> Divergence:
     """Measure the divergence on a text, on the windows that perplexity is measured on.
 
+    Both models are moved to the device if it holds them, and back.
+
     Raises
     ------
     UserError
-        If the models have different vocabularies, or a window is longer than a model's context.
+        If `require_comparable` refuses the models, or a window is longer than a model's context.
     """
-    sizes = [model.config.get_text_config().vocab_size for model in (original.model, quantized.model)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"{quantized.name} has {sizes[1]} tokens, {original.name} has {sizes[0]}: it is not its original"
-        )
+    require_comparable(original, quantized)
+    models = (original.model, quantized.model)
     tokens = tokenize(stream, original.tokenizer)
-    for model in (original.model, quantized.model):
+    for model in models:
         require_fits(model, tokens, seqlen)
     limit = min(filter(None, (windows, stream.windows)), default=None)
     first = bos_of(original.model, original.tokenizer, bos)
     chosen = evaluation_windows(tokens, seqlen, limit, first)
-    with Progress("divergence from the original", len(chosen), "window", say) as step:
-        return divergence(original.model, quantized.model, chosen, step)
+    fits = compute.memory is None or all(
+        replace(compute, memory=compute.memory // 2).holds(m, seqlen) for m in models
+    )
+    for model in models:
+        model.to(compute.device if fits else HOST)
+    try:
+        with Progress("divergence from the original", len(chosen), "window", say) as step:
+            return divergence(*models, chosen, step)
+    finally:
+        for model in models:
+            model.to(HOST)
+
+
+def require_comparable(original: Original, quantized: Original) -> None:
+    """Refuse models that cannot be compared.
+
+    Raises
+    ------
+    UserError
+        If one is read from disk layer by layer, or their vocabularies have different sizes.
+    """
+    for model in (original, quantized):
+        if model.read is not None:
+            raise UserError(
+                f"{model.name} is too large for the memory of this machine; it cannot be compared"
+            )
+    sizes = [model.model.config.get_text_config().vocab_size for model in (original, quantized)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{quantized.name} has {sizes[1]} tokens, {original.name} has {sizes[0]}: it is not its original"
+        )

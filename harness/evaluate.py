@@ -17,7 +17,7 @@ from harness.cli import (
     window_length,
 )
 from harness.compute import Compute, default_compute
-from harness.divergence import divergence_on
+from harness.divergence import divergence_on, require_comparable
 from harness.errors import UserError
 from harness.files import json_text
 from harness.hf import open_model
@@ -37,6 +37,7 @@ and take the exponential of the mean negative log-likelihood. The protocol is pr
 because perplexities by different protocols are not comparable.
 
   python -m harness.evaluate smollm2-ternary --data wikitext2
+  python -m harness.evaluate smollm2-ternary --original HuggingFaceTB/SmolLM2-135M-Instruct --data wikitext2
   python -m harness.evaluate --data wikitext2:wiki.test.raw --windows 8
 """
 
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--original",
+        type=model_name,
         metavar="MODEL",
         help="also compare predictions with those of this model: mean KL divergence, and how often both find "
         "the same token most likely; both models must fit in memory",
@@ -95,20 +97,25 @@ def main() -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     _require_causal(original, stream)
+    other = None
+    if arguments.original is not None:
+        other = load_original(arguments.original, arguments.gguf_dtype, arguments.trust_remote_code)
+        require_comparable(other, original)
     compute = Compute() if arguments.cpu else default_compute()
     result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute, bos=arguments.bos)
     compared = None
-    if arguments.original is not None:
-        other = load_original(arguments.original, arguments.gguf_dtype, arguments.trust_remote_code)
+    if other is not None:
         compared = divergence_on(
-            other, original, stream, arguments.seqlen, arguments.windows, bos=arguments.bos
+            other, original, stream, arguments.seqlen, arguments.windows, compute, bos=arguments.bos
         )
     if arguments.json:
-        found = {} if compared is None else {"divergence": {"original": other.name, **asdict(compared)}}
+        found = {}
+        if other is not None and compared is not None:
+            found = {"divergence": {"original": other.name, **asdict(compared)}}
         print(json_text({"model": original.name, **asdict(result), **found}))
         return 0
     print(f"perplexity {result.value:.4g}   {original.name}\n  {result.protocol}")
-    if compared is not None:
+    if other is not None and compared is not None:
         print(
             f"KL divergence from {other.name}: mean {compared.mean:.4g}, 99th percentile "
             f"{compared.percentile_99:.4g}; the same most likely token for {compared.agreement:.1%} of "

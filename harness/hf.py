@@ -125,7 +125,7 @@ class TernaryQuantizer(HfQuantizer):
         compute_tables(model)
         for module in model.modules():
             if isinstance(module, TernaryLinear):
-                vars(module).pop("weight", None)  # what stood in for it while tensors were loaded
+                module.__dict__.pop("weight", None)  # what stood in for it while tensors were loaded
                 module.keep_dense(self.quantization_config.dense)
         return model
 

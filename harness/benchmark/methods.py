@@ -11,7 +11,7 @@ from typing import Any
 from harness import text
 from harness.calibration.methods import BASELINES, FitError
 from harness.compute import default_compute
-from harness.divergence import divergence_on
+from harness.divergence import divergence_on, require_comparable
 from harness.errors import UserError
 from harness.models.loading import load_original
 from harness.models.original import Original
@@ -156,14 +156,16 @@ def compare_methods(
     streams = {name: text.read_text(name, text.EVALUATION, options.text_column) for name in texts}
     window = options.evaluation_seqlen, options.evaluation_windows
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
+    require_comparable(original, original)
+    compute = default_compute()
 
     def measure(model: Original) -> dict[str, dict[str, Any]]:
         return {
-            label: asdict(divergence_on(original, model, stream, *window))
+            label: asdict(divergence_on(original, model, stream, *window, compute))
             for label, stream in zip(labels, streams.values(), strict=True)
         }
 
-    before = [measure_on(original, stream, *window, default_compute()) for stream in streams.values()]
+    before = [measure_on(original, stream, *window, compute) for stream in streams.values()]
     labels = [found.protocol.partition(":")[0] for found in before]
     if len(set(labels)) < len(labels):
         labels = list(streams)
