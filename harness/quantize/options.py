@@ -27,7 +27,8 @@ CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation before an
 # Groups of the help, and their descriptions.
 GROUPS = {
     CALIBRATION: None,
-    METHOD: "every step of a recipe has its own switch; a baseline starts from the recipe paper",
+    METHOD: "every step of a recipe has its own switch; of these, a baseline uses targets, --sequential, "
+    "--block-size and --damping, by default as the recipe paper has them",
     EVALUATION: None,
 }
 
@@ -123,15 +124,21 @@ class Options:
         WEIGHTS,
         METHOD,
         choices=(WEIGHTS, OUTPUTS, STREAM),
-        help="what matrices are fitted to, on the inputs that the ternary layers before them give: their own "
-        "weights, their outputs in the original model, or, where they add to the residual stream, also all "
-        "that the stream lacks",
+        help="what matrices are fitted to. weights: themselves; outputs: what they output in the original; "
+        "stream: as outputs, but a matrix that adds to the residual stream makes up for all that it lacks",
     )
     strength: float = option(
-        1.0, METHOD, type=share, metavar="S", help="how far targets follow the calibration text, 0 to 1"
+        1.0,
+        METHOD,
+        type=share,
+        metavar="S",
+        help="share of the step from a matrix's own weights to its target, 0 to 1",
     )
     token_weights: bool = option(
-        False, METHOD, **ON_OR_OFF, help="weigh tokens by the inverse square of their residual stream"
+        False,
+        METHOD,
+        **ON_OR_OFF,
+        help="with --targets stream, weigh tokens by the inverse square of their stream's size",
     )
     true_sequential: bool = option(
         False,
@@ -187,7 +194,7 @@ CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "compensation": {**ON_OR_OFF, "help": "compensate the error of each block in the columns after it"},
     "feed_forward": {**ON_OR_OFF, "help": "round inside a block column by column, passing on each error"},
-    "rounds": {"type": positive, "metavar": "N", "help": "maximum rounds of joint grid and descent"},
+    "rounds": {"type": positive, "metavar": "N", "help": "at most N times joint grid, then descent"},
     "damping": {"type": float, "metavar": "X", "help": "fraction of mean(diag C) added to the diagonal"},
     "max_iterations": {"type": positive, "metavar": "N", "help": "maximum rounds of ITF"},
     "seed": {"type": int, "metavar": "N", "help": "seed for the window positions and --reorder random"},

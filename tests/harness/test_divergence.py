@@ -72,3 +72,21 @@ def test_a_model_with_another_vocabulary_is_not_the_original(
     size = ("--data", words_file, "--seqlen", "32", "--windows", "2")
     assert run_main(evaluate.main, quantized, "--original", other, *size) == EXIT_USAGE
     assert "it is not its original" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["missing", "streamed"])
+def test_an_original_that_cannot_be_compared_is_refused_before_anything_is_measured(
+    kind: str,
+    quantized: Path,
+    llama: Path,
+    words_file: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "measure_on", lambda *arguments, **rest: pytest.fail("measured"))
+    if kind == "streamed":
+        monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
+    original = llama if kind == "streamed" else "./nowhere"
+    assert run_main(evaluate.main, quantized, "--original", original, "--data", words_file) == EXIT_USAGE
+    assert ("too large" if kind == "streamed" else "does not exist") in capsys.readouterr().err
