@@ -90,7 +90,7 @@ def test_json_for_programs_stays_json_in_any_encoding(
 
 
 def test_help_is_printed_in_the_locale_of_old_machines() -> None:
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
     done = call("quantize", "--help", env=locale)
     assert (done.returncode, done.stderr) == (0, b"")
     assert "PT\\u00b2-LLM" in done.stdout.decode("ascii")
