@@ -54,6 +54,9 @@ def rope_parameters(keys: Keys, sizes: dict[str, Any], partial: bool = False) ->
 
     factor = keys.get("rope.scaling.factor", 0) or keys.get("rope.scale_linear", 0) or 1
     kind = keys.get("rope.scaling.type", "linear" if factor != 1 else "none")
+    for key, value in (("rope.freq_base", rope["rope_theta"]), ("rope.scaling.factor", factor)):
+        if isinstance(value, str) or not 0 < value < math.inf:
+            keys.refuse(key, value)
     attention = keys.get("rope.scaling.attn_factor", 1.0)
     original = keys.get("rope.scaling.original_context_length")
     found = ROPE_TENSORS & keys.file.tensors.keys()
