@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # mlx 0.32.4: quantize at 2 bits halves the negative weights of a ternary matrix.
 #
-# The documentation gives the step as (max - min) / (2^bits - 1), with level 0 at min. So the largest and
-# the smallest weight of a group would be kept at any number of bits, and for -1, 0 and 1 two bits even hold
-# all: step 1 from -1, as the script shows. But quantize then changes the step so that 0 is a level, keeps
+# One would expect the largest and the smallest weight of a group to be kept at any number of bits: the
+# documentation gives the step as (max - min) / (2^bits - 1), with level 0 at min. For -1, 0 and 1 two bits even
+# hold all: step 1 from -1, as the script shows. But quantize then changes the step so that 0 is a level, keeps
 # the end of larger magnitude and cuts off the other one. In a group from -1 to 1 at 2 bits the levels
 # are 1, 0.5, 0, -0.5, and -1 comes back as -0.5. More bits err less, but not always: at 5 bits -1 becomes
 # -0.94, while 3 and 4 bits are exact here. For other scales of the same weights these err as well.
