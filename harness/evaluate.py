@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--packed",
         action="store_true",
-        help="do not dequantize a ternary checkpoint in advance; saves memory, but is slow on a CPU",
+        help="multiply by the packed weights of a ternary checkpoint, not by dense ones; saves memory",
     )
     parser.add_argument(
         "--original",

@@ -162,7 +162,7 @@ def main() -> int:
     add(
         "--packed",
         action="store_true",
-        help="do not dequantize the weights in advance on a CPU; saves memory, but is slow",
+        help="on a CPU, multiply by the packed weights instead of dense ones made of them; saves memory",
     )
     add(
         "--compile",

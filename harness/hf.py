@@ -253,10 +253,10 @@ def load(
         Where to put the model.
     dense : bool, optional
         Keep dense weights in the dtype of the original beside the packed ones: as fast as the original
-        and 12 % larger in memory. Without them a CUDA device multiplies by the packed trits, which take a
-        seventh of the memory (2.25 bits per weight instead of 16, with blocks of 128); blocks other than
-        64, 128, 256, ... columns have no kernel. A CPU, or a device with such blocks, dequantizes each
-        layer at every call: this is slow, and takes an eighth of the memory plus the largest layer.
+        and 12 % larger in memory. Without them a CPU multiplies by the packed trits, which take little more
+        memory than their file, with float32 sums; so does a CUDA device, at 2.25 bits per weight with
+        blocks of 128. Blocks other than 64, 128, 256, ... columns have no kernel on a CUDA device, which
+        dequantizes each such layer at every call: this is slow.
         Default: true on a CPU, false on a device.
     trust_remote_code : bool
         Whether code that comes with the model may run.
@@ -274,6 +274,40 @@ def load(
         unexpected, damaged, or of the wrong shape or type (the message names the tensor); or if the
         device cannot be used.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError if torch is built without the device
+        raise UserError(f"the device {device} cannot be used: {error}") from None
+    if dense is None:
+        dense = torch.device(device).type == "cpu"
+    model = load_stored(path, dense, trust_remote_code).to(device)
+    if not dense:
+        try:
+            use_kernels(model)
+        except UserError as error:
+            raise UserError(f"{error}; a CPU (--cpu) or dense=True needs no kernels") from None
+    return model
+
+
+def load_stored(path: str | Path, dense: bool = False, trust_remote_code: bool = False) -> Any:
+    """Read a ternary checkpoint on the host, its layers with the tensors as stored.
+
+    Parameters
+    ----------
+    path, trust_remote_code
+        As for `load`.
+    dense : bool
+        Whether the layers keep dense weights beside them, and multiply by those.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+
+    Raises
+    ------
+    UserError
+        As `load` does.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist" if not folder.exists() else f"{folder} is not a folder")
@@ -287,15 +321,10 @@ def load(
     weight_map(folder)
     if (folder / GENERATION).is_file():
         read_json(folder / GENERATION)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError if torch is built without the device
-        raise UserError(f"the device {device} cannot be used: {error}") from None
-    on_cpu = torch.device(device).type == "cpu"
     quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config.quantization_config = {**quantization, "dense": on_cpu if dense is None else dense}
+        config.quantization_config = {**quantization, "dense": dense}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -309,12 +338,6 @@ def load(
         raise UserError(f"{folder / CONFIG} does not describe a model: {error}") from None
     model, info = loaded
     require_complete(info, str(folder))
-    model.to(device)
-    if not on_cpu and not dense:
-        try:
-            use_kernels(model)
-        except UserError as error:
-            raise UserError(f"{error}; a CPU (--cpu) or dense=True needs no kernels") from None
     return model.eval()
 
 

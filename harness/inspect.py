@@ -11,7 +11,7 @@ import torch
 
 from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, path, run
 from harness.files import json_text
-from harness.hf import load
+from harness.hf import load_stored
 from harness.ternary.format import PACKED, unpack_base3
 from harness.ternary.linear import TernaryLinear
 from harness.ternary.reading import tensors_of, weight_map
@@ -70,7 +70,7 @@ def describe(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     UserError
         If the folder is not a ternary checkpoint, or one of its files or tensors is missing or damaged.
     """
-    model = load(folder, dense=False, trust_remote_code=trust_remote_code)
+    model = load_stored(folder, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
     sizes = dict.fromkeys(KINDS, 0)
     for name, tensor in tensors_of(folder):

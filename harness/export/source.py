@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.hf import load
+from harness.hf import load_stored
 from harness.models.tokenizer import load_tokenizer
 from harness.ternary.format import unpack_base3
 from harness.ternary.linear import TernaryLinear
@@ -173,7 +173,7 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
         As for `harness.load`; also if columns were reordered, if alpha and mu or the embedding are in
         8 bits, or if there is no tokenizer.
     """
-    model = load(folder, dense=False, trust_remote_code=trust_remote_code)
+    model = load_stored(folder, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
     reordered = [name for name, layer in layers.items() if layer.permutation is not None]
     if reordered:

@@ -20,7 +20,7 @@ from harness.calibration.grid_range import require_in_range
 from harness.calibration.layerwise import FittedLayer
 from harness.calibration.methods import FitError, Method, baseline, baseline_bits, ternarizer
 from harness.errors import UserError
-from harness.hf import load
+from harness.hf import load_stored
 from harness.models.decoder import locate_layers
 from harness.models.folder import WEIGHT_FILES, require_free, require_space, require_vacant, unfinished
 from harness.models.identity import identify
@@ -206,7 +206,7 @@ class CheckpointSink(Sink):
         say(f"reading {self.out} back")
         # If the original did not fit in memory, neither would the dense weights.
         trusted = self.options.trust_remote_code
-        model = load(self.out, dense=not self._streamed, trust_remote_code=trusted)
+        model = load_stored(self.out, dense=not self._streamed, trust_remote_code=trusted)
         return Original(model, self._tokenizer, str(self.out))
 
     def result_lines(self) -> list[str]:

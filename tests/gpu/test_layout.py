@@ -10,7 +10,7 @@ import gpu.layout
 import reference.layout
 from gpu.device import xp
 from gpu.kernels.layout import order_type
-from harness.ternary.kernels.shared import PackedWeights
+from harness.ternary.kernels.tensors import of_layout
 from reference.packing import pack_base3
 from tests.gpu.ternary_cases import coded_case, lay_out, random_case
 
@@ -190,7 +190,7 @@ def test_a_grid_that_does_not_fit_is_refused(columns, block_size, kind):
 def test_torch_reads_the_parts_back_that_the_reference_does(make, block_size, columns):
     cases = [make(rows, columns, block_size) for rows in (33, 1, 64)]
     whole = reference_layout(*cases)
-    packed = PackedWeights(whole).tensors()
+    packed = of_layout(whole)
     for index in range(len(cases)):
         theirs, ours = whole.part(index), packed.part(index)
         np.testing.assert_array_equal(ours.trits, theirs.trits)
@@ -206,5 +206,5 @@ def test_torch_reads_the_parts_back_that_the_reference_does(make, block_size, co
 @pytest.mark.parametrize("columns", [2**15 + 300, 2**16 + 300])
 def test_torch_reads_the_order_of_many_columns_back(columns):
     whole = reference_layout(random_case(1, columns, 1024))
-    ours = PackedWeights(whole).tensors().part(0)
+    ours = of_layout(whole).part(0)
     np.testing.assert_array_equal(ours.permutation, whole.part(0).permutation)

@@ -10,7 +10,9 @@ from torch import nn
 
 from harness.backends import Backend, load_backend
 from harness.compute import Compute, share_memory
+from harness.ternary.kernels.host import lay_out
 from harness.ternary.kernels.shared import PackedWeights
+from harness.ternary.kernels.tensors import Matrix, of_layout
 from harness.ternary.linear import TernaryLinear
 from reference.layout import PARTS
 from reference.types import CodedGrid
@@ -34,22 +36,28 @@ def use_kernels(
         Names of layers that read the same input and share a launch. By default, those stored in the
         model's configuration; if it has none, guessed from the names.
     backend : Backend, optional
-        Lays the matrices out on its device; gpu by default.
+        Lays the matrices out on its device. By default gpu; for layers on a CPU, none is needed.
 
     Raises
     ------
     UserError
         If the GPU backend cannot run.
     """
-    backend = backend or load_backend("gpu")
-    share_memory(backend)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+    if backend is None and any(layer.device.type != "cpu" for layer in layers.values()):
+        backend = load_backend("gpu")
+    if backend is not None:
+        share_memory(backend)
     if shared_inputs is None:
         stored = getattr(getattr(model, "config", None), "quantization_config", None)
         shared_inputs = getattr(stored, "shared_inputs", None)
     groups = _guessed_groups(model) if shared_inputs is None else shared_inputs
     for names in launches(layers, groups):
-        share_launch([layers[name] for name in names], backend)
+        members = [layers[name] for name in names]
+        if backend is None:
+            share_on_host(members)
+        else:
+            share_launch(members, backend)
 
 
 def launches(layers: dict[str, TernaryLinear], groups: list[list[str]]) -> list[list[str]]:
@@ -106,9 +114,33 @@ def share_launch(layers: list[TernaryLinear], backend: Backend) -> None:
     # The backend works on the current device, so make it the layers' device, and use torch's stream.
     with torch.cuda.device_of(first), Compute(first.device).queue(backend):
         layouts = [_lay_out(layer, backend) for layer in layers]
-        packed = PackedWeights(backend.function("layout.join")(layouts))
+        packed = PackedWeights(of_layout(backend.function("layout.join")(layouts)))
     for part, layer in enumerate(layers):
         layer.use_kernels(packed, part)
+
+
+def share_on_host(layers: list[TernaryLinear]) -> None:
+    """Make layers on a CPU, with the same input, multiply by packed trits; in one product if they can.
+
+    Parameters
+    ----------
+    layers : list of TernaryLinear
+        With the same number of columns, block size and type of grid. Those with other permutations multiply
+        on their own.
+    """
+    alike: list[list[tuple[TernaryLinear, Matrix]]] = []
+    for layer in layers:
+        matrix = layer.matrix()
+        for group in alike:
+            if torch.equal(group[0][1].permutation.long(), matrix.permutation.long()):
+                group.append((layer, matrix))
+                break
+        else:
+            alike.append([(layer, matrix)])
+    for group in alike:
+        packed = PackedWeights(lay_out([matrix for _, matrix in group], layers[0].block_size))
+        for part, (layer, _) in enumerate(group):
+            layer.use_kernels(packed, part)
 
 
 def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:

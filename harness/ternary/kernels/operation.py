@@ -1,8 +1,9 @@
 """The packed product as a custom torch operation, for ``torch.compile`` and CUDA graphs.
 
-``torch.ops.pt2_llm.ternary_linear`` takes the tensors of `harness.ternary.kernels.tensors.PackedTensors`. On
-a CUDA GPU it launches the kernels of `gpu`. Elsewhere plain torch unpacks the same tensors; this is slow,
-and serves as the reference for the kernels in tests.
+``torch.ops.pt2_llm.ternary_linear`` takes the tensors of one of two layouts, told apart by their words. On a
+CUDA GPU it launches the kernels of `gpu`, for `harness.ternary.kernels.tensors.PackedTensors`; on a CPU the
+kernel of `harness.cpu`, for `harness.ternary.kernels.host.HostTensors`. In all other cases plain torch
+unpacks the same tensors; this is slow, and serves as the reference for the kernels in tests.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from harness.ternary.kernels.host import HostTensors, multiply_on_host
 from harness.ternary.kernels.tensors import PAIRS, PackedTensors
 
 
@@ -35,30 +37,65 @@ def ternary_linear(
     x : (tokens, m) tensor
         Activations.
     words, grid, permutation, row_factors, block_factors, ends, block_size, columns, in_float16
-        As in `harness.ternary.kernels.tensors.PackedTensors`.
+        As in `PackedTensors` or `HostTensors`.
 
     Returns
     -------
     (tokens, n) tensor in the dtype of x
     """
-    packed = PackedTensors(
-        words, grid, permutation, row_factors, block_factors, ends, block_size, columns, in_float16
+    packed = _named(
+        (words, grid, permutation, row_factors, block_factors, ends, block_size, columns, in_float16)
     )
+    if isinstance(packed, HostTensors) and x.device.type == "cpu" and x.dtype != torch.float64:
+        return multiply_on_host(x, packed)
+    return _multiply_unpacked(x, packed)
+
+
+def _named(weights: tuple[Any, ...]) -> PackedTensors | HostTensors:
+    """The arguments of the operation after x, by their names in the layout that they have."""
+    kind = HostTensors if weights[0].dtype == torch.uint8 else PackedTensors
+    return kind._make(weights)
+
+
+def _unpacked(packed: PackedTensors | HostTensors, dtype: torch.dtype) -> torch.Tensor:
+    """Dense weights of all parts, (n, m)."""
+    parts = (packed.part(index) for index in range(len(packed.ends)))
+    return torch.cat([part.dequantize(packed.block_size, dtype) for part in parts])
+
+
+def _multiply_unpacked(x: torch.Tensor, packed: PackedTensors | HostTensors) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    weights = torch.cat([packed.part(index).dequantize(block_size, wide) for index in range(len(ends))])
-    return (x.to(wide) @ weights.T).to(x.dtype)
+    return (x.to(wide) @ _unpacked(packed, wide).T).to(x.dtype)
+
+
+def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.sizes = inputs[6:]
+
+
+def _gradient(ctx: Any, of_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradient with respect to x; trits have none."""
+    packed = _named((*ctx.saved_tensors, *ctx.sizes))
+    wide = torch.promote_types(of_output.dtype, torch.float32)
+    of_x = (of_output.to(wide) @ _unpacked(packed, wide)).to(of_output.dtype)
+    return of_x, *[None] * (len(ctx.saved_tensors) + len(ctx.sizes))
+
+
+ternary_linear.register_autograd(_gradient, setup_context=_keep_weights)
 
 
 @ternary_linear.register_fake
 def _(x: torch.Tensor, *weights: Any) -> torch.Tensor:
-    packed = PackedTensors._make(weights)
+    packed = _named(weights)
     torch._check(x.shape[1] == packed.columns, lambda: f"x has shape {x.shape}, not {packed.columns} columns")
     return x.new_empty(x.shape[0], packed.ends[-1])
 
 
 @ternary_linear.register_kernel("cuda")
 def _(x: torch.Tensor, *weights: Any) -> torch.Tensor:
-    packed = PackedTensors._make(weights)
+    packed = _named(weights)
+    if isinstance(packed, HostTensors):
+        return _multiply_unpacked(x, packed)
     return multiply_by_kernels(x, packed, torch.cuda.current_stream(x.device).cuda_stream)
 
 

@@ -7,12 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from harness.ternary.kernels.operation import ternary_linear
-from harness.ternary.kernels.tensors import PackedTensors
-
-# dtypes of the integers that hold a single number (`_BITS`) or a pair (`_PAIRS`).
-_BITS = {"uint32": "int32", "uint16": "int16", "float16": "int16"}
-_PAIRS = {"float16": "int32", "int8": "int16"}
+from harness.ternary.kernels.operation import HostTensors, PackedTensors, ternary_linear
 
 
 class _Pending(NamedTuple):
@@ -33,8 +28,8 @@ class PackedWeights(nn.Module):
 
     Parameters
     ----------
-    layout : reference.layout.Layout
-        Arrays of the backend.
+    tensors : PackedTensors or HostTensors
+        The weights.
     """
 
     words: torch.Tensor
@@ -43,22 +38,18 @@ class PackedWeights(nn.Module):
     row_factors: torch.Tensor | None
     block_factors: torch.Tensor | None
 
-    def __init__(self, layout: Any) -> None:
+    def __init__(self, tensors: PackedTensors | HostTensors) -> None:
         super().__init__()
-        self.ends, self.columns, self.block_size = list(layout.ends), layout.columns, layout.block_size
-        self.in_float16 = layout.in_float16
+        self.kind = type(tensors)
+        self.ends, self.columns, self.block_size = tensors.ends, tensors.columns, tensors.block_size
+        self.in_float16 = tensors.in_float16
         self._pending: _Pending | None = None
         for name in ("words", "grid", "permutation", "row_factors", "block_factors"):
-            array = getattr(layout, name)
-            if array is not None:
-                paired = name in ("grid", "block_factors")
-                array = torch.from_dlpack(array.view((_PAIRS if paired else _BITS)[array.dtype.name]))
-                array = array.squeeze(-1) if paired else array
-            self.register_buffer(name, array, persistent=False)
+            self.register_buffer(name, getattr(tensors, name), persistent=False)
 
-    def tensors(self) -> PackedTensors:
+    def tensors(self) -> PackedTensors | HostTensors:
         """The packed tensors."""
-        return PackedTensors(
+        return self.kind(
             self.words,
             self.grid,
             self.permutation,

@@ -13,8 +13,11 @@ import torch
 
 from reference.layout import CHUNK, TILE_ROWS, WORD
 
-# dtype of the numbers in a pair, by the dtype of the integer that holds the pair.
+# dtype of the numbers in a pair, by the dtype of the integer that holds the pair; and the other way round.
 PAIRS = {"int16": "int8", "int32": "float16"}
+_OF_PAIRS = {number: pair for pair, number in PAIRS.items()}
+# dtypes of the integers that hold a single number.
+_OF_NUMBERS = {"uint32": "int32", "uint16": "int16", "float16": "int16"}
 
 
 class Matrix(NamedTuple):
@@ -49,7 +52,7 @@ class Matrix(NamedTuple):
 
 
 class PackedTensors(NamedTuple):
-    """The packed layout of one matrix, or of several matrices (parts) that multiply the same x.
+    """The layout of `reference.layout` of one matrix, or of several (parts) that multiply the same x.
 
     Attributes
     ----------
@@ -120,7 +123,33 @@ class PackedTensors(NamedTuple):
         return pairs[:, :: max(1, self.block_size // CHUNK)][:, :blocks]
 
 
+def of_layout(layout: Any) -> PackedTensors:
+    """The tensors of a `reference.layout.Layout`, of any backend's arrays."""
+
+    def tensor(name: str) -> Any:
+        array = getattr(layout, name)
+        if array is None:
+            return None
+        paired = name in ("grid", "block_factors")
+        bits = torch.from_dlpack(array.view((_OF_PAIRS if paired else _OF_NUMBERS)[array.dtype.name]))
+        return bits.squeeze(-1) if paired else bits
+
+    return PackedTensors(
+        tensor("words"),
+        tensor("grid"),
+        tensor("permutation"),
+        tensor("row_factors"),
+        tensor("block_factors"),
+        list(layout.ends),
+        layout.block_size,
+        layout.columns,
+        layout.in_float16,
+    )
+
+
 def numbers(bits: Any) -> Any:
     """View a tensor of integers as the pairs of numbers (..., 2) that it holds."""
     kind = PAIRS[str(bits.dtype).removeprefix("torch.")]
-    return bits.contiguous().view(getattr(torch, kind)).view(*bits.shape, 2)
+    # A copy: torch calls a tensor contiguous if its last axis has one entry, but views none of a wide stride.
+    bits = bits.clone(memory_format=torch.contiguous_format)
+    return bits.view(getattr(torch, kind)).view(*bits.shape, 2)
