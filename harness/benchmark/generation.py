@@ -88,7 +88,7 @@ def random_network(shape: str, layers: int | None, ternary: bool, compute: Compu
         for module in layer.modules():
             fill(module)
     model.to(compute.device)
-    if ternary and compute.device.type == "cuda":
+    if ternary:
         use_kernels(model)
     return model
 
@@ -106,7 +106,6 @@ def fill(module: nn.Module) -> None:
         module.shift.normal_(std=0.1 * m**-0.5)
         if module.permutation is not None:
             module.permutation.copy_(torch.randperm(m, device=module.trits.device))
-        module.keep_dense(module.trits.device.type == "cpu")
     elif isinstance(module, nn.Linear):
         module.weight.normal_(std=module.in_features**-0.5)
     else:  # norms
