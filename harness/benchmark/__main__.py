@@ -29,7 +29,7 @@ from harness.errors import UserError
 from harness.files import json_text, write_json
 from harness.machine import machine
 from harness.progress import say_on_stdout
-from harness.quantize.options import NO_EVALUATION, Options
+from harness.quantize.options import NO_EVALUATION, RECIPES, Options
 from harness.quantize.run import quantize
 
 DESCRIPTION = """\
@@ -136,6 +136,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dtype", choices=("float16", "bfloat16"), default="bfloat16", help="dtype of the activations"
     )
+    recipe_help = "recipe whose block size, grid and order the weights have"
+    sub.add_argument("--recipe", choices=RECIPES, default="best", help=recipe_help)
 
     lengths = Lengths()
     sub = kind("generate", "measure tokens per second of random models of large shapes, dense and ternary")
@@ -143,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--layers", type=positive, metavar="N", help="use only N decoder layers")
     sub.add_argument("--prefill", type=positive, default=lengths.prefill, help="tokens in the prompt")
     sub.add_argument("--decode", type=positive, default=lengths.decode, help="tokens to generate")
+    sub.add_argument("--recipe", choices=RECIPES, default="best", help=recipe_help)
 
     what = "draw the results of methods, matmul or generate (requires matplotlib)"
     sub = kinds.add_parser("plot", help=what, description=what, formatter_class=HelpFormatter)
@@ -182,13 +185,15 @@ def main() -> int:
         results = {}
         for shape in arguments.shape:
             dtype = getattr(torch, arguments.dtype)
-            results[shape] = product_speed(shape, default_compute(), arguments.batch, dtype)
+            results[shape] = product_speed(shape, default_compute(), arguments.batch, dtype, arguments.recipe)
             save(results)
     elif arguments.kind == "generate":
         results = {}
         for shape in arguments.shape:
             lengths = Lengths(arguments.prefill, arguments.decode)
-            results[shape] = generation_speed(shape, default_compute(), arguments.layers, lengths)
+            results[shape] = generation_speed(
+                shape, default_compute(), arguments.layers, lengths, arguments.recipe
+            )
             save(results)
     else:
         options = Options(

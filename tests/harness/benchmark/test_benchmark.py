@@ -185,7 +185,7 @@ def test_layers_of_every_family_are_made(family: str, monkeypatch: pytest.Monkey
     monkeypatch.setitem(SHAPES, "small", Shape(96, 256, 3, 4, 2, 64, family))
     model, decoder, depth = random_model(Scale("small"), Compute())
     assert depth == len(decoder.layers) == model.config.num_hidden_layers == 3
-    network = random_network("small", 2, ternary=False, compute=Compute())
+    network = random_network("small", 2, None, Compute())
     assert network(torch.tensor([[1, 2]])).logits.shape == (1, 2, 64)
 
 
@@ -319,13 +319,20 @@ def test_gemlite_is_given_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> N
     assert (y - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-def test_random_ternary_layers_are_sound(tmp_path: Path) -> None:
-    model = random_network("tiny", 1, ternary=True, compute=Compute())
+@pytest.mark.parametrize("recipe", ["paper", "best"])
+def test_random_ternary_layers_are_sound(recipe: str) -> None:
+    model = random_network("tiny", 1, recipe, Compute())
     layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
     assert len(layers) == 7
     for layer in layers:
-        require_base3(layer.trits, layer.in_features)
-        assert torch.equal(layer.permutation.long().sort().values, torch.arange(layer.in_features))
+        assert layer.packed is not None
+        require_base3(layer.stored()["trits"], layer.in_features)
+        order = layer.matrix().permutation.long()
+        assert torch.equal(order.sort().values, torch.arange(layer.in_features))
+        assert layer.permuted == (recipe == "paper")
+        alpha, mu = layer.matrix().grid()
+        assert alpha.min() > 0
+        assert 0 < mu.abs().max() < alpha.min()
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
