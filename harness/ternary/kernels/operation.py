@@ -46,12 +46,12 @@ def ternary_linear(
     packed = _named(
         (words, grid, permutation, row_factors, block_factors, ends, block_size, columns, in_float16)
     )
-    if has_kernel_on_host(x, packed):
+    if has_kernel_on_host(packed, x):
         return multiply_on_host(x, packed)
     return _multiply_unpacked(x, packed)
 
 
-def has_kernel_on_host(x: torch.Tensor, packed: PackedTensors | HostTensors) -> TypeGuard[HostTensors]:
+def has_kernel_on_host(packed: PackedTensors | HostTensors, x: torch.Tensor) -> TypeGuard[HostTensors]:
     """Whether the CPU's kernel computes a product: it takes its own layout, and sums in float32."""
     return isinstance(packed, HostTensors) and x.device.type == "cpu" and x.dtype != torch.float64
 

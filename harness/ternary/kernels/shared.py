@@ -82,7 +82,7 @@ class PackedWeights(nn.Module):
         rows, packed = x.reshape(-1, x.shape[-1]), self.tensors()
         # A torch operation is what compilation and gradients need; it takes as long as a small product.
         recorded = torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
-        if has_kernel_on_host(rows, packed) and not recorded:
+        if has_kernel_on_host(packed, rows) and not recorded:
             y = multiply_on_host(rows, packed)
         else:
             y = ternary_linear(rows, *packed)

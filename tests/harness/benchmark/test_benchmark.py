@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.benchmark import figures, generation
+from harness.benchmark import busy, figures, generation
 from harness.benchmark.__main__ import main as benchmark_main
 from harness.benchmark.generation import Lengths, fill, generation_speed, random_network
 from harness.benchmark.methods import METHODS, Method
@@ -361,3 +361,32 @@ def test_fits_of_matrices_are_timed_by_every_recipe(
     assert found["paper_times_faster_than_reference"] == pytest.approx(ratio, rel=0.05)
     assert run_main(benchmark_main, "fits", "--matrix", "8by48") == EXIT_USAGE
     assert "must be ROWSxCOLUMNS" in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_compared_with_an_idle_one(
+    tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is quantized here: the runs say how many processes there were, and what they were given."""
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    begun: list[SimpleNamespace] = []
+
+    def popen(command: list[str]) -> SimpleNamespace:
+        begun.append(process := SimpleNamespace(alive=True, wait=lambda: None))
+        process.kill = lambda: setattr(process, "alive", False)
+        return process
+
+    def run(command: list[str], **rest: object) -> SimpleNamespace:
+        assert command[5:] == ["--nsamples", "4", "--seqlen", "64"]
+        busy = sum(process.alive for process in begun)
+        results = {"seconds": 5.0 + busy, "cpu_seconds": 10.0 + busy}
+        Path(command[4]).write_text(json.dumps({"results": results}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(busy, "subprocess", SimpleNamespace(Popen=popen, run=run, DEVNULL=None))
+    file = tmp_path / "busy.json"
+    assert run_main(benchmark_main, "busy", file, "--nsamples", "4", "--seqlen", "64") == 0
+    result = json.loads(file.read_text())["results"]
+    assert result["busy_processes"] == 6
+    assert (result["alone"]["cpu_seconds"], result["busy"]["cpu_seconds"]) == (10.0, 16.0)
+    assert result["cpu_ratio"] == 1.6
+    assert not any(process.alive for process in begun)
