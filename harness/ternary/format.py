@@ -18,8 +18,8 @@
 
 and an entry beside it, since version 2:
 
-    transformers_weights   `harness.ternary.notice.NOTICE`, a sentence that names no file: transformers refuses to
-                           load the model where this package is not imported
+    transformers_weights   the sentence of `harness.ternary.notice`. It names no file, so transformers refuses
+                           to load the model where this package is not imported
 
 transformers defines everything else.
 

@@ -19,8 +19,8 @@ from reference.packing import FORMAT_VERSION
 
 ENTRY = "transformers_weights"
 NOTICE = (
-    f"none: this is a ternary checkpoint of format version {FORMAT_VERSION}. Install a pt2-llm that reads it, "
-    "and run `import harness.hf` before from_pretrained"
+    f"none: this is a ternary checkpoint of format version {FORMAT_VERSION}. Install a version of pt2-llm "
+    "that reads it, and run `import harness.hf` before from_pretrained"
 )
 
 
@@ -39,8 +39,8 @@ def drop_notice(config: Any) -> None:
 class _KeptNotice:
     """``transformers_weights`` of a config: as it was set, but for ternary models.
 
-    A ternary model has its weights under their usual names, so None is read, whatever was set. Deleting
-    changes nothing: ``save_pretrained`` deletes the entry before it writes config.json.
+    The weights of a ternary model have their usual names, so reading gives None. Deleting changes nothing, as
+    ``save_pretrained`` deletes the entry before it writes config.json.
     """
 
     def __get__(self, config: Any, owner: Any = None) -> Any:
@@ -66,7 +66,7 @@ def _is_ternary(config: Any) -> bool:
 
 
 def read_past_notices() -> None:
-    """Let transformers load and save configs that have the notice."""
-    # No hook of a quantizer sees the config before the files are looked for in every version from 5.5 on,
-    # and none comes after save_pretrained has deleted the entry.
+    """Let transformers load ternary models despite the notice, and keep it when it saves them."""
+    # A quantizer has no hook for either: between 5.5 and 5.23 those that see the config before files are
+    # looked for have changed, and none comes after save_pretrained has deleted the entry.
     setattr(PreTrainedConfig, ENTRY, _KeptNotice())
