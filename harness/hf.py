@@ -3,8 +3,8 @@
 Linear layers become `TernaryLinear`, which holds dense weights beside the packed ones. `use_kernels` makes a
 device multiply by the packed weights; `load` calls it. ``model.dequantize()`` turns them into ``nn.Linear``.
 
-Loading refuses a checkpoint that is damaged or lacks a tensor. Without this import, transformers refuses format
-version 2 (`harness.ternary.notice`), and loads version 1 with layers that it initializes at random.
+Loading refuses a checkpoint that is damaged or lacks a tensor. Without this import transformers refuses
+format version 2 (`harness.ternary.notice`), and loads version 1 with layers that it initializes at random.
 """
 
 from __future__ import annotations

@@ -108,9 +108,7 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
     version = quantization.get("format_version")
     if type(version) is not int or version not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
-        raise UserError(
-            f"{where} has format version {version!r}; this program reads versions {readable}"
-        )
+        raise UserError(f"{where} has format version {version!r}; this program reads versions {readable}")
     modules: Any = quantization.get("modules")
     unpermuted: Any = quantization.get("unpermuted")
     block_size = quantization.get("block_size")

@@ -81,7 +81,8 @@ def test_transformers_alone_refuses_every_checkpoint_and_says_what_to_do(plain: 
         for file in fresh.glob("tokenizer*"):
             shutil.copy(file, folder)
     dequantized = tmp_path / "dequantized"
-    model.dequantize().save_pretrained(dequantized)
+    assert not hasattr(model.dequantize().config, ENTRY)
+    model.save_pretrained(dequantized)
     for file in fresh.glob("tokenizer*"):
         shutil.copy(file, dequantized)
 
