@@ -5,7 +5,10 @@ random, and the model runs. It does refuse a config whose ``transformers_weights
 file of the weights, names no safetensors file; the error quotes the entry. So config.json has `NOTICE` there,
 and whoever loads the checkpoint without ``import harness.hf`` reads what to do.
 
-Every other reader finds the weights under their usual names.
+Every other reader finds the weights under their usual names, and ignores the entry. Other forms were worse:
+other names of files, which ``save_pretrained`` would not write; trits named ``weight``, refused for their
+shape without advice; a ``model_type`` of our own, about which a concrete class such as ``LlamaForCausalLM``
+only warns, and which other readers do not know.
 """
 
 from __future__ import annotations
