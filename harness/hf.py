@@ -4,8 +4,8 @@ Linear layers become `TernaryLinear`. On a CPU they multiply by packed trits. El
 weights beside the packed ones, until `use_kernels` makes the device multiply by the packed ones too; `load`
 calls it. ``model.dequantize()`` turns them into ``nn.Linear``.
 
-Loading refuses a checkpoint that is damaged or lacks a tensor; without this import transformers would only
-warn, and initialize such layers at random.
+Loading refuses a checkpoint that is damaged or lacks a tensor. Without this import transformers refuses
+format version 2 (`harness.ternary.notice`), and loads version 1 with layers that it initializes at random.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ from harness.ternary.embedding import correct_config, expect_codes, kept_codes, 
 from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, stored_layers
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
+from harness.ternary.notice import add_notice, drop_notice, read_past_notices
 from harness.ternary.reading import verify, weight_map
 from reference.packing import FORMAT_VERSION
+
+read_past_notices()
 
 # Allowed types of a model's weights.
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -125,6 +128,8 @@ class TernaryQuantizer(HfQuantizer):
         if self.quantization_config.coded:
             model.tie_weights(recompute_mapping=False)
         correct_config(model)
+        self.quantization_config.format_version = FORMAT_VERSION  # in which the model is saved
+        add_notice(model.config)
         compute_tables(model)
         layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
         on_host = all(layer.device.type == "cpu" for layer in layers)
@@ -165,6 +170,7 @@ class TernaryQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Turn a ternary model into a plain one, in place; in its own dtype by default."""
+        drop_notice(model.config)
         return super().dequantize(model, model.dtype if dtype is None else dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
