@@ -50,6 +50,29 @@ def raised() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def noted() -> Iterator[threading.Event]:
+    """Note the first Ctrl-C instead of raising; a second one ends the process at once.
+
+    Yields an event that is set when it arrives. For work that can be ended early, whose caller goes on.
+    """
+    event = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(number, _leave)
+
+    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+        yield event
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _is_free(number: int) -> bool:
     """Whether a signal has no other use: a shell's background processes ignore Ctrl-C, for one."""
     return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, _leave)
