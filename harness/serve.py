@@ -6,10 +6,12 @@ import argparse
 import ipaddress
 import socket
 import sys
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
@@ -23,6 +25,7 @@ from harness.generate.decode import context_length, in_one_line
 from harness.hf import open_model
 from harness.models.loading import MODEL_HELP
 from harness.models.original import Original, is_verbose
+from harness.signals import leave
 
 DESCRIPTION = """\
 Serve a ternary checkpoint, or an original model for comparison, over HTTP. Programs that talk to OpenAI's
@@ -58,53 +61,59 @@ class PinnedModel(ModelManager):
         return self.original.model, self.original.tokenizer
 
 
-class _WithinContext(GenerateManager):
-    """Keeps prompt and answer within the model's positions, which transformers only warns of."""
+class Generator(GenerateManager, GenerationState):
+    """Answers the requests of all handlers one after the other, within the model's positions.
+
+    transformers only warns of an answer that is longer than those, and cannot end one before its time.
+    """
 
     def __init__(self, original: Original) -> None:
-        super().__init__()
-        self.original = original
+        GenerationState.__init__(self)
+        GenerateManager.__init__(self)
+        self.positions = context_length(original)
+        self.ending = threading.Event()
+
+    def get_manager(self, *arguments: Any, **rest: Any) -> GenerateManager:
+        """Return what generates for every model."""
+        return self
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, settings: Any, **rest: Any) -> Any:
-        self._limit(inputs, settings)
+        """Start to generate; return a queue of text."""
+        inputs = self._checked(inputs, settings)
         return super().generate_streaming(model, processor, inputs, settings, **rest)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, settings: Any, **rest: Any
     ) -> Any:
-        self._limit(inputs, settings)
+        """Generate to the end."""
+        inputs = self._checked(inputs, settings)
         return await super().generate_non_streaming(model, processor, inputs, settings, **rest)
 
-    def _limit(self, inputs: Any, settings: Any) -> None:
-        length, positions = inputs["input_ids"].shape[1], context_length(self.original)
+    def _checked(self, inputs: Any, settings: Any) -> dict[str, Any]:
+        """Limit the answer to the room that the prompt leaves, and let `ending` end it."""
+        length = inputs["input_ids"].shape[1]
         if length == 0:
             raise UserError("the prompt is empty")
-        if positions is None:
-            return
-        if length >= positions:
-            raise UserError(
-                f"the prompt has {length} tokens, and the model has {positions} positions; shorten it"
-            )
-        room = positions - length
-        settings.max_new_tokens = min(settings.max_new_tokens or room, room)
+        if self.positions is not None:
+            room = self.positions - length
+            if room < 1:
+                raise UserError(
+                    f"the prompt has {length} tokens, and the model {self.positions} positions; shorten it"
+                )
+            settings.max_new_tokens = min(settings.max_new_tokens or room, room)
+        return {**inputs, "stopping_criteria": [self._stopped]}
+
+    def _stopped(self, tokens: torch.Tensor, scores: Any, **rest: Any) -> torch.Tensor:
+        if self.ending.is_set():
+            raise UserError("the server is shutting down")
+        return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
 
 
-class _OneQueue(GenerationState):
-    """Lets all handlers wait in one queue for the model."""
-
-    def __init__(self, original: Original) -> None:
-        super().__init__()
-        self.manager = _WithinContext(original)
-
-    def get_manager(self, *arguments: Any, **rest: Any) -> GenerateManager:
-        return self.manager
-
-
-def build_app(original: Original, name: str) -> Any:
+def build_app(original: Original, name: str, generator: Generator) -> Any:
     """Return an application with the endpoints for chat and completion of one model.
 
-    The handlers are those of ``transformers serve``. Its application is not used: its endpoints /load_model and
-    /reset let every client load other models and drop this one, pinned or not.
+    The handlers are those of ``transformers serve``. Its application is not used: its endpoints /load_model
+    and /reset let every client load other models and drop this one, pinned or not.
 
     Parameters
     ----------
@@ -113,18 +122,13 @@ def build_app(original: Original, name: str) -> Any:
         it samples unless a request asks for temperature 0.
     name : str
         The model's name in requests and answers.
+    generator : Generator
+        Runs the model.
 
     Returns
     -------
     fastapi.FastAPI
-
-    Raises
-    ------
-    UserError
-        If the packages for serving are not installed.
     """
-    if not is_serve_available():
-        raise UserError("serving requires more packages; run pip install '.[serve]' in the clone")
     from fastapi import FastAPI, HTTPException
     from fastapi.responses import JSONResponse
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -133,8 +137,8 @@ def build_app(original: Original, name: str) -> Any:
     settings = original.model.generation_config
     settings.eos_token_id = sorted(end_tokens(original))
     settings.do_sample = True  # without it the handlers ignore a request's temperature
-    pinned, queue = PinnedModel(original, name), _OneQueue(original)
-    chat, completion = ChatCompletionHandler(pinned, queue), CompletionHandler(pinned, queue)
+    pinned = PinnedModel(original, name)
+    chat, completion = ChatCompletionHandler(pinned, generator), CompletionHandler(pinned, generator)
     app = FastAPI(title=name)
 
     @app.exception_handler(UserError)
@@ -167,6 +171,24 @@ def build_app(original: Original, name: str) -> Any:
         return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "local"}]}
 
     return app
+
+
+def run_server(app: Any, bound: socket.socket, generator: Generator) -> None:
+    """Answer requests until Ctrl-C or SIGTERM, which ends the answers under way with an error.
+
+    A second signal ends the process at once.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, number: int, frame: Any) -> None:
+            if self.should_exit:
+                leave(number, frame)
+            generator.ending.set()
+            super().handle_exit(number, frame)
+
+    config = uvicorn.Config(app, log_level="info" if is_verbose() else "error")
+    Server(config).run(sockets=[bound])
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -222,8 +244,6 @@ def main() -> int:
     arguments = _parser().parse_args()
     if not is_serve_available():
         raise UserError("serving requires more packages; run pip install '.[serve]' in the clone")
-    import uvicorn
-
     with bind(arguments.host, arguments.port) as bound:
         device = "cpu" if arguments.cpu else default_compute().device
         original = open_model(arguments.model, device, trust_remote_code=arguments.trust_remote_code)
@@ -234,17 +254,14 @@ def main() -> int:
             )
         original.model.to(device)
         name = Path(original.name).resolve().name if Path(original.name).exists() else original.name
-        config = uvicorn.Config(
-            build_app(original, name),
-            log_level="info" if is_verbose() else "error",
-            timeout_graceful_shutdown=1,  # a request that is being answered is dropped
-        )
         host, port = bound.getsockname()[:2]
         if not ipaddress.ip_address(host).is_loopback:
             print(f"warning: whoever reaches {host} can use the model; there are no keys", file=sys.stderr)
+        bound.listen()  # whoever connects before the server runs waits for it
         address = f"[{host}]" if ":" in host else host
         print(f"serving {name} at http://{address}:{port}/v1, on {original.model.device}", file=sys.stderr)
-        uvicorn.Server(config).run(sockets=[bound])
+        generator = Generator(original)
+        run_server(build_app(original, name, generator), bound, generator)
     return 0
 
 

@@ -22,7 +22,7 @@ def end_at_once() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in WORDS:
             if _is_free(number):
-                signal.signal(number, _leave)
+                signal.signal(number, leave)
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def raised() -> Iterator[list[int]]:
     def note(number: int, frame: Any) -> None:
         arrived.append(number)
         for each in before:
-            signal.signal(each, _leave)
+            signal.signal(each, leave)
         raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -61,7 +61,7 @@ def noted() -> Iterator[threading.Event]:
 
     def note(number: int, frame: Any) -> None:
         event.set()
-        signal.signal(number, _leave)
+        signal.signal(number, leave)
 
     if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
         yield event
@@ -75,10 +75,11 @@ def noted() -> Iterator[threading.Event]:
 
 def _is_free(number: int) -> bool:
     """Whether a signal has no other use: a shell's background processes ignore Ctrl-C, for one."""
-    return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, _leave)
+    return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, leave)
 
 
-def _leave(number: int, frame: Any) -> None:
+def leave(number: int, frame: Any) -> None:
+    """End the process at once, in one line; a handler of signals."""
     with suppress(OSError):  # stderr may be closed
         os.write(2, f"{WORDS[signal.Signals(number)]}\n".encode())
     os._exit(128 + number)
