@@ -21,10 +21,10 @@ from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, model
 from harness.compute import default_compute
 from harness.errors import UserError
 from harness.generate.chat import end_tokens
-from harness.generate.decode import context_length, in_one_line
+from harness.generate.decode import context_length
 from harness.hf import open_model
 from harness.models.loading import MODEL_HELP
-from harness.models.original import Original, is_verbose
+from harness.models.original import Original, is_verbose, summary
 from harness.signals import leave
 
 DESCRIPTION = """\
@@ -154,7 +154,7 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
             return await handler.handle_request(body, f"{kind}-{uuid.uuid4().hex}")
         except (AttributeError, KeyError, TypeError, ValueError, TemplateError) as error:
             # The handlers check the fields of a request by name alone, and templates refuse some roles.
-            raise UserError(f"the request cannot be answered: {in_one_line(error)}") from None
+            raise UserError(f"the request cannot be answered: {summary(error)}") from None
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: dict[str, Any]) -> Any:

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from harness.errors import UserError
-from harness.generate.decode import Generated, Settings, context_length, decode, in_one_line
-from harness.models.original import Original
+from harness.generate.decode import Generated, Settings, context_length, decode
+from harness.models.original import Original, summary
 from harness.signals import noted
 from harness.text import require_unicode
 
@@ -39,7 +39,7 @@ def apply_template(original: Original, messages: list[Message]) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: it can raise anything
         raise UserError(
-            f"the chat template of {original.name} failed; fix it, or drop --chat: {in_one_line(error)}"
+            f"the chat template of {original.name} failed; fix it, or drop --chat: {summary(error)}"
         ) from None
     # The template adds the special tokens; the tokenizer must not add them again.
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from harness.errors import UserError
 from harness.models.folder import GENERATION
-from harness.models.original import Original, require_fits
+from harness.models.original import Original, require_fits, summary
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def decode(
         given = model.generation_config.to_diff_dict()
         given.pop("transformers_version", None)
         raise UserError(
-            f"{original.name} cannot generate: {in_one_line(error)}; check the settings in its "
+            f"{original.name} cannot generate: {summary(error)}; check the settings in its "
             f"{GENERATION}: {given}"
         ) from None
     end = time.perf_counter()
@@ -209,8 +209,3 @@ def decode(
 def context_length(original: Original) -> int | None:
     """Number of positions of a model, if it has such a limit."""
     return getattr(original.model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def in_one_line(error: Exception) -> str:
-    """Type and message of an error."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import harness
-from harness import generate, inspect
+from harness import inspect
 from harness.cli import EXIT_USAGE
+from harness.generate import __main__ as generate
 from harness.models.folder import GENERATION
 from harness.models.original import Original
 from harness.ternary.format import packed_bytes
