@@ -77,17 +77,19 @@ class Generator(GenerateManager, GenerationState):
         """Return what generates for every model."""
         return self
 
-    def generate_streaming(self, model: Any, processor: Any, inputs: Any, settings: Any, **rest: Any) -> Any:
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **named: Any
+    ) -> Any:
         """Start to generate; return a queue of text."""
-        inputs = self._checked(inputs, settings)
-        return super().generate_streaming(model, processor, inputs, settings, **rest)
+        inputs = self._checked(inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, *rest, **named)
 
     async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, settings: Any, **rest: Any
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **named: Any
     ) -> Any:
         """Generate to the end."""
-        inputs = self._checked(inputs, settings)
-        return await super().generate_non_streaming(model, processor, inputs, settings, **rest)
+        inputs = self._checked(inputs, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, *rest, **named)
 
     def _checked(self, inputs: Any, settings: Any) -> dict[str, Any]:
         """Limit the answer to the room that the prompt leaves, and let `ending` end it."""
@@ -135,7 +137,7 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
     from transformers.cli.serving.completion import CompletionHandler
 
     settings = original.model.generation_config
-    settings.eos_token_id = sorted(end_tokens(original))
+    settings.eos_token_id = list(end_tokens(original))
     settings.do_sample = True  # without it the handlers ignore a request's temperature
     pinned = PinnedModel(original, name)
     chat, completion = ChatCompletionHandler(pinned, generator), CompletionHandler(pinned, generator)
