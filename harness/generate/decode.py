@@ -79,7 +79,7 @@ class Generated:
     cache: Any
 
 
-class _Printer(TextStreamer):
+class Printer(TextStreamer):
     """Print text as it is generated, until a stop text; record when the first new token arrived."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
@@ -153,7 +153,7 @@ def decode(
         raise UserError("the prompt is empty")
     prompt = torch.tensor([ids], device=model.device)
     require_fits(model, prompt, len(ids))
-    printer = _Printer(tokenizer, settings.stop)
+    printer = Printer(tokenizer, settings.stop)
 
     def text_of(tokens: torch.Tensor) -> str:
         return tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)

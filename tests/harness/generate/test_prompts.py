@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 import sys
@@ -18,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 
 from harness.cli import EXIT_USAGE
 from harness.generate import __main__ as generate
-from harness.generate.decode import Settings, decode
+from harness.generate.decode import Printer, Settings, decode
 from harness.models.original import Original
 from tests.harness import tiny
 from tests.harness.export import checkpoints
@@ -113,6 +114,20 @@ def test_text_ends_before_a_stop_text_wherever_tokens_begin(capsys: pytest.Captu
             assert printed(stop) == text.split(stop)[0]
             assert printed("no such text", text[-3:], stop) == min(
                 text.split(stop)[0], text.split(text[-3:])[0], key=len
+            )
+
+
+def test_what_may_begin_a_stop_text_is_held_back(capsys: pytest.CaptureFixture[str]) -> None:
+    text, stops = "an ananas and a banana", ("anas", "and b", "a ban", "ana", "nan")
+    for stop in itertools.chain.from_iterable(itertools.combinations(stops, count) for count in (0, 1, 2)):
+        for first, second in itertools.combinations(range(len(text)), 2):
+            printer = Printer(None, stop)
+            printer.on_finalized_text(text[:first])
+            printer.on_finalized_text(text[first:second])
+            printer.on_finalized_text(text[second:], stream_end=True)
+            assert (
+                capsys.readouterr().out
+                == min((text.split(each)[0] for each in stop), key=len, default=text) + "\n"
             )
 
 
