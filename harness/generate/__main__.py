@@ -76,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, metavar="N", help="seed for sampling, if the temperature is above 0")
     add(
-        "--packed",
+        "--dense",
         action="store_true",
-        help="on a CPU, multiply by the packed weights instead of dense ones made of them; saves memory",
+        help="multiply by dense weights made of the packed ones, as the original does; takes more memory",
     )
     add(
         "--compile",
@@ -107,7 +107,7 @@ def main() -> int:
     original = open_model(
         arguments.model,
         device,
-        dense=False if arguments.packed else None,
+        dense=arguments.dense or None,
         trust_remote_code=arguments.trust_remote_code,
     )
     if original.read is not None:

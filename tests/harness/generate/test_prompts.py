@@ -170,11 +170,3 @@ def test_a_model_that_is_read_layer_by_layer_cannot_write(
     folder = tiny.save(tiny.make_model("llama"), tmp_path / "model")
     assert run_main(generate.main, folder, "--prompt", "w5", "--cpu") == EXIT_USAGE
     assert "is too large for the memory of this machine" in capsys.readouterr().err
-
-
-def test_an_original_model_has_nothing_packed(
-    run_main: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    folder = tiny.save(tiny.make_model("llama"), tmp_path / "model")
-    assert run_main(generate.main, folder, "--prompt", "w5", "--packed") == EXIT_USAGE
-    assert "model is not a ternary checkpoint; drop --packed" in capsys.readouterr().err

@@ -206,9 +206,9 @@ def test_ranges_of_rows_are_all_rows_once():
         with lock:
             seen.append((begin, end))
 
-    for rows, count in ((10, 1), (10, 3), (7, 7), (1000, 4)):
+    for rows, count in ((10, 1), (10, 3), (7, 7), (1000, 4), (3, 3)):
         seen.clear()
-        threads.share_rows(note, rows, count)
+        threads.share(note, rows, count)
         assert sorted(row for begin, end in seen for row in range(begin, end)) == list(range(rows))
         assert len(seen) == count
 
@@ -219,7 +219,7 @@ def test_a_failure_in_another_thread_is_raised():
             raise FloatingPointError("row")
 
     with pytest.raises(FloatingPointError, match="row"):
-        threads.share_rows(fail, 10, 3)
+        threads.share(fail, 10, 3)
 
 
 def test_several_threads_may_run_one_model():
