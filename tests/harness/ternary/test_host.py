@@ -169,6 +169,10 @@ def test_what_is_loaded_into_the_tensors_is_seen_and_nothing_outlives_them():
     for mine, theirs in zip(one.packed.tensors()[:5], other.packed.tensors()[:5], strict=True):
         mine.copy_(theirs)
     assert torch.equal(one(x), expected)
+    one.packed.block_factors = torch.zeros_like(one.packed.block_factors)  # beside the same words
+    assert not one(x).any()
+    one.packed.block_factors = other.packed.block_factors
+    assert torch.equal(one(x), expected)
     words = weakref.ref(one.packed.words)
     del one, mine, layer
     assert words() is None
