@@ -26,8 +26,8 @@ ORIGINS = {
         "atq.weight_error": "sum of squares in rational arithmetic",
         "atq.weight_error_gradient": "central differences, exact for a quadratic function, in rational "
         "arithmetic",
-        "atq.build_optimal_grid": "normal equations of Eq. 8 by Cramer's rule in rational arithmetic; with mu "
-        "= 0 the lowest point of a parabola",
+        "atq.build_optimal_grid": "normal equations of Eq. 8 by Cramer's rule in rational arithmetic; with "
+        "mu = 0 the lowest point of a parabola",
         "atq.flexible_round": "the best of all 3^m assignments of trits to the row, up to 7 columns, else of "
         "the three values for each weight, in rational arithmetic; of equal ones that with the fewest "
         "non-zero trits",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -133,8 +132,8 @@ class Exact(Arithmetic):
         With mu = 0, find the lowest point of the error as a function of alpha.
         """
         if symmetric:
-            alpha = _columns([_lowest(lambda a, w=w, t=t: sum((w - a * t) ** 2)) for w, t in _rows(W, T)])
-            return alpha, alpha * 0
+            scales = _best_scales(W, T, rational(np.eye(W.shape[1])))
+            return scales, scales * 0
         alphas, mus = [], []
         for w, t in zip(W, T.astype(int), strict=True):
             if len(set(t)) == 1:
@@ -166,9 +165,7 @@ class Exact(Arithmetic):
         """
         alpha, mu = self.grid(W, T, symmetric)
         if symmetric:
-            rows = _rows(W - alpha * T, T)
-            steps = [_lowest(lambda a, e=e, t=t: (e - a * t) @ C @ (e - a * t)) for e, t in rows]
-            return alpha + _columns(steps), mu
+            return alpha + _best_scales(W - alpha * T, T, C), mu
         for i, t in enumerate(rational(T)):
             residual = W[i] - alpha[i, 0] * t - mu[i, 0]
             one_C = C.sum(axis=0)
@@ -364,15 +361,14 @@ def _columns(values: list[Any]) -> Array:
     return np.array(values, dtype=object)[:, None]
 
 
-def _rows(W: Array, T: Array) -> Iterator[tuple[Array, Array]]:
-    return zip(W, rational(T), strict=True)
-
-
-def _lowest(error: Callable[[Any], Any]) -> Any:
-    """Where a parabola is lowest, from its values at -1, 0 and 1; 0 if it is flat."""
-    left, middle, right = (error(Fraction(a)) for a in (-1, 0, 1))
-    bend = left + right - 2 * middle
-    return (left - right) / (2 * bend) if bend else Fraction(0)
+def _best_scales(W: Array, T: Array, C: Array) -> Array:
+    """Least (w - alpha t) C (w - alpha t)ᵀ of every row, from its values at -1, 0 and 1; 0 if flat."""
+    best = []
+    for w, t in zip(W, rational(T), strict=True):
+        left, middle, right = ((w - a * t) @ C @ (w - a * t) for a in map(Fraction, (-1, 0, 1)))
+        bend = left + right - 2 * middle
+        best.append((left - right) / (2 * bend) if bend else Fraction(0))
+    return _columns(best)
 
 
 def _least_norm(tt: Any, t1: Any, one: Any, tw: Any, w1: Any) -> tuple[Any, Any]:

@@ -101,7 +101,7 @@ def fit_rows(W: Any, limit: int, twn: bool, symmetric: bool) -> Any:
 
 @_compiled
 def _row_grid(w: Any, t: Any, mean: float, symmetric: bool) -> tuple[float, float]:
-    """Eq. 9 for one row, centred as in `reference.atq.build_optimal_grid`; if symmetric the mean must be 0."""
+    """Eq. 9 for one row, centred as in `reference.atq.build_optimal_grid`; if symmetric, the mean is 0."""
     k = len(w)
     ones, squares, product = 0, 0, 0.0
     for j in range(k):
