@@ -20,6 +20,7 @@ from harness.hf import load_stored
 from harness.models.tokenizer import load_tokenizer
 from harness.ternary.format import unpack_base3
 from harness.ternary.linear import TernaryLinear
+from harness.ternary.notice import drop_notice
 from reference.types import TernaryMatrix
 
 Float64 = NDArray[np.float64]
@@ -198,6 +199,7 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    drop_notice(model.config)
     return Stored(folder, model, load_tokenizer(folder, trust_remote_code), layers, tensors)
 
 
