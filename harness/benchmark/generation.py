@@ -111,15 +111,17 @@ def fill(module: nn.Module) -> None:
         # The last byte is padded with t = 0: digit 1 in every position beyond the row.
         used = m - 5 * (module.trits.shape[1] - 1)
         module.trits[:, -1] = module.trits[:, -1] % 3**used + (3**5 - 3**used) // 2
-        if module.row_factor is None or module.scale_factor is None or module.shift_factor is None:
+        if module.row_factor is None or module.scale_factor is None:
             module.scale.fill_(m**-0.5)
-            module.shift.normal_(std=0.1 * m**-0.5)
+            if module.shift is not None:
+                module.shift.normal_(std=0.1 * m**-0.5)
         else:
             module.row_factor.fill_(m**-0.5)
             module.scale.fill_(100)
-            module.shift.random_(-20, 21)
             module.scale_factor.fill_(0.01)
-            module.shift_factor.fill_(0.01)
+            if module.shift is not None and module.shift_factor is not None:
+                module.shift.random_(-20, 21)
+                module.shift_factor.fill_(0.01)
         if module.permutation is not None:
             module.permutation.copy_(torch.randperm(m, device=module.trits.device))
     elif isinstance(module, nn.Linear):

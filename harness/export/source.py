@@ -150,7 +150,8 @@ class Stored:
         """Return the weights of a ternary layer as a TernaryMatrix."""
         layer = self.layers[name]
         trits = unpack_base3(layer.trits, layer.in_features).to(torch.int8).numpy()
-        scale, shift = layer.scale.numpy(), layer.shift.numpy()
+        scale = layer.scale.numpy()
+        shift = np.zeros_like(scale) if layer.shift is None else layer.shift.numpy()
         return TernaryMatrix(trits, scale, shift, np.arange(layer.in_features), layer.block_size)
 
 

@@ -105,7 +105,8 @@ def make_plan(
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers)
     permuted = config.reorder != "none"
     packed = sum(
-        packed_bytes(rows, columns, config.block_size, config.grid, permuted) for rows, columns in shapes
+        packed_bytes(rows, columns, config.block_size, config.grid, permuted, config.symmetric)
+        for rows, columns in shapes
     )
     seqlen = window.shape[1]
     beside = options.targets != WEIGHTS  # the original model runs beside the quantized one

@@ -124,6 +124,7 @@ def write(
     dtype: torch.dtype = torch.float32,
     block_size: int = 64,
     change: Callable[[np.ndarray, np.ndarray], None] = lambda scale, shift: None,
+    symmetric: bool = False,
 ) -> Path:
     """A checkpoint of random trits, with negative alphas, constant rows and mu beyond alpha."""
     torch.manual_seed(0)
@@ -143,7 +144,7 @@ def write(
         scale[::9] = 0
         change(scale, shift)
         trits = random.integers(-1, 2, (n, m), dtype=np.int8)
-        matrices[name] = TernaryMatrix(trits, scale, shift, np.arange(m), block_size)
+        matrices[name] = TernaryMatrix(trits, scale, None if symmetric else shift, np.arange(m), block_size)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -154,7 +155,7 @@ def write(
         for name, tensor in model.state_dict().items()
         if name.removesuffix(".weight") not in linears and name not in tied
     }
-    settings = TernaryConfig(block_size=block_size, reorder="none")
+    settings = TernaryConfig(block_size=block_size, reorder="none", shift="none" if symmetric else "free")
     with CheckpointWriter(folder, 1, load_backend("reference")) as writer:
         writer.add(kept, matrices)
         writer.finish(
