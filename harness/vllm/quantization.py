@@ -1,7 +1,7 @@
 """The ``quantization_config`` of a ternary checkpoint in vLLM: which layer is loaded how.
 
-Importing this module imports no Numba. vLLM registers plugins first and then, on a CPU, looks at the attributes
-of all loaded modules. At those of llvmlite it fails (0.32; findings/vllm_scans_llvmlite.py).
+Importing this module must not import Numba: after vLLM has called its plugins, it looks, on a CPU, into all
+modules that are loaded, and fails at llvmlite's (findings/vllm_cpu_llvmlite.sh).
 """
 
 from __future__ import annotations
