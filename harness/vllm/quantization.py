@@ -7,6 +7,7 @@ modules that are loaded, and fails at llvmlite's (findings/vllm_cpu_llvmlite.sh)
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class TernaryQuantization(QuantizationConfig):
     def __init__(self, stored: StoredLayers, weight_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.stored, self.weight_dtype = stored, weight_dtype
+        self._unchecked: Path | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TernaryQuantization:
@@ -44,7 +46,8 @@ class TernaryQuantization(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Take what the ``quantization_config`` lacks from the rest of config.json."""
+        """Take what the ``quantization_config`` lacks from the rest of config.json, and note the folder."""
+        self._unchecked = Path(model_name)
         if self.weight_dtype is None:
             self.weight_dtype = hf_config.dtype
 
@@ -60,11 +63,13 @@ class TernaryQuantization(QuantizationConfig):
         Raises
         ------
         UserError
-            If vLLM merges packed layers with others, or has experts in place of packed layers.
+            If a file of the checkpoint is missing or damaged, or if vLLM merges packed layers with others or
+            has experts in place of them.
         """
         from harness.vllm.embedding import CodedEmbeddingMethod
         from harness.vllm.linear import TernaryLinearMethod
 
+        self._require_files()
         assert self.weight_dtype is not None  # vLLM has called `maybe_update_config`
         stored = self.stored
         if isinstance(layer, LinearBase):
@@ -90,6 +95,14 @@ class TernaryQuantization(QuantizationConfig):
                 f"vLLM has a {type(layer).__name__} at {prefix}; packed layers in it are not supported"
             )
         return None
+
+    def _require_files(self) -> None:
+        """Check, once, that a folder has all files of the checkpoint: vLLM reads those that it finds."""
+        from harness.ternary.reading import weight_map
+
+        if self._unchecked is not None and self._unchecked.is_dir():
+            weight_map(self._unchecked)
+        self._unchecked = None
 
     def get_name(self) -> Any:
         """Name of the format."""
