@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.ternary.embedding import encode
 from harness.ternary.format import StoredLayers
 from tests.harness.export import checkpoints
-from tests.harness.vllm.matrices import Stored
+from tests.harness.vllm.matrices import KINDS, Stored, small_integers
 
 pytest.importorskip("vllm")
 
@@ -31,7 +31,6 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from harness.vllm.quantization import TernaryQuantization
 
-KINDS = [(grid, permuted) for grid in ("float16", "int8") for permuted in (False, True)]
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -52,10 +51,6 @@ def load(layer: Any, matrices: dict[Any, Stored]) -> Any:
             parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
     layer.quant_method.process_weights_after_loading(layer)
     return layer
-
-
-def small_integers(*shape: int) -> torch.Tensor:
-    return torch.randint(-4, 5, shape).float()
 
 
 @pytest.mark.parametrize(("grid", "permuted"), KINDS)

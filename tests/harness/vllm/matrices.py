@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+import pytest
 import torch
 
+from harness.ternary.format import StoredLayers
+from harness.vllm.shards import BY_ROWS, LayerShards, Shard
 from reference.packing import pack_base3
+
+# Types of alpha and mu, and whether there is a permutation.
+KINDS = [(grid, permuted) for grid in ("float16", "int8") for permuted in (False, True)]
 
 
 @dataclass
@@ -52,3 +59,33 @@ class Stored:
         self.tensors = {
             part: torch.from_numpy(np.ascontiguousarray(values)) for part, values in parts.items()
         }
+
+
+def shards_of(
+    matrices: list[Stored], rows: list[int], ranks: int, inputs: range | None = None
+) -> tuple[LayerShards, dict[str, torch.Tensor]]:
+    """An empty layer on one rank, and its parameters."""
+    names = [matrix.name for matrix in matrices]
+    unpermuted = [matrix.name for matrix in matrices if not matrix.permuted]
+    block_size, grid, columns = matrices[0].block_size, matrices[0].grid, matrices[0].columns
+    stored = StoredLayers(block_size, grid, names, unpermuted, None, [])
+    shards = LayerShards(names, stored, rows, ranks, columns, range(columns) if inputs is None else inputs)
+    return shards, shards.parameters()
+
+
+def load(
+    shards: LayerShards,
+    parameters: dict[str, torch.Tensor],
+    matrix: Stored,
+    shard: Shard,
+    place: slice,
+    held: slice,
+) -> None:
+    """Load a matrix as vLLM does: each tensor on its own, `held` rows of it to their `place`."""
+    for part, tensor in matrix.tensors.items():
+        copy = partial(parameters[part][place].copy_, tensor[held]) if part in BY_ROWS else pytest.fail
+        shards.load(part, tensor, shard, copy)
+
+
+def small_integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-4, 5, shape).float()

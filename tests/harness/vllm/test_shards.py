@@ -14,51 +14,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harness.errors import UserError
-from harness.ternary.format import StoredLayers
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
-from harness.vllm.shards import BY_ROWS, LayerShards, Shard, columns_of, product, ternary_layer
-from tests.harness.vllm.matrices import Stored
+from harness.vllm.shards import BY_ROWS, columns_of, product, ternary_layer
+from tests.harness.vllm.matrices import KINDS, Stored, load, shards_of, small_integers
 
 ROOT = Path(__file__).parents[3]
-
-
-def shards_of(
-    matrices: list[Stored], rows: list[int], ranks: int, inputs: range | None = None
-) -> tuple[LayerShards, dict[str, torch.Tensor]]:
-    """An empty layer on one rank, and its parameters."""
-    names = [matrix.name for matrix in matrices]
-    unpermuted = [matrix.name for matrix in matrices if not matrix.permuted]
-    block_size, grid, columns = matrices[0].block_size, matrices[0].grid, matrices[0].columns
-    stored = StoredLayers(block_size, grid, names, unpermuted, None, [])
-    shards = LayerShards(names, stored, rows, ranks, columns, range(columns) if inputs is None else inputs)
-    return shards, shards.parameters()
-
-
-def load(
-    shards: LayerShards,
-    parameters: dict[str, torch.Tensor],
-    matrix: Stored,
-    shard: Shard,
-    place: slice,
-    held: slice,
-) -> None:
-    """Load a matrix as vLLM does: each tensor on its own, `held` rows of it to their `place`."""
-    for part, tensor in matrix.tensors.items():
-        copy = partial(parameters[part][place].copy_, tensor[held]) if part in BY_ROWS else pytest.fail
-        shards.load(part, tensor, shard, copy)
 
 
 def multiply(layers: list[TernaryLinear], x: torch.Tensor) -> torch.Tensor:
     use_kernels(nn.ModuleList(layers), [[str(number) for number in range(len(layers))]])
     return product(layers, x)
-
-
-def small_integers(*shape: int) -> torch.Tensor:
-    return torch.randint(-4, 5, shape).float()
-
-
-KINDS = [(grid, permuted) for grid in ("float16", "int8") for permuted in (False, True)]
 
 
 @settings(max_examples=60, deadline=None)
