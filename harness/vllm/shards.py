@@ -215,7 +215,7 @@ class LayerShards:
         """
         found, first = [], 0
         for index, (name, rows) in enumerate(zip(self.names, self.rows, strict=True)):
-            parts: dict[str, Any] = {}
+            parts: dict[str, Any] = {"shift": None}
             for part in self._parts(index, rows):
                 tensor = loaded[part][first : first + rows]
                 if part not in BY_ROWS:
