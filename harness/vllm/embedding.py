@@ -35,7 +35,8 @@ class CodedEmbeddingMethod(UnquantizedEmbeddingMethod):
         of_vllm = attributes.pop("weight_loader")
         layer.codes = {}
         super().create_weights(layer, *sizes, **attributes)
-        layer.register_parameter("row_factor", nn.Parameter(torch.empty(0), requires_grad=False))
+        row_factor = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
+        layer.register_parameter("row_factor", row_factor)
         for part in ("weight", "row_factor"):
             load = partial(self._load, layer, part, of_vllm)
             set_weight_attrs(getattr(layer, part), {"weight_loader": load})
@@ -44,7 +45,8 @@ class CodedEmbeddingMethod(UnquantizedEmbeddingMethod):
         rows, columns = layer.org_vocab_size, layer.embedding_dim
         shape, kind = ((rows, columns), torch.int8) if part == "weight" else ((rows,), torch.float32)
         expected = torch.empty(shape, dtype=kind, device="meta")
-        require_packed(f"{self.name}.{part}", part, tensor, expected, columns)
+        with torch.device("cpu"):  # where the tensor is, whatever vLLM has made the default
+            require_packed(f"{self.name}.{part}", part, tensor, expected, columns)
         layer.codes[part] = tensor
         if len(layer.codes) == 2:
             of_vllm(layer.weight, decode(**layer.codes, dtype=self.weight_dtype))

