@@ -15,6 +15,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     calibration/                  from text to fitted matrices, layer by layer
     ternary/                      a ternary model in torch and on disk
     perplexity, divergence, hf    measure a model; load checkpoints in transformers
+    vllm/                         load checkpoints in vLLM, which imports this by itself
     evaluate, inspect             single-file programs
     quantize/, export/, verify/   programs with a folder
     generate/, serve              text from a model: at a terminal, over HTTP
