@@ -24,6 +24,8 @@ from reference.types import TernaryMatrix
 
 Float64 = NDArray[np.float64]
 
+AS_IT_IS = "as-it-is"  # embedding and head in their own dtype
+
 
 @dataclass
 class Rounding:
@@ -94,6 +96,8 @@ class Exported:
         Bytes of the ternary weights, including scales and offsets.
     rounding : Rounding
         Rounding error.
+    notes : tuple of str
+        What was chosen, and what else is different.
     """
 
     path: Path
@@ -101,19 +105,26 @@ class Exported:
     weights: int
     weight_bytes: int
     rounding: Rounding
+    notes: tuple[str, ...] = ()
 
     def summary(self, rounded: str) -> str:
         """Summarize for people; `rounded` names the value that was rounded to float16."""
         rounding = self.rounding
-        return (
+        lines = [
             f"wrote {self.path}: {self.size / 1e6:.1f} MB, "
-            f"{8 * self.weight_bytes / self.weights:.3f} bits per ternary weight\n"
-            f"rounding {rounded} to float16 moved weights by {rounding.mean:.2g} alpha on average over "
-            f"{rounding.blocks} blocks,\n"
-            f"by at most {rounding.largest:.2g} alpha, in a block with |mu| = {rounding.ratio:.3g} alpha; "
-            f"the largest error is {rounding.used:.2f} of half a unit in the last place\n"
-            "nothing else changed"
-        )
+            f"{8 * self.weight_bytes / self.weights:.3f} bits per ternary weight",
+            *self.notes,
+        ]
+        if rounding.largest:
+            lines += [
+                f"rounding {rounded} to float16 moved weights by {rounding.mean:.2g} alpha on average over "
+                f"{rounding.blocks} blocks,",
+                f"by at most {rounding.largest:.2g} alpha, in a block with |mu| = {rounding.ratio:.3g} alpha; "
+                f"the largest error is {rounding.used:.2f} of half a unit in the last place",
+            ]
+        else:
+            lines.append("every ternary weight is exact")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,10 @@ class Stored:
     def config(self) -> Any:
         """Config of the original model."""
         return self.model.config
+
+    def symmetric(self, name: str) -> bool:
+        """Whether mu is 0 in a whole ternary layer."""
+        return not self.layers[name].shift.any()
 
     def matrix(self, name: str) -> TernaryMatrix:
         """Return the weights of a ternary layer as a TernaryMatrix."""

@@ -20,7 +20,8 @@ from harness import evaluate
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
 from harness.errors import UserError
 from harness.export.__main__ import main as export_main
-from harness.export.gguf import export_gguf, pack_q4_1
+from harness.export.gguf import export_gguf
+from harness.export.gguf_types import pack
 from harness.export.hqq import export_hqq
 from harness.quantize.__main__ import main as quantize_main
 from reference.types import TernaryMatrix
@@ -205,14 +206,13 @@ def test_an_interrupted_export_leaves_what_was_there(
     out.write_bytes(b"older")
     done = []
 
-    def interrupt(matrix: TernaryMatrix, name: str, rounding: Any) -> np.ndarray:
+    def interrupt(matrix: TernaryMatrix, kind: str, name: str, rounding: Any) -> np.ndarray:
         done.append(name)
         if len(done) == 3:
             raise KeyboardInterrupt
-        return pack(matrix, name, rounding)
+        return pack(matrix, kind, name, rounding)
 
-    pack = pack_q4_1
-    monkeypatch.setattr("harness.export.gguf.pack_q4_1", interrupt)
+    monkeypatch.setattr("harness.export.gguf.pack", interrupt)
     arguments = ("--format", "gguf", "--out", out, "--force")
     assert run_main(export_main, plain, *arguments) == EXIT_INTERRUPTED
     assert out.read_bytes() == b"older"
