@@ -21,7 +21,8 @@ from gguf.gguf_writer import TensorInfo
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.export.gguf_architectures import ARCHITECTURES, Architecture, Refused, add_settings
+from harness.export.features import Refused, require_biases, row_of
+from harness.export.gguf_architectures import ARCHITECTURES, Architecture, add_settings
 from harness.export.gguf_embedding import round_rows
 from harness.export.gguf_rope import add_rope
 from harness.export.gguf_tokenizer import add_tokenizer
@@ -105,19 +106,20 @@ def export_gguf(
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another --out, or pass --force to overwrite it")
     stored = read_unpermuted(folder, trust_remote_code)
-    architecture = _architecture(stored)
-    types, lacking = _types(stored, kind)
     rounding = Rounding()
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
-    # transformers would take the bare name "mistral" for another architecture.
-    writer.add_name(f"{folder.resolve().name} PT²-LLM")
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_main_type(stored, types).file_type)
     try:
+        architecture = row_of(stored, ARCHITECTURES, "GGUF")
+        require_biases([*stored.tensors], architecture.biases)
+        types, lacking = _types(stored, kind)
+        writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
         notes = add_settings(writer, architecture, stored.config)
         factors = add_rope(writer, architecture, stored.config)
     except Refused as refused:
         raise UserError(f"{stored.folder} cannot be exported: {refused}") from None
+    # transformers would take the bare name "mistral" for another architecture.
+    writer.add_name(f"{folder.resolve().name} PT²-LLM")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(_main_type(stored, types).file_type)
     add_tokenizer(writer, stored.tokenizer, stored.config)
     entries = [
         *_plain_entries(stored, architecture, factors, embedding),
@@ -154,25 +156,6 @@ def interleave(rows: Any, heads: int) -> Any:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _architecture(stored: Stored) -> Architecture:
-    """Return the model's GGUF architecture; refuse code and biases that llama.cpp does not read."""
-    config = stored.config
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise UserError(
-            f"{stored.folder} has model type {config.model_type}, which the GGUF export does not support; "
-            f"supported are {', '.join(ARCHITECTURES)}"
-        )
-    lost = [
-        name for name in stored.tensors if name.endswith(".bias") and not name.endswith(architecture.biases)
-    ]
-    if getattr(stored.model, "_auto_class", None) is not None:
-        lost.insert(0, "the Python code shipped with it")
-    if lost:
-        raise UserError(f"{stored.folder} cannot be exported: {lost[0]} would be lost in the GGUF file")
-    return architecture
-
-
 def _types(stored: Stored, kind: str | None) -> tuple[dict[str, DataType], dict[str, dict[str, str]]]:
     """Choose the type of each matrix; also say, by type, what smaller ones lack for its first matrix."""
     if kind == "F32":
@@ -186,10 +169,8 @@ def _types(stored: Stored, kind: str | None) -> tuple[dict[str, DataType], dict[
         if held is None:
             others = [other.name for other in GGUF_TYPES if other.misfit(*matrix) is None]
             name, lack = list(lacks.items())[-1]
-            raise UserError(
-                f"{stored.folder} cannot be exported: GGUF's {name} cannot hold {module}, as it {lack}"
-                + (f"; {' or '.join(others)} can" if others else "")
-            )
+            can = f"; {' or '.join(others)} can" if others else ""
+            raise Refused(f"GGUF's {name} cannot hold {module}, as it {lack}{can}")
         types[module] = TERNARY[held.name]
         lacking.setdefault(held.name, lacks)
     return types, lacking
@@ -293,7 +274,8 @@ def _plain_entries(
 def _write(writer: gguf.GGUFWriter, entries: list[_Entry], path: Path) -> None:
     for entry in entries:
         # Not by add_tensor_info, which refuses types that gguf does not know.
-        writer.tensors[-1][entry.name] = TensorInfo(entry.shape, entry.kind.number, entry.size)
+        number: Any = entry.kind.number
+        writer.tensors[-1][entry.name] = TensorInfo(entry.shape, number, entry.size)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

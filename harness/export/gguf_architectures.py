@@ -12,10 +12,16 @@ from typing import Any
 
 import gguf
 
-from harness.errors import UserError
-
-QKV = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
-ALL_BIASES = (*QKV, "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
+from harness.export.features import (
+    ALL_BIASES,
+    QKV_BIASES,
+    head_width,
+    require,
+    require_activation,
+    require_even_heads,
+    window_of,
+    window_period,
+)
 
 # A runtime scales frequencies in these ways for every architecture.
 SCALED = ("default", "linear", "yarn")
@@ -61,10 +67,7 @@ class Architecture:
 
 def _gemma3(writer: gguf.GGUFWriter, config: Any) -> None:
     """Every n-th layer attends to everything; the others have windows and a rotary base of their own."""
-    kinds = config.layer_types
-    period = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
-    expected = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(kinds))]
-    require(kinds == expected, "its layers have no regular pattern of sliding windows")
+    period = window_period(config)
     # llama.cpp takes the scale from the sizes; the biggest model is known by its number of layers.
     wide = config.hidden_size // config.num_attention_heads
     scalar = wide if config.num_hidden_layers == 62 else config.head_dim
@@ -92,8 +95,7 @@ def _smollm3(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _phi3(writer: gguf.GGUFWriter, config: Any) -> None:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    require(head * config.num_attention_heads == config.hidden_size, f"its heads are {head} wide")
+    require_even_heads(config)
 
 
 ARCHITECTURES = {
@@ -101,7 +103,7 @@ ARCHITECTURES = {
         gguf.MODEL_ARCH.LLAMA, interleaved=True, biases=ALL_BIASES, scalings=(*SCALED, "llama3")
     ),
     "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True, scalings=(*SCALED, "llama3")),
-    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, biases=QKV),
+    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, biases=QKV_BIASES),
     "qwen3": Architecture(gguf.MODEL_ARCH.QWEN3),
     "gemma3_text": Architecture(
         gguf.MODEL_ARCH.GEMMA3,
@@ -111,18 +113,13 @@ ARCHITECTURES = {
         own=_gemma3,
     ),
     "smollm3": Architecture(gguf.MODEL_ARCH.SMOLLM3, interleaved=True, own=_smollm3),
-    "phi3": Architecture(gguf.MODEL_ARCH.PHI3, scalings=(*SCALED, "longrope"), partial=True, own=_phi3),
+    "phi3": Architecture(
+        gguf.MODEL_ARCH.PHI3,
+        scalings=(*SCALED, "longrope"),
+        partial=True,
+        own=lambda writer, config: require_even_heads(config),
+    ),
 }
-
-
-class Refused(UserError):
-    """A feature of the model that a file or its runtime would lose."""
-
-
-def require(holds: bool, what: str) -> None:
-    """Refuse a model that a runtime would compute otherwise."""
-    if not holds:
-        raise Refused(what)
 
 
 def add_settings(writer: gguf.GGUFWriter, architecture: Architecture, config: Any) -> list[str]:
@@ -133,8 +130,7 @@ def add_settings(writer: gguf.GGUFWriter, architecture: Architecture, config: An
     list of str
         What differs from the model, to be printed.
     """
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    require(activation == architecture.activation, f"its activation {activation} would be lost")
+    require_activation(config, architecture.activation)
     context, notes = config.max_position_embeddings, []
     window = None if architecture.windows else window_of(config)
     if window is not None:
@@ -157,17 +153,3 @@ def add_settings(writer: gguf.GGUFWriter, architecture: Architecture, config: An
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     architecture.own(writer, config)
     return notes
-
-
-def head_width(config: Any) -> int:
-    """Columns of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def window_of(config: Any) -> int | None:
-    """The sliding window of a model's attention; None if it has none, or one as long as its context."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if not window or "sliding_attention" not in kinds or window >= config.max_position_embeddings:
-        return None
-    return int(window)

@@ -1,7 +1,7 @@
 """Write rotary embeddings as keys and tensors of GGUF.
 
-transformers' own functions compute the scaled frequencies; what is written are the type of the scaling and its
-settings where llama.cpp computes the same from them, and else the factors that divide the frequencies.
+Where llama.cpp computes the same frequencies from the settings of a scaling, these are written; else the
+factors that divide the frequencies, as transformers' own functions give them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from harness.export.gguf_architectures import Architecture, head_width, require
+from harness.export.features import head_width, require, require_scaling, rotary
+from harness.export.gguf_architectures import Architecture
 
 Factors = dict[str, NDArray[np.float32]]
 
@@ -33,13 +34,9 @@ def add_rope(writer: gguf.GGUFWriter, architecture: Architecture, config: Any) -
     Refused
         If llama.cpp does not scale frequencies as the model does.
     """
-    everywhere = config.rope_parameters
-    layer_type = "full_attention" if "full_attention" in everywhere else None
-    rope = everywhere[layer_type] if layer_type else everywhere
-    kind, width = rope.get("rope_type", "default"), head_width(config)
-    turned = int(width * (rope.get("partial_rotary_factor") or 1))
-    require(kind in architecture.scalings, f"its rope scaling ({kind}) would be lost")
-    require(architecture.partial or turned == width, "its partial rotary embedding would be lost")
+    rope, layer_type = rotary(config)
+    kind = require_scaling(rope, architecture.scalings, architecture.partial)
+    turned = int(head_width(config) * (rope.get("partial_rotary_factor") or 1))
     writer.add_rope_dimension_count(turned)
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind == "default":

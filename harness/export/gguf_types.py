@@ -4,18 +4,18 @@ A row is cut into groups of neighbouring columns. All numbers are little-endian;
 
 TQ1_0   256 columns in 54 bytes: 1.69 bits a weight. 52 bytes hold five trits each (the last four bytes hold
         four), as digits of a fraction in base 3; then d. A weight is d * t.
-TQ2_0   256 columns in 66 bytes: 2.06 bits. 64 bytes of four digits q = t + 1, two bits each; then d. Column
-        128 j + 32 i + b is in bits 2 i of byte 32 j + b.
-Q2_0    64 columns in 18 bytes: 2.25 bits. d, then 16 bytes of four digits q = t + 1; column 4 b + i is in bits
-        2 i of byte b. The type has number 42, and llama.cpp reads it since June 2026; forks of it
-        have 128 columns under the same number.
+TQ2_0   256 columns in 66 bytes: 2.06 bits. 64 bytes of four digits q = t + 1, two bits each; then d. Byte
+        32 j + b has column 128 j + 32 i + b in bits 2 i and 2 i + 1.
+Q2_0    64 columns in 18 bytes: 2.25 bits. d, then 16 bytes of four digits q = t + 1; byte b has column
+        4 b + i in bits 2 i and 2 i + 1. The type has number 42, and llama.cpp reads it since June 2026;
+        forks of it have 128 columns under the same number.
 Q2_K    256 columns in 84 bytes: 2.63 bits. 16 bytes, each a 4-bit scale and a 4-bit minimum of 16 columns,
         which are all 1 here; 64 bytes of digits in the order of TQ2_0; d, m. A weight is d * q - m.
 Q4_1    32 columns in 20 bytes: 5 bits. d, m, then 16 bytes; byte b has column b in its low four bits and
         column b + 16 in its high four. A weight is d * q + m.
 
-The first three hold alpha * t exactly, as d = alpha. The others hold alpha * t + mu as alpha * q + (mu - alpha),
-where the offset is rounded to float16; with mu = 0 they are exact too.
+The first three hold alpha * t exactly, with d = alpha. The others hold alpha * t + mu as
+alpha * q + (mu - alpha), where the offset is rounded to float16; with mu = 0 they are exact too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from harness.errors import UserError
-from harness.export.source import Rounding, half_unit
+from harness.export.source import Rounding, rounded_offset
 from harness.ternary.containers import GGUF_TYPES
 from reference.types import TernaryMatrix
 
@@ -117,20 +116,6 @@ def dense(matrix: TernaryMatrix) -> NDArray[np.float32]:
     return alpha * matrix.trits + mu
 
 
-def rounded_offset(matrix: TernaryMatrix, name: str, where: str, rounding: Rounding) -> NDArray[np.float16]:
-    """Round mu - alpha of every block to float16, and add the errors to `rounding`."""
-    alpha, mu = matrix.scale.astype(np.float64), matrix.shift.astype(np.float64)
-    exact = mu - alpha
-    with np.errstate(over="ignore"):
-        offset = exact.astype(np.float16)
-    if not np.isfinite(offset).all():
-        raise UserError(f"{name}: mu - alpha of a block overflows float16, {where}")
-    varied = alpha != 0
-    moved = np.abs(offset - exact)[varied]
-    rounding.add(moved, half_unit(exact[varied]), alpha[varied], mu[varied])
-    return offset
-
-
 def _halves(values: NDArray[Any]) -> Bytes:
     return np.ascontiguousarray(values, dtype="<f2").view(np.uint8)
 
@@ -142,7 +127,8 @@ def _digits(trits: NDArray[np.int8], *shape: int) -> Bytes:
 
 def _pairs_of_bits(digits: Bytes) -> Bytes:
     """Put four digits into a byte; the axis before the last counts them."""
-    return digits[..., 0, :] | digits[..., 1, :] << 2 | digits[..., 2, :] << 4 | digits[..., 3, :] << 6
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    return np.bitwise_or.reduce(digits << shifts, axis=-2)
 
 
 def _k_digits(trits: NDArray[np.int8]) -> Bytes:

@@ -119,8 +119,8 @@ class Exported:
             lines += [
                 f"rounding {rounded} to float16 moved weights by {rounding.mean:.2g} alpha on average over "
                 f"{rounding.blocks} blocks,",
-                f"by at most {rounding.largest:.2g} alpha, in a block with |mu| = {rounding.ratio:.3g} alpha; "
-                f"the largest error is {rounding.used:.2f} of half a unit in the last place",
+                f"by at most {rounding.largest:.2g} alpha, in a block with |mu| = {rounding.ratio:.3g} "
+                f"alpha; the largest error is {rounding.used:.2f} of half a unit in the last place",
             ]
         else:
             lines.append("every ternary weight is exact")
@@ -220,6 +220,20 @@ def half_unit(values: Float64) -> Float64:
     _, exponent = np.frexp(values)
     # Below 2^-14, float16 is subnormal: the unit stays the same.
     return np.ldexp(1.0, np.maximum(exponent - 1, -14) - 11)
+
+
+def rounded_offset(matrix: TernaryMatrix, name: str, where: str, rounding: Rounding) -> NDArray[np.float16]:
+    """Round mu - alpha of every block to float16, and add the errors to `rounding`."""
+    alpha, mu = matrix.scale.astype(np.float64), matrix.shift.astype(np.float64)
+    exact = mu - alpha
+    with np.errstate(over="ignore"):
+        offset = exact.astype(np.float16)
+    if not np.isfinite(offset).all():
+        raise UserError(f"{name}: mu - alpha of a block overflows float16, {where}")
+    varied = alpha != 0
+    moved = np.abs(offset - exact)[varied]
+    rounding.add(moved, half_unit(exact[varied]), alpha[varied], mu[varied])
+    return offset
 
 
 def require_outside(folder: Path, out: Path) -> None:
