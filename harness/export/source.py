@@ -158,7 +158,8 @@ class Stored:
 
     def symmetric(self, name: str) -> bool:
         """Whether mu is 0 in a whole ternary layer."""
-        return not self.layers[name].shift.any()
+        shift = self.layers[name].shift
+        return shift is None or not shift.any()
 
     def matrix(self, name: str) -> TernaryMatrix:
         """Return the weights of a ternary layer as a TernaryMatrix."""

@@ -23,6 +23,9 @@ PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
 AS_IT_IS, INT8 = "as-it-is", "int8"
 
+# Programs that a checkpoint can be meant for.
+GGUF, MLX, VLLM = "gguf", "mlx", "vllm"
+
 CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation before and after quantization"
 # Groups of the help, and their descriptions.
 GROUPS = {
@@ -148,7 +151,17 @@ class Options:
         help="collect inputs again after each group of matrices in a layer",
     )
     embedding: str = option(AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="storage of embedding and head")
+    target: str | None = option(
+        None,
+        METHOD,
+        "--for",
+        choices=(GGUF, MLX, VLLM),
+        help="choose block size, order and grid so that this program's format can hold the checkpoint, and "
+        "print them; a setting that is given is kept, or refused",
+    )
     config: TernaryConfig = field(default_factory=TernaryConfig)
+    # The settings of `config` that the command line names.
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     evaluation: str | None = option(
         None,
@@ -253,7 +266,8 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     except ValueError as error:
         raise UserError(str(error)) from None
     named = {spec.name: value(spec.name) for spec in _specified()}
-    return Options(**{**named, "recipe": recipe}, config=config)
+    given = tuple(name for name in CONFIG_OPTIONS if getattr(arguments, name) is not None)
+    return Options(**{**named, "recipe": recipe}, config=config, given=given)
 
 
 _RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES)

@@ -71,7 +71,8 @@ def quantize(
 
     say(f"loading {options.model or 'the embedded model'}")
     began = time.perf_counter()
-    ready = prepare(options, backend, compute, calibration_text, evaluation_text, sink.require_original)
+    ready = prepare(options, backend, compute, calibration_text, evaluation_text, sink.settle)
+    options = sink.options
     sink.require_space(ready.plan)
     for line in announcement(options, sink, ready, calibration_text):
         say(line)

@@ -31,6 +31,7 @@ from harness.quantize.options import PT2_LLM, Options
 from harness.quantize.prepare import Ready, require_other_folder
 from harness.quantize.record import Record
 from harness.quantize.resume import stored_weights
+from harness.quantize.target import choose
 from harness.ternary.format import is_ternary
 from harness.ternary.writing import CheckpointWriter
 
@@ -55,8 +56,8 @@ class Sink(ABC):
         """Refuse an unusable output folder; return the record of an interrupted run in it, if any."""
 
     @abstractmethod
-    def require_original(self, original: Original) -> None:
-        """Refuse a model that the sink cannot take, once it is loaded."""
+    def settle(self, original: Original) -> Options:
+        """Settle the options once the model is loaded; refuse a model that the sink cannot take."""
 
     @abstractmethod
     def require_space(self, plan: Plan) -> None:
@@ -127,8 +128,12 @@ class CheckpointSink(Sink):
             say(f"{self.out} holds no interrupted run: starting from the first layer")
         return deepcopy(self._earlier)  # which the run will add to
 
-    def require_original(self, original: Original) -> None:
-        require_in_range(locate_layers(original.model, original.read), self.options.config)
+    def settle(self, original: Original) -> Options:
+        decoder = locate_layers(original.model, original.read)
+        columns = {linear.in_features for linear in decoder.named_linears().values()}
+        self.options, self._chosen = choose(self.options, columns)
+        require_in_range(decoder, self.options.config)
+        return self.options
 
     def require_space(self, plan: Plan) -> None:
         require_space(self.out, plan.packed_bytes + plan.other_bytes)
@@ -137,7 +142,7 @@ class CheckpointSink(Sink):
         return backend.name
 
     def plan_lines(self, ready: Ready) -> list[str]:
-        return ready.plan.lines()
+        return [f"  {line}" for line in self._chosen] + ready.plan.lines()
 
     def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
         return {
@@ -224,6 +229,8 @@ class BaselineSink(Sink):
             raise UserError(
                 f"{options.method} cannot be resumed: baselines write no checkpoint; drop --resume"
             )
+        if options.target is not None:
+            raise UserError(f"{options.method} writes no checkpoint; drop --for {options.target}")
         if out is not None:
             require_free(out, options.force)
             require_other_folder(options, out)
@@ -231,10 +238,11 @@ class BaselineSink(Sink):
                 raise UserError(f"{out} holds a checkpoint, but a baseline writes none; choose another --out")
         return None
 
-    def require_original(self, original: Original) -> None:
+    def settle(self, original: Original) -> Options:
         if original.read is not None:
             method = self.options.method
             raise UserError(f"{method} needs the whole model in memory; {original.name} is too large")
+        return self.options
 
     def require_space(self, plan: Plan) -> None:
         """Nothing: only a report is written."""

@@ -70,7 +70,7 @@ def log_probabilities(model: Any, prompt: list[int], continued: list[int]) -> ND
 
 def decode(kind: str, packed: NDArray[np.uint8], columns: int) -> NDArray[np.float32]:
     """Decode rows of a type by ggml's own function."""
-    function = getattr(ctypes.CDLL(library.__file__), f"dequantize_row_{kind.lower()}")
+    function = getattr(ctypes.CDLL(library.__file__), f"dequantize_row_{kind.lower().replace('_k', '_K')}")
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     function.restype = None
     packed = np.ascontiguousarray(packed)

@@ -72,6 +72,15 @@ def config_of(kind: str) -> Any:
 KINDS = ("tied", "untied", "wide heads", "mistral", "qwen2", "qwen3")
 
 
+# Rows of 256 and 512 weights, which all types of GGUF hold.
+WIDE = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "rope_parameters": ROPE}
+
+
+def symmetric(scale: np.ndarray, shift: np.ndarray) -> None:
+    """Make mu 0."""
+    shift[:] = 0
+
+
 def byte_level(*before: Any, own_split: bool = True, ignore_merges: bool = False) -> Any:
     """Byte-level BPE trained on the texts here, after steps that split words."""
     tokenizer = Tokenizer(models.BPE())

@@ -127,7 +127,7 @@ def test_damage_is_refused_as_it_is_by_load(
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.parametrize("format_", ["gguf", "hqq"])
+@pytest.mark.parametrize("format_", ["gguf", "mlx", "hqq"])
 def test_a_reordered_checkpoint_is_refused(
     format_: str, quantized: Path, run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_nothing_behind(
         assert run_main(export_main, plain, "--format", format_, "--out", out) == 0
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    monkeypatch.setattr("harness.export.hqq.save_file", full)
+    monkeypatch.setattr("harness.export.folder.save_file", full)
     arguments = (plain, "--format", format_, "--out", out, "--force")
     assert run_main(export_main, *arguments) == EXIT_USAGE
     assert "out could not be written: " in capsys.readouterr().err
