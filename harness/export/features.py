@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.errors import UserError
-from harness.export.source import Stored
 
 Row = TypeVar("Row")
 
@@ -29,25 +31,28 @@ def require(holds: bool, what: str) -> None:
         raise Refused(what)
 
 
-def row_of(stored: Stored, table: dict[str, Row], program: str) -> Row:
+@contextmanager
+def refusals_of(folder: Path) -> Iterator[None]:
+    """Turn the reason of a refusal into an error that names the checkpoint."""
+    try:
+        yield
+    except Refused as refused:
+        raise UserError(f"{folder} cannot be exported: {refused}") from None
+
+
+def row_of(model: Any, table: dict[str, Row], program: str) -> Row:
     """Look up a model's architecture in the table of a program.
 
     Raises
     ------
-    UserError
-        If the table has no such architecture.
     Refused
-        If the model has Python code of its own.
+        If the table has no such architecture, or the model has Python code of its own.
     """
-    row = table.get(stored.config.model_type)
-    if row is None:
-        raise UserError(
-            f"{stored.folder} has model type {stored.config.model_type}, which the export to {program} "
-            f"does not support; supported are {', '.join(table)}"
-        )
-    code = getattr(stored.model, "_auto_class", None)
+    kind = model.config.model_type
+    require(kind in table, f"{program} export does not support {kind} models, only {', '.join(table)}")
+    code = getattr(model, "_auto_class", None)
     require(code is None, "the Python code shipped with it would be lost")
-    return row
+    return table[kind]
 
 
 def require_activation(config: Any, activation: str) -> None:

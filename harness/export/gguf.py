@@ -21,7 +21,7 @@ from gguf.gguf_writer import TensorInfo
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.export.features import Refused, require_biases, row_of
+from harness.export.features import Refused, refusals_of, require_biases, row_of
 from harness.export.gguf_architectures import ARCHITECTURES, Architecture, add_settings
 from harness.export.gguf_embedding import round_rows
 from harness.export.gguf_rope import add_rope
@@ -32,7 +32,7 @@ from harness.export.source import (
     Exported,
     Rounding,
     Stored,
-    read_unpermuted,
+    read_exportable,
     require_outside,
 )
 from harness.models.folder import require_free, require_space
@@ -105,17 +105,15 @@ def export_gguf(
     require_free(out.parent, force=True)
     if out.exists() and not force:
         raise UserError(f"{out} exists; choose another --out, or pass --force to overwrite it")
-    stored = read_unpermuted(folder, trust_remote_code)
+    stored = read_exportable(folder, trust_remote_code)
     rounding = Rounding()
-    try:
-        architecture = row_of(stored, ARCHITECTURES, "GGUF")
+    with refusals_of(folder):
+        architecture = row_of(stored.model, ARCHITECTURES, "GGUF")
         require_biases([*stored.tensors], architecture.biases)
         types, lacking = _types(stored, kind)
         writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
         notes = add_settings(writer, architecture, stored.config)
         factors = add_rope(writer, architecture, stored.config)
-    except Refused as refused:
-        raise UserError(f"{stored.folder} cannot be exported: {refused}") from None
     # transformers would take the bare name "mistral" for another architecture.
     writer.add_name(f"{folder.resolve().name} PT²-LLM")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

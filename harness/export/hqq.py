@@ -38,7 +38,7 @@ from harness.export.source import (
     Rounding,
     Stored,
     half_unit,
-    read_unpermuted,
+    read_exportable,
     require_outside,
 )
 from harness.models.folder import require_free, require_space
@@ -98,7 +98,7 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
     require_outside(folder, out)
     require_free(out, force)
     require_no_other_model(out, WEIGHTS)
-    stored = read_unpermuted(folder, trust_remote_code)
+    stored = read_exportable(folder, trust_remote_code)
     rounding = Rounding()
     layers = {module: _group_size(stored, module) for module in stored.layers}
     tensors = {name: tensor.contiguous() for name, tensor in stored.tensors.items()}

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.export.features import Refused
+from harness.export.features import Refused, refusals_of
 from harness.export.folder import require_no_other_model, write_folder
 from harness.export.mlx_architectures import settings_of
 from harness.export.source import (
@@ -33,7 +33,7 @@ from harness.export.source import (
     Exported,
     Rounding,
     Stored,
-    read_unpermuted,
+    read_exportable,
     require_outside,
     rounded_offset,
 )
@@ -85,12 +85,10 @@ def export_mlx(
     require_outside(folder, out)
     require_free(out, force)
     require_no_other_model(out, WEIGHTS if _is_export(out) else None)
-    stored = read_unpermuted(folder, trust_remote_code)
-    try:
+    stored = read_exportable(folder, trust_remote_code)
+    with refusals_of(folder):
         settings = settings_of(stored)
         groups = {module: _group(stored, module) for module in stored.layers}
-    except Refused as refused:
-        raise UserError(f"{stored.folder} cannot be exported: {refused}") from None
     rounding = Rounding()
     tensors: dict[str, torch.Tensor] = {}
     quantized: dict[str, dict[str, Any]] = {}

@@ -98,7 +98,7 @@ ARCHITECTURES = {
 def settings_of(stored: Stored) -> dict[str, Any]:
     """Entries of config.json under the names that mlx_lm reads; refuse what it would compute otherwise."""
     config = stored.config
-    architecture = row_of(stored, ARCHITECTURES, "MLX")
+    architecture = row_of(stored.model, ARCHITECTURES, "MLX")
     require_activation(config, architecture.activation)
     require_biases([*stored.tensors], architecture.biases)
     window = window_of(config)

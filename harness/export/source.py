@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from harness.errors import UserError
+from harness.export.features import refusals_of
+from harness.export.fold import fold
 from harness.hf import load_stored
 from harness.models.tokenizer import load_tokenizer
 from harness.ternary.format import unpack_base3
@@ -129,7 +131,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint without reordering: all columns are in their original order.
+    """A checkpoint whose columns are in the order of the model's inputs, or of reordered rows before them.
 
     Attributes
     ----------
@@ -142,7 +144,9 @@ class Stored:
     layers : dict of str to TernaryLinear
         The ternary layers.
     tensors : dict of str to torch.Tensor
-        Unquantized tensors; tied tensors appear once.
+        Unquantized tensors, in the order of `rows`; tied tensors appear once.
+    rows : dict of str to (n,) intp array
+        Ternary layers whose rows are reordered, as `fold` finds them.
     """
 
     folder: Path
@@ -150,6 +154,7 @@ class Stored:
     tokenizer: Any
     layers: dict[str, TernaryLinear]
     tensors: dict[str, torch.Tensor]
+    rows: dict[str, NDArray[np.intp]]
 
     @property
     def config(self) -> Any:
@@ -162,20 +167,23 @@ class Stored:
         return shift is None or not shift.any()
 
     def matrix(self, name: str) -> TernaryMatrix:
-        """Return the weights of a ternary layer as a TernaryMatrix."""
+        """Return the weights of a ternary layer, in the order of its inputs and of `rows`."""
         layer = self.layers[name]
         trits = unpack_base3(layer.trits, layer.in_features).to(torch.int8).numpy()
-        scale, shift = layer.scale.numpy(), layer.shift.numpy()
+        scale = layer.scale.numpy()
+        shift = np.zeros_like(scale) if layer.shift is None else layer.shift.numpy()
+        if (rows := self.rows.get(name)) is not None:
+            trits, scale, shift = trits[rows], scale[rows], shift[rows]
         return TernaryMatrix(trits, scale, shift, np.arange(layer.in_features), layer.block_size)
 
 
-def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
-    """Read a checkpoint that can be exported: float16 grids, no reordering, unquantized embeddings.
+def read_exportable(folder: Path, trust_remote_code: bool = False) -> Stored:
+    """Read a checkpoint that can be exported: float16 grids, orders that fold away, unquantized embeddings.
 
     Parameters
     ----------
     folder : Path
-        Checkpoint written by ``python -m harness.quantize --grid float16``, without ``--order``.
+        Checkpoint written by ``python -m harness.quantize --grid float16``.
     trust_remote_code : bool
         Whether Python code shipped with the model may run.
 
@@ -186,18 +194,13 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
     Raises
     ------
     UserError
-        As for `harness.load`; also if columns were reordered, if alpha and mu or the embedding are in
-        8 bits, or if there is no tokenizer.
+        As for `harness.load`; also if columns have an order that does not fold away, if alpha and mu or the
+        embedding are in 8 bits, or if there is no tokenizer.
     """
     model = load_stored(folder, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
-    reordered = [name for name, layer in layers.items() if layer.permutation is not None]
-    if reordered:
-        raise UserError(
-            f"{folder} cannot be exported: the columns of {len(reordered)} of its {len(layers)} matrices "
-            f"were reordered (the first is {reordered[0]}), but this format only has groups of neighbouring "
-            "columns; quantize with --reorder none"
-        )
+    with refusals_of(folder):
+        rows = fold(layers, model.config)
     if model.config.quantization_config.coded:
         raise UserError(
             f"{folder} cannot be exported: its embedding is stored in 8 bits with row factors; "
@@ -211,9 +214,12 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
     ternary = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
     left_out = ternary | getattr(model, "all_tied_weights_keys", {}).keys()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    for name, order in rows.items():
+        if f"{name}.bias" in tensors:
+            tensors[f"{name}.bias"] = tensors[f"{name}.bias"][torch.from_numpy(order)]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return Stored(folder, model, load_tokenizer(folder, trust_remote_code), layers, tensors)
+    return Stored(folder, model, load_tokenizer(folder, trust_remote_code), layers, tensors, rows)
 
 
 def half_unit(values: Float64) -> Float64:

@@ -133,6 +133,7 @@ def write(
     dtype: torch.dtype = torch.float32,
     block_size: int = 64,
     change: Callable[[np.ndarray, np.ndarray], None] = lambda scale, shift: None,
+    order: Callable[[str, int], np.ndarray] = lambda name, columns: np.arange(columns),
 ) -> Path:
     """A checkpoint of random trits, with negative alphas, constant rows and mu beyond alpha."""
     torch.manual_seed(0)
@@ -152,7 +153,7 @@ def write(
         scale[::9] = 0
         change(scale, shift)
         trits = random.integers(-1, 2, (n, m), dtype=np.int8)
-        matrices[name] = TernaryMatrix(trits, scale, shift, np.arange(m), block_size)
+        matrices[name] = TernaryMatrix(trits, scale, shift, order(name, m), block_size)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -227,7 +227,7 @@ def test_the_folder_of_a_gguf_file_is_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("harness.export.gguf.read_unpermuted", lambda *arguments: pytest.fail("read"))
+    monkeypatch.setattr("harness.export.gguf.read_exportable", lambda *arguments: pytest.fail("read"))
     out = tmp_path / "file" / "a.gguf"
     assert run_main(export_main, plain, "--format", "gguf", "--out", out) == EXIT_USAGE
     assert f"{tmp_path / 'file'} exists and is not a folder" in capsys.readouterr().err

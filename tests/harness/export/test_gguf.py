@@ -258,7 +258,7 @@ def dynamic_rope() -> Any:
         (
             tiny.CONFIGS["opt"],
             {},
-            "has model type opt, which the export to GGUF does not support; supported are llama, mis",
+            "GGUF export does not support opt models, only llama, mistral",
         ),
         (
             tiny.CONFIGS["llama"],

@@ -112,7 +112,7 @@ def test_windows_and_bases_have_the_names_that_mlx_lm_reads(run_main: Run, tmp_p
         (
             tiny.CONFIGS["opt"],
             {},
-            "type opt, which the export to MLX does not support; supported are llama",
+            "MLX export does not support opt models, only llama, mistral",
         ),
         (
             lambda: config_of("tied"),
