@@ -16,7 +16,7 @@ import harness
 from harness.export.gguf import export_gguf
 from harness.export.gguf_types import TERNARY, pack
 from harness.export.source import AS_IT_IS, Rounding
-from tests.harness.export.checkpoints import WIDE, byte_level, symmetric, write
+from tests.harness.export.checkpoints import WIDE, byte_level, without_shift, write
 from tests.harness.export.test_gguf_types import COLUMNS, exact, matrix
 from tests.runtimes import models
 
@@ -67,7 +67,7 @@ def test_a_window_becomes_the_context_where_llama_cpp_has_no_windows(config: typ
 
 @pytest.mark.parametrize("kind", TERNARY)
 def test_every_type_costs_no_more_than_rounding_inputs_to_8_bits(kind: str, tmp_path: Path) -> None:
-    change = (lambda scale, shift: None) if TERNARY[kind].shift else symmetric
+    change = (lambda scale, shift: None) if TERNARY[kind].shift else without_shift
     folder = write(tmp_path / "checkpoint", models.CONFIGS["llama"](), block_size=256, change=change)
     export_gguf(folder, tmp_path / "dense.gguf", kind="F32")
     export_gguf(folder, tmp_path / "packed.gguf", kind=kind)

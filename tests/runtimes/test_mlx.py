@@ -11,7 +11,7 @@ import torch
 
 import harness
 from harness.export.mlx import EIGHT_BITS, export_mlx
-from tests.harness.export.checkpoints import byte_level, symmetric, write
+from tests.harness.export.checkpoints import byte_level, without_shift, write
 from tests.runtimes import models
 
 mx = pytest.importorskip("mlx.core")
@@ -34,7 +34,7 @@ def logits(folder: Path, prompt: list[int]) -> tuple[np.ndarray, np.ndarray, Any
 
 @pytest.mark.parametrize("name", [*models.CONFIGS, *models.MLX])
 def test_every_architecture_computes_what_the_checkpoint_does(name: str, tmp_path: Path) -> None:
-    folder = write(tmp_path / "checkpoint", (models.CONFIGS | models.MLX)[name](), change=symmetric)
+    folder = write(tmp_path / "checkpoint", (models.CONFIGS | models.MLX)[name](), change=without_shift)
     export_mlx(folder, tmp_path / "mlx")
     got, expected, _ = logits(tmp_path, PROMPT)
     assert np.abs(got - expected).max() < FLOAT32
@@ -50,7 +50,7 @@ def test_a_shift_costs_one_rounding(block_size: int, tmp_path: Path) -> None:
 
 
 def test_an_embedding_in_8_bits_is_read(tmp_path: Path) -> None:
-    folder = write(tmp_path / "checkpoint", models.CONFIGS["qwen3"](), change=symmetric)
+    folder = write(tmp_path / "checkpoint", models.CONFIGS["qwen3"](), change=without_shift)
     export_mlx(folder, tmp_path / "mlx", embedding=EIGHT_BITS)
     got, expected, model = logits(tmp_path, PROMPT)
     assert model.model.embed_tokens.bits == 8
@@ -58,7 +58,9 @@ def test_an_embedding_in_8_bits_is_read(tmp_path: Path) -> None:
 
 
 def test_a_bfloat16_model_is_computed_in_float32(tmp_path: Path) -> None:
-    folder = write(tmp_path / "checkpoint", models.CONFIGS["llama"](), dtype=torch.bfloat16, change=symmetric)
+    folder = write(
+        tmp_path / "checkpoint", models.CONFIGS["llama"](), dtype=torch.bfloat16, change=without_shift
+    )
     export_mlx(folder, tmp_path / "mlx")
     model, _ = mlx_lm.load(str(tmp_path / "mlx"))
     assert model(mx.array([PROMPT])).dtype == mx.float32
@@ -66,7 +68,7 @@ def test_a_bfloat16_model_is_computed_in_float32(tmp_path: Path) -> None:
 
 def test_the_text_that_follows_is_the_checkpoint_s(tmp_path: Path) -> None:
     tokenizer = byte_level()
-    folder = write(tmp_path / "checkpoint", models.CONFIGS["qwen3"](), tokenizer, change=symmetric)
+    folder = write(tmp_path / "checkpoint", models.CONFIGS["qwen3"](), tokenizer, change=without_shift)
     export_mlx(folder, tmp_path / "mlx")
     words = "They're here in 1984, foxes jump: it's 3.14"
     tokens = tokenizer(words, return_tensors="pt").input_ids

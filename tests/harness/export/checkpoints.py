@@ -76,7 +76,7 @@ KINDS = ("tied", "untied", "wide heads", "mistral", "qwen2", "qwen3")
 WIDE = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "rope_parameters": ROPE}
 
 
-def symmetric(scale: np.ndarray, shift: np.ndarray) -> None:
+def without_shift(scale: np.ndarray, shift: np.ndarray) -> None:
     """Make mu 0."""
     shift[:] = 0
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import harness
@@ -195,6 +195,18 @@ def test_a_prepended_space_is_stated(scheme: str, prepends: bool) -> None:
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     assert written(tokenizer, "add_space_prefix") is prepends
+
+
+def test_a_split_at_spaces_that_are_gone_is_none() -> None:
+    """Gemma's tokenizer has one."""
+    tokenizer = sentencepiece()
+    backend, space = tokenizer.backend_tokenizer, "\u2581"
+    backend.normalizer = normalizers.Replace(" ", space)
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    assert written(tokenizer, "add_space_prefix") is False
+    backend.normalizer = None
+    with pytest.raises(UserError, match="prepares text by Split"):
+        written(tokenizer, "add_space_prefix")
 
 
 def test_tokens_around_a_text_are_stated(run_main: Run, tmp_path: Path) -> None:
