@@ -20,12 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.export.features import head_width, require
+from harness.ternary.containers import FOLDABLE, FOLDABLE_MODELS
 from harness.ternary.linear import TernaryLinear
 
 Order = NDArray[np.intp]
-
-# Models in which nothing but what is said above lies between those matrices.
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3", "phi3")
 
 UNFOLDABLE = (
     "this format has groups of neighbouring columns, and only the orders of down_proj, and of o_proj within "
@@ -60,9 +58,9 @@ def fold(layers: Mapping[str, TernaryLinear], config: Any) -> dict[str, Order]:
             continue
         parent, _, own = name.rpartition(".")
         order = layer.permutation.numpy().astype(np.intp)
-        foldable = own in ("down_proj", "o_proj") and config.model_type in KNOWN
+        foldable = own in (FOLDABLE, "o_proj") and config.model_type in FOLDABLE_MODELS
         require(foldable, f"the columns of {name} were reordered: {UNFOLDABLE}")
-        if own == "down_proj":
+        if own == FOLDABLE:
             halves = [order, order + len(order)]
             found = {"gate_up_proj": np.concatenate(halves), "gate_proj": order, "up_proj": order}
         else:

@@ -17,6 +17,7 @@ from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
+from harness.ternary.containers import FOLDABLE
 from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
@@ -150,6 +151,12 @@ class Options:
         **ON_OR_OFF,
         help="collect inputs again after each group of matrices in a layer",
     )
+    foldable: bool = option(
+        False,
+        METHOD,
+        **SWITCH,
+        help="reorder only the columns of down_proj, whose order an export moves into gate_proj and up_proj",
+    )
     embedding: str = option(AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="storage of embedding and head")
     target: str | None = option(
         None,
@@ -183,6 +190,11 @@ class Options:
         help="measure only the first N windows",
     )
     measure_original: bool = True
+
+    def reorders(self, name: str) -> bool:
+        """Whether the columns of a matrix are reordered."""
+        foldable = name.rpartition(".")[2] == FOLDABLE
+        return self.config.reorder != "none" and (foldable or not self.foldable)
 
 
 # Switches that together say what `TernaryConfig.refinement` is.

@@ -157,6 +157,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
             first=record.done,
             true_sequential=options.true_sequential,
             targets=ready.targets(options),
+            own=sink.own_methods(ready),
             progress=progress,
         )
         while record.done < count:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from harness.quantize.options import PT2_LLM, Options
 from harness.quantize.prepare import Ready, require_other_folder
 from harness.quantize.record import Record
 from harness.quantize.resume import stored_weights
-from harness.quantize.target import choose
+from harness.quantize.target import choose, require_foldable
 from harness.ternary.format import is_ternary
 from harness.ternary.writing import CheckpointWriter
 
@@ -78,6 +78,10 @@ class Sink(ABC):
     @abstractmethod
     def method(self, ready: Ready) -> Method:
         """Return the method that quantizes a matrix."""
+
+    def own_methods(self, ready: Ready) -> dict[str, Method]:
+        """Return the methods of matrices that are quantized otherwise, by their names."""
+        return {}
 
     @contextmanager
     def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
@@ -132,6 +136,7 @@ class CheckpointSink(Sink):
         decoder = locate_layers(original.model, original.read)
         columns = {linear.in_features for linear in decoder.named_linears().values()}
         self.options, self._chosen = choose(self.options, columns)
+        require_foldable(self.options, original.model.config)
         require_in_range(decoder, self.options.config)
         return self.options
 
@@ -155,6 +160,14 @@ class CheckpointSink(Sink):
 
     def method(self, ready: Ready) -> Method:
         return ternarizer(ready.backend, ready.passage.compute, self.options.config)
+
+    def own_methods(self, ready: Ready) -> dict[str, Method]:
+        if not self.options.foldable:
+            return {}
+        in_order = replace(self.options.config, reorder="none")
+        method = ternarizer(ready.backend, ready.passage.compute, in_order)
+        names = ready.passage.decoder.named_linears()
+        return {name: method for name in names if not self.options.reorders(name)}
 
     @contextmanager
     def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:

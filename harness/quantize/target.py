@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.quantize.options import AS_IT_IS, GGUF, MLX, Options
-from harness.ternary.containers import GGUF_TYPES, MLX_GROUPS, Container
+from harness.ternary.containers import FOLDABLE_MODELS, GGUF_TYPES, MLX_GROUPS, Container
 from reference.types import TernaryConfig
 
 TYPES: dict[str, Sequence[Container]] = {GGUF: GGUF_TYPES, MLX: MLX_GROUPS}
@@ -41,21 +41,37 @@ def choose(options: Options, columns: Collection[int]) -> tuple[Options, list[st
     target = options.target
     if target is None:
         return options, []
+    order = {} if options.foldable else {"reorder": "none"}
+    columns_are = (
+        "all columns but down_proj's in their order" if options.foldable else "columns in their order"
+    )
     if target not in TYPES:  # vllm, through this project's own code
-        config = _with(options, reorder="none")
-        return replace(options, config=config), [f"for {target}: columns in their order"]
+        return replace(options, config=_with(options, **order)), [f"for {target}: {columns_are}"]
     if options.embedding != AS_IT_IS:
         raise UserError(f"--for {target} needs the embedding as it is; drop --embedding {options.embedding}")
-    config = _with(options, reorder="none", grid="float16")
+    config = _with(options, grid="float16", **order)
     found = _held(options, config, TYPES[target], sorted(columns))
     if found is None:
         raise UserError(_refusal(options, sorted(columns)))
     held, block_size = found
     line = (
-        f"for {target}: columns in their order, blocks of {block_size}, alpha and mu in float16; "
+        f"for {target}: {columns_are}, blocks of {block_size}, alpha and mu in float16; "
         f"{held.name} holds them in {held.bits:.4g} bits per weight"
     )
     return replace(options, config=replace(config, block_size=block_size)), [line]
+
+
+def require_foldable(options: Options, config: Any) -> None:
+    """Refuse --foldable where there is no order, or none that can be folded away."""
+    if not options.foldable:
+        return
+    if options.config.reorder == "none":
+        raise UserError("--foldable limits what is reordered; pass --reorder ssr as well, or drop it")
+    if config.model_type not in FOLDABLE_MODELS:
+        raise UserError(
+            f"--foldable knows {', '.join(FOLDABLE_MODELS)}, not {config.model_type}; drop it, or pass "
+            "--reorder none"
+        )
 
 
 def _with(options: Options, **settings: Any) -> TernaryConfig:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import harness
 from harness.cli import EXIT_USAGE
 from harness.errors import UserError
+from harness.export.__main__ import main as export_main
 from harness.quantize.__main__ import main as quantize_main
 from harness.quantize.__main__ import parser
 from harness.quantize.options import Options, from_arguments
-from harness.quantize.target import choose
+from harness.quantize.target import choose, require_foldable
+from harness.ternary.linear import TernaryLinear
+from tests.harness import tiny
+from tests.harness.conftest import SMALL
 
 
 def options(*arguments: str) -> Options:
@@ -72,3 +79,33 @@ def test_what_no_type_holds_is_refused(arguments: tuple[str, ...], columns: set[
 def test_a_baseline_is_for_no_program(run_main: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(quantize_main, "--method", "rtn-2bit", "--for", "gguf") == EXIT_USAGE
     assert "writes no checkpoint; drop --for gguf" in capsys.readouterr().err
+
+
+def test_only_what_folds_away_is_reordered(
+    llama: Path, words_file: Path, run_main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And an export takes it."""
+    folder, out = tmp_path / "checkpoint", tmp_path / "out"
+    arguments = ("--calibration", words_file, "--eval", "none", "--block-size", 16, "--reorder", "ssr")
+    assert run_main(quantize_main, llama, "--out", folder, *arguments, "--foldable", *SMALL) == 0
+    layers = {name: m for name, m in harness.load(folder).named_modules() if isinstance(m, TernaryLinear)}
+    assert {name for name, layer in layers.items() if layer.permutation is not None} == {
+        name for name in layers if name.endswith("down_proj")
+    }
+    bits = json.loads((folder / "report.json").read_text())["bits_per_weight"]
+    size = sum(t.nbytes for layer in layers.values() for t in layer.stored().values())
+    assert bits == pytest.approx(
+        8 * size / sum(layer.trits.numel() * 5 for layer in layers.values()), rel=0.02
+    )
+    assert run_main(export_main, folder, "--format", "hqq", "--out", out) == 0
+
+
+def test_foldable_needs_an_order_and_a_known_model() -> None:
+    config = tiny.CONFIGS["llama"]()
+    with pytest.raises(UserError, match="pass --reorder ssr as well"):
+        require_foldable(options("--foldable"), config)
+    with pytest.raises(UserError, match="not opt; drop it"):
+        require_foldable(options("--foldable", "--reorder", "ssr"), tiny.CONFIGS["opt"]())
+    chosen, lines = choose(options("--foldable", "--reorder", "ssr", "--for", "mlx"), {64})
+    assert chosen.config.reorder == "ssr"
+    assert "all columns but down_proj's in their order" in lines[0]
