@@ -26,7 +26,8 @@ ORIGINS = {
         "atq.weight_error": "sum of squares in rational arithmetic",
         "atq.weight_error_gradient": "central differences, exact for a quadratic function, in rational "
         "arithmetic",
-        "atq.build_optimal_grid": "normal equations of Eq. 8 by Cramer's rule in rational arithmetic",
+        "atq.build_optimal_grid": "normal equations of Eq. 8 by Cramer's rule in rational arithmetic; with "
+        "mu = 0 the lowest point of a parabola",
         "atq.flexible_round": "the best of all 3^m assignments of trits to the row, up to 7 columns, else of "
         "the three values for each weight, in rational arithmetic; of equal ones that with the fewest "
         "non-zero trits",
@@ -36,7 +37,7 @@ ORIGINS = {
         "aga.output_error_gradient": "central differences, exact for a quadratic function, in rational "
         "arithmetic",
         "aga.align_grid": "Eq. 12 by Cramer's rule in rational arithmetic; of a singular system the "
-        "correction of least norm",
+        "correction of least norm; with mu = 0 the lowest point of a parabola",
         "aga.align_grid_printed": "Eq. 13 as printed, in rational arithmetic",
         "ssr.permute": "columns copied one by one",
         "ssr.cosine_similarity": "rational dot products, root to 60 digits, rounded once",
@@ -80,7 +81,7 @@ ORIGINS = {
         "atq.ternary_init": "Eq. 4-5 with sums that are rounded once",
         "atq.weight_error": "sum of squares, rounded once",
         "atq.weight_error_gradient": "central differences of a quadratic function",
-        "atq.build_optimal_grid": "dense least squares in [t, 1]",
+        "atq.build_optimal_grid": "dense least squares in [t, 1], or with mu = 0 in [t]",
         "atq.flexible_round": "argmin over the three values of the grid",
         "atq.iterative_ternary_fitting": "dense least squares and argmin over the three values in turn",
         "aga.output_error": "squared norm of (W - Ŵ) C^½, the root from an eigendecomposition",
@@ -144,9 +145,14 @@ def _best_row(w: Array, alpha: Any, mu: Any) -> tuple[int, ...]:
     return min(itertools.product((0, 1, -1), repeat=len(w)), key=lambda row: (error(row), sum(map(abs, row))))
 
 
-def _fitting(kit: Kit, W: Array, max_iterations: int = 100, **start: Array) -> dict[str, Any]:
-    first = tuple(start[f"start.{name}"] for name in ("alpha", "mu", "T")) if start else kit.ternary_init(W)
-    result = whole.fit(kit, W, first, max_iterations)  # type: ignore[arg-type]
+def _fitting(
+    kit: Kit, W: Array, max_iterations: int = 100, symmetric: bool = False, **start: Array
+) -> dict[str, Any]:
+    if start:
+        first = start["start.alpha"], start["start.mu"], start["start.T"]
+    else:
+        first = whole.first(kit, W, symmetric)
+    result = whole.fit(kit, W, first, max_iterations, symmetric)
     return dict(zip(("alpha", "mu", "T", "errors"), result, strict=True))
 
 
@@ -268,12 +274,12 @@ _ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {
     "atq.ternary_init": _ternary_init,
     "atq.weight_error": lambda kit, W, alpha, mu, T: {"error": kit.weight_error(W - alpha * T - mu)},
     "atq.weight_error_gradient": _weight_gradient,
-    "atq.build_optimal_grid": lambda kit, W, T: dict(zip(("alpha", "mu"), kit.grid(W, T), strict=True)),
+    "atq.build_optimal_grid": lambda kit, **given: dict(zip(("alpha", "mu"), kit.grid(**given), strict=True)),
     "atq.flexible_round": _round,
     "atq.iterative_ternary_fitting": _fitting,
     "aga.output_error": lambda kit, W, W_hat, C: {"error": kit.output_error(W - W_hat, C)},
     "aga.output_error_gradient": _output_gradient,
-    "aga.align_grid": lambda kit, W, T, C: dict(zip(("alpha", "mu"), kit.align(W, T, C), strict=True)),
+    "aga.align_grid": lambda kit, **given: dict(zip(("alpha", "mu"), kit.align(**given), strict=True)),
     "aga.align_grid_printed": lambda kit, W, T, C: dict(
         zip(("alpha", "mu"), kit.align_printed(W, T, C), strict=True)
     ),

@@ -126,8 +126,14 @@ class Exact(Arithmetic):
         self.note(distances)
         return _columns(alphas), T
 
-    def grid(self, W: Array, T: Array) -> Grid:
-        """Solve the normal equations of Eq. 8; equal trits determine no scale (result: 0 and the mean)."""
+    def grid(self, W: Array, T: Array, symmetric: bool = False) -> Grid:
+        """Solve the normal equations of Eq. 8; equal trits determine no scale (result: 0 and the mean).
+
+        With mu = 0, find the lowest point of the error as a function of alpha.
+        """
+        if symmetric:
+            scales = _best_scales(W, T, rational(np.eye(W.shape[1])))
+            return scales, scales * 0
         alphas, mus = [], []
         for w, t in zip(W, T.astype(int), strict=True):
             if len(set(t)) == 1:
@@ -152,9 +158,14 @@ class Exact(Arithmetic):
         self.note(distances)
         return T
 
-    def align(self, W: Array, T: Array, C: Array) -> Grid:
-        """Eq. 12, the correction of Eq. 9's grid by Cramer's rule or, if singular, of least norm."""
-        alpha, mu = self.grid(W, T)
+    def align(self, W: Array, T: Array, C: Array, symmetric: bool = False) -> Grid:
+        """Eq. 12, the correction of Eq. 9's grid by Cramer's rule or, if singular, of least norm.
+
+        With mu = 0, find the lowest point of the error as a function of alpha's correction.
+        """
+        alpha, mu = self.grid(W, T, symmetric)
+        if symmetric:
+            return alpha + _best_scales(W - alpha * T, T, C), mu
         for i, t in enumerate(rational(T)):
             residual = W[i] - alpha[i, 0] * t - mu[i, 0]
             one_C = C.sum(axis=0)
@@ -259,9 +270,11 @@ class Dense(Arithmetic):
         self.note(np.where(delta == 0, 1.0, abs(abs(W) / np.where(delta == 0, 1.0, delta) - 1)))
         return alpha[:, None], T
 
-    def grid(self, W: Array, T: Array) -> Grid:
-        """Eq. 8 as a least squares problem in [t, 1]; equal trits determine no scale."""
-        alpha, mu = self._fit(W, T, np.eye(W.shape[1]))
+    def grid(self, W: Array, T: Array, symmetric: bool = False) -> Grid:
+        """Eq. 8 as a least squares problem in [t, 1], or [t]; equal trits determine no scale in the first."""
+        alpha, mu = self._fit(W, T, np.eye(W.shape[1]), symmetric)
+        if symmetric:
+            return alpha, mu
         equal = (T == T[:, :1]).all(axis=1, keepdims=True)
         return np.where(equal, 0.0, alpha), np.where(equal, self.row_means(W), mu)
 
@@ -272,17 +285,17 @@ class Dense(Arithmetic):
         self.note(np.where(alpha == 0, 1.0, abs(abs(W - mu) / np.where(alpha == 0, 1.0, abs(alpha)) - 0.5)))
         return values[errors.argmin(axis=0)].astype(np.int8)
 
-    def align(self, W: Array, T: Array, C: Array) -> Grid:
+    def align(self, W: Array, T: Array, C: Array, symmetric: bool = False) -> Grid:
         """Eq. 12 as a least squares problem: minimize the norm of (w - alpha t - mu 1) C^½."""
-        alpha, mu = self.grid(W, T)
-        d_alpha, d_mu = self._fit(W - alpha * T - mu, T, self.root(C))
+        alpha, mu = self.grid(W, T, symmetric)
+        d_alpha, d_mu = self._fit(W - alpha * T - mu, T, self.root(C), symmetric)
         return alpha + d_alpha, mu + d_mu
 
-    def _fit(self, W: Array, T: Array, root: Array) -> Grid:
+    def _fit(self, W: Array, T: Array, root: Array, symmetric: bool) -> Grid:
         result = np.zeros((W.shape[0], 2))
         for i, (w, t) in enumerate(zip(W, T.astype(np.float64), strict=True)):
-            design = root.T @ np.stack([t, np.ones_like(t)], axis=1)
-            result[i] = np.linalg.lstsq(design, root.T @ w, rcond=LEAST_SQUARES_CUTOFF)[0]
+            design = root.T @ np.stack([t] if symmetric else [t, np.ones_like(t)], axis=1)
+            result[i, : design.shape[1]] = np.linalg.lstsq(design, root.T @ w, rcond=LEAST_SQUARES_CUTOFF)[0]
         return result[:, :1], result[:, 1:]
 
     def align_printed(self, W: Array, T: Array, C: Array) -> Grid:
@@ -346,6 +359,16 @@ class Dense(Arithmetic):
 
 def _columns(values: list[Any]) -> Array:
     return np.array(values, dtype=object)[:, None]
+
+
+def _best_scales(W: Array, T: Array, C: Array) -> Array:
+    """Least (w - alpha t) C (w - alpha t)ᵀ of every row, from its values at -1, 0 and 1; 0 if flat."""
+    best = []
+    for w, t in zip(W, rational(T), strict=True):
+        left, middle, right = ((w - a * t) @ C @ (w - a * t) for a in map(Fraction, (-1, 0, 1)))
+        bend = left + right - 2 * middle
+        best.append((left - right) / (2 * bend) if bend else Fraction(0))
+    return _columns(best)
 
 
 def _least_norm(tt: Any, t1: Any, one: Any, tw: Any, w1: Any) -> tuple[Any, Any]:

@@ -61,6 +61,8 @@ def whole_rows(drafts: Drafts) -> None:
         drafts.add("joint.align_jointly", label, given, block_size=3)
         drafts.add("descent.descend", label, given, block_size=3)
         drafts.add("refine.refine", label, given, block_size=3)
+        if label in ("dead-block", "equal-trits"):  # a mu that is not fitted stays, whatever it is
+            drafts.add("joint.align_jointly", f"{label}-symmetric", given, block_size=3, symmetric=True)
     given = {"W": W, "T": T, "alpha": alpha[:, :1], "mu": mu[:, :1], "H": full}
     single = {"W": W[:, :1], "T": T[:, :1], "alpha": alpha[:, :1], "mu": mu[:, :1], "H": full[:1, :1]}
     wide = {"W": W, "T": T, "alpha": np.repeat(alpha, 3, axis=1)[:, :m], "mu": mu[:, [0] * m], "H": full}

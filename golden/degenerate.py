@@ -39,6 +39,10 @@ def _rows(drafts: Drafts) -> None:
     for operation in ("twn.symmetric_ternarize", "atq.ternary_init", "atq.iterative_ternary_fitting"):
         drafts.add(operation, "constant-rows", {"W": CONSTANT}, ties=True)
         drafts.add(operation, "one-column", {"W": [[0.5], [0], [-2]]}, ties=True)
+    # No mean holds constant rows; those of zeros have no trits.
+    fitting = "atq.iterative_ternary_fitting"
+    drafts.add(fitting, "constant-rows-symmetric", {"W": CONSTANT}, ties=True, symmetric=True)
+    drafts.add(fitting, "one-column-symmetric", {"W": [[0.5], [0], [-2]]}, ties=True, symmetric=True)
     # The mean magnitude is 4, so the threshold is exactly 3, and the comparison is strict.
     at_threshold = [[3, -3, 5, -5], [3, 3, 5, 5]]
     drafts.add("twn.symmetric_ternarize", "at-threshold", {"W": at_threshold}, ties=True)
@@ -53,6 +57,7 @@ def _rows(drafts: Drafts) -> None:
     W = sixteenths(51, 3, 6)
     equal = np.array([[0] * 6, [1] * 6, [-1] * 6], dtype=np.int8)
     drafts.add("atq.build_optimal_grid", "equal-trits", {"W": W, "T": equal})
+    drafts.add("atq.build_optimal_grid", "equal-trits-symmetric", {"W": W, "T": equal}, symmetric=True)
     tenths = {"W": np.full((3, 6), 0.1), "T": equal}
     drafts.add("atq.build_optimal_grid", "constant-not-binary", tenths)
     drafts.add("atq.build_optimal_grid", "one-column", {"W": W[:, :1], "T": equal[:, :1]})
@@ -85,6 +90,7 @@ def _grids(drafts: Drafts) -> None:
     }
     for label, C in matrices.items():
         drafts.add("aga.align_grid", label, {"W": W5, "T": equal, "C": C})
+        drafts.add("aga.align_grid", f"{label}-symmetric", {"W": W5, "T": equal, "C": C}, symmetric=True)
         drafts.add("aga.output_error", label, {"W": W5, "W_hat": equal / 2, "C": C})
     # The smaller eigenvalue must not be dropped at a ratio of 1e4.
     nearly = {"W": W5[:, :4], "T": np.array([[1, 1, -1, -1]] * 4, dtype=np.int8)}
@@ -177,6 +183,8 @@ def _whole(drafts: Drafts) -> None:
         "blocks-of-one": (W, C, {"block_size": 1, "reorder": "none"}),
         "constant-rows-int8": (constant, C, {"block_size": 6, "grid": "int8"}),
         "dead-inputs-int8": (W, beyond.with_dead(C, [0, 5]), {"block_size": 6, "grid": "int8"}),
+        "symmetric-constant-rows": (constant, C, {"block_size": 6, "shift": "none"}),
+        "symmetric-dead-inputs": (W, beyond.with_dead(C, [0, 5]), {"block_size": 6, "shift": "none"}),
         "zero-columns": (zero_columns, C, {"block_size": 6}),
         "dead-inputs": (W, beyond.with_dead(C, [0, 5]), {"block_size": 6}),
         "dead-inputs-conditional": (W, beyond.with_dead(C, [0, 5]), {"block_size": 6, "aga": "conditional"}),
@@ -196,6 +204,12 @@ def _whole(drafts: Drafts) -> None:
         "best-dead-inputs": (W, beyond.with_dead(C, [0, 5]), {**BEST, "block_size": 6}),
         "best-dead-inputs-int8": (W, beyond.with_dead(C, [0, 5]), {**BEST, "block_size": 6, "grid": "int8"}),
         "best-all-dead": (W, np.zeros((10, 10)), {**BEST, "block_size": 6}),
+        "best-symmetric-all-dead": (W, np.zeros((10, 10)), {**BEST, "block_size": 6, "shift": "none"}),
+        "best-symmetric-zero-matrix": (
+            np.zeros((2, 5)),
+            correlated(73, 5),
+            {**BEST, "block_size": 3, "shift": "none", "grid": "int8"},
+        ),
         "best-rank-deficient": (W, correlated(74, 10, tokens=4), {**BEST, "block_size": 6}),
         "best-damping-raised": (
             W[:, :2],
@@ -206,8 +220,7 @@ def _whole(drafts: Drafts) -> None:
     # Rows of equal or zero weights: no rounding occurs before these ties.
     tied = ("constant-rows", "constant-rows-int8", "zero-matrix", "one-column", "blocks-of-one", "all-dead")
     for label, (w, c, config) in matrices.items():
-        ties = label.removeprefix("best-") in tied
-        drafts.add("ternarize.ternarize", label, {"W": w, "C": c}, ties=ties, **config)
+        drafts.add("ternarize.ternarize", label, {"W": w, "C": c}, ties=label.endswith(tied), **config)
 
     inputs = {
         "x": sixteenths(75, 2, 6),
@@ -267,6 +280,8 @@ def _refused(drafts: Drafts) -> None:
     refuse("atq.ternary_init", "infinity", {"W": infinite}, "ValueError")
     refuse("atq.build_optimal_grid", "not-a-trit", {"W": W, "T": 2 * T}, "ValueError")
     refuse("atq.build_optimal_grid", "shape", {"W": W, "T": T[:, :2]}, "ValueError")
+    shifted = {"W": W, "start.alpha": [[1], [1]], "start.mu": [[0], [0.5]], "start.T": T}
+    refuse("atq.iterative_ternary_fitting", "symmetric-from-a-shift", shifted, "ValueError", symmetric=True)
     refuse("atq.flexible_round", "shape", {"W": W, "alpha": [[1]], "mu": [[0], [0]]}, "ValueError")
     for label, gram in (("not-symmetric", skew), ("negative-diagonal", negative), ("shape", C[:2, :2])):
         refuse("aga.align_grid", label, {"W": W, "T": T, "C": gram}, "ValueError")

@@ -33,6 +33,11 @@ CONFIGS: dict[str, dict] = {
     "undamped": {"damping": 0.0},
     "int8": {"grid": "int8"},
     "int8-hessian": {"grid": "int8", "reorder": "hessian"},
+    "symmetric": {"shift": "none"},
+    "symmetric-int8": {"shift": "none", "grid": "int8", "reorder": "hessian"},
+    "symmetric-no-itf": {"shift": "none", "itf": False},
+    "symmetric-no-aga": {"shift": "none", "aga": "none", "start": "twn"},
+    "symmetric-conditional": {"shift": "none", "aga": "conditional"},
 }
 # Beyond the paper, on blocks wide enough for trits to move.
 MORE_CONFIGS: dict[str, dict] = {
@@ -46,6 +51,9 @@ MORE_CONFIGS: dict[str, dict] = {
     "best": BEST,
     "best-int8": {**BEST, "grid": "int8"},
     "best-wide": {**BEST, "block_size": 9},
+    "best-symmetric": {**BEST, "shift": "none"},
+    "best-symmetric-int8": {**BEST, "shift": "none", "grid": "int8"},
+    "joint-grid-symmetric": {"refinement": "grid", "shift": "none"},
 }
 
 
@@ -125,10 +133,17 @@ def _per_row(drafts: Drafts) -> None:
         drafts.add("atq.iterative_ternary_fitting", f"{label}-limit", {"W": w}, max_iterations=1)
         start = {"W": w, "start.alpha": alpha, "start.mu": mu, "start.T": T}
         drafts.add("atq.iterative_ternary_fitting", f"{label}-start", start)
+        start = start | {"start.mu": 0 * mu}
+        drafts.add("atq.build_optimal_grid", f"{label}-symmetric", {"W": w, "T": T}, symmetric=True)
+        # A mean of dyadic weights that a tie hits is dyadic itself: nothing is rounded before.
+        fitting = "atq.iterative_ternary_fitting"
+        drafts.add(fitting, f"{label}-symmetric", {"W": w}, ties=True, symmetric=True)
+        drafts.add(fitting, f"{label}-symmetric-start", start, ties=True, symmetric=True)
         W_hat = alpha * T + mu
         drafts.add("aga.output_error", label, {"W": w, "W_hat": W_hat, "C": c})
         drafts.add("aga.output_error_gradient", label, {**grid, "C": c})
         drafts.add("aga.align_grid", label, {"W": w, "T": T, "C": c})
+        drafts.add("aga.align_grid", f"{label}-symmetric", {"W": w, "T": T, "C": c}, symmetric=True)
         drafts.add("aga.align_grid_printed", label, {"W": w, "T": T, "C": c})
     diagonal = np.diag(np.arange(1.0, 8.0))
     for operation in ("align_grid", "align_grid_printed"):
@@ -235,6 +250,9 @@ def _whole_rows(drafts: Drafts) -> None:
         drafts.add("refine.refine", label, start, block_size=size)
         drafts.add("refine.refine", f"{label}-one-round", start, block_size=size, rounds=1)
         drafts.add("refine.refine", f"{label}-grid", start, block_size=size, descent=False)
+        start = start | {"mu": 0 * mu}
+        for operation in ("joint.align_jointly", "refine.refine"):
+            drafts.add(operation, f"{label}-symmetric", start, block_size=size, symmetric=True)
     # Rounding fed forward sees only the block's part of the inverse.
     Hinv = inverse(H)
     for k in (1, 3, 7, 8):

@@ -66,6 +66,7 @@ SLICES = (
             "default": {},
             "hessian-32": {"block_size": 32, "reorder": "hessian"},
             "best-40": {**BEST, "block_size": 40},
+            "best-symmetric-40": {**BEST, "block_size": 40, "shift": "none"},
             "joint-grid-50": {"block_size": 50, "refinement": "grid"},
         },
         ("compensate",),
@@ -144,6 +145,8 @@ def cases(part: Slice, measured: Tensors) -> list[Case]:
     add("aga.output_error_gradient", here, {"W": W, **fitted_grid, "T": T, "C": C})
     add("aga.align_grid", here, {"W": W, "T": T, "C": C})
     add("aga.align_grid_printed", here, {"W": W, "T": T, "C": C})
+    add("atq.build_optimal_grid", f"{here}-symmetric", {"W": W, "T": T}, symmetric=True)
+    add("aga.align_grid", f"{here}-symmetric", {"W": W, "T": T, "C": C}, symmetric=True)
     add("ssr.select_block", here, {"W": W}, k=50)
     add("ssr.block_variance", here, {"W": W}, block_size=64)
     for codec in ("base3", "2bit"):

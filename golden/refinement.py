@@ -41,7 +41,14 @@ def dequantized(T: Array, alpha: Array, mu: Array, block_size: int) -> Array:
 
 
 def align_jointly(
-    kit: Kit, W: Array, T: Array, alpha: Array, mu: Array, H: Array, block_size: int
+    kit: Kit,
+    W: Array,
+    T: Array,
+    alpha: Array,
+    mu: Array,
+    H: Array,
+    block_size: int,
+    symmetric: bool = False,
 ) -> tuple[Array, Array]:
     """Correct the grid of every row by solving with its P H Pᵀ and the ridge, over directions that weigh."""
     residual = W - dequantized(T, alpha, mu, block_size)
@@ -52,6 +59,8 @@ def align_jointly(
         P = kit.numbers(np.vstack([np.where(inside, t, 0), np.where(inside, 1, 0)]).astype(float))
         A = P @ H @ P.T
         weighs = np.flatnonzero(np.diag(A) > 0)
+        if symmetric:
+            weighs = weighs[weighs < blocks]
         if not weighs.size:
             continue
         A = A[np.ix_(weighs, weighs)]
@@ -114,6 +123,7 @@ def refine(
     block_size: int,
     rounds: int = 4,
     descent: bool = True,
+    symmetric: bool = False,
 ) -> tuple[Array, Array, Array, list[Any]]:
     """Alternate joint grid and descent until no trit changes; end with a joint grid if the rounds run out."""
 
@@ -123,7 +133,7 @@ def refine(
     errors = [error()]
     settled = False
     for _ in range(rounds if descent else 0):
-        alpha, mu = align_jointly(kit, W, T, alpha, mu, H, block_size)
+        alpha, mu = align_jointly(kit, W, T, alpha, mu, H, block_size, symmetric)
         errors.append(error())
         moved = descend(kit, W, T, alpha, mu, H, block_size)
         settled, T = bool((moved == T).all()), moved
@@ -131,6 +141,6 @@ def refine(
         if settled:
             break
     if not settled:
-        alpha, mu = align_jointly(kit, W, T, alpha, mu, H, block_size)
+        alpha, mu = align_jointly(kit, W, T, alpha, mu, H, block_size, symmetric)
         errors.append(error())
     return alpha, mu, T, errors

@@ -19,6 +19,7 @@ from golden.refinement import Kit, damped_objective, dequantized, descend, refin
 # Defaults of `reference.types.TernaryConfig`, repeated here; the settings of a case override them.
 DEFAULTS: dict[str, Any] = {
     "block_size": 128,
+    "shift": "free",
     "start": "asymmetric",
     "reorder": "ssr",
     "itf": True,
@@ -45,19 +46,29 @@ def select_block(kit: Kit, W: Array, k: int) -> list[int]:
     return sorted(order[:k])
 
 
-def fit(kit: Kit, W: Array, start: tuple[Array, Array, Array], rounds: int) -> tuple[Any, Any, Any, list]:
+def first(kit: Kit, W: Array, symmetric: bool) -> tuple[Array, Array, Array]:
+    """Where a block starts: Eq. 1-3 with mu = 0, or Eq. 4-5."""
+    if not symmetric:
+        return kit.ternary_init(W)
+    alpha, T = kit.symmetric(W)
+    return alpha, alpha * 0, T
+
+
+def fit(
+    kit: Kit, W: Array, start: tuple[Array, Array, Array], rounds: int, symmetric: bool
+) -> tuple[Any, Any, Any, list]:
     """Loop of Algorithm 1 over all rows at once: Eq. 9 and Eq. 10, until no trit changes."""
     alpha, mu, T = start
     errors = [kit.weight_error(W - alpha * T - mu)]
     for _ in range(rounds):
-        alpha, mu = kit.grid(W, T)
+        alpha, mu = kit.grid(W, T, symmetric)
         errors.append(kit.weight_error(W - alpha * T - mu))
         rounded = kit.round(W, alpha, mu)
         errors.append(kit.weight_error(W - alpha * rounded - mu))
         if (rounded == T).all():
             return alpha, mu, T, errors
         T = rounded
-    alpha, mu = kit.grid(W, T)
+    alpha, mu = kit.grid(W, T, symmetric)
     return alpha, mu, T, [*errors, kit.weight_error(W - alpha * T - mu)]
 
 
@@ -161,8 +172,8 @@ def ternarize(
     if config["refinement"] != "none":
         target, H = W[:, done], damped_objective(kit, C, damping)[np.ix_(done, done)]
         alpha, mu = (np.hstack([f[name] for f in fits]) for name in ("alpha", "mu"))
-        descent = config["refinement"] == "descent"
-        alpha, mu, T, errors = refine(kit, target, T, alpha, mu, H, k, config["rounds"], descent)
+        descent, symmetric = config["refinement"] == "descent", config["shift"] == "none"
+        alpha, mu, T, errors = refine(kit, target, T, alpha, mu, H, k, config["rounds"], descent, symmetric)
         shares = _shares(errors, kit.output_error(target, H))
         stored = _Float16(kit) if config["grid"] == "float16" else _EightBits(kit, W)
         alpha, mu = (
@@ -179,9 +190,12 @@ def ternarize(
     curve = [sum(f["weight"][min(s, len(f["weight"]) - 1)] for f in fits) for s in range(steps)]
     stages = [sum(f["output"][stage] for f in fits) for stage in range(3)]
     error = kit.output_error(W - kit.numbers(W_hat), C)
+    arrays = stored.arrays()
+    if config["shift"] == "none":
+        arrays = {name: array for name, array in arrays.items() if not name.startswith("shift")}
     return {
         "trits": T,
-        **stored.arrays(),
+        **arrays,
         "permutation": np.array(done, dtype=np.int64),
         "weights": W_hat,
         "report.damping": np.array(damping),
@@ -248,20 +262,17 @@ def _fit_block(
     feed_forward: Callable[[Array, Array], Array] | None,
     config: dict[str, Any],
 ) -> dict[str, Any]:
-    if config["start"] == "twn":
-        alpha, T = kit.symmetric(W)
-        mu = alpha * 0
-    else:
-        alpha, mu, T = kit.ternary_init(W)
+    symmetric = config["shift"] == "none"
+    alpha, mu, T = first(kit, W, symmetric or config["start"] == "twn")
     weight = [kit.weight_error(W - alpha * T - mu)]
     output = [kit.output_error(W - alpha * T - mu, C)]
     if config["itf"]:
-        alpha, mu, T, weight = fit(kit, W, (alpha, mu, T), config["max_iterations"])
+        alpha, mu, T, weight = fit(kit, W, (alpha, mu, T), config["max_iterations"], symmetric)
     output.append(kit.output_error(W - alpha * T - mu, C))
 
     def aligned(T: Array) -> Grid:
         if config["aga"] in ("exact", "conditional"):
-            return kit.align(W, T, cost)
+            return kit.align(W, T, cost, symmetric)
         return kit.align_printed(W, T, C) if config["aga"] == "printed" else (alpha, mu)
 
     grid = aligned(T)

@@ -50,11 +50,11 @@ def output_error_gradient(W: Array, alpha: Array, mu: Array, T: Array, C: Array)
 
 
 @twin
-def align_grid(W: Array, T: Array, C: Array) -> tuple[Array, Array]:
+def align_grid(W: Array, T: Array, C: Array, symmetric: bool = False) -> tuple[Array, Array]:
     W = checks.matrix(W, "W")
-    return aligned_grid(W, checks.trits(T, W.shape), checks.gram(C, W.shape[1]))
+    return aligned_grid(W, checks.trits(T, W.shape), checks.gram(C, W.shape[1]), symmetric)
 
 
-def aligned_grid(W: Array, T: Array, C: Array) -> tuple[Array, Array]:
+def aligned_grid(W: Array, T: Array, C: Array, symmetric: bool) -> tuple[Array, Array]:
     """Compute `align_grid` without checking the input."""
-    return align_rows(W, T, T.astype(np.float64) @ C, C.sum(axis=1))
+    return align_rows(W, T, T.astype(np.float64) @ C, C.sum(axis=1), symmetric)

@@ -29,13 +29,16 @@ def weight_error_gradient(W: Array, alpha: Array, mu: Array, T: Array) -> tuple[
 
 
 @twin
-def build_optimal_grid(W: Array, T: Array) -> tuple[Array, Array]:
+def build_optimal_grid(W: Array, T: Array, symmetric: bool = False) -> tuple[Array, Array]:
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape)
     m = W.shape[1]
+    TT1 = abs(T).sum(axis=1, keepdims=True, dtype=np.int64)
+    if symmetric:
+        alpha = (W * T).sum(axis=1, keepdims=True, dtype=np.float64) / xp.maximum(TT1, 1)
+        return alpha, xp.zeros_like(alpha)
     mean = W.mean(axis=1, keepdims=True, dtype=np.float64)
     T1 = T.sum(axis=1, keepdims=True, dtype=np.int64)
-    TT1 = abs(T).sum(axis=1, keepdims=True, dtype=np.int64)
     denominator = m * TT1 - T1**2
     WT1 = ((W - mean) * T).sum(axis=1, keepdims=True)
     alpha = xp.where(denominator == 0, 0.0, m * WT1 / xp.maximum(denominator, 1))
@@ -53,14 +56,19 @@ def flexible_round(W: Array, alpha: Array, mu: Array) -> Array:
 
 @twin
 def iterative_ternary_fitting(
-    W: Array, max_iterations: int = 100, start: tuple[Array, Array, Array] | None = None
+    W: Array,
+    max_iterations: int = 100,
+    start: tuple[Array, Array, Array] | None = None,
+    symmetric: bool = False,
 ) -> tuple[Array, Array, Array, list[float]]:
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
     W = checks.matrix(W, "W")
     if start is not None:
         start = _checked(W, *start)[1:]
-    grids, _, T, errors, steps = fit_rows(W, max_iterations, start)
+        if symmetric and start[1].any():
+            raise ValueError("a symmetric fit must start from mu = 0")
+    grids, _, T, errors, steps = fit_rows(W, max_iterations, start, symmetric, symmetric)
     return grids[:, 2:3], grids[:, 3:4], T, errors.sum(axis=1)[: int(steps.max())].tolist()
 
 

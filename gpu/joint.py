@@ -68,14 +68,14 @@ def residual(W: Array, T: Array, alpha: Array, mu: Array, block_size: int) -> Ar
 
 @twin
 def align_jointly(
-    W: Array, T: Array, alpha: Array, mu: Array, H: Array, block_size: int
+    W: Array, T: Array, alpha: Array, mu: Array, H: Array, block_size: int, symmetric: bool = False
 ) -> tuple[Array, Array]:
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape)
     H = checks.gram(H, W.shape[1], "H")
     alpha, mu = grid_of(alpha, W.shape, block_size, "alpha"), grid_of(mu, W.shape, block_size, "mu")
     g = residual(W, T, alpha, mu, block_size) @ H
-    alpha, mu, _ = corrected(T, g, alpha, mu, H, Ones(H, block_size))
+    alpha, mu, _ = corrected(T, g, alpha, mu, H, Ones(H, block_size, symmetric))
     return alpha, mu
 
 
@@ -86,14 +86,16 @@ class Ones:
     ----------
     block_size : int
         Columns in a block; the last may have fewer.
+    symmetric : bool
+        Whether to correct alpha alone, so that the systems have no rows and columns of mu.
     indicator : (blocks, m) float64
         1 in the columns of each block. Sums over blocks are products with it.
     products : (blocks, m) float64
         Its product with H.
     """
 
-    def __init__(self, H: Array, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self, H: Array, block_size: int, symmetric: bool) -> None:
+        self.block_size, self.symmetric = block_size, symmetric
         self.indicator = spread_grid(xp.eye(-(-len(H) // block_size)), len(H), block_size)
         self.products = self.indicator @ H
 
@@ -123,34 +125,40 @@ def corrected(
         By how much the error falls.
     """
     n, blocks = alpha.shape
-    rows = max(1, SYSTEM_BYTES // (8 * (2 * blocks) ** 2))
-    every = xp.arange(2 * blocks)
-    correction, fall = xp.empty((n, 2 * blocks)), xp.zeros(())
+    unknowns = blocks if ones.symmetric else 2 * blocks
+    rows = max(1, SYSTEM_BYTES // (8 * unknowns**2))
+    every = xp.arange(unknowns)
+    correction, fall = xp.empty((n, unknowns)), xp.zeros(())
     for first in range(0, n, rows):
         some = slice(first, first + rows)
         A = _systems(T[some], H, ones)
-        pull = match_rows(g[some], T[some], 0, ones.block_size), g[some] @ ones.indicator.T
+        pull = match_rows(g[some], T[some], 0, ones.block_size)
+        if not ones.symmetric:
+            pull = xp.concatenate([pull, g[some] @ ones.indicator.T], axis=1)
         diagonal = A[:, every, every]
         weighty = diagonal > 0
-        right = xp.where(weighty, xp.concatenate(pull, axis=1), 0.0)
+        right = xp.where(weighty, pull, 0.0)
         A[:, every, every] = xp.where(weighty, (1 + RIDGE) * diagonal, 1.0)
         x = solve_systems(A, right)
         fall += (x * (right + RIDGE * xp.where(weighty, diagonal, 0.0) * x)).sum(axis=1).sum()
         correction[some] = x
-    return alpha + correction[:, :blocks], mu + correction[:, blocks:], fall
+    return alpha + correction[:, :blocks], mu if ones.symmetric else mu + correction[:, blocks:], fall
 
 
 def _systems(T: Array, H: Array, ones: Ones) -> Array:
-    """Compute P_i H P_i^T of every row, (n, 2 blocks, 2 blocks)."""
+    """Compute P_i H P_i^T of every row, (n, 2 blocks, 2 blocks), or for alpha alone (n, blocks, blocks)."""
     k, blocks = ones.block_size, len(ones.indicator)
-    A = xp.empty((len(T), 2 * blocks, 2 * blocks))
+    unknowns = blocks if ones.symmetric else 2 * blocks
+    A = xp.empty((len(T), unknowns, unknowns))
     for b in range(blocks):
         block = slice(b * k, (b + 1) * k)
         own = T[:, block].astype(np.float64)
         # H is symmetric: columns before the block are those of earlier blocks.
         A[:, b, b:blocks] = match_rows(own @ H[block, b * k :], T, b * k, k)
         A[:, b:blocks, b] = A[:, b, b:blocks]
-        A[:, b, blocks:] = own @ ones.products[:, block].T
-    A[:, blocks:, :blocks] = A[:, :blocks, blocks:].transpose(0, 2, 1)
-    A[:, blocks:, blocks:] = ones.products @ ones.indicator.T
+        if not ones.symmetric:
+            A[:, b, blocks:] = own @ ones.products[:, block].T
+    if not ones.symmetric:
+        A[:, blocks:, :blocks] = A[:, :blocks, blocks:].transpose(0, 2, 1)
+        A[:, blocks:, blocks:] = ones.products @ ones.indicator.T
     return A

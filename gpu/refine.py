@@ -34,6 +34,7 @@ def refine(
     block_size: int,
     rounds: int = 4,
     descent: bool = True,
+    symmetric: bool = False,
 ) -> tuple[Array, Array, Array, list[float]]:
     """The host waits for the device once a round, to see whether a trit has moved."""
     if rounds < 1:
@@ -42,15 +43,15 @@ def refine(
     T = checks.trits(T, W.shape)
     alpha, mu = grid_of(alpha, W.shape, block_size, "alpha"), grid_of(mu, W.shape, block_size, "mu")
     H = checks.gram(H, W.shape[1], "H")
-    return refined(W, T, alpha, mu, H, block_size, rounds if descent else 0)
+    return refined(W, T, alpha, mu, H, block_size, rounds if descent else 0, symmetric)
 
 
 def refined(
-    W: Array, T: Array, alpha: Array, mu: Array, H: Array, block_size: int, rounds: int
+    W: Array, T: Array, alpha: Array, mu: Array, H: Array, block_size: int, rounds: int, symmetric: bool
 ) -> tuple[Array, Array, Array, list[float]]:
     """Compute `refine` without checking the input; 0 rounds leave the trits alone."""
     T = T.copy(order="C")
-    ones = Ones(H, block_size)
+    ones = Ones(H, block_size, symmetric)
     E = residual(W, T, alpha, mu, block_size)
     g = E @ H
     errors = [_product(E, g)]

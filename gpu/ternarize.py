@@ -107,7 +107,7 @@ def ternarize(W: Array, C: Array, config: TernaryConfig = TernaryConfig()) -> Te
     return TernaryMatrix(
         trits=trits,
         scale=scale,
-        shift=shift,
+        shift=None if config.symmetric else shift,
         permutation=permutation,
         block_size=config.block_size,
         report=figures.report(W, W_hat, C, permutation, damping, errors),
@@ -142,7 +142,8 @@ def _refined(
         W, H = W[:, permutation], C[permutation[:, None], permutation]
     H = damp_alive(H, damping)
     W = W.astype(np.float64, copy=False)
-    alpha, mu, trits, errors = refined(W, trits, grids[0], grids[1], H, k, config.rounds if descends else 0)
+    rounds = config.rounds if descends else 0
+    alpha, mu, trits, errors = refined(W, trits, grids[0], grids[1], H, k, rounds, config.symmetric)
     grids = xp.stack([alpha, mu])
     stored = _stored(grids, row)
     alpha, mu = _read_back(grids, row)
@@ -226,17 +227,18 @@ def _fit_block(
     `cost` is the matrix of the quadratic form that AGA minimizes, and L the Cholesky factor of H⁻¹_BB.
     """
     limit = config.max_iterations if config.itf else 0
-    fitted, T0, T, errors, steps = fit_rows(W_B, limit, symmetric=config.start == "twn")
+    twn = config.symmetric or config.start == "twn"
+    fitted, T0, T, errors, steps = fit_rows(W_B, limit, twn=twn, symmetric=config.symmetric)
     alpha, mu = fitted[:, 2:3], fitted[:, 3:4]
     init = residual(W_B, fitted[:, 0:1], fitted[:, 1:2], T0)
     aligned = itf = residual(W_B, alpha, mu, T)
     if config.aga != "none":
-        alpha, mu = aligned_grid(W_B, T, cost)
+        alpha, mu = aligned_grid(W_B, T, cost, config.symmetric)
         aligned = residual(W_B, alpha, mu, T)
     if config.feed_forward and L is not None:
         T = feed_rows(W_B, alpha, mu, L)
         if config.aga != "none":
-            alpha, mu = aligned_grid(W_B, T, cost)
+            alpha, mu = aligned_grid(W_B, T, cost, config.symmetric)
         aligned = residual(W_B, alpha, mu, T)
     # One product serves all three stages.
     E = xp.concatenate([init, itf, aligned])

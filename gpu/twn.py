@@ -10,5 +10,5 @@ from gpu.twin import twin
 
 @twin
 def symmetric_ternarize(W: Array) -> tuple[Array, Array]:
-    grids, T, _, _, _ = fit_rows(checks.matrix(W, "W"), 0, symmetric=True)
+    grids, T, _, _, _ = fit_rows(checks.matrix(W, "W"), 0, twn=True)
     return grids[:, 0:1], T

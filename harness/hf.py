@@ -44,7 +44,7 @@ class TernaryQuantization(QuantizationConfigMixin):
 
     Parameters
     ----------
-    format_version, block_size, grid, modules, unpermuted, shared_inputs, coded, weight_dtype
+    format_version, block_size, grid, symmetric, modules, unpermuted, shared_inputs, coded, weight_dtype
         As `harness.ternary.format` describes.
     dense : bool
         Whether to keep dense weights beside the packed ones; not stored.
@@ -55,6 +55,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         block_size: int = 128,
         grid: str = "float16",
+        symmetric: bool = False,
         modules: list[str] | None = None,
         unpermuted: list[str] | None = None,
         shared_inputs: list[list[str]] | None = None,
@@ -67,6 +68,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         self.format_version = format_version
         self.block_size = block_size
         self.grid = grid
+        self.symmetric = symmetric
         self.modules = modules
         self.unpermuted = unpermuted
         self.shared_inputs = shared_inputs
@@ -226,6 +228,7 @@ def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) 
             name not in stored.unpermuted,
             plain.bias is not None,
             dtype,
+            stored.symmetric,
         )
     layer.bias = plain.bias  # in the dtype of the model
     _put(model, name, layer)

@@ -13,7 +13,7 @@ symbol      shape        meaning
 ``W``       (n, m)       weight matrix: n output rows, m input columns
 ``T``       (n, m)       trits in {-1, 0, +1}, int8
 ``alpha``   (n, 1)       scale of each row
-``mu``      (n, 1)       shift of each row; the grid of row i is {mu-alpha, mu, mu+alpha}
+``mu``      (n, 1)       shift of each row; the grid of row i is {mu-alpha, mu, mu+alpha}; 0 if symmetric
 ``W_hat``   (n, m)       dequantized weights, ``alpha * T + mu``
 ``X``       (tokens, m)  calibration inputs of the layer
 ``C``       (m, m)       Gram matrix of the inputs, XᵀX (what Eq. 13 calls S)

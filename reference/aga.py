@@ -78,7 +78,7 @@ def output_error_gradient(
     return 2 * (residual * T).sum(axis=1, keepdims=True), 2 * residual.sum(axis=1, keepdims=True)
 
 
-def align_grid(W: ArrayLike, T: ArrayLike, C: ArrayLike) -> tuple[Floats, Floats]:
+def align_grid(W: ArrayLike, T: ArrayLike, C: ArrayLike, symmetric: bool = False) -> tuple[Floats, Floats]:
     r"""The grid that minimizes E_x for fixed trits: the exact solution of Eq. 12 (AGA).
 
     C is taken to be positive semidefinite, as Gram matrices are.
@@ -91,6 +91,8 @@ def align_grid(W: ArrayLike, T: ArrayLike, C: ArrayLike) -> tuple[Floats, Floats
         Trits.
     C : (m, m) array_like
         Gram matrix of the inputs.
+    symmetric : bool
+        Whether mu is 0.
 
     Returns
     -------
@@ -115,15 +117,22 @@ def align_grid(W: ArrayLike, T: ArrayLike, C: ArrayLike) -> tuple[Floats, Floats
     It is solved for the correction of Eq. 9's grid, which keeps digits and settles the rows where
     it is singular (equal trits, rank-deficient C): there the correction of least norm is taken,
     eigenvalues below `SINGULAR` of the larger one being zero.
+
+    With mu = 0 one equation is left, :math:`t C t^T \alpha = w C t^T`. Where :math:`t C t^T = 0` (trits of 0,
+    or of inputs that are never seen), alpha stays that of Eq. 9.
     """
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape)
     C = checks.gram(C, W.shape[1])
-    alpha, mu = build_optimal_grid(W, T)
+    alpha, mu = build_optimal_grid(W, T, symmetric)
 
-    C1 = C.sum(axis=1)
     TC = T @ C
     residual = W - (alpha * T + mu)
+    if symmetric:
+        weight = (TC * T).sum(axis=1, keepdims=True)
+        pull = (TC * residual).sum(axis=1, keepdims=True)
+        return alpha + np.divide(pull, weight, out=np.zeros_like(pull), where=weight > 0), mu
+    C1 = C.sum(axis=1)
     system = np.empty((W.shape[0], 2, 2))
     system[:, 0, 0] = (TC * T).sum(axis=1)
     system[:, 0, 1] = system[:, 1, 0] = T @ C1

@@ -87,7 +87,7 @@ def weight_error_gradient(
     return 2 * (residual * T).sum(axis=1, keepdims=True), 2 * residual.sum(axis=1, keepdims=True)
 
 
-def build_optimal_grid(W: ArrayLike, T: ArrayLike) -> tuple[Floats, Floats]:
+def build_optimal_grid(W: ArrayLike, T: ArrayLike, symmetric: bool = False) -> tuple[Floats, Floats]:
     r"""The grid that minimizes E_w for fixed trits: the solution of Eq. 8 in closed form (Eq. 9).
 
     Parameters
@@ -96,11 +96,14 @@ def build_optimal_grid(W: ArrayLike, T: ArrayLike) -> tuple[Floats, Floats]:
         Weights.
     T : (n, m) array_like
         Trits.
+    symmetric : bool
+        Whether mu is 0.
 
     Returns
     -------
     alpha, mu : (n, 1) float64
-        A row whose trits are all equal determines no scale: alpha is 0 and mu the mean.
+        A row whose trits are all equal determines no scale: alpha is 0 and mu the mean. If mu is 0, that is
+        so only where all trits are 0.
 
     Raises
     ------
@@ -117,13 +120,19 @@ def build_optimal_grid(W: ArrayLike, T: ArrayLike) -> tuple[Floats, Floats]:
 
     Neither changes when the same constant is added to W and taken from mu. W is centred first, as
     the printed differences lose all their digits where the mean is large beside the spread.
+
+    With mu = 0 the minimum of Eq. 8 is the scale of Eq. 1-3 for these trits,
+    :math:`\alpha = (W \circ T)1 / (T \circ T)1`.
     """
     W = checks.matrix(W, "W")
     T = checks.trits(T, W.shape)
     m = W.shape[1]
+    TT1 = np.abs(T).sum(axis=1, keepdims=True, dtype=np.int64)
+    if symmetric:
+        alpha = (W * T).sum(axis=1, keepdims=True) / np.maximum(TT1, 1)
+        return alpha, np.zeros_like(alpha)
     mean = W.mean(axis=1, keepdims=True)
     T1 = T.sum(axis=1, keepdims=True, dtype=np.int64)
-    TT1 = np.abs(T).sum(axis=1, keepdims=True, dtype=np.int64)
     denominator = m * TT1 - T1**2  # integers: 0 exactly where the trits of the row are all equal
     WT1 = ((W - mean) * T).sum(axis=1, keepdims=True)
     alpha = np.where(denominator == 0, 0.0, m * WT1 / np.maximum(denominator, 1))
@@ -165,6 +174,7 @@ def iterative_ternary_fitting(
     W: ArrayLike,
     max_iterations: int = 100,
     start: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+    symmetric: bool = False,
 ) -> tuple[Floats, Floats, Trits, list[float]]:
     """Alternate Eq. 9 and Eq. 10 until the trits stop changing (ITF, Algorithm 1).
 
@@ -175,7 +185,9 @@ def iterative_ternary_fitting(
     max_iterations : int
         Most rounds of grid and rounding.
     start : (alpha, mu, T), optional
-        Where to begin; `ternary_init(W)` if left out.
+        Where to begin; if left out `ternary_init(W)`, or with mu = 0 `reference.twn.symmetric_ternarize(W)`.
+    symmetric : bool
+        Whether mu is 0.
 
     Returns
     -------
@@ -190,7 +202,8 @@ def iterative_ternary_fitting(
     Raises
     ------
     ValueError
-        If shapes do not fit, a value is not finite, or max_iterations is not positive.
+        If shapes do not fit, a value is not finite, max_iterations is not positive, or `symmetric` is asked
+        for and a mu of `start` is not 0.
 
     Notes
     -----
@@ -201,14 +214,19 @@ def iterative_ternary_fitting(
     """
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    if start is None and symmetric:
+        scale, trits = symmetric_ternarize(W)
+        start = scale, np.zeros_like(scale), trits
     W, alpha, mu, T = _checked(W, *(start or ternary_init(W)))
+    if symmetric and mu.any():
+        raise ValueError("a symmetric fit must start from mu = 0")
     alpha, mu, T = alpha.copy(), mu.copy(), T.copy()
 
     row_errors = _row_errors(W, alpha, mu, T)
     errors = [float(row_errors.sum())]
 
     def refit(rows: np.ndarray) -> None:
-        alpha[rows], mu[rows] = build_optimal_grid(W[rows], T[rows])
+        alpha[rows], mu[rows] = build_optimal_grid(W[rows], T[rows], symmetric)
         record(rows)
 
     def record(rows: np.ndarray) -> None:

@@ -89,7 +89,13 @@ def spread(grid: ArrayLike, columns: int, block_size: int) -> Floats:
 
 
 def align_jointly(
-    W: ArrayLike, T: ArrayLike, alpha: ArrayLike, mu: ArrayLike, H: ArrayLike, block_size: int
+    W: ArrayLike,
+    T: ArrayLike,
+    alpha: ArrayLike,
+    mu: ArrayLike,
+    H: ArrayLike,
+    block_size: int,
+    symmetric: bool = False,
 ) -> tuple[Floats, Floats]:
     r"""Correct alpha and mu of all blocks of every row towards the least `whole_error` for fixed trits.
 
@@ -105,6 +111,8 @@ def align_jointly(
         As for `whole_error`.
     block_size : int
         Columns in a block; the last may have fewer.
+    symmetric : bool
+        Whether to correct alpha alone, and leave mu as it is.
 
     Returns
     -------
@@ -124,6 +132,8 @@ def align_jointly(
     (:math:`\rho` = `RIDGE`) shortens the correction, so the error falls by
     :math:`x^T (A_i + 2 \rho\,\mathrm{diag} A_i)\,x`, and it never rises. Calls repeated reach dense least
     squares.
+
+    For alpha alone, :math:`P_i` has no rows :math:`1_b`.
     """
     W = checks.matrix(W, "W")
     rows, columns = W.shape
@@ -147,10 +157,12 @@ def align_jointly(
     A[:, blocks:, :blocks] = A[:, :blocks, blocks:].transpose(0, 2, 1)
     A[:, blocks:, blocks:] = of_ones
     right = np.hstack([np.add.reduceat(pull * T, starts, axis=1), np.add.reduceat(pull, starts, axis=1)])
+    if symmetric:
+        A, right = A[:, :blocks, :blocks], right[:, :blocks]
 
-    i = np.arange(2 * blocks)
+    i = np.arange(A.shape[1])
     diagonal = A[:, i, i]
     # No error depends on a direction without weight: all trits 0, or a block of dead inputs.
     A[:, i, i] = np.where(diagonal > 0, (1 + RIDGE) * diagonal, 1.0)
     correction = np.linalg.solve(A, np.where(diagonal > 0, right, 0.0)[..., None])[..., 0]
-    return alpha + correction[:, :blocks], mu + correction[:, blocks:]
+    return alpha + correction[:, :blocks], mu if symmetric else mu + correction[:, blocks:]

@@ -12,6 +12,8 @@ A linear layer NAME with weights (n, m) in blocks of k columns is stored as thes
                       ``NAME.row_factor`` (n,) and ``NAME.scale_factor``, ``NAME.shift_factor``
                       (ceil(m / k),) in float16: alpha of row i in block b is
                       ``float32(row_factor[i]) * float32(scale_factor[b]) * scale[i, b]``.
+                      If the model is ``symmetric``, ``NAME.shift`` and ``NAME.shift_factor`` are left out,
+                      and every mu is +0.
 ``NAME.permutation``  (m,), the smallest of uint8, uint16, uint32 that holds m - 1: trit j of a row
                       belongs to column ``permutation[j]``. Left out where it is the identity, and
                       NAME is then listed as ``unpermuted`` in the model's configuration.

@@ -20,6 +20,7 @@ def refine(
     block_size: int,
     rounds: int = 4,
     descent: bool = True,
+    symmetric: bool = False,
 ) -> tuple[Floats, Floats, Trits, list[float]]:
     """Alternate `align_jointly` and `descend` until no trit changes, and end with a grid.
 
@@ -39,6 +40,8 @@ def refine(
         Most rounds.
     descent : bool
         Whether trits move; without it, one joint grid is all there is to do.
+    symmetric : bool
+        Whether to correct alpha alone, and leave mu as it is.
 
     Returns
     -------
@@ -68,7 +71,7 @@ def refine(
 
     errors = [error()]
     for _ in range(rounds if descent else 0):
-        grid = align_jointly(W, trits, *grid, H, block_size)
+        grid = align_jointly(W, trits, *grid, H, block_size, symmetric)
         errors.append(error())
         moved = descend(W, trits, *grid, H, block_size)
         unchanged = np.array_equal(moved, trits)
@@ -76,5 +79,5 @@ def refine(
         errors.append(error())
         if unchanged:
             return *grid, trits, errors
-    grid = align_jointly(W, trits, *grid, H, block_size)
+    grid = align_jointly(W, trits, *grid, H, block_size, symmetric)
     return *grid, trits, [*errors, error()]

@@ -59,6 +59,8 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
 
     A refinement begins from the grid before it is rounded. After the last joint grid alpha and mu are rounded
     to what is stored, and the descent runs once more on what that gives.
+
+    Without a shift, mu is 0 in every step, and the result has none.
     """
     W = checks.matrix(W, "W")
     C = checks.gram(C, W.shape[1])
@@ -108,7 +110,9 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
         k, descends = config.block_size, config.refinement == "descent"
         H = damped_objective(C, damping)[np.ix_(order, order)]
         alpha, mu = np.hstack([fit.alpha for fit in fits]), np.hstack([fit.mu for fit in fits])
-        alpha, mu, trits, errors = refine(W[:, order], trits, alpha, mu, H, k, config.rounds, descends)
+        alpha, mu, trits, errors = refine(
+            W[:, order], trits, alpha, mu, H, k, config.rounds, descends, config.symmetric
+        )
         scale, shift = Stored("scale", row), Stored("shift", row)
         alpha = np.hstack([scale.add(column) for column in np.hsplit(alpha, len(fits))])
         mu = np.hstack([shift.add(column) for column in np.hsplit(mu, len(fits))])
@@ -120,7 +124,7 @@ def ternarize(W: ArrayLike, C: ArrayLike, config: TernaryConfig = TernaryConfig(
     result = TernaryMatrix(
         trits=trits,
         scale=scale.grid(),
-        shift=shift.grid(),
+        shift=None if config.symmetric else shift.grid(),
         permutation=order,
         block_size=config.block_size,
     )
@@ -141,7 +145,7 @@ class _BlockFit:
 
 def _fit_block(W_B: Floats, C_BB: Floats, Hinv_BB: Floats | None, config: TernaryConfig) -> _BlockFit:
     """Algorithm 1 on one block, and its trits fed forward."""
-    if config.start == "twn":
+    if config.start == "twn" or config.symmetric:
         alpha, T = symmetric_ternarize(W_B)
         mu = np.zeros_like(alpha)
     else:
@@ -150,7 +154,7 @@ def _fit_block(W_B: Floats, C_BB: Floats, Hinv_BB: Floats | None, config: Ternar
     fit.output_errors["init"] = output_error(W_B, alpha * T + mu, C_BB)
     if config.itf:
         fit.alpha, fit.mu, fit.T, fit.weight_errors = iterative_ternary_fitting(
-            W_B, config.max_iterations, (alpha, mu, T)
+            W_B, config.max_iterations, (alpha, mu, T), config.symmetric
         )
     fit.output_errors["itf"] = output_error(W_B, fit.alpha * fit.T + fit.mu, C_BB)
     cost = C_BB
@@ -159,7 +163,7 @@ def _fit_block(W_B: Floats, C_BB: Floats, Hinv_BB: Floats | None, config: Ternar
 
     def align() -> None:
         if config.aga in ("exact", "conditional"):
-            fit.alpha, fit.mu = align_grid(W_B, fit.T, cost)
+            fit.alpha, fit.mu = align_grid(W_B, fit.T, cost, config.symmetric)
         elif config.aga == "printed":
             fit.alpha, fit.mu = align_grid_printed(W_B, fit.T, C_BB)
 

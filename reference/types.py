@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 STARTS = ("asymmetric", "twn")
+SHIFTS = ("free", "none")
 REORDERINGS = ("none", "random", "hessian", "ssr")
 ALIGNMENTS = ("none", "exact", "printed", "conditional")
 REFINEMENTS = ("none", "grid", "descent")
@@ -31,7 +32,7 @@ class TernaryConfig:
     block_size : int
         Columns that share a scale and a shift in each row (k).
     start : {"asymmetric", "twn"}
-        First grid and trits of a block: Eq. 4-5, or Eq. 1-3 with mu = 0.
+        First grid and trits of a block: Eq. 4-5, or Eq. 1-3 with mu = 0. Without a shift both are Eq. 1-3.
     reorder : {"none", "random", "hessian", "ssr"}
         Order of the columns: as they are, shuffled, by falling diagonal of C, or Eq. 16.
     itf : bool
@@ -58,6 +59,9 @@ class TernaryConfig:
         coordinate descent on the trits.
     rounds : int
         Most rounds of the refinement.
+    shift : {"free", "none"}
+        Whether mu is fitted, or 0 throughout and not stored: symmetric ternarization, for runtimes that hold
+        ``alpha * t`` alone.
     """
 
     block_size: int = 128
@@ -73,6 +77,7 @@ class TernaryConfig:
     feed_forward: bool = False
     refinement: str = "none"
     rounds: int = 4
+    shift: str = "free"
 
     def __post_init__(self) -> None:
         choices = (
@@ -81,6 +86,7 @@ class TernaryConfig:
             ("aga", ALIGNMENTS),
             ("refinement", REFINEMENTS),
             ("grid", GRIDS),
+            ("shift", SHIFTS),
         )
         for name, known in choices:
             if getattr(self, name) not in known:
@@ -92,6 +98,13 @@ class TernaryConfig:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"damping must be finite and not negative, got {self.damping}")
+        if self.symmetric and self.aga == "printed":
+            raise ValueError("Eq. 13 as printed fits a shift; take another aga, or shift='free'")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether mu is 0 throughout."""
+        return self.shift == "none"
 
 
 # The best known at these bits: no column order, more damping, and every step that the paper does not have.
@@ -174,8 +187,10 @@ class TernaryMatrix:
     ----------
     trits : (n, m) int8
         -1, 0 and +1; columns in quantization order.
-    scale, shift : (n, blocks) float16, or CodedGrid
-        alpha and mu of every block of `block_size` columns; the last block may have fewer.
+    scale : (n, blocks) float16, or CodedGrid
+        alpha of every block of `block_size` columns; the last block may have fewer.
+    shift : (n, blocks) float16, or CodedGrid, or None
+        mu of every block; None if all are 0 and not stored.
     permutation : (m,) intp
         ``trits[:, j]`` belongs to column ``permutation[j]`` of the original matrix.
     block_size : int
@@ -192,7 +207,10 @@ class TernaryMatrix:
     report: FitReport | None = None
 
     def dequantize(self) -> Any:
-        """``float32(alpha) * t + float32(mu)``, as (n, m) float32 in the original column order."""
+        """``float32(alpha) * t + float32(mu)``, as (n, m) float32 in the original column order.
+
+        Without a shift mu is +0, so no weight is -0.
+        """
         n, m = self.trits.shape
 
         def every_column(grid: Any) -> Any:
@@ -201,8 +219,8 @@ class TernaryMatrix:
             spread = np.broadcast_to(blocks[:, :, None], (*blocks.shape, self.block_size))
             return spread.reshape(n, -1)[:, :m]
 
-        alpha, mu = every_column(self.scale), every_column(self.shift)
-        ordered = alpha * self.trits + mu
+        mu = np.float32(0) if self.shift is None else every_column(self.shift)
+        ordered = every_column(self.scale) * self.trits + mu
         W_hat = np.empty_like(ordered)
         W_hat[:, self.permutation] = ordered
         return W_hat

@@ -24,8 +24,8 @@ def _build(target: Target) -> Any:
     total, optimal_grid = target.total, target.optimal_grid
 
     @target.jit
-    def align_row(W, T, TC, C1, grids, row, partial, lane, lanes):
-        alpha, mu = optimal_grid(W, T, row, partial, lane, lanes)
+    def align_row(W, T, TC, C1, symmetric, grids, row, partial, lane, lanes):
+        alpha, mu = optimal_grid(W, T, row, symmetric, partial, lane, lanes)
         a = 0.0
         b = 0.0
         c = 0.0
@@ -45,6 +45,11 @@ def _build(target: Target) -> Any:
         right_alpha = total(partial, lane, lanes, right_alpha)
         right_mu = total(partial, lane, lanes, right_mu)
 
+        if symmetric:
+            if lane == 0:
+                grids[row, 0] = alpha + (right_alpha / a if a > 0.0 else 0.0)
+                grids[row, 1] = mu
+            return
         eigenvalue = (a + c) / 2 + math.hypot((a - c) / 2, b)
         divisor = a * c - b * b
         if abs(divisor) <= SINGULAR * eigenvalue * eigenvalue:
@@ -67,22 +72,24 @@ if CPU is not None:
     _align_row_cpu = _build(CPU)
 
     @njit
-    def _align_rows_cpu(W, T, TC, C1, grids, partial):
+    def _align_rows_cpu(W, T, TC, C1, symmetric, grids, partial):
         for row in range(W.shape[0]):
-            _align_row_cpu(W, T, TC, C1, grids, row, partial, 0, 1)
+            _align_row_cpu(W, T, TC, C1, symmetric, grids, row, partial, 0, 1)
 
 
 _align_row = _build(CUDA)
 
 
 @cuda.jit
-def align_rows_kernel(W, T, TC, C1, grids):
+def align_rows_kernel(W, T, TC, C1, symmetric, grids):
     """One row per CUDA block; see `align_rows` for the arguments."""
     partial = cuda.shared.array(LANES, float64)
-    _align_row(W, T, TC, C1, grids, cuda.blockIdx.x, partial, cuda.threadIdx.x, LANES)
+    _align_row(W, T, TC, C1, symmetric, grids, cuda.blockIdx.x, partial, cuda.threadIdx.x, LANES)
 
 
-def align_rows(W: Array, T: Array, TC: Array, C1: Array, simulate: bool = False) -> tuple[Array, Array]:
+def align_rows(
+    W: Array, T: Array, TC: Array, C1: Array, symmetric: bool = False, simulate: bool = False
+) -> tuple[Array, Array]:
     """Compute the grid of every row that minimizes E_x for fixed trits (Eq. 12), as a correction of Eq. 9's.
 
     Parameters
@@ -95,6 +102,8 @@ def align_rows(W: Array, T: Array, TC: Array, C1: Array, simulate: bool = False)
         Trits times the Gram matrix.
     C1 : (k,) float64
         Row sums of the Gram matrix.
+    symmetric : bool
+        Keep mu = 0.
     simulate : bool
         In the stand-in, run the CUDA kernel in Numba's simulator instead of its body on the CPU.
 
@@ -104,7 +113,7 @@ def align_rows(W: Array, T: Array, TC: Array, C1: Array, simulate: bool = False)
         If the system is singular, the correction of least norm.
     """
     grids = xp.empty((W.shape[0], 2))
-    arguments = (*(xp.ascontiguousarray(array) for array in (W, T, TC, C1)), grids)
+    arguments = (*(xp.ascontiguousarray(array) for array in (W, T, TC, C1)), symmetric, grids)
     if STANDIN and not simulate:
         _align_rows_cpu(*arguments, xp.empty(1))
     else:

@@ -30,10 +30,10 @@ def _build(target: Target) -> Any:
         return error
 
     @jit
-    def initialize(W, T, row, symmetric, partial, lane, lanes):
+    def initialize(W, T, row, twn, partial, lane, lanes):
         m = W.shape[1]
         mu = 0.0
-        if not symmetric:  # Eq. 4
+        if not twn:  # Eq. 4
             mean = 0.0
             for j in range(lane, m, lanes):
                 mean += np.float64(W[row, j])
@@ -69,11 +69,11 @@ def _build(target: Target) -> Any:
         return total(partial, lane, lanes, changed) != 0.0
 
     @jit
-    def fit_row(W, start, symmetric, limit, grids, T0, T, errors, steps, row, partial, lane, lanes):
+    def fit_row(W, start, twn, symmetric, limit, grids, T0, T, errors, steps, row, partial, lane, lanes):
         if start:
             alpha, mu = grids[row, 0], grids[row, 1]
         else:
-            alpha, mu = initialize(W, T0, row, symmetric, partial, lane, lanes)
+            alpha, mu = initialize(W, T0, row, twn, partial, lane, lanes)
             if lane == 0:
                 grids[row, 0] = alpha
                 grids[row, 1] = mu
@@ -84,14 +84,14 @@ def _build(target: Target) -> Any:
         changed = True
         rounds = 0
         while changed and rounds < limit:
-            alpha, mu = build_optimal_grid(W, T, row, partial, lane, lanes)
+            alpha, mu = build_optimal_grid(W, T, row, symmetric, partial, lane, lanes)
             record(W, T, row, alpha, mu, errors, step, partial, lane, lanes)
             changed = flexible_round(W, T, row, alpha, mu, partial, lane, lanes)
             error = record(W, T, row, alpha, mu, errors, step + 1, partial, lane, lanes)
             step += 2
             rounds += 1
         if changed and limit > 0:  # stopped by the limit: recompute the grid for the last trits
-            alpha, mu = build_optimal_grid(W, T, row, partial, lane, lanes)
+            alpha, mu = build_optimal_grid(W, T, row, symmetric, partial, lane, lanes)
             error = record(W, T, row, alpha, mu, errors, step, partial, lane, lanes)
             step += 1
         if lane == 0:
@@ -108,21 +108,22 @@ if CPU is not None:
     _fit_row_cpu = _build(CPU)
 
     @njit
-    def _fit_rows_cpu(W, start, symmetric, limit, grids, T0, T, errors, steps, partial):
+    def _fit_rows_cpu(W, start, twn, symmetric, limit, grids, T0, T, errors, steps, partial):
         for row in range(W.shape[0]):
-            _fit_row_cpu(W, start, symmetric, limit, grids, T0, T, errors, steps, row, partial, 0, 1)
+            _fit_row_cpu(W, start, twn, symmetric, limit, grids, T0, T, errors, steps, row, partial, 0, 1)
 
 
 _fit_row = _build(CUDA)
 
 
 @cuda.jit
-def fit_rows_kernel(W, start, symmetric, limit, grids, T0, T, errors, steps):
+def fit_rows_kernel(W, start, twn, symmetric, limit, grids, T0, T, errors, steps):
     """One row per CUDA block; see `fit_rows` for the arguments."""
     partial = cuda.shared.array(LANES, float64)
     _fit_row(
         W,
         start,
+        twn,
         symmetric,
         limit,
         grids,
@@ -141,6 +142,7 @@ def fit_rows(
     W: Array,
     limit: int,
     start: tuple[Array, Array, Array] | None = None,
+    twn: bool = False,
     symmetric: bool = False,
     simulate: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
@@ -154,8 +156,10 @@ def fit_rows(
         Maximum rounds of ITF; 0 for the initialization alone.
     start : (alpha, mu, T), optional
         Initial (n, 1) grids and (n, k) trits, instead of the initialization.
-    symmetric : bool
+    twn : bool
         Initialize by Eq. 1-3 with mu = 0 instead of Eq. 4-5.
+    symmetric : bool
+        Keep mu = 0 after the start, which must have it too.
     simulate : bool
         In the stand-in, run the CUDA kernel in Numba's simulator instead of its body on the CPU.
 
@@ -176,7 +180,8 @@ def fit_rows(
     errors, steps = xp.empty((2 * limit + 2, n)), xp.empty(n, xp.int32)
     if start is not None:
         grids[:, 0:1], grids[:, 1:2], T0[:] = start
-    arguments = (xp.ascontiguousarray(W), start is not None, symmetric, limit, grids, T0, T, errors, steps)
+    flags = start is not None, twn, symmetric
+    arguments = (xp.ascontiguousarray(W), *flags, limit, grids, T0, T, errors, steps)
     if STANDIN and not simulate:
         _fit_rows_cpu(*arguments, xp.empty(1))
     else:

@@ -30,7 +30,7 @@ class Target(NamedTuple):
     barrier: Any
     total: Any  # the sum over all lanes
     least: Any  # the least integer of all lanes
-    optimal_grid: Any  # alpha and mu of a row by Eq. 9
+    optimal_grid: Any  # alpha and mu of a row by Eq. 9, or alpha alone
     nearest: Any  # the trit of a weight by Eq. 10
 
 
@@ -56,7 +56,7 @@ def _target(jit: Callable[..., Any], barrier: Any) -> Target:
         return result
 
     @jit
-    def optimal_grid(W, T, row, partial, lane, lanes):
+    def optimal_grid(W, T, row, symmetric, partial, lane, lanes):
         m = W.shape[1]
         weights = 0.0
         t1 = 0.0
@@ -68,10 +68,14 @@ def _target(jit: Callable[..., Any], barrier: Any) -> Target:
         mean = total(partial, lane, lanes, weights) / m
         t1 = total(partial, lane, lanes, t1)
         tt1 = total(partial, lane, lanes, tt1)
+        if symmetric:
+            mean = 0.0
         wt1 = 0.0
         for j in range(lane, m, lanes):
             wt1 += (np.float64(W[row, j]) - mean) * T[row, j]
         wt1 = total(partial, lane, lanes, wt1)
+        if symmetric:
+            return wt1 / max(tt1, 1.0), 0.0
         denominator = m * tt1 - t1 * t1  # sums of small integers, exact
         alpha = 0.0
         if denominator != 0.0:

@@ -103,7 +103,8 @@ def fill(module: nn.Module) -> None:
         used = m - 5 * (module.trits.shape[1] - 1)
         module.trits[:, -1] = module.trits[:, -1] % 3**used + (3**5 - 3**used) // 2
         module.scale.fill_(m**-0.5)
-        module.shift.normal_(std=0.1 * m**-0.5)
+        if module.shift is not None:
+            module.shift.normal_(std=0.1 * m**-0.5)
         if module.permutation is not None:
             module.permutation.copy_(torch.randperm(m, device=module.trits.device))
         module.keep_dense(module.trits.device.type == "cpu")

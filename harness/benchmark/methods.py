@@ -84,6 +84,10 @@ METHODS: dict[str, Method] = {
     "best-32": _best("best, blocks of 32", block_size=32),
     "best-128": _best("best, blocks of 128", block_size=128),
     "best-256": _best("best, blocks of 256", block_size=256),
+    **{
+        f"best-symmetric-{k}": _best(f"best, mu = 0, blocks of {k}", block_size=k, shift="none")
+        for k in (64, 128, 256)
+    },
     "gptq-2bit-best-targets": Method(
         f"{_GPTQ_BEST} with the targets of best",
         _GPTQ_BEST,

@@ -16,6 +16,7 @@ import torch
 from harness.calibration.methods import FitError
 from harness.models.decoder import DecoderLayers
 from reference.atq import ternary_init
+from reference.twn import symmetric_ternarize
 from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
 # Four of float16's least steps: rounding moves a smaller alpha by more than an eighth.
@@ -61,15 +62,17 @@ def _vanishes(W: np.ndarray, config: TernaryConfig) -> bool:
     """Whether all that is stored rounds to 0, judged by the start of the fit in the order of the columns."""
     if config.grid == "int8":
         return not np.sqrt(np.square(W).mean(axis=1)).astype(np.float16).any()
-    starts = (ternary_init(W[:, i : i + config.block_size]) for i in range(0, W.shape[1], config.block_size))
-    return not any(part.astype(np.float16).any() for alpha, mu, _ in starts for part in (alpha, mu))
+    start = symmetric_ternarize if config.symmetric else ternary_init
+    starts = (start(W[:, i : i + config.block_size]) for i in range(0, W.shape[1], config.block_size))
+    return not any(part.astype(np.float16).any() for *grid, _ in starts for part in grid)
 
 
 def lost_share(name: str, weight: torch.Tensor, gram: torch.Tensor, matrix: TernaryMatrix) -> float:
     """Return the share of blocks of rows whose weights are lost because alpha (or mu) is too small.
 
     A block is lost if its weights differ but its alpha is 0, or in float16 less than `COARSE`; or if its
-    weights are all the same but alpha and mu are 0. Weights of dead inputs count as 0.
+    weights are all the same but alpha and mu are 0. Without a shift it is lost if any weight is not 0 but
+    alpha is too small. Weights of dead inputs count as 0.
 
     Raises
     ------
@@ -82,11 +85,14 @@ def lost_share(name: str, weight: torch.Tensor, gram: torch.Tensor, matrix: Tern
     # Repeat the last column, which changes neither extreme.
     ordered = torch.cat([ordered, ordered[:, -1:].expand(-1, filled)], dim=1)
     low, high = ordered.unflatten(1, (-1, matrix.block_size)).aminmax(dim=2)
-    alpha, mu = (_values(grid).abs() for grid in (matrix.scale, matrix.shift))
+    alpha = _values(matrix.scale).abs()
+    mu = torch.zeros_like(alpha) if matrix.shift is None else _values(matrix.shift).abs()
     if not alpha.any() and not mu.any() and live.any():
         raise vanished(name, float(live.abs().max()))
     least = 0.0 if isinstance(matrix.scale, CodedGrid) else COARSE
     small = (alpha == 0) | (alpha < least)
+    if matrix.shift is None:
+        return float((small & ((low != 0) | (high != 0))).double().mean())
     constant = low == high
     lost = torch.where(constant, (low != 0) & (alpha == 0) & (mu == 0), small)
     return float(lost.double().mean())

@@ -73,11 +73,11 @@ class Weights(NamedTuple):
     ----------
     codes : uint8 array
         For every piece and row, the bytes of its trits; and `lanes.word`'s eight more.
-    grid : (blocks, n, 2) int8 or uint16 array
-        alpha and mu: codes, or the bits of float16.
+    grid : (blocks, n, 1 or 2) int8 or uint16 array
+        alpha, and mu unless it is 0: codes, or the bits of float16.
     row_factors : (n,) uint16 array
         Bits of float16: what the numbers of a row are to be multiplied by. Empty for 1.
-    block_factors : (matrices, blocks, 2) uint16 array
+    block_factors : (matrices, blocks, 1 or 2) uint16 array
         The same for alpha and mu of a block.
     ends : (matrices,) int64 array
         End row of every matrix.
@@ -115,7 +115,7 @@ def multiply(x: Any, weights: Weights, y: Any, begin: int, end: int) -> None:
 @_compiled
 def _multiply(x: Any, weights: Any, y: Any, tables: Any, low: Any, high: Any, begin: int, end: int) -> None:
     codes, pieces = weights.codes, weights.pieces
-    rows = weights.grid.shape[1]
+    rows, shifted = weights.grid.shape[1], weights.grid.shape[2] == 2
     bundles = len(y) // rows
     columns = len(x) // bundles
     coded = len(weights.row_factors) > 0
@@ -135,6 +135,7 @@ def _multiply(x: Any, weights: Any, y: Any, tables: Any, low: Any, high: Any, be
                 of_alpha, of_mu = np.float32(1), total
                 if coded:
                     of_alpha = number(weights.block_factors[matrix, block, 0])
+                if coded and shifted:
                     of_mu = scaled(total, number(weights.block_factors[matrix, block, 1]))
                 for i in range(max(begin, matrix_begin), min(end, matrix_end)):
                     at = start + i * groups
@@ -145,8 +146,9 @@ def _multiply(x: Any, weights: Any, y: Any, tables: Any, low: Any, high: Any, be
                         picked = zero(tables)
                         for g in range(groups):
                             picked = _pick(tables, g, 1, word(codes, at + g), picked)
-                    by_alpha = scaled(scaled(picked, of_alpha), number(pairs[i, 0]))
-                    change = add(by_alpha, scaled(of_mu, number(pairs[i, 1])))
+                    change = scaled(scaled(picked, of_alpha), number(pairs[i, 0]))
+                    if shifted:
+                        change = add(change, scaled(of_mu, number(pairs[i, 1])))
                     store(y, here + i, add(load(y, here + i), change))
                 matrix_begin = matrix_end
     if coded:

@@ -25,6 +25,7 @@ def refine(
     block_size: int,
     rounds: int = 4,
     descent: bool = True,
+    symmetric: bool = False,
 ) -> tuple[Floats, Floats, Trits, list[float]]:
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -33,23 +34,31 @@ def refine(
     H = checks.gram(H, W.shape[1], "H")
     alpha = checks.blocks(alpha, W.shape, block_size, "alpha")
     mu = checks.blocks(mu, W.shape, block_size, "mu")
-    return refined(W, W @ H, T, alpha, mu, H, block_size, rounds if descent else 0)
+    return refined(W, W @ H, T, alpha, mu, H, block_size, rounds if descent else 0, symmetric)
 
 
 def refined(
-    W: Any, WH: Any, T: Trits, alpha: Floats, mu: Floats, H: Any, block_size: int, rounds: int
+    W: Any,
+    WH: Any,
+    T: Trits,
+    alpha: Floats,
+    mu: Floats,
+    H: Any,
+    block_size: int,
+    rounds: int,
+    symmetric: bool,
 ) -> tuple[Floats, Floats, Trits, list[float]]:
     """Compute `refine` without checks; products are in the dtype of H, and 0 rounds leave the trits alone."""
     T = T.copy()
     errors: list[float] = []
     for _ in range(rounds):
-        alpha, mu, before, after = correct(W, WH, T, alpha, mu, H, block_size)
+        alpha, mu, before, after = correct(W, WH, T, alpha, mu, H, block_size, symmetric)
         errors += [before, after] if not errors else [after]
         moves, error = settle(W, WH, T, alpha, mu, H, block_size)
         errors.append(error)
         if not moves:
             return alpha, mu, T, errors
-    alpha, mu, before, after = correct(W, WH, T, alpha, mu, H, block_size)
+    alpha, mu, before, after = correct(W, WH, T, alpha, mu, H, block_size, symmetric)
     return alpha, mu, T, [*(errors or [before]), after]
 
 

@@ -18,7 +18,7 @@ _compiled = compiled({"reassoc", "contract", "nsz"})
 
 
 @_compiled
-def fit_rows(W: Any, limit: int, symmetric: bool) -> Any:
+def fit_rows(W: Any, limit: int, twn: bool, symmetric: bool) -> Any:
     """Initialize every row of a block, and run ITF on it.
 
     Parameters
@@ -27,8 +27,10 @@ def fit_rows(W: Any, limit: int, symmetric: bool) -> Any:
         Weights of the block, in C order.
     limit : int
         Most rounds; 0 for the initialization alone.
-    symmetric : bool
+    twn : bool
         Whether to start from Eq. 1-3 with mu = 0 instead of Eq. 4-5.
+    symmetric : bool
+        Whether mu is 0 throughout.
 
     Returns
     -------
@@ -52,8 +54,8 @@ def fit_rows(W: Any, limit: int, symmetric: bool) -> Any:
         mean = 0.0
         for j in range(k):
             mean += w[j]
-        mean /= k
-        mu = 0.0 if symmetric else mean
+        mean = 0.0 if symmetric else mean / k
+        mu = 0.0 if twn else mean
         size = 0.0
         for j in range(k):
             size += abs(w[j] - mu)
@@ -72,7 +74,7 @@ def fit_rows(W: Any, limit: int, symmetric: bool) -> Any:
         curve[0] = _row_error(w, alpha, mu, t)
         taken = 1
         for step in range(limit):
-            alpha, mu = _row_grid(w, t, mean)
+            alpha, mu = _row_grid(w, t, mean, symmetric)
             curve[taken] = _row_error(w, alpha, mu, t)
             changed = False
             sign = np.sign(alpha)
@@ -87,7 +89,7 @@ def fit_rows(W: Any, limit: int, symmetric: bool) -> Any:
             if not changed:
                 break
             if step == limit - 1:
-                alpha, mu = _row_grid(w, t, mean)
+                alpha, mu = _row_grid(w, t, mean, symmetric)
                 curve[taken] = _row_error(w, alpha, mu, t)
                 taken += 1
         grid[i, 0], grid[i, 1] = alpha, mu
@@ -98,14 +100,16 @@ def fit_rows(W: Any, limit: int, symmetric: bool) -> Any:
 
 
 @_compiled
-def _row_grid(w: Any, t: Any, mean: float) -> tuple[float, float]:
-    """Eq. 9 for one row, centred as in `reference.atq.build_optimal_grid`."""
+def _row_grid(w: Any, t: Any, mean: float, symmetric: bool) -> tuple[float, float]:
+    """Eq. 9 for one row, centred as in `reference.atq.build_optimal_grid`; if symmetric, the mean is 0."""
     k = len(w)
     ones, squares, product = 0, 0, 0.0
     for j in range(k):
         ones += t[j]
         squares += abs(t[j])
         product += (w[j] - mean) * t[j]
+    if symmetric:
+        return product / max(squares, 1), 0.0
     denominator = k * squares - ones * ones
     alpha = 0.0 if denominator == 0 else k * product / denominator
     return alpha, mean - alpha * ones / k
@@ -121,7 +125,7 @@ def _row_error(w: Any, alpha: float, mu: float, t: Any) -> float:
 
 
 @_compiled
-def align_rows(W: Any, T: Any, TC: Any, C1: Any) -> Any:
+def align_rows(W: Any, T: Any, TC: Any, C1: Any, symmetric: bool) -> Any:
     """Solve Eq. 12 for every row, as `reference.aga.align_grid` does.
 
     Parameters
@@ -134,6 +138,8 @@ def align_rows(W: Any, T: Any, TC: Any, C1: Any) -> Any:
         T @ C.
     C1 : (k,) float64 array
         Row sums of C.
+    symmetric : bool
+        Whether mu is 0.
 
     Returns
     -------
@@ -148,9 +154,10 @@ def align_rows(W: Any, T: Any, TC: Any, C1: Any) -> Any:
     for i in range(n):
         w, t = W[i], T[i]
         mean = 0.0
-        for j in range(k):
-            mean += w[j]
-        alpha, mu = _row_grid(w, t, mean / k)
+        if not symmetric:
+            for j in range(k):
+                mean += w[j]
+        alpha, mu = _row_grid(w, t, mean / k, symmetric)
         a, b, of_t, of_1 = 0.0, 0.0, 0.0, 0.0
         for j in range(k):
             residual = w[j] - (alpha * t[j] + mu)
@@ -158,6 +165,9 @@ def align_rows(W: Any, T: Any, TC: Any, C1: Any) -> Any:
             b += C1[j] * t[j]
             of_t += TC[i, j] * residual
             of_1 += C1[j] * residual
+        if symmetric:
+            grid[i, 0], grid[i, 1] = alpha + (of_t / a if a > 0 else 0.0), mu
+            continue
         middle = (a + d) / 2
         larger = middle + np.hypot((a - d) / 2, b)
         if larger > 0:

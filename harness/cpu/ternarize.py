@@ -6,6 +6,7 @@ SSR chooses columns block by block, so the inverse is updated after each.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def ternarize(W: Any, C: Any, config: TernaryConfig = TernaryConfig()) -> Ternar
         power = float(np.einsum("ij,ij->", target, WH, dtype=np.float64))
         alpha, mu = (np.hstack([grid[:, i : i + 1] for grid in grids]) for i in (0, 1))
         rounds = config.rounds if config.refinement == "descent" else 0
-        alpha, mu, T, errors = refined(target, WH, T, alpha, mu, H, k, rounds)
+        alpha, mu, T, errors = refined(target, WH, T, alpha, mu, H, k, rounds, config.symmetric)
         scale, shift = Stored("scale", row), Stored("shift", row)
         alpha = np.hstack([scale.add(column) for column in np.hsplit(alpha, len(blocks))])
         mu = np.hstack([shift.add(column) for column in np.hsplit(mu, len(blocks))])
@@ -87,9 +88,8 @@ def ternarize(W: Any, C: Any, config: TernaryConfig = TernaryConfig()) -> Ternar
             settle(target, WH, T, alpha.astype(np.float64), mu.astype(np.float64), H, k)
         errors = [error / power if power > 0 else 0.0 for error in errors]
 
-    result = TernaryMatrix(T, scale.grid(), shift.grid(), order, k)
-    report = figures.report(W, result, C, damping, tuple(errors))
-    return TernaryMatrix(T, result.scale, result.shift, order, k, report)
+    result = TernaryMatrix(T, scale.grid(), None if config.symmetric else shift.grid(), order, k)
+    return replace(result, report=figures.report(W, result, C, damping, tuple(errors)))
 
 
 def _order(C: Floats, config: TernaryConfig) -> Any:
@@ -173,7 +173,8 @@ def _fit_block(
 ) -> tuple[Any, Floats]:
     """Run Algorithm 1 on one block, and feed its trits forward; return the trits, and alpha and mu (n, 2)."""
     limit = config.max_iterations if config.itf else 0
-    start, T_start, grid, T, errors, steps = fit_rows(W_B, limit, config.start == "twn")
+    twn = config.symmetric or config.start == "twn"
+    start, T_start, grid, T, errors, steps = fit_rows(W_B, limit, twn, config.symmetric)
     cost = whitening.T @ whitening if config.aga == "conditional" and whitening is not None else C_BB
     fitted = grid if config.itf else start
     stages = [_residual(W_B, start, T_start), _residual(W_B, fitted, T)]
@@ -183,7 +184,7 @@ def _fit_block(
             return fitted
         if config.aga == "printed":
             return np.hstack(align_grid_printed(W_B, T, C_BB))
-        return align_rows(W_B, T, T.astype(np.float64) @ cost, cost.sum(axis=1))
+        return align_rows(W_B, T, T.astype(np.float64) @ cost, cost.sum(axis=1), config.symmetric)
 
     grid = align(T)
     if config.feed_forward and L is not None:

@@ -104,7 +104,7 @@ def make_plan(
     widest = max(columns for _, columns in shapes)
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers)
     packed = sum(
-        packed_bytes(rows, columns, config.block_size, config.grid, options.reorders(name))
+        packed_bytes(rows, columns, config.block_size, config.grid, options.reorders(name), config.symmetric)
         for name, (rows, columns) in zip(linears, shapes, strict=True)
     )
     seqlen = window.shape[1]

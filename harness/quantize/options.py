@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
 from harness.ternary.containers import FOLDABLE
-from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, STARTS, TernaryConfig
+from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, SHIFTS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
@@ -209,6 +209,10 @@ CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
     "grid": {
         "choices": GRIDS,
         "help": "storage type of alpha and mu; int8 saves an eighth of a bit per weight",
+    },
+    "shift": {
+        "choices": SHIFTS,
+        "help": "mu: free, or none: 0 and not stored, for runtimes that hold alpha * t alone",
     },
     "start": {"choices": STARTS, "help": "initial grid: Eq. 4-5, or Eq. 1-3 with mu = 0"},
     "reorder": {"choices": REORDERINGS, "help": "order of the columns"},

@@ -126,6 +126,7 @@ def stored_weights(
             permuted="permutation" in parts,
             bias=False,
             dtype=linear.weight.dtype,
+            symmetric=config.symmetric,
         )
         try:
             layer.load_state_dict({part: parts[part] for part in PACKED if part in parts}, assign=True)

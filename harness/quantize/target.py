@@ -91,8 +91,7 @@ def _held(
         block_size = config.block_size
         if block_size % held.columns and "block_size" not in options.given:
             block_size = held.columns
-        # No fit has mu = 0 yet.
-        if all(held.misfit(count, block_size, symmetric=False) is None for count in columns):
+        if all(held.misfit(count, block_size, config.symmetric) is None for count in columns):
             return held, block_size
     return None
 

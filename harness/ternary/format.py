@@ -7,6 +7,7 @@
     format_version   1
     block_size       columns that share alpha and mu
     grid             storage type of alpha and mu: "float16" or "int8"
+    symmetric        whether mu is 0 everywhere, and not stored; false if absent, as in the first checkpoints
     modules          names of the packed layers
     shared_inputs    groups of packed layers that read the same input, as observed in calibration; absent in
                      the first checkpoints
@@ -56,6 +57,8 @@ def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[s
     parts = {"trits": backend.to_host(packed)}
     for part in ("scale", "shift"):
         grid = backend.to_host(getattr(matrix, part))
+        if grid is None:
+            continue
         if isinstance(grid, CodedGrid):
             parts |= {part: grid.codes, f"{part}_factor": grid.block[0], "row_factor": grid.row[:, 0]}
         else:
@@ -66,9 +69,11 @@ def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[s
     return {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(value)) for part, value in parts.items()}
 
 
-def packed_bytes(rows: int, columns: int, block_size: int, grid: str, permuted: bool) -> int:
+def packed_bytes(
+    rows: int, columns: int, block_size: int, grid: str, permuted: bool, symmetric: bool = False
+) -> int:
     """Count the bytes of one packed matrix, without its bias."""
-    parts = stored_parts(rows, columns, block_size, grid, permuted).values()
+    parts = stored_parts(rows, columns, block_size, grid, permuted, symmetric).values()
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
 
 
@@ -90,6 +95,7 @@ class StoredLayers:
     unpermuted: list[str]
     shared_inputs: list[list[str]] | None
     coded: list[str]
+    symmetric: bool = False
 
 
 def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
@@ -117,6 +123,9 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
     grid = quantization.get("grid", "float16")  # absent in the first checkpoints
     if grid not in GRIDS:
         raise UserError(f"{where}: grid of quantization_config is {grid!r}, not one of {', '.join(GRIDS)}")
+    symmetric = quantization.get("symmetric", False)
+    if type(symmetric) is not bool:
+        raise UserError(f"{where}: symmetric of quantization_config must be true or false")
     shared = quantization.get("shared_inputs")  # absent in the first checkpoints
     if shared is not None:
         groups = shared if isinstance(shared, list) and all(isinstance(g, list) for g in shared) else [[None]]
@@ -124,7 +133,7 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         once = all(isinstance(name, str) for name in members) and len(set(members)) == len(members)
         if not once or not set(members) <= set(modules):
             raise UserError(f"{where}: shared_inputs of quantization_config must be groups of modules")
-    return StoredLayers(block_size, grid, modules, unpermuted, shared, coded)
+    return StoredLayers(block_size, grid, modules, unpermuted, shared, coded, symmetric)
 
 
 # All tensors that may be stored for one matrix.
@@ -132,19 +141,19 @@ PACKED = ("trits", "scale", "shift", "permutation", "row_factor", "scale_factor"
 
 
 def stored_parts(
-    rows: int, columns: int, block_size: int, grid: str, permuted: bool
+    rows: int, columns: int, block_size: int, grid: str, permuted: bool, symmetric: bool
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return the dtypes and shapes of the tensors that store one matrix."""
     blocks = -(-columns // block_size)
     kind = getattr(torch, grid)
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "trits": (torch.uint8, (rows, -(-columns // 5))),
-        "scale": (kind, (rows, blocks)),
-        "shift": (kind, (rows, blocks)),
     }
-    if grid == "int8":
-        parts["row_factor"] = (torch.float16, (rows,))
-        parts["scale_factor"] = parts["shift_factor"] = (torch.float16, (blocks,))
+    for part in ("scale",) if symmetric else ("scale", "shift"):
+        parts[part] = (kind, (rows, blocks))
+        if grid == "int8":
+            parts["row_factor"] = (torch.float16, (rows,))
+            parts[f"{part}_factor"] = (torch.float16, (blocks,))
     if permuted:
         parts["permutation"] = (getattr(torch, str(permutation_dtype(columns))), (columns,))
     return parts

@@ -36,12 +36,14 @@ class TernaryLinear(nn.Module):
         Whether there is a bias.
     dtype : torch.dtype
         dtype that dequantized weights are rounded to, the same as during calibration.
+    symmetric : bool
+        Whether mu is 0 and not stored.
 
     Attributes
     ----------
     trits, scale, shift, permutation, row_factor, scale_factor, shift_factor : tensors or None
-        As in the checkpoint. `permutation` is None if it is the identity, the factors are None for float16
-        grids, and all are None after `use_kernels`.
+        As in the checkpoint. `permutation` is None if it is the identity, `shift` and `shift_factor` are None
+        if mu is 0, the factors are None for float16 grids, and all are None after `use_kernels`.
     weight : (n, m) tensor or None
         Dense weights, if kept (`keep_dense`). Without them and without kernels, every call dequantizes.
     packed : PackedWeights or None
@@ -50,7 +52,7 @@ class TernaryLinear(nn.Module):
 
     trits: torch.Tensor
     scale: torch.Tensor
-    shift: torch.Tensor
+    shift: torch.Tensor | None
     weight: torch.Tensor | None
     bias: nn.Parameter | None
     permutation: torch.Tensor | None
@@ -67,14 +69,15 @@ class TernaryLinear(nn.Module):
         permuted: bool,
         bias: bool,
         dtype: torch.dtype,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.weight_dtype = block_size, dtype
-        self.permuted = permuted
+        self.permuted, self.symmetric = permuted, symmetric
         self.packed: PackedWeights | None = None
         self.part = 0
-        stored = stored_parts(out_features, in_features, block_size, grid, permuted)
+        stored = stored_parts(out_features, in_features, block_size, grid, permuted, symmetric)
         for name in PACKED:
             kind, shape = stored.get(name, (None, None))
             self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=kind))
@@ -93,7 +96,7 @@ class TernaryLinear(nn.Module):
         if self.packed is None:
             tensors = {name: getattr(self, name) for name in PACKED}
         else:
-            tensors = self.packed.tensors().part(self.part)._asdict()
+            tensors = self.matrix()._asdict()
             tensors["trits"] = pack_base3(tensors["trits"])
             kind = getattr(torch, str(permutation_dtype(self.in_features)))
             tensors["permutation"] = tensors["permutation"].to(kind) if self.permuted else None
@@ -102,12 +105,15 @@ class TernaryLinear(nn.Module):
     def matrix(self) -> Matrix:
         """The layer's matrix with unpacked trits; its permutation is never None."""
         if self.packed is not None:
-            return self.packed.tensors().part(self.part)
+            matrix = self.packed.tensors().part(self.part)
+            # The layout of the device has a mu in any case.
+            return matrix._replace(shift=None, shift_factor=None) if self.symmetric else matrix
         tensors = self.stored()
         tensors["trits"] = unpack_base3(tensors["trits"], self.in_features)
         if "permutation" not in tensors:
             tensors["permutation"] = torch.arange(self.in_features, device=self.device)
-        return Matrix(**tensors)
+        shift = tensors.pop("shift", None)
+        return Matrix(shift=shift, **tensors)
 
     def dequantize(self) -> torch.Tensor:
         """Compute the (n, m) weights, columns in original order, in the dtype used during calibration."""
@@ -170,7 +176,8 @@ class TernaryLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"block_size={self.block_size}, bias={self.bias is not None}, "
-            f"permuted={self.permuted}, dense={self.weight is not None}, kernels={self.packed is not None}"
+            f"permuted={self.permuted}, symmetric={self.symmetric}, "
+            f"dense={self.weight is not None}, kernels={self.packed is not None}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

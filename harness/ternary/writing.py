@@ -163,6 +163,7 @@ class CheckpointWriter:
                 "format_version": FORMAT_VERSION,
                 "block_size": matrices.block_size,
                 "grid": matrices.grid,
+                "symmetric": matrices.symmetric,
                 "modules": modules,
                 **({} if shared_inputs is None else {"shared_inputs": shared_inputs}),
                 "unpermuted": sorted(self._unpermuted),

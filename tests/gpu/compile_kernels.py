@@ -47,9 +47,9 @@ def signatures():
         yield (
             f"fitting.fit_rows {dtype}",
             fitting.fit_rows_kernel,
-            (W, bool, bool, int, two, T, T, two, array("int32", 1)),
+            (W, bool, bool, bool, int, two, T, T, two, array("int32", 1)),
         )
-        yield f"alignment.align_rows {dtype}", alignment.align_rows_kernel, (W, T, two, row_sums, two)
+        yield f"alignment.align_rows {dtype}", alignment.align_rows_kernel, (W, T, two, row_sums, bool, two)
         yield f"similarity.add_rows {dtype}", similarity.add_rows_kernel, (W, row_sums)
         yield f"similarity.add_squares {dtype}", similarity.add_squares_kernel, (W, sums)
         yield f"similarity.add_products {dtype}", similarity.add_products_kernel, (W, row_sums, sums)

@@ -9,13 +9,16 @@ from harness.ternary.linear import TernaryLinear
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def layer_of(rows, columns, block_size, device, permuted=True, bias=False, grid="float16"):
+def layer_of(rows, columns, block_size, device, permuted=True, bias=False, grid="float16", symmetric=False):
     torch.manual_seed(rows)
-    layer = TernaryLinear(columns, rows, block_size, grid, permuted, bias, torch.float32).to(device)
+    layer = TernaryLinear(columns, rows, block_size, grid, permuted, bias, torch.float32, symmetric)
+    layer = layer.to(device)
     if grid == "int8":
-        layer.scale.random_(-127, 128), layer.shift.random_(-127, 128)
+        for codes in (layer.scale,) if symmetric else (layer.scale, layer.shift):
+            codes.random_(-127, 128)
         for factor in (layer.row_factor, layer.scale_factor, layer.shift_factor):
-            factor.uniform_(0.01, 0.1)
+            if factor is not None:
+                factor.uniform_(0.01, 0.1)
         other = TernaryLinear(columns, rows, block_size, "float16", permuted, bias, torch.float32).to(device)
         fill(other)
         layer.trits.copy_(other.trits)

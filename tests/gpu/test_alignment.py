@@ -12,9 +12,9 @@ from reference.aga import align_grid, output_error
 from tests.reference.strategies import GRAM_KINDS, random_gram
 
 
-def aligned(W, T, C, simulate=STANDIN):
+def aligned(W, T, C, simulate=STANDIN, symmetric=False):
     W, T, C = (gpu.to_device(array) for array in (W, T, C))
-    results = align_rows(W, T, T.astype(np.float64) @ C, C.sum(axis=1), simulate=simulate)
+    results = align_rows(W, T, T.astype(np.float64) @ C, C.sum(axis=1), symmetric, simulate)
     return [np.asarray(gpu.to_host(grid)) for grid in results]
 
 
@@ -25,10 +25,10 @@ def block(rows, columns, dtype="float64"):
     return W, T, random_gram(rng, columns)
 
 
-def assert_aligned(W, T, C, grids):
+def assert_aligned(W, T, C, grids, symmetric=False):
     W = W.astype(np.float64)
     scale = np.abs(W).max(axis=1, keepdims=True)
-    for got, expected in zip(grids, align_grid(W, T, C), strict=True):
+    for got, expected in zip(grids, align_grid(W, T, C, symmetric), strict=True):
         assert got.shape == expected.shape
         assert (np.abs(got - expected) <= 1e-11 * scale).all()
 
@@ -45,6 +45,19 @@ def test_rows_are_aligned_as_in_the_reference(rows, columns, dtype):
 def test_full_sizes(columns, dtype):
     W, T, C = block(130, columns, dtype)
     assert_aligned(W, T, C, aligned(W, T, C, simulate=False))
+
+
+@pytest.mark.parametrize("simulate", {STANDIN, False})
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_are_aligned_without_a_shift_as_in_the_reference(dtype, simulate):
+    W, T, C = block(3, 129, dtype)
+    T[1] = 0
+    T[2, 3:] = 0
+    C[:3] = C[:, :3] = 0  # the trits of the last row are those of dead inputs
+    grids = aligned(W, T, C, simulate, symmetric=True)
+    assert_aligned(W, T, C, grids, symmetric=True)
+    assert grids[0][1] == 0
+    assert (grids[1] == 0).all()
 
 
 def test_strides_do_not_matter():

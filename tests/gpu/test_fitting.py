@@ -23,7 +23,12 @@ def fitted(W, limit, start=None, simulate=STANDIN, **options):
     return [np.asarray(gpu.to_host(result)) for result in results]
 
 
-def assert_fit(W, limit, results, start=None):
+def symmetric_start(w):
+    alpha, T = symmetric_ternarize(w)
+    return alpha, 0 * alpha, T
+
+
+def assert_fit(W, limit, results, start=None, symmetric=False):
     grids, T0, T, errors, steps = results
     n = W.shape[0]
     assert (grids.shape, errors.shape, steps.shape) == ((n, 4), (2 * limit + 2, n), (n,))
@@ -31,8 +36,8 @@ def assert_fit(W, limit, results, start=None):
     for row in range(n):
         own = start and tuple(part[row : row + 1] for part in start)
         w = W[row : row + 1]
-        alpha, mu, trits, curve = iterative_ternary_fitting(w, limit, own)
-        alpha0, mu0, trits0 = own or ternary_init(w)
+        alpha, mu, trits, curve = iterative_ternary_fitting(w, limit, own, symmetric)
+        alpha0, mu0, trits0 = own or (symmetric_start(w) if symmetric else ternary_init(w))
         np.testing.assert_array_equal(T0[row], trits0[0])
         np.testing.assert_array_equal(T[row], trits[0])
         expected = np.hstack([alpha0, mu0, alpha, mu])[0]
@@ -79,9 +84,24 @@ def test_a_given_start_is_used():
     assert_fit(W, 20, fitted(W, 20, start=start), start)
 
 
+@pytest.mark.parametrize("limit", [1, 20])
+def test_rows_are_fitted_without_a_shift_as_in_the_reference(limit):
+    W = np.vstack([np.random.default_rng(7).normal(size=(3, 129)) + 0.5, np.full((1, 129), -2.0)])
+    results = fitted(W, limit, twn=True, symmetric=True)
+    assert_fit(W, limit, results, symmetric=True)
+    assert (results[0][:, 1::2] == 0).all()
+
+
+def test_a_start_without_a_shift_is_used():
+    W = np.random.default_rng(8).normal(size=(2, 33)) + 1
+    start = (np.array([[-0.5], [0.0]]), np.zeros((2, 1)), np.zeros(W.shape, np.int8))
+    start[2][0, ::2] = -1
+    assert_fit(W, 20, fitted(W, 20, start=start, symmetric=True), start, symmetric=True)
+
+
 def test_symmetric_initialization_alone():
     W = np.random.default_rng(4).normal(size=(3, 40)) + 0.3
-    grids, T0, T, errors, steps = fitted(W, 0, symmetric=True)
+    grids, T0, T, errors, steps = fitted(W, 0, twn=True)
     alpha, trits = symmetric_ternarize(W)
     np.testing.assert_array_equal(T, trits)
     np.testing.assert_array_equal(T0, trits)
@@ -96,8 +116,8 @@ def test_a_weight_at_the_threshold_has_the_trit_0(factor, simulate):
     # Exact in float64 and not in float32: the mean magnitude is 4, and the threshold 3.
     W = factor * np.array([[3.0, -3.0, 5.0, -5.0], [-5.0, 3.0, -3.0, 5.0]])
     trits = [[0, 0, 1, -1], [-1, 0, 0, 1]]
-    for symmetric in (False, True):
-        _, T0, T, _, steps = fitted(W, 0, symmetric=symmetric, simulate=simulate)
+    for twn in (False, True):
+        _, T0, T, _, steps = fitted(W, 0, twn=twn, simulate=simulate)
         assert T0.tolist() == T.tolist() == trits
         assert steps.tolist() == [1, 1]
 
@@ -140,7 +160,8 @@ def test_rows_that_end_sooner_and_later_keep_their_own_curves(simulate):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("columns", "limit"), [(1, 3), (4, 1), (11, 12), (23, 2)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_lanes_share_a_row_in_any_order(order, columns, limit, dtype):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_lanes_share_a_row_in_any_order(order, columns, limit, dtype, symmetric):
     lanes = OrderedLanes(order)
     fit_row = _build(lanes.target)
     W = (np.random.default_rng(columns).normal(size=(2, columns)) + 1).astype(dtype)
@@ -148,8 +169,9 @@ def test_lanes_share_a_row_in_any_order(order, columns, limit, dtype):
     T0, T = np.full(W.shape, 9, np.int8), np.full(W.shape, 9, np.int8)
     steps, partial = np.zeros(2, np.int32), np.full(len(order), np.nan)
     arrays = (grids, T0, T, errors, steps)
+    flags = False, symmetric, symmetric
     for row in range(2):
         lanes.run(
-            lambda lane, lanes_, row=row: fit_row(W, False, False, limit, *arrays, row, partial, lane, lanes_)
+            lambda lane, lanes_, row=row: fit_row(W, *flags, limit, *arrays, row, partial, lane, lanes_)
         )
-    assert_fit(W.astype(np.float64), limit, arrays)
+    assert_fit(W.astype(np.float64), limit, arrays, symmetric=symmetric)

@@ -16,8 +16,8 @@ from tests.reference.strategies import GRAM_KINDS, quadratic_error, random_gram
 SHAPES = [(1, 1, 1), (3, 2, 1), (2, 20, 7), (40, 129, 128), (7, 151, 50), (300, 12, 5), (5, 30, 100)]
 
 
-def aligned(case):
-    grids = joint.align_jointly(*map(gpu.to_device, case[:5]), case.block_size)
+def aligned(case, symmetric=False):
+    grids = joint.align_jointly(*map(gpu.to_device, case[:5]), case.block_size, symmetric)
     return [np.asarray(gpu.to_host(grid)) for grid in grids]
 
 
@@ -29,9 +29,10 @@ def error_of(case, alpha, mu):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_grids_are_those_of_the_reference(shape, dtype):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_grids_are_those_of_the_reference(shape, dtype, symmetric):
     case = random_rows(*shape, dtype=dtype)
-    for got, expected in zip(aligned(case), reference(*case), strict=True):
+    for got, expected in zip(aligned(case, symmetric), reference(*case, symmetric), strict=True):
         assert got.dtype == np.float64
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
 
@@ -74,11 +75,12 @@ def test_repeated_it_reaches_dense_least_squares():
 
 
 @pytest.mark.parametrize("rows_at_once", [2, 5])
-def test_the_fall_is_that_of_the_error(rows_at_once, monkeypatch):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_fall_is_that_of_the_error(rows_at_once, symmetric, monkeypatch):
     monkeypatch.setattr(joint, "SYSTEM_BYTES", rows_at_once * 8 * 8**2)
     case = random_rows(5, 23, 6, "correlated")
     T, g, alpha, mu, H = map(gpu.to_device, (case.T, case.gradients, case.alpha, case.mu, case.H))
-    new_alpha, new_mu, fall = joint.corrected(T, g, alpha, mu, H, joint.Ones(H, 6))
+    new_alpha, new_mu, fall = joint.corrected(T, g, alpha, mu, H, joint.Ones(H, 6, symmetric))
     before, after = (
         error_of(case, case.alpha, case.mu),
         error_of(case, *map(gpu.to_host, (new_alpha, new_mu))),

@@ -27,7 +27,8 @@ def test_every_lane_holds_the_sum_in_the_order_of_the_lanes(order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("columns", [1, 4, 5, 6, 23])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_lane_holds_the_grid_of_the_reference(order, columns, dtype):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_lane_holds_the_grid_of_the_reference(order, columns, dtype, symmetric):
     rng = np.random.default_rng(columns)
     W = (rng.normal(size=(4, columns)) + 3).astype(dtype)
     T = rng.integers(-1, 2, W.shape).astype(np.int8)
@@ -36,8 +37,11 @@ def test_every_lane_holds_the_grid_of_the_reference(order, columns, dtype):
     partial = np.full(len(order), np.nan)
     for row in range(4):
         grids = lanes.run(
-            lambda lane, lanes_, row=row: lanes.target.optimal_grid(W, T, row, partial, lane, lanes_)
+            lambda lane, lanes_, row=row: lanes.target.optimal_grid(
+                W, T, row, symmetric, partial, lane, lanes_
+            )
         )
         assert len(set(grids)) == 1
-        expected = np.ravel(build_optimal_grid(W[row : row + 1].astype(np.float64), T[row : row + 1]))
+        own = slice(row, row + 1)
+        expected = np.ravel(build_optimal_grid(W[own].astype(np.float64), T[own], symmetric))
         np.testing.assert_allclose(grids[0], expected, rtol=0, atol=1e-14 * abs(W[row]).max())

@@ -28,6 +28,23 @@ def test_what_a_layer_gives_is_as_of_a_dense_one(backend, device):
     layers[0].load_state_dict(stored)
 
 
+@pytest.mark.parametrize("grid", ["float16", "int8"])
+def test_layers_without_shifts_multiply_and_are_stored_as_they_were(backend, device, grid):
+    layers = [layer_of(rows, 300, 128, device, grid=grid, symmetric=True) for rows in (16, 8)]
+    stored = [{name: tensor.clone() for name, tensor in layer.stored().items()} for layer in layers]
+    x = torch.randn(3, 300, device=device)
+    exact = [x.double() @ layer.matrix().dequantize(128, torch.float64).T for layer in layers]
+    share_launch(layers, backend)
+    for layer, before, y in zip(layers, stored, exact, strict=True):
+        assert off(layer(x), y) <= TOLERANCE[torch.float32]
+        after = layer.stored()
+        assert {name.partition("_")[0] for name in before} == {"trits", "scale", "permutation"} | (
+            {"row"} if grid == "int8" else set()
+        )
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_attention_to_something_else_has_no_common_launch(backend, device):
     class Crossed(torch.nn.Module):
         def __init__(self):

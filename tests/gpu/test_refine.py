@@ -17,7 +17,9 @@ def refined(case, **options):
     return [np.asarray(gpu.to_host(result)) for result in results], errors
 
 
-@pytest.mark.parametrize("options", [{}, {"rounds": 1}, {"rounds": 30}, {"descent": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"rounds": 1}, {"rounds": 30}, {"descent": False}, {"symmetric": True}], ids=str
+)
 @pytest.mark.parametrize("kind", GRAM_KINDS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 23, 6), (60, 151, 50)], ids=str)
 def test_rounds_are_those_of_the_reference(shape, kind, options):

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,14 +33,21 @@ from tests.harness.quantize.test_quantize import run_workflow
 PROMPT = torch.tensor([[3, 7, 11, 5], [4, 4, 90, 8]])
 
 
-@pytest.fixture(scope="module", params=[*sorted(tiny.CONFIGS), "llama int8"])
+OTHER_GRIDS = ("llama int8", "llama symmetric", "llama int8 symmetric")
+
+
+@pytest.fixture(scope="module", params=[*sorted(tiny.CONFIGS), *OTHER_GRIDS])
 def ternarized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of every architecture, of weights that are on no grid."""
     folder = tmp_path_factory.mktemp("hf")
     words = folder / "words.txt"
     words.write_text(tiny.words(400))
-    kind, _, grid = request.param.partition(" ")
-    config = TernaryConfig(block_size=tiny.BLOCK, grid=grid or "float16")
+    kind, *grid = request.param.split()
+    config = TernaryConfig(
+        block_size=tiny.BLOCK,
+        grid="int8" if "int8" in grid else "float16",
+        shift="none" if "symmetric" in grid else "free",
+    )
     run_workflow(tiny.make_model(kind, ternary=False), folder / "out", words, config)
     return folder / "out"
 
@@ -52,15 +60,18 @@ def with_plain_layers(folder: Path) -> torch.nn.Module:
         if not isinstance(layer, TernaryLinear):
             continue
         permutation = tensors.get(f"{name}.permutation", torch.arange(layer.in_features)).numpy()
-        scale, shift = (tensors[f"{name}.{part}"].numpy() for part in ("scale", "shift"))
-        if f"{name}.row_factor" in tensors:
-            row = tensors[f"{name}.row_factor"].numpy()[:, None]
-            scale = CodedGrid(scale, row, tensors[f"{name}.scale_factor"].numpy()[None])
-            shift = CodedGrid(shift, row, tensors[f"{name}.shift_factor"].numpy()[None])
+        grids: dict[str, Any] = {"scale": None, "shift": None}
+        for part in grids:
+            if f"{name}.{part}" not in tensors:
+                continue
+            grids[part] = tensors[f"{name}.{part}"].numpy()
+            if f"{name}.row_factor" in tensors:
+                row = tensors[f"{name}.row_factor"].numpy()[:, None]
+                grids[part] = CodedGrid(grids[part], row, tensors[f"{name}.{part}_factor"].numpy()[None])
         matrix = TernaryMatrix(
             packing.unpack_base3(tensors[f"{name}.trits"].numpy(), layer.in_features),
-            scale,
-            shift,
+            grids["scale"],
+            grids["shift"],
             permutation.astype(np.intp),
             tiny.BLOCK,
         )
@@ -107,6 +118,15 @@ def test_codes_that_are_none_are_refused(words_file: Path, tmp_path: Path) -> No
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"{name} is damaged: it has a code beyond ±127"):
         harness.load(folder)
+
+
+def test_a_symmetric_checkpoint_stores_no_shift(ternarized: Path) -> None:
+    stored = json.loads((ternarized / "config.json").read_text())["quantization_config"]["symmetric"]
+    shifts = [name for name, _ in tensors_of(ternarized) if name.rpartition(".")[2].startswith("shift")]
+    assert bool(shifts) == (not stored)
+    layers = [m for m in harness.load(ternarized).modules() if isinstance(m, TernaryLinear)]
+    assert layers
+    assert all((layer.shift is None and layer.shift_factor is None) == stored for layer in layers)
 
 
 def test_from_pretrained_reads_it_like_load(ternarized: Path) -> None:

@@ -8,7 +8,16 @@ import pytest
 from golden import whole
 from golden.arithmetic import Dense
 from reference.ternarize import ternarize
-from reference.types import ALIGNMENTS, BEST, REFINEMENTS, REORDERINGS, STARTS, TernaryConfig, TernaryMatrix
+from reference.types import (
+    ALIGNMENTS,
+    BEST,
+    REFINEMENTS,
+    REORDERINGS,
+    SHIFTS,
+    STARTS,
+    TernaryConfig,
+    TernaryMatrix,
+)
 from tests.reference.strategies import random_gram
 
 
@@ -19,6 +28,7 @@ from tests.reference.strategies import random_gram
         ({"reorder": "cosine"}, "reorder must be one of none, random, hessian, ssr, got 'cosine'"),
         ({"aga": "on"}, "aga must be one of none, exact, printed, conditional, got 'on'"),
         ({"refinement": "full"}, "refinement must be one of none, grid, descent, got 'full'"),
+        ({"shift": "zero"}, "shift must be one of free, none, got 'zero'"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),
@@ -87,6 +97,8 @@ CONFIGS += [
     dataclasses.replace(CONFIGS[2], refinement="descent", block_size=9),
     dataclasses.replace(CONFIGS[5], refinement="descent", rounds=1),
     dataclasses.replace(BEST, block_size=5),
+    dataclasses.replace(BEST, block_size=5, shift="none"),
+    dataclasses.replace(CONFIGS[0], shift="none"),
 ]
 
 
@@ -138,4 +150,5 @@ def test_names_of_the_settings_are_those_of_the_checkpoint():
     assert STARTS == ("asymmetric", "twn")
     assert REORDERINGS == ("none", "random", "hessian", "ssr")
     assert ALIGNMENTS == ("none", "exact", "printed", "conditional")
+    assert SHIFTS == ("free", "none")
     assert REFINEMENTS == ("none", "grid", "descent")

@@ -2,7 +2,7 @@
 
 Trits take the bytes that they have in a checkpoint, five in each, but a byte never holds trits of two blocks,
 and the bytes of all rows follow each other, piece of columns by piece: 1.625 bits a trit in blocks of 64 or
-128 columns. alpha and mu stay as they are stored.
+128 columns. alpha and mu stay as they are stored; where mu is 0, it takes no place here either.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.cpu.lanes import LANES
 from harness.cpu.product import Weights, cut, multiply
 from harness.cpu.threads import share_rows
 from harness.ternary.format import pack_base3, unpack_base3
-from harness.ternary.kernels.tensors import Matrix, numbers
+from harness.ternary.kernels.tensors import Matrix
 
 # Fewer weights times tokens are not worth waking another thread for.
 SHARED_WORK = 2**19
@@ -34,14 +34,14 @@ class HostTensors(NamedTuple):
     ----------
     words : uint8 tensor
         Bytes of trits: for every piece of columns (`harness.cpu.product.cut`) and every row; and eight more.
-    grid : (blocks, n) int32 or int16 tensor
-        Pairs (alpha, mu), in float16 or as int8 codes.
+    grid : (blocks, n) int32, int16 or int8 tensor
+        Pairs (alpha, mu), or alpha alone; in float16, or as int8 codes if there are factors.
     permutation : (m,) int32 tensor
         Original column of every trit, the same in all parts. Empty for the identity.
     row_factors : (n,) int16 tensor, or None
         For int8 codes: row factors, float16.
-    block_factors : (parts, blocks) int32 tensor, or None
-        For int8 codes: block factors of alpha and mu, pairs of float16.
+    block_factors : (parts, blocks) int32 or int16 tensor, or None
+        For int8 codes: block factors of alpha and mu, pairs of float16, or of alpha alone.
     ends : list of int
         End row of every part.
     block_size, columns : int
@@ -71,19 +71,45 @@ class HostTensors(NamedTuple):
                 self.words[:-8].split([rows * count for count in groups]), pieces.width.tolist(), strict=True
             )
         ]
-        scale, shift = (value.T.contiguous() for value in numbers(self.grid[:, begin:end]).unbind(-1))
+        scale, shift = _two(_numbers(self.grid[:, begin:end].T, self.kind))
         order = self.permutation
         if not len(order):
             order = torch.arange(self.columns, device=order.device)
         found = Matrix(torch.cat(trits, dim=1), scale, shift, order)
         if self.row_factors is None or self.block_factors is None:
             return found
-        factors = numbers(self.block_factors[index])
-        return found._replace(
-            row_factor=self.row_factors[begin:end].view(torch.float16),
-            scale_factor=factors[:, 0].contiguous(),
-            shift_factor=factors[:, 1].contiguous(),
-        )
+        scale, shift = _two(_numbers(self.block_factors[index], torch.float16))
+        row = self.row_factors[begin:end].view(torch.float16)
+        return found._replace(row_factor=row, scale_factor=scale, shift_factor=shift)
+
+    @property
+    def kind(self) -> torch.dtype:
+        """Type of the numbers in `grid`."""
+        return torch.float16 if self.row_factors is None else torch.int8
+
+
+def _one_or_two(scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """Put what there is of alpha and mu side by side, on a new last axis."""
+    return torch.stack([scale] if shift is None else [scale, shift], -1)
+
+
+def _two(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Take apart what `_one_or_two` has put together."""
+    scale, *shift = (value.contiguous() for value in numbers.unbind(-1))
+    return scale, shift[0] if shift else None
+
+
+def _bits(numbers: torch.Tensor) -> torch.Tensor:
+    """View the one or two numbers on the last axis as one integer."""
+    size = numbers.element_size() * numbers.shape[-1]
+    return numbers.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size])[..., 0]
+
+
+def _numbers(bits: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """View integers as the numbers that they hold, the inverse of `_bits`."""
+    # torch calls a tensor contiguous if its last axis has one entry, but views none of a wide stride.
+    bits = bits.clone(memory_format=torch.contiguous_format)
+    return bits.view(kind).view(*bits.shape, -1)
 
 
 def lay_out(matrices: list[Matrix], block_size: int) -> HostTensors:
@@ -95,20 +121,19 @@ def lay_out(matrices: list[Matrix], block_size: int) -> HostTensors:
         pack_base3(torch.cat([matrix.trits[:, first : first + width] for matrix in matrices])).flatten()
         for first, width in zip(pieces.first.tolist(), pieces.width.tolist(), strict=True)
     ]
-    grids = torch.cat([torch.stack([matrix.scale, matrix.shift], -1) for matrix in matrices])
+    grids = torch.cat([_one_or_two(matrix.scale, matrix.shift) for matrix in matrices])
     rows: list[torch.Tensor] = []
     blocks: list[torch.Tensor] = []
     for *_, row, scale, shift in matrices:
-        if row is not None and scale is not None and shift is not None:
+        if row is not None and scale is not None:
             rows.append(row)
-            blocks.append(torch.stack([scale, shift], -1))
-    pair = torch.int16 if grids.dtype == torch.int8 else torch.int32
+            blocks.append(_one_or_two(scale, shift))
     return HostTensors(
         torch.cat([*words, words[0].new_zeros(8)]),
-        grids.transpose(0, 1).contiguous().view(pair)[..., 0],
+        _bits(grids.transpose(0, 1)),
         order.new_empty(0, dtype=torch.int32) if identity else order.int(),
         torch.cat(rows).view(torch.int16) if rows else None,
-        torch.stack(blocks).view(torch.int32)[..., 0] if blocks else None,
+        _bits(torch.stack(blocks)) if blocks else None,
         np.cumsum([len(matrix.trits) for matrix in matrices]).tolist(),
         block_size,
         len(order),
@@ -163,11 +188,12 @@ def _as_arrays(packed: HostTensors) -> Weights:
         return tensor.detach().contiguous().numpy().view(kind).reshape(shape)
 
     blocks, rows = packed.grid.shape
+    held = packed.grid.element_size() // packed.kind.itemsize
     return Weights(
         array(packed.words, "uint8", (-1,)),
-        array(packed.grid, "int8" if packed.grid.dtype == torch.int16 else "uint16", (blocks, rows, 2)),
+        array(packed.grid, "int8" if packed.kind == torch.int8 else "uint16", (blocks, rows, held)),
         array(packed.row_factors, "uint16", (-1,)),
-        array(packed.block_factors, "uint16", (-1, blocks, 2)),
+        array(packed.block_factors, "uint16", (-1, blocks, held)),
         np.array(packed.ends),
         cut(packed.columns, packed.block_size),
     )

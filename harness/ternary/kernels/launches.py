@@ -73,7 +73,7 @@ def launches(layers: dict[str, TernaryLinear], groups: list[list[str]]) -> list[
     alike: dict[tuple[Any, ...], list[str]] = {}
     group_of = {name: number for number, group in enumerate(groups) for name in group}
     for name, layer in layers.items():
-        kind = (layer.in_features, layer.block_size, layer.row_factor is None)
+        kind = (layer.in_features, layer.block_size, layer.row_factor is None, layer.symmetric)
         alike.setdefault((group_of.get(name, name), *kind), []).append(name)
     return [names[i : i + PARTS] for names in alike.values() for i in range(0, len(names), PARTS)]
 
@@ -144,7 +144,11 @@ def share_on_host(layers: list[TernaryLinear]) -> None:
 
 
 def _lay_out(layer: TernaryLinear, backend: Backend) -> Any:
-    stored = {name: backend.to_device(tensor) for name, tensor in layer.stored().items()}
+    tensors = layer.stored()
+    if layer.symmetric:  # the layout has a place for mu in any case
+        parts = {"scale": "shift", "scale_factor": "shift_factor"}
+        tensors |= {parts[name]: torch.zeros_like(tensors[name]) for name in parts.keys() & tensors.keys()}
+    stored = {name: backend.to_device(tensor) for name, tensor in tensors.items()}
     scale, shift = stored["scale"], stored["shift"]
     if "row_factor" in stored:
         row = stored["row_factor"][:, None]

@@ -23,12 +23,13 @@ _OF_NUMBERS = {"uint32": "int32", "uint16": "int16", "float16": "int16"}
 class Matrix(NamedTuple):
     """A ternary matrix as stored in a checkpoint, but with unpacked trits, (n, m) int8.
 
-    alpha and mu are float16, or int8 with factors. The columns of the trits are in quantization order.
+    alpha and mu are float16, or int8 with factors; without a shift mu is 0. The columns of the trits are in
+    quantization order.
     """
 
     trits: torch.Tensor
     scale: torch.Tensor
-    shift: torch.Tensor
+    shift: torch.Tensor | None
     permutation: torch.Tensor
     row_factor: torch.Tensor | None = None
     scale_factor: torch.Tensor | None = None
@@ -45,10 +46,14 @@ class Matrix(NamedTuple):
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute alpha and mu of every block, (n, blocks) float32."""
-        if self.row_factor is None or self.scale_factor is None or self.shift_factor is None:
-            return self.scale.float(), self.shift.float()
+        alpha = self.scale.float()
+        mu = torch.zeros_like(alpha) if self.shift is None else self.shift.float()
+        if self.row_factor is None or self.scale_factor is None:
+            return alpha, mu
         row = self.row_factor.float()[:, None]
-        return row * self.scale_factor.float() * self.scale, row * self.shift_factor.float() * self.shift
+        if self.shift_factor is not None:
+            mu = row * self.shift_factor.float() * mu
+        return row * self.scale_factor.float() * alpha, mu
 
 
 class PackedTensors(NamedTuple):

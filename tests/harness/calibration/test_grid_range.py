@@ -17,7 +17,7 @@ from harness.cli import EXIT_USAGE
 from harness.models.folder import REPORT
 from harness.quantize.__main__ import main as quantize_main
 from harness.ternary.embedding import decode, encode
-from reference.types import TernaryConfig
+from reference.types import SHIFTS, TernaryConfig
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
 
@@ -105,7 +105,10 @@ def test_a_matrix_that_overflows_is_refused_before_the_first_layer(
 @pytest.mark.parametrize("reorder", ["none", "ssr"])
 @pytest.mark.parametrize("grid", ["float16", "int8"])
 @pytest.mark.parametrize("columns", [96, 100, 129])
-def test_the_share_of_lost_blocks_is_that_of_counting_them(columns: int, grid: str, reorder: str) -> None:
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_the_share_of_lost_blocks_is_that_of_counting_them(
+    columns: int, grid: str, reorder: str, shift: str
+) -> None:
     """Rows from 1e-9 to 1, of zeros and of equal weights, a dead input, a narrow last block."""
     rng = np.random.default_rng(0)
     W = rng.normal(size=(24, columns)) * np.logspace(-9, 0, 24)[:, None]
@@ -113,17 +116,20 @@ def test_the_share_of_lost_blocks_is_that_of_counting_them(columns: int, grid: s
     X = rng.normal(size=(300, columns))
     X[:, 5] = 0
     C = X.T @ X
-    config = TernaryConfig(block_size=32, grid=grid, reorder=reorder, compensation=False)
+    config = TernaryConfig(block_size=32, grid=grid, reorder=reorder, compensation=False, shift=shift)
     matrix = load_backend("reference").ternarize(W, C, config)
     W[:, 5] = 0
     ordered = W[:, matrix.permutation]
-    alpha, mu = (g.decode() if grid == "int8" else g for g in (matrix.scale, matrix.shift))
+    alpha = matrix.scale.decode() if grid == "int8" else matrix.scale
+    mu = np.zeros_like(alpha)
+    if matrix.shift is not None:
+        mu = matrix.shift.decode() if grid == "int8" else matrix.shift
     lost = 0
     for row in range(24):
         for block in range(alpha.shape[1]):
             weights = set(ordered[row, 32 * block : 32 * block + 32].tolist())
             a, m = float(abs(alpha[row, block])), float(mu[row, block])
-            if len(weights) > 1:
+            if len(weights) > 1 or (shift == "none" and weights != {0.0}):
                 lost += a == 0 or (grid == "float16" and a < 4 * 2**-24)
             else:
                 lost += weights != {0.0} and a == 0 and m == 0

@@ -20,6 +20,7 @@ from reference.types import (
     GRIDS,
     REFINEMENTS,
     REORDERINGS,
+    SHIFTS,
     STARTS,
     TernaryConfig,
     TernaryMatrix,
@@ -42,12 +43,14 @@ def layer(rows: int, columns: int, seed: int, kind: str = "white") -> tuple[np.n
 
 @st.composite
 def configs(draw: Any) -> TernaryConfig:
+    aga = draw(st.sampled_from(ALIGNMENTS))
     return TernaryConfig(
         block_size=draw(st.integers(1, 24)),
+        shift="free" if aga == "printed" else draw(st.sampled_from(SHIFTS)),
         start=draw(st.sampled_from(STARTS)),
         reorder=draw(st.sampled_from(REORDERINGS)),
         itf=draw(st.booleans()),
-        aga=draw(st.sampled_from(ALIGNMENTS)),
+        aga=aga,
         compensation=draw(st.booleans()),
         damping=draw(st.sampled_from([0.02, 0.1])),
         max_iterations=draw(st.sampled_from([1, 2, 100])),
@@ -66,6 +69,7 @@ def same(got: TernaryMatrix, expected: TernaryMatrix) -> None:
     assert got.trits.dtype == expected.trits.dtype
     assert np.array_equal(got.dequantize(), expected.dequantize())
     assert got.block_size == expected.block_size
+    assert (got.shift is None) == (expected.shift is None)
     if isinstance(expected.scale, np.ndarray):
         assert got.scale.dtype == expected.scale.dtype
     figures, of_reference = asdict(got.report), asdict(expected.report)
@@ -83,7 +87,9 @@ def test_every_setting_gives_what_the_reference_gives(config, kind, seed, rows, 
 
 
 @pytest.mark.parametrize("reorder", REORDERINGS)
-@pytest.mark.parametrize("config", [TernaryConfig(), BEST, replace(BEST, grid="int8")], ids=str)
+@pytest.mark.parametrize(
+    "config", [TernaryConfig(), BEST, replace(BEST, grid="int8"), replace(BEST, shift="none")], ids=str
+)
 def test_wider_matrices_give_what_the_reference_gives(config, reorder):
     W, C = layer(12, 300, 5)
     config = replace(config, reorder=reorder)

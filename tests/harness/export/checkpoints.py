@@ -134,6 +134,7 @@ def write(
     block_size: int = 64,
     change: Callable[[np.ndarray, np.ndarray], None] = lambda scale, shift: None,
     order: Callable[[str, int], np.ndarray] = lambda name, columns: np.arange(columns),
+    symmetric: bool = False,
 ) -> Path:
     """A checkpoint of random trits, with negative alphas, constant rows and mu beyond alpha."""
     torch.manual_seed(0)
@@ -153,7 +154,8 @@ def write(
         scale[::9] = 0
         change(scale, shift)
         trits = random.integers(-1, 2, (n, m), dtype=np.int8)
-        matrices[name] = TernaryMatrix(trits, scale, shift, order(name, m), block_size)
+        stored_shift = None if symmetric else shift
+        matrices[name] = TernaryMatrix(trits, scale, stored_shift, order(name, m), block_size)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -164,7 +166,7 @@ def write(
         for name, tensor in model.state_dict().items()
         if name.removesuffix(".weight") not in linears and name not in tied
     }
-    settings = TernaryConfig(block_size=block_size, reorder="none")
+    settings = TernaryConfig(block_size=block_size, reorder="none", shift="none" if symmetric else "free")
     with CheckpointWriter(folder, 1, load_backend("reference")) as writer:
         writer.add(kept, matrices)
         writer.finish(

@@ -57,6 +57,18 @@ def test_what_was_rounded_is_what_is_printed(format_: str, plain: Path, tmp_path
 
 
 @pytest.mark.parametrize("format_", ["gguf", "hqq"])
+def test_without_shifts_the_export_is_that_of_shifts_of_0(format_: str, tmp_path: Path) -> None:
+    write_it = export_gguf if format_ == "gguf" else export_hqq
+    made = []
+    for name, symmetric in (("zeros", False), ("none", True)):
+        folder, out = tmp_path / name / "checkpoint", tmp_path / f"{name}.out"
+        write(folder, config_of("tied"), change=lambda scale, shift: shift.fill(0), symmetric=symmetric)
+        write_it(folder, out)
+        made.append([file.read_bytes() for file in ([out] if out.is_file() else out.glob("*.safetensors"))])
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("format_", ["gguf", "hqq"])
 def test_a_model_from_start_to_end(
     format_: str, run_main: Run, words_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,7 +216,7 @@ def test_every_setting_of_the_method_is_a_switch(
         start="twn",
         reorder="hessian",
         itf=False,
-        aga="printed",
+        aga="conditional",
         compensation=False,
         damping=0.2,
         max_iterations=5,
@@ -225,12 +225,14 @@ def test_every_setting_of_the_method_is_a_switch(
         feed_forward=True,
         refinement="grid",
         rounds=2,
+        shift="none",
     )
     assert all(value != getattr(TernaryConfig(), name) for name, value in vars(config).items())
     seen: list[Options] = []
     monkeypatch.setattr("harness.quantize.__main__.quantize", seen.append)
-    switches = "--block-size 64 --start twn --reorder hessian --no-itf --aga printed --no-compensation"
+    switches = "--block-size 64 --start twn --reorder hessian --no-itf --aga conditional --no-compensation"
     rest = "--damping 0.2 --max-iterations 5 --seed 3 --grid int8 --feed-forward --joint-grid --rounds 2"
+    rest += " --shift none"
     for recipe in ("paper", "best --no-descent"):
         arguments = f"--recipe {recipe} {switches} {rest}".split()
         assert run_main(quantize_main, "--out", tmp_path, *arguments) == 0

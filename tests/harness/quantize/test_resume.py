@@ -34,7 +34,7 @@ Run = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
 
 LAYERS = 3
-ANYWHERE = ("--true-sequential", "--grid", "int8", "--embedding", "int8")
+ANYWHERE = ("--true-sequential", "--grid", "int8", "--shift", "none", "--embedding", "int8")
 
 
 def figures_of(folder: Path) -> dict[str, object]:

@@ -34,6 +34,13 @@ def options(*arguments: str) -> Options:
         (("--for", "gguf", "--block-size", "128"), {2048}, {"block_size": 128}, "blocks of 128"),
         (("--for", "gguf", "--block-size", "512"), {2048}, {"block_size": 512}, "Q2_K"),
         (("--for", "gguf", "--recipe", "paper"), {2048}, {"block_size": 256, "reorder": "none"}, "Q2_K"),
+        (("--for", "gguf", "--shift", "none"), {2048}, {"block_size": 256}, "TQ1_0 holds"),
+        (
+            ("--for", "gguf", "--shift", "none"),
+            {576, 1536},
+            {"block_size": 64},
+            "Q2_0 holds them in 2.25 bits",
+        ),
         (("--for", "mlx"), {576, 1536}, {"block_size": 64}, "groups of 64"),
         (("--for", "mlx"), {160}, {"block_size": 64}, "groups of 32"),
         (("--for", "mlx", "--recipe", "paper"), {576}, {"block_size": 128}, "groups of 64"),

@@ -75,6 +75,15 @@ def test_an_identity_permutation_is_left_out() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("grid", "block_size", "bits"), [("float16", 128, 1.725), ("float16", 256, 1.6625), ("int8", 64, 1.727)]
+)
+def test_a_matrix_without_shifts_takes_fewer_bits(grid: str, block_size: int, bits: float) -> None:
+    rows, columns = 1024, 5120
+    size = packed_bytes(rows, columns, block_size, grid, permuted=False, symmetric=True)
+    assert 8 * size / (rows * columns) == pytest.approx(bits, abs=3e-3)
+
+
 def edit_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -180,6 +189,14 @@ DAMAGE = {
         edit_config(lambda c: c["quantization_config"].update(grid="int4")),
         "grid of quantization_config is 'int4', not one of float16, int8",
     ),
+    "symmetric of another kind": (
+        edit_config(lambda c: c["quantization_config"].update(symmetric="none")),
+        "symmetric of quantization_config must be true or false",
+    ),
+    "shifts of a symmetric model": (
+        edit_config(lambda c: c["quantization_config"].update(symmetric=True)),
+        r"has a tensor that the model does not have: model\.layers\.0\..*\.shift",
+    ),
     "modules of another kind": (
         edit_config(lambda c: c["quantization_config"].update(modules=[["a"]])),
         "modules of quantization_config must be a list of names",
@@ -270,8 +287,9 @@ def test_damage_is_refused_by_name(damaged: Path, kind: str) -> None:
         harness.load(damaged)
 
 
-def test_without_a_grid_it_is_float16(damaged: Path) -> None:
-    edit_config(lambda c: c["quantization_config"].pop("grid"))(damaged)
+@pytest.mark.parametrize("entry", ["grid", "symmetric"])
+def test_without_a_kind_of_grid_it_is_float16_with_shifts(damaged: Path, entry: str) -> None:
+    edit_config(lambda c: c["quantization_config"].pop(entry))(damaged)
     harness.load(damaged)
 
 

@@ -33,10 +33,14 @@ def exact(layer: TernaryLinear, x: torch.Tensor) -> torch.Tensor:
     tokens=st.integers(0, 40),
     grid=st.sampled_from(["float16", "int8"]),
     permuted=st.booleans(),
+    symmetric=st.booleans(),
     dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
 )
-def test_products_are_those_of_the_exact_weights(rows, columns, block_size, tokens, grid, permuted, dtype):
-    layer = layer_of(rows, columns, block_size, CPU, permuted=permuted or grid == "int8", grid=grid)
+def test_products_are_those_of_the_exact_weights(
+    rows, columns, block_size, tokens, grid, permuted, symmetric, dtype
+):
+    permuted = permuted or grid == "int8"
+    layer = layer_of(rows, columns, block_size, CPU, permuted, grid=grid, symmetric=symmetric)
     x = torch.randn(tokens, columns).to(dtype)
     expected = exact(layer, x)
     stored = {name: tensor.clone() for name, tensor in layer.stored().items()}
@@ -49,6 +53,7 @@ def test_products_are_those_of_the_exact_weights(rows, columns, block_size, toke
     alpha, mu = (part.double().abs().repeat_interleave(block_size, 1)[:, :columns] for part in grid_of_layer)
     bound = TOLERANCE[dtype] * (x.double().abs()[:, order] @ (alpha + mu).T)
     assert ((y.double() - expected).abs() <= bound).all()
+    assert layer.stored().keys() == stored.keys()
     assert all(torch.equal(layer.stored()[name], tensor) for name, tensor in stored.items())
 
 
@@ -72,9 +77,13 @@ def test_a_row_has_the_same_bits_in_any_batch_and_by_any_number_of_threads(shape
     assert all(torch.equal(results[0], other) for other in results)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("grid", ["float16", "int8"])
-def test_layers_of_one_input_share_a_product(grid):
-    layers = [layer_of(rows, 300, 64, CPU, permuted=grid == "int8", grid=grid) for rows in (5, 33, 40)]
+def test_layers_of_one_input_share_a_product(grid, symmetric):
+    layers = [
+        layer_of(rows, 300, 64, CPU, permuted=grid == "int8", grid=grid, symmetric=symmetric)
+        for rows in (5, 33, 40)
+    ]
     if grid == "int8":
         for layer in layers:
             layer.permutation.copy_(layers[0].permutation)
@@ -182,8 +191,9 @@ def test_activations_of_another_width_are_refused():
             layer(torch.zeros(shape))
 
 
-def test_a_layout_takes_little_more_than_the_checkpoint():
-    layer = TernaryLinear(4096, 64, 64, "int8", permuted=False, bias=False, dtype=torch.float32)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_layout_takes_little_more_than_the_checkpoint(symmetric):
+    layer = TernaryLinear(4096, 64, 64, "int8", False, False, torch.float32, symmetric)
     layer.keep_dense(False)
     stored = sum(t.numel() * t.element_size() for t in layer.stored().values())
     layout = lay_out([layer.matrix()], 64)

@@ -9,8 +9,10 @@ from harness.ternary.kernels.launches import _guessed_groups, launches
 from harness.ternary.linear import TernaryLinear
 
 
-def layer(columns: int = 128, grid: str = "float16", block_size: int = 64) -> TernaryLinear:
-    return TernaryLinear(columns, 8, block_size, grid, permuted=False, bias=False, dtype=torch.float32)
+def layer(
+    columns: int = 128, grid: str = "float16", block_size: int = 64, symmetric: bool = False
+) -> TernaryLinear:
+    return TernaryLinear(columns, 8, block_size, grid, False, False, torch.float32, symmetric)
 
 
 def test_layers_of_a_group_share_a_launch_and_others_have_their_own() -> None:
@@ -31,8 +33,9 @@ def test_layers_of_different_kinds_do_not_share_a_launch() -> None:
         "c": layer(block_size=128),
         "d": layer(),
         "e": layer(256),
+        "f": layer(symmetric=True),
     }
-    assert launches(layers, [list("abcde")]) == [["a", "d"], ["b"], ["c"], ["e"]]
+    assert launches(layers, [list("abcdef")]) == [["a", "d"], ["b"], ["c"], ["e"], ["f"]]
 
 
 def test_a_group_may_name_layers_that_are_not_there() -> None:
