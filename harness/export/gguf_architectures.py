@@ -1,7 +1,7 @@
 """How GGUF names, orders and describes the models of each architecture.
 
-To add one, give it a row in `ARCHITECTURES`, and a function of its own keys where it has some. What llama.cpp
-computes is stated beside what its loader of the architecture reads (src/models/ of llama.cpp).
+To add one, give it a row in `ARCHITECTURES`, and a function where it has keys of its own. The rows say what
+llama.cpp computes; its file of the architecture in src/models/ has it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ ARCHITECTURES = {
         gguf.MODEL_ARCH.PHI3,
         scalings=(*SCALED, "longrope"),
         partial=True,
-        own=lambda writer, config: require_even_heads(config),
+        own=_phi3,
     ),
 }
 
@@ -136,8 +136,7 @@ def add_settings(writer: gguf.GGUFWriter, architecture: Architecture, config: An
     if window is not None:
         notes.append(
             f"llama.cpp has no sliding windows for {architecture.arch.name}: the file states a context of "
-            f"{window} tokens, within which the model is the same (the original has windows of {window} in "
-            f"{context})"
+            f"{window} tokens, within which the model is the same (the original's is {context})"
         )
         context = window
     width = head_width(config)

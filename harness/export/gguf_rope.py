@@ -41,8 +41,8 @@ def add_rope(writer: gguf.GGUFWriter, architecture: Architecture, config: Any) -
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind == "default":
         return {}
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     scaled, attention = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"), layer_type=layer_type)
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     if kind == "llama3":
         plain = 1.0 / rope["rope_theta"] ** (np.arange(0, turned, 2) / turned)
         return {"rope_freqs": (plain / scaled.numpy()).astype(np.float32)}

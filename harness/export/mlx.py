@@ -9,7 +9,7 @@ A row is cut into groups of 32, 64 or 128 columns. A layer is stored as
 and a weight is scale * q + bias. Here scale = alpha, bias = mu - alpha and q = t + 1, so only the bias is
 rounded; with mu = 0 nothing is. Each layer has the largest group that divides its rows and its blocks; a
 block of several groups repeats its grid. Scales in bfloat16 would move weights by 8 to 10 % of alpha, so they
-are float16 in a bfloat16 model too, and MLX computes such a model in float32.
+are float16 in a bfloat16 model too, and MLX computes such a model in float32 from its first product on.
 
 Embedding and head keep their dtype, or are rounded to 8 bits in groups of the same layout.
 """

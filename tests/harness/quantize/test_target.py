@@ -100,10 +100,8 @@ def test_only_what_folds_away_is_reordered(
         name for name in layers if name.endswith("down_proj")
     }
     bits = json.loads((folder / "report.json").read_text())["bits_per_weight"]
-    size = sum(t.nbytes for layer in layers.values() for t in layer.stored().values())
-    assert bits == pytest.approx(
-        8 * size / sum(layer.trits.numel() * 5 for layer in layers.values()), rel=0.02
-    )
+    size = sum(tensor.nbytes for layer in layers.values() for tensor in layer.stored().values())
+    assert bits == 8 * size / sum(layer.in_features * layer.out_features for layer in layers.values())
     assert run_main(export_main, folder, "--format", "hqq", "--out", out) == 0
 
 
