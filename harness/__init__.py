@@ -15,8 +15,9 @@ Reading order, bottom-up; a module imports only modules listed above it:
     calibration/                  from text to fitted matrices, layer by layer
     ternary/                      a ternary model in torch and on disk
     perplexity, divergence, hf    measure a model; load checkpoints in transformers
-    evaluate, generate, inspect   single-file programs
+    evaluate, inspect             single-file programs
     quantize/, export/, verify/   programs with a folder
+    generate/, serve              text from a model: at a terminal, over HTTP
     benchmark/, hardware          programs that measure the others
 
 Words used throughout:
@@ -36,12 +37,18 @@ Words used throughout:
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 from harness.signals import end_at_once
 
 __all__ = ["load"]
+
+# torch's threads spin while they wait, by default for a millisecond: on a busy machine, and beside threads
+# that are not torch's, they keep work from the cores. OpenMP reads this when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # "-m" as long as Python locates the module to run: python -m harness.PROGRAM, whose imports take seconds.
 if sys.argv[:1] == ["-m"]:

@@ -90,9 +90,11 @@ def main() -> int:
     arguments = parser().parse_args()
     text.require_rows(arguments.text_column, arguments.data)
     stream = text.read_text(arguments.data, text.EVALUATION, arguments.text_column)
+    compute = Compute() if arguments.cpu else default_compute()
     original = open_model(
         arguments.model,
-        dense=False if arguments.packed else None,
+        compute.device if arguments.packed else "cpu",
+        dense=not arguments.packed,
         gguf_dtype=arguments.gguf_dtype,
         trust_remote_code=arguments.trust_remote_code,
     )
@@ -101,7 +103,6 @@ def main() -> int:
     if arguments.original is not None:
         other = load_original(arguments.original, arguments.gguf_dtype, arguments.trust_remote_code)
         require_comparable(other, original)
-    compute = Compute() if arguments.cpu else default_compute()
     result = measure_on(original, stream, arguments.seqlen, arguments.windows, compute, bos=arguments.bos)
     compared = None
     if other is not None:

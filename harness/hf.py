@@ -1,10 +1,11 @@
 """Ternary checkpoints in transformers: after ``import harness.hf``, ``from_pretrained`` reads them.
 
-Linear layers become `TernaryLinear`, which holds dense weights beside the packed ones. `use_kernels` makes a
-device multiply by the packed weights; `load` calls it. ``model.dequantize()`` turns them into ``nn.Linear``.
+Linear layers become `TernaryLinear`. On a CPU they multiply by packed trits. Elsewhere they hold dense
+weights beside the packed ones, until `use_kernels` makes the device multiply by the packed ones too; `load`
+calls it. ``model.dequantize()`` turns them into ``nn.Linear``.
 
-Loading refuses a checkpoint that is damaged or lacks a tensor; without this import transformers would only
-warn, and initialize such layers at random.
+Loading refuses a checkpoint that is damaged or lacks a tensor. Without this import transformers refuses
+format version 2 (`harness.ternary.notice`), and loads version 1 with layers that it initializes at random.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ from harness.ternary.embedding import correct_config, expect_codes, kept_codes, 
 from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, stored_layers
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
+from harness.ternary.notice import add_notice, drop_notice, read_past_notices
 from harness.ternary.reading import verify, weight_map
 from reference.packing import FORMAT_VERSION
+
+read_past_notices()
 
 # Allowed types of a model's weights.
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -46,8 +50,10 @@ class TernaryQuantization(QuantizationConfigMixin):
     ----------
     format_version, block_size, grid, symmetric, modules, unpermuted, shared_inputs, coded, weight_dtype
         As `harness.ternary.format` describes.
-    dense : bool
-        Whether to keep dense weights beside the packed ones; not stored.
+    dense : bool, optional
+        Whether to keep dense weights beside the packed ones. False: the layers hold only what is stored, and
+        dequantize at every call. By default, layers on a CPU multiply by packed trits, and others keep dense
+        weights. This is not stored.
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class TernaryQuantization(QuantizationConfigMixin):
         shared_inputs: list[list[str]] | None = None,
         coded: list[str] | None = None,
         weight_dtype: str | None = None,
-        dense: bool = True,
+        dense: bool | None = None,
         **rest: Any,
     ) -> None:
         self.quant_method: Any = QUANT_METHOD  # transformers has an enum of its own methods
@@ -124,11 +130,17 @@ class TernaryQuantizer(HfQuantizer):
         if self.quantization_config.coded:
             model.tie_weights(recompute_mapping=False)
         correct_config(model)
+        self.quantization_config.format_version = FORMAT_VERSION  # in which the model is saved
+        add_notice(model.config)
         compute_tables(model)
-        for module in model.modules():
-            if isinstance(module, TernaryLinear):
-                module.__dict__.pop("weight", None)  # what stood in for it while tensors were loaded
-                module.keep_dense(self.quantization_config.dense)
+        layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
+        on_host = all(layer.device.type == "cpu" for layer in layers)
+        dense = self.quantization_config.dense
+        for layer in layers:
+            vars(layer).pop("weight", None)  # what stood in for it while tensors were loaded
+            layer.keep_dense(not on_host if dense is None else dense)
+        if dense is None and on_host:
+            use_kernels(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
@@ -140,9 +152,9 @@ class TernaryQuantizer(HfQuantizer):
             If dense weights of a ternary layer were edited, because its packed tensors lack the edit.
         """
         for name, layer in model.named_modules():
-            if not isinstance(layer, TernaryLinear) or layer.weight is None:
+            if not isinstance(layer, TernaryLinear) or layer.dense is None:
                 continue
-            if not torch.equal(layer.weight, layer.dequantize().to(layer.weight.dtype)):
+            if not torch.equal(layer.dense, layer.dequantize().to(layer.dense.dtype)):
                 raise UserError(
                     f"the weights of {name} were edited; trits cannot hold the edit, and saving loses it. "
                     "Edit the original model and ternarize it again"
@@ -160,6 +172,7 @@ class TernaryQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Turn a ternary model into a plain one, in place; in its own dtype by default."""
+        drop_notice(model.config)
         return super().dequantize(model, model.dtype if dtype is None else dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -243,7 +256,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 def load(
     path: str | Path,
     device: str | torch.device = "cpu",
-    dense: bool | None = None,
+    dense: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
     """Read a ternary checkpoint as a transformers model.
@@ -254,21 +267,20 @@ def load(
         Folder that `python -m harness.quantize` wrote.
     device : str or torch.device
         Where to put the model.
-    dense : bool, optional
+    dense : bool
         Keep dense weights in the dtype of the original beside the packed ones: as fast as the original
         and 12 % larger in memory. Without them a CPU multiplies by the packed trits, which take little more
         memory than their file, with float32 sums; so does a CUDA device, at 2.25 bits per weight with
         blocks of 128. Blocks other than 64, 128, 256, ... columns have no kernel on a CUDA device, which
         dequantizes each such layer at every call: this is slow.
-        Default: true on a CPU, false on a device.
     trust_remote_code : bool
         Whether code that comes with the model may run.
 
     Returns
     -------
     transformers.PreTrainedModel
-        In the dtype of the original model, in evaluation mode. Every weight is bit-identical to the one
-        that calibration used.
+        In the dtype of the original model, in evaluation mode. Dense weights are bit-identical to those that
+        calibration used; products of packed trits leave out their rounding to the dtype of the original.
 
     Raises
     ------
@@ -281,8 +293,6 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError if torch is built without the device
         raise UserError(f"the device {device} cannot be used: {error}") from None
-    if dense is None:
-        dense = torch.device(device).type == "cpu"
     model = load_stored(path, dense, trust_remote_code).to(device)
     if not dense:
         try:
@@ -361,7 +371,7 @@ def open_model(
     path = Path(source) if source else None  # `load_original` refuses an empty name
     if path is not None and is_ternary(path):
         tokenizer = load_tokenizer(path, trust_remote_code)
-        return Original(load(path, device, dense, trust_remote_code), tokenizer, str(path))
+        return Original(load(path, device, bool(dense), trust_remote_code), tokenizer, str(path))
     if dense is False:
         raise UserError(f"{source or 'the embedded model'} is not a ternary checkpoint; drop --packed")
     return load_original(source, gguf_dtype, trust_remote_code)

@@ -22,7 +22,7 @@ def end_at_once() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in WORDS:
             if _is_free(number):
-                signal.signal(number, _leave)
+                signal.signal(number, leave)
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def raised() -> Iterator[list[int]]:
     def note(number: int, frame: Any) -> None:
         arrived.append(number)
         for each in before:
-            signal.signal(each, _leave)
+            signal.signal(each, leave)
         raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -50,12 +50,36 @@ def raised() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def noted() -> Iterator[threading.Event]:
+    """Note the first Ctrl-C instead of raising; a second one ends the process at once.
+
+    Yields an event that is set when it arrives. For work that can be ended early, whose caller goes on.
+    """
+    event = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(number, leave)
+
+    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+        yield event
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _is_free(number: int) -> bool:
     """Whether a signal has no other use: a shell's background processes ignore Ctrl-C, for one."""
-    return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, _leave)
+    return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, leave)
 
 
-def _leave(number: int, frame: Any) -> None:
+def leave(number: int, frame: Any) -> None:
+    """End the process at once, in one line; a handler of signals."""
     with suppress(OSError):  # stderr may be closed
         os.write(2, f"{WORDS[signal.Signals(number)]}\n".encode())
     os._exit(128 + number)

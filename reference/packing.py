@@ -1,4 +1,4 @@
-"""The checkpoint's bytes, format version 1: trits to bytes and back.
+"""The checkpoint's bytes, format version 2: trits to bytes and back.
 
 A linear layer NAME with weights (n, m) in blocks of k columns is stored as these tensors:
 
@@ -25,6 +25,9 @@ The weight of row i at column ``permutation[j]`` is
 Kernels use two bits a trit instead, made when a checkpoint is loaded: byte b holds trits 4b to 4b+3,
 trit 4b+i as the digit t + 1 in bits 2i and 2i+1, the last byte filled up with t = 0; 3 is no digit.
 `reference.layout` says where these bytes lie.
+
+Version 1 had the same bytes. Version 2 adds an entry to config.json that makes transformers refuse the model
+where this package is not imported (`harness.ternary.notice`); version 1 was loaded there with random weights.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from reference.checks import Trits
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 Bytes = NDArray[np.uint8]
 

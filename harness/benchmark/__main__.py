@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from harness import text
 from harness.backends import load_backend
 from harness.benchmark import figures
+from harness.benchmark.busy import busy_cost
 from harness.benchmark.fits import fit_speed
 from harness.benchmark.generation import Lengths, generation_speed
 from harness.benchmark.methods import METHODS, compare_methods, summarize
@@ -29,13 +31,14 @@ from harness.errors import UserError
 from harness.files import json_text, write_json
 from harness.machine import machine
 from harness.progress import say_on_stdout
-from harness.quantize.options import NO_EVALUATION, Options
+from harness.quantize.options import NO_EVALUATION, RECIPES, Options
 from harness.quantize.run import quantize
 
 DESCRIPTION = """\
 Run a benchmark on this machine and write the results to a file, with command, machine and date.
 
   run      time every stage of a quantization, and two plain forward passes of the same tokens
+  busy     compare the CPU time of a quantization with that beside busy processes
   methods  compare the paper's ablations and 2-bit baselines on the same text
   fits     time fits of single matrices, by recipe, beside the reference
   quantize quantize random weights in the shapes of large models
@@ -45,6 +48,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
+  python -m harness.benchmark busy benchmarks/busy.json --nsamples 4 --seqlen 256
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
   python -m harness.benchmark fits benchmarks/fits.json --matrix 1536x576 4096x4096
   python -m harness.benchmark quantize benchmarks/quantize.json --shape llama-7b llama-65b --layers 2
@@ -94,6 +98,14 @@ def parser() -> argparse.ArgumentParser:
         help="summarize this report.json of an earlier run on this machine instead of a new run",
     )
 
+    sub = kind("busy", "compare the CPU time of a quantization with that beside busy processes")
+    sub.add_argument("--model", type=model_name, metavar="MODEL", help="as for harness.quantize")
+    sub.add_argument("--nsamples", type=positive, default=defaults.nsamples, help="calibration windows")
+    sub.add_argument("--seqlen", type=window_length, default=defaults.seqlen, help="tokens per window")
+    sub.add_argument(
+        "--busy", type=positive, default=2, metavar="N", help="busy processes for every core of the machine"
+    )
+
     sub = kind("methods", "compare the paper's ablations and 2-bit baselines on the same text")
     listed = "\n".join(f"  {key:16} {method.words}" for key, method in METHODS.items())
     sub.epilog = f"methods, and their names in the results:\n{listed}"
@@ -136,6 +148,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dtype", choices=("float16", "bfloat16"), default="bfloat16", help="dtype of the activations"
     )
+    recipe_help = "recipe whose block size, grid and order the weights have"
+    sub.add_argument("--recipe", choices=RECIPES, default="best", help=recipe_help)
 
     lengths = Lengths()
     sub = kind("generate", "measure tokens per second of random models of large shapes, dense and ternary")
@@ -143,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--layers", type=positive, metavar="N", help="use only N decoder layers")
     sub.add_argument("--prefill", type=positive, default=lengths.prefill, help="tokens in the prompt")
     sub.add_argument("--decode", type=positive, default=lengths.decode, help="tokens to generate")
+    sub.add_argument("--recipe", choices=RECIPES, default="best", help=recipe_help)
 
     what = "draw the results of methods, matmul or generate (requires matplotlib)"
     sub = kinds.add_parser("plot", help=what, description=what, formatter_class=HelpFormatter)
@@ -173,6 +188,10 @@ def main() -> int:
 
     if arguments.kind == "run":
         results = _run_figures(arguments)
+    elif arguments.kind == "busy":
+        size = ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen)]
+        model = [] if arguments.model is None else ["--model", arguments.model]
+        results = busy_cost([*size, *model], arguments.busy)
     elif arguments.kind == "fits":
         backend = load_backend(arguments.backend)
         results = fit_speed(arguments.matrix, backend, load_backend("reference"), compute_for(backend), save)
@@ -182,13 +201,15 @@ def main() -> int:
         results = {}
         for shape in arguments.shape:
             dtype = getattr(torch, arguments.dtype)
-            results[shape] = product_speed(shape, default_compute(), arguments.batch, dtype)
+            results[shape] = product_speed(shape, default_compute(), arguments.batch, dtype, arguments.recipe)
             save(results)
     elif arguments.kind == "generate":
         results = {}
         for shape in arguments.shape:
             lengths = Lengths(arguments.prefill, arguments.decode)
-            results[shape] = generation_speed(shape, default_compute(), arguments.layers, lengths)
+            results[shape] = generation_speed(
+                shape, default_compute(), arguments.layers, lengths, arguments.recipe
+            )
             save(results)
     else:
         options = Options(
@@ -249,6 +270,7 @@ def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{arguments.report} is missing or damaged: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{arguments.report} is not a quantization report: {error!r}") from None
+    began, cpu = time.perf_counter(), time.process_time()
     with TemporaryDirectory() as folder:
         record = quantize(
             Options(
@@ -260,7 +282,8 @@ def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:
                 seqlen=arguments.seqlen,
             )
         )
-    return summarize(record)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    return {**summarize(record), "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
 
 
 def _without_folders(word: str) -> str:

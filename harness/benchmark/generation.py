@@ -15,6 +15,7 @@ from harness.benchmark.shapes import SHAPES, make_model
 from harness.compute import Compute, dtype_name
 from harness.hf import swap
 from harness.models.streamed import attach_empty_layers
+from harness.quantize.options import RECIPES
 from harness.ternary.format import StoredLayers
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
@@ -32,7 +33,11 @@ class Lengths:
 
 
 def generation_speed(
-    shape: str, compute: Compute, layers: int | None = None, lengths: Lengths = Lengths()
+    shape: str,
+    compute: Compute,
+    layers: int | None = None,
+    lengths: Lengths = Lengths(),
+    recipe: str = "best",
 ) -> dict[str, Any]:
     """Measure tokens per second of prefill, of decoding, and of both, at batch size 1.
 
@@ -49,6 +54,8 @@ def generation_speed(
         Number of decoder layers; by default all.
     lengths : Lengths
         Tokens in the prompt, and tokens to generate.
+    recipe : str
+        The recipe whose block size, grid and order the ternary weights have.
 
     Returns
     -------
@@ -57,8 +64,8 @@ def generation_speed(
         ``both``, and bytes of the model; and the ratios of the two.
     """
     figures = {
-        kind: _speed(random_network(shape, layers, kind == "ternary", compute), compute, lengths)
-        for kind in ("dense", "ternary")
+        kind: _speed(random_network(shape, layers, stored, compute), compute, lengths)
+        for kind, stored in (("dense", None), ("ternary", recipe))
     }
     dense, ternary = figures["dense"], figures["ternary"]
     return {
@@ -68,19 +75,21 @@ def generation_speed(
         "tokens": f"{lengths.prefill} read, {lengths.decode} written",
         "dtype": dtype_name(DTYPE),
         "device": compute.describe(),
+        "recipe": recipe,
         **figures,
         "ternary_over_dense": {figure: _rounded(ternary[figure] / dense[figure]) for figure in dense},
     }
 
 
-def random_network(shape: str, layers: int | None, ternary: bool, compute: Compute) -> Any:
-    """Make a model of a shape with random weights, directly on its device."""
+def random_network(shape: str, layers: int | None, recipe: str | None, compute: Compute) -> Any:
+    """Make a model of a shape with random weights, directly on its device; ternary if there is a recipe."""
     depth = SHAPES[shape].depth(layers)
     model = make_model(shape, depth, DTYPE)
     decoder = attach_empty_layers(model, depth)
-    if ternary:
-        names = list(decoder.named_linears())
-        stored = StoredLayers(128, "float16", names, unpermuted=[], shared_inputs=None, coded=[])
+    if recipe is not None:
+        names, config = list(decoder.named_linears()), RECIPES[recipe].config
+        unpermuted = names if config.reorder == "none" else []
+        stored = StoredLayers(config.block_size, config.grid, names, unpermuted, None, coded=[])
         for name in names:
             swap(model, name, stored, DTYPE)
     for layer in decoder.layers:
@@ -88,7 +97,7 @@ def random_network(shape: str, layers: int | None, ternary: bool, compute: Compu
         for module in layer.modules():
             fill(module)
     model.to(compute.device)
-    if ternary and compute.device.type == "cuda":
+    if recipe is not None:
         use_kernels(model)
     return model
 
@@ -102,12 +111,19 @@ def fill(module: nn.Module) -> None:
         # The last byte is padded with t = 0: digit 1 in every position beyond the row.
         used = m - 5 * (module.trits.shape[1] - 1)
         module.trits[:, -1] = module.trits[:, -1] % 3**used + (3**5 - 3**used) // 2
-        module.scale.fill_(m**-0.5)
-        if module.shift is not None:
-            module.shift.normal_(std=0.1 * m**-0.5)
+        if module.row_factor is None or module.scale_factor is None:
+            module.scale.fill_(m**-0.5)
+            if module.shift is not None:
+                module.shift.normal_(std=0.1 * m**-0.5)
+        else:
+            module.row_factor.fill_(m**-0.5)
+            module.scale.fill_(100)
+            module.scale_factor.fill_(0.01)
+            if module.shift is not None and module.shift_factor is not None:
+                module.shift.random_(-20, 21)
+                module.shift_factor.fill_(0.01)
         if module.permutation is not None:
             module.permutation.copy_(torch.randperm(m, device=module.trits.device))
-        module.keep_dense(module.trits.device.type == "cpu")
     elif isinstance(module, nn.Linear):
         module.weight.normal_(std=module.in_features**-0.5)
     else:  # norms

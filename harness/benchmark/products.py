@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -18,14 +18,14 @@ from harness.backends import load_backend
 from harness.benchmark.generation import fill
 from harness.benchmark.shapes import SHAPES
 from harness.compute import Compute, dtype_name, share_memory
-from harness.ternary.kernels.launches import share_launch
+from harness.quantize.options import RECIPES
+from harness.ternary.kernels.launches import share_launch, share_on_host
 from harness.ternary.linear import TernaryLinear
 
 # More than twice the L2 cache of an H200, so that every product reads its weights from memory.
 ROTATED_BYTES = 128e6
 COPIED_BYTES = 1e9
 REPEATS = 20
-BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ def matrices_of(shape: str) -> list[Matrices]:
     ]
 
 
-def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch.dtype) -> dict[str, Any]:
+def product_speed(
+    shape: str, compute: Compute, batches: list[int], dtype: torch.dtype, recipe: str = "best"
+) -> dict[str, Any]:
     """Time the product with every matrix of a layer, at every batch size, in several ways.
 
-    ``packed`` uses the packed kernels, ``dense`` dense weights, and ``dequantized`` dequantizes at every
-    call. ``gemlite`` is gemlite's 2-bit product of the same weights, if gemlite is installed. On the host
-    there are no kernels: ``packed`` dequantizes at every call.
+    ``packed`` uses the packed kernels and ``dense`` dense weights. On a GPU, ``dequantized`` dequantizes at
+    every call, and ``gemlite`` is gemlite's 2-bit product of the same weights, if gemlite is installed. On
+    the host, ``float32`` uses dense weights and activations in float32, and the ways take turns.
     Matrices that read the same input are also timed as a group: ``packed`` is then a single launch,
     ``separate`` one launch per matrix; the other ways run one matrix after the other.
 
@@ -75,6 +77,8 @@ def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch
         Numbers of rows of the activations.
     dtype : torch.dtype
         dtype of activations and dense weights.
+    recipe : str
+        The recipe whose block size, grid and order the weights have.
 
     Returns
     -------
@@ -86,14 +90,13 @@ def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch
     bandwidth = _copy_bandwidth(compute)
     rows = []
     for matrices in matrices_of(shape):
-        layers = _rotated(matrices, compute, dtype)
+        layers = _rotated(matrices, compute, dtype, recipe)
         products = [_ways(group, compute) for group in layers]
         read = sum(_bytes_read(layer) for layer in layers[0])
         for batch in batches:
             x = torch.randn(batch, matrices.columns, dtype=dtype, device=compute.device)
-            seconds = {
-                way: _seconds([partial(ways[way], x) for ways in products], compute) for way in products[0]
-            }
+            calls = {way: [partial(ways[way], x) for ways in products] for way in products[0]}
+            seconds = _seconds(calls, compute)
             rows.append(
                 {
                     "matrix": matrices.name,
@@ -110,6 +113,7 @@ def product_speed(shape: str, compute: Compute, batches: list[int], dtype: torch
     return {
         "shape": shape,
         "dtype": dtype_name(dtype),
+        "recipe": recipe,
         "device": compute.describe(),
         "copy_gb_s": round(bandwidth / 1e9, 2),
         "products": rows,
@@ -140,13 +144,18 @@ def gemlite_product(layer: TernaryLinear) -> Callable[[torch.Tensor], torch.Tens
     return maker.from_weights(codes, scales, zeros, 2, layer.block_size)
 
 
-def _rotated(matrices: Matrices, compute: Compute, dtype: torch.dtype) -> list[list[TernaryLinear]]:
+def _rotated(
+    matrices: Matrices, compute: Compute, dtype: torch.dtype, recipe: str
+) -> list[list[TernaryLinear]]:
     """Make enough random copies of the layers to exceed the L2 cache."""
     size = 2.25 / 8 * sum(matrices.rows) * matrices.columns
     count = max(2, int(ROTATED_BYTES / size)) if compute.device.type == "cuda" else 2
 
+    config = RECIPES[recipe].config
+    permuted = config.reorder != "none"
+
     def layer_of(rows: int) -> TernaryLinear:
-        layer = TernaryLinear(matrices.columns, rows, BLOCK_SIZE, "float16", True, False, dtype)
+        layer = TernaryLinear(matrices.columns, rows, config.block_size, config.grid, permuted, False, dtype)
         fill(layer.to(compute.device))
         return layer
 
@@ -156,14 +165,19 @@ def _rotated(matrices: Matrices, compute: Compute, dtype: torch.dtype) -> list[l
 def _ways(layers: list[TernaryLinear], compute: Compute) -> dict[str, Callable[[torch.Tensor], Any]]:
     """Return every available way to compute the products of layers that read the same input."""
     alone, weights = copy.deepcopy(layers), [layer.dequantize() for layer in layers]
-    for layer in alone:
-        layer.keep_dense(False)
     ways: dict[str, Callable[[torch.Tensor], Any]] = {
         "packed": lambda x: [layer(x) for layer in layers],
         "dense": lambda x: [nn.functional.linear(x, weight) for weight in weights],
     }
     if compute.device.type != "cuda":
-        return {**ways, "packed": lambda x: [layer(x) for layer in alone]}
+        wide = [weight.float() for weight in weights]
+        ways["float32"] = lambda x: [nn.functional.linear(x.float(), weight) for weight in wide]
+        if len(layers) > 1:
+            for layer in alone:
+                share_on_host([layer])
+            ways["separate"] = lambda x: [layer(x) for layer in alone]
+        share_on_host(layers)
+        return ways
     ways["dequantized"] = lambda x: [layer(x) for layer in alone]
     if importlib.util.find_spec("gemlite"):
         theirs = [gemlite_product(layer) for layer in layers]
@@ -186,13 +200,22 @@ def _bytes_read(layer: TernaryLinear) -> int:
 
 
 @torch.no_grad()
-def _seconds(calls: list[Callable[[], Any]], compute: Compute) -> float:
-    """Median seconds per call; every call has its own weights."""
-    for call in calls[:3]:  # compile and select kernels
+def _seconds(calls: Mapping[str, Sequence[Callable[[], Any]]], compute: Compute) -> dict[str, float]:
+    """Median seconds per call of every way; every call of a way has its own weights."""
+    for call in (call for several in calls.values() for call in several[:3]):  # compile and select kernels
         call()
     compute.wait()
-    if compute.device.type != "cuda":
-        return median(_clocked(call, compute) for call in calls for _ in range(3))
+    if compute.device.type == "cuda":
+        return {way: _seconds_on_device(several) for way, several in calls.items()}
+    spent: dict[str, list[float]] = {way: [] for way in calls}
+    for _ in range(REPEATS):
+        # In turns, as the host may be busy with something else for a while.
+        for way, several in calls.items():
+            spent[way] += [_clocked(call) for call in several]
+    return {way: median(clocked) for way, clocked in spent.items()}
+
+
+def _seconds_on_device(calls: Sequence[Callable[[], Any]]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -208,10 +231,9 @@ def _seconds(calls: list[Callable[[], Any]], compute: Compute) -> float:
     return median(spent)
 
 
-def _clocked(call: Callable[[], Any], compute: Compute) -> float:
+def _clocked(call: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     call()
-    compute.wait()
     return time.perf_counter() - begin
 
 
@@ -221,4 +243,4 @@ def _copy_bandwidth(compute: Compute) -> float:
     # Random bytes: zeros may be faster to copy.
     source = torch.empty(size, dtype=torch.uint8, device=compute.device).random_(0, 256)
     target = torch.empty_like(source)
-    return 2 * size / _seconds([lambda: target.copy_(source)] * 3, compute)
+    return 2 * size / _seconds({"copy": [lambda: target.copy_(source)] * 3}, compute)["copy"]

@@ -22,6 +22,7 @@ from harness.hf import load_stored
 from harness.models.tokenizer import load_tokenizer
 from harness.ternary.format import unpack_base3
 from harness.ternary.linear import TernaryLinear
+from harness.ternary.notice import drop_notice
 from reference.types import TernaryMatrix
 
 Float64 = NDArray[np.float64]
@@ -219,6 +220,7 @@ def read_exportable(folder: Path, trust_remote_code: bool = False) -> Stored:
             tensors[f"{name}.bias"] = tensors[f"{name}.bias"][torch.from_numpy(order)]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    drop_notice(model.config)
     return Stored(folder, model, load_tokenizer(folder, trust_remote_code), layers, tensors, rows)
 
 

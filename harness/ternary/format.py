@@ -4,7 +4,7 @@
 ``quantization_config``:
 
     quant_method     "pt2_llm"
-    format_version   1
+    format_version   2; version 1 is read too
     block_size       columns that share alpha and mu
     grid             storage type of alpha and mu: "float16" or "int8"
     symmetric        whether mu is 0 everywhere, and not stored; false if absent, as in the first checkpoints
@@ -16,6 +16,11 @@
     coded            embedding and head, if stored as `harness.ternary.embedding` describes
     weight_dtype     dtype that dequantized weights are rounded to, as in calibration; by default, the dtype
                      in config.json
+
+and an entry beside it, since version 2:
+
+    transformers_weights   the sentence of `harness.ternary.notice`. It names no file, so transformers refuses
+                           to load the model where this package is not imported
 
 transformers defines everything else.
 
@@ -44,7 +49,7 @@ from torch import nn
 from harness.backends import Backend
 from harness.errors import UserError
 from harness.models.folder import CONFIG, read_config
-from reference.packing import FORMAT_VERSION
+from reference.packing import READABLE_VERSIONS
 from reference.types import GRIDS, CodedGrid, TernaryMatrix
 
 QUANT_METHOD = "pt2_llm"
@@ -107,10 +112,9 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         If its version is not supported, or an entry is missing or malformed.
     """
     version = quantization.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise UserError(
-            f"{where} has format version {version!r}; this program reads version {FORMAT_VERSION}"
-        )
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise UserError(f"{where} has format version {version!r}; this program reads versions {readable}")
     modules: Any = quantization.get("modules")
     unpermuted: Any = quantization.get("unpermuted")
     block_size = quantization.get("block_size")

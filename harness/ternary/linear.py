@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from harness.ternary.format import PACKED, pack_base3, permutation_dtype, stored_parts, unpack_base3
+from harness.ternary.kernels.host import HostTensors, lay_out
 from harness.ternary.kernels.shared import PackedWeights
 from harness.ternary.kernels.tensors import Matrix
 
@@ -44,16 +45,20 @@ class TernaryLinear(nn.Module):
     trits, scale, shift, permutation, row_factor, scale_factor, shift_factor : tensors or None
         As in the checkpoint. `permutation` is None if it is the identity, `shift` and `shift_factor` are None
         if mu is 0, the factors are None for float16 grids, and all are None after `use_kernels`.
-    weight : (n, m) tensor or None
+    dense : (n, m) tensor or None
         Dense weights, if kept (`keep_dense`). Without them and without kernels, every call dequantizes.
+    weight : (n, m) tensor
+        The dense weights; if none are kept, made anew by every access, and not to be changed in place.
     packed : PackedWeights or None
-        Weights in the layout of the kernels, shared with layers that read the same input.
+        Weights in the layout of the kernels, shared with layers that read the same input. A layer that is
+        moved off the CPU gets dense weights instead of the layout of the CPU's kernel.
     """
 
     trits: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor | None
-    weight: torch.Tensor | None
+    dense: torch.Tensor | None
+    weight: torch.Tensor
     bias: nn.Parameter | None
     permutation: torch.Tensor | None
     row_factor: torch.Tensor | None
@@ -81,7 +86,7 @@ class TernaryLinear(nn.Module):
         for name in PACKED:
             kind, shape = stored.get(name, (None, None))
             self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=kind))
-        self.register_buffer("weight", None, persistent=False)
+        self.register_buffer("dense", None, persistent=False)
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
         )
@@ -122,7 +127,7 @@ class TernaryLinear(nn.Module):
     def plain(self) -> nn.Linear:
         """Make an ``nn.Linear`` with the dense weights and the bias of this layer."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dequantize() if self.weight is None else self.weight)
+        linear.weight = nn.Parameter(self.dequantize() if self.dense is None else self.dense)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
@@ -131,7 +136,7 @@ class TernaryLinear(nn.Module):
         for name, tensor in self.stored().items():
             setattr(self, name, tensor)
         self.packed = None
-        self.weight = self.dequantize() if keep else None
+        self.dense = self.dequantize() if keep else None
 
     def use_kernels(self, packed: PackedWeights, part: int) -> None:
         """Multiply by packed trits from now on; drop the stored tensors and the dense weights.
@@ -144,7 +149,7 @@ class TernaryLinear(nn.Module):
             Index of this layer among them.
         """
         self.packed, self.part = packed, part
-        for name in (*PACKED, "weight"):
+        for name in (*PACKED, "dense"):
             setattr(self, name, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,10 +157,19 @@ class TernaryLinear(nn.Module):
         if self.packed is not None:
             y = self.packed(x, self.part)
             return y if self.bias is None else y + self.bias.to(y.dtype)
-        weight = self.dequantize() if self.weight is None else self.weight
+        weight = self.dequantize() if self.dense is None else self.dense
         return nn.functional.linear(
             x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         )
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read a layer's weight, most of them for its dtype.
+        if name != "weight":
+            return super().__getattr__(name)
+        if self.dense is not None:
+            return self.dense
+        with torch.inference_mode():  # torch refuses to change what it returns: the change would be lost
+            return self.dequantize()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -163,13 +177,18 @@ class TernaryLinear(nn.Module):
             destination.update({prefix + name: tensor for name, tensor in self.stored().items()})
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        if self.packed is not None:
+        on_host = self._is_laid_out_for_the_host()
+        if self.packed is not None and not on_host:
             prefix, errors = arguments[1], arguments[-1]
             errors.append(f"{prefix[:-1]} uses packed kernels and cannot load weights; call keep_dense first")
             return
+        if on_host:
+            self.keep_dense(False)
         super()._load_from_state_dict(*arguments)
-        if self.weight is not None:
-            self.weight = self.dequantize()
+        if on_host:
+            self.use_kernels(PackedWeights(lay_out([self.matrix()], self.block_size)), 0)
+        if self.dense is not None:
+            self.dense = self.dequantize()
 
     def extra_repr(self) -> str:
         """Describe the module for ``print``."""
@@ -177,7 +196,7 @@ class TernaryLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"block_size={self.block_size}, bias={self.bias is not None}, "
             f"permuted={self.permuted}, symmetric={self.symmetric}, "
-            f"dense={self.weight is not None}, kernels={self.packed is not None}"
+            f"dense={self.dense is not None}, kernels={self.packed is not None}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -187,7 +206,13 @@ class TernaryLinear(nn.Module):
         for name, tensor in kept.items():
             setattr(self, name, tensor.view(_BITS[tensor.element_size()]))
         try:
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)
         finally:
             for name, tensor in kept.items():
                 setattr(self, name, getattr(self, name).view(tensor.dtype))
+        if self._is_laid_out_for_the_host() and self.device.type != "cpu":
+            self.keep_dense(True)  # no other device has a kernel for this layout
+        return self
+
+    def _is_laid_out_for_the_host(self) -> bool:
+        return self.packed is not None and self.packed.kind is HostTensors

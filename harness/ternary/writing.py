@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ from harness.models.folder import (
 from harness.models.original import Original
 from harness.ternary.embedding import correct_config
 from harness.ternary.format import QUANT_METHOD, packed_tensors
+from harness.ternary.notice import add_notice
 from reference.packing import FORMAT_VERSION
 from reference.types import TernaryConfig, TernaryMatrix
 
@@ -155,7 +157,9 @@ class CheckpointWriter:
             save_code(original.model, original.model.config, self.folder)
             write_json(self.folder / REPORT, report)
             correct_config(original.model)
-            config = original.model.config.to_dict()
+            described = deepcopy(original.model.config)
+            add_notice(described)
+            config = described.to_dict()
             config.pop("_name_or_path", None)  # a place on this machine; transformers drops it too
             config["architectures"] = [type(original.model).__name__]
             config["quantization_config"] = {

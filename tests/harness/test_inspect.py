@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import harness
-from harness import generate, inspect
+from harness import inspect
 from harness.cli import EXIT_USAGE
+from harness.generate import __main__ as generate
 from harness.models.folder import GENERATION
 from harness.models.original import Original
 from harness.ternary.format import packed_bytes
@@ -79,7 +80,7 @@ def test_what_is_no_checkpoint_is_refused(
     assert "does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [(), ("--packed",), ("--compile",)])
+@pytest.mark.parametrize("options", [(), ("--dense",), ("--compile",)])
 def test_a_prompt_is_continued_with_the_likeliest_tokens(
     options: tuple[str, ...], quantized: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

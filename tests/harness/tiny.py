@@ -11,6 +11,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
+from harness.ternary.linear import TernaryLinear
+
 VOCABULARY = 96
 # Blocks of 64 columns: two to the width, and a short last one to the inner width. Much smaller blocks
 # of random trits would be too lopsided for the start of Eq. 5 to find their grid.
@@ -116,3 +118,10 @@ def save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def keep_dense(model: nn.Module) -> None:
+    """Make all ternary layers of a model multiply by dense weights."""
+    for layer in model.modules():
+        if isinstance(layer, TernaryLinear):
+            layer.keep_dense(True)

@@ -7,7 +7,6 @@ and the bytes of all rows follow each other, piece of columns by piece: 1.625 bi
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +16,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from harness.cpu.lanes import LANES
 from harness.cpu.product import Weights, cut, multiply
-from harness.cpu.threads import share_rows
+from harness.cpu.threads import share
 from harness.ternary.format import pack_base3, unpack_base3
 from harness.ternary.kernels.tensors import Matrix
 
-# Fewer weights times tokens are not worth waking another thread for.
-SHARED_WORK = 2**19
+# Fewer weights times tokens are not worth waking another thread for, which takes about 0.1 ms.
+SHARED_WORK = 2**21
 # Tokens whose sums are kept at once: those of all rows should stay in a cache.
 TOKENS = 16 * LANES
 
@@ -71,7 +70,7 @@ class HostTensors(NamedTuple):
                 self.words[:-8].split([rows * count for count in groups]), pieces.width.tolist(), strict=True
             )
         ]
-        scale, shift = _two(_numbers(self.grid[:, begin:end].T, self.kind))
+        scale, shift = _two(_numbers(self.grid[:, begin:end].T, self.dtype))
         order = self.permutation
         if not len(order):
             order = torch.arange(self.columns, device=order.device)
@@ -83,7 +82,7 @@ class HostTensors(NamedTuple):
         return found._replace(row_factor=row, scale_factor=scale, shift_factor=shift)
 
     @property
-    def kind(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """Type of the numbers in `grid`."""
         return torch.float16 if self.row_factors is None else torch.int8
 
@@ -144,26 +143,40 @@ def multiply_on_host(x: torch.Tensor, packed: HostTensors) -> torch.Tensor:
     """Compute ``x @ W_hat.T``, (tokens, n) in the dtype of x, with float32 sums."""
     if x.shape[1] != packed.columns:
         raise ValueError(f"x has shape {tuple(x.shape)}, but the weights have {packed.columns} columns")
-    weights, x = _weights_of(packed), x.detach()
-    rows = packed.ends[-1]
-    y = x.new_empty(len(x), rows)
+    x = x.detach()
+    if 0 < len(x) <= TOKENS:
+        return _multiply_some(x, packed).to(x.dtype)
+    y = x.new_empty(len(x), packed.ends[-1])
     for begin in range(0, len(x), TOKENS):
-        some = x[begin : begin + TOKENS].float()
-        if len(packed.permutation):
-            some = some[:, packed.permutation]
-        tokens = len(some)
-        if tokens > 1:
-            some = pad(some, (0, 0, 0, -tokens % LANES)).view(-1, LANES, packed.columns).transpose(1, 2)
-        bundles = some.contiguous().numpy()
-        products = np.empty((len(bundles), rows, *bundles.shape[2:]), np.float32)
-        work = tokens * rows * packed.columns
-        threads = min(torch.get_num_threads(), max(1, work // SHARED_WORK), rows)
-        share_rows(partial(multiply, bundles, weights, products), rows, threads)
-        found = torch.from_numpy(products)
-        if tokens > 1:
-            found = found.transpose(1, 2).reshape(-1, rows)[:tokens]
-        y[begin : begin + TOKENS] = found
+        y[begin : begin + TOKENS] = _multiply_some(x[begin : begin + TOKENS], packed)
     return y
+
+
+def _multiply_some(x: torch.Tensor, packed: HostTensors) -> torch.Tensor:
+    """Multiply tokens whose sums fit in a cache; (tokens, n) float32."""
+    tokens, rows = len(x), packed.ends[-1]
+    x = x.float()
+    if len(packed.permutation):
+        x = x[:, packed.permutation]
+    if tokens > 1:
+        x = pad(x, (0, 0, 0, -tokens % LANES)).view(-1, LANES, packed.columns).transpose(1, 2)
+    bundles = x.contiguous().numpy()
+    products = np.empty((len(bundles), rows, *bundles.shape[2:]), np.float32)
+    weights = _weights_of(packed)
+
+    def rows_of_all(begin: int, end: int) -> None:
+        multiply(bundles, weights, products, begin, end)
+
+    def all_rows_of(begin: int, end: int) -> None:
+        multiply(bundles[begin:end], weights, products[begin:end], 0, rows)
+
+    threads = min(torch.get_num_threads(), max(1, tokens * rows * packed.columns // SHARED_WORK))
+    if len(bundles) < 2 * threads:
+        share(rows_of_all, rows, threads)
+    else:  # which makes the tables of a bundle once
+        share(all_rows_of, len(bundles), threads)
+    y = torch.from_numpy(products)
+    return y.transpose(1, 2).reshape(-1, rows)[:tokens] if tokens > 1 else y
 
 
 # The arrays of a layout by its words: to make them takes longer than the product of a small matrix.
@@ -188,10 +201,10 @@ def _as_arrays(packed: HostTensors) -> Weights:
         return tensor.detach().contiguous().numpy().view(kind).reshape(shape)
 
     blocks, rows = packed.grid.shape
-    held = packed.grid.element_size() // packed.kind.itemsize
+    held = packed.grid.element_size() // packed.dtype.itemsize
     return Weights(
         array(packed.words, "uint8", (-1,)),
-        array(packed.grid, "int8" if packed.kind == torch.int8 else "uint16", (blocks, rows, held)),
+        array(packed.grid, "int8" if packed.dtype == torch.int8 else "uint16", (blocks, rows, held)),
         array(packed.row_factors, "uint16", (-1,)),
         array(packed.block_factors, "uint16", (-1, blocks, held)),
         np.array(packed.ends),

@@ -8,7 +8,7 @@ unpacks the same tensors; this is slow, and serves as the reference for the kern
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -46,9 +46,14 @@ def ternary_linear(
     packed = _named(
         (words, grid, permutation, row_factors, block_factors, ends, block_size, columns, in_float16)
     )
-    if isinstance(packed, HostTensors) and x.device.type == "cpu" and x.dtype != torch.float64:
+    if has_kernel_on_host(packed, x):
         return multiply_on_host(x, packed)
     return _multiply_unpacked(x, packed)
+
+
+def has_kernel_on_host(packed: PackedTensors | HostTensors, x: torch.Tensor) -> TypeGuard[HostTensors]:
+    """Whether the CPU's kernel computes a product: it takes its own layout, and sums in float32."""
+    return isinstance(packed, HostTensors) and x.device.type == "cpu" and x.dtype != torch.float64
 
 
 def _named(weights: tuple[Any, ...]) -> PackedTensors | HostTensors:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from harness.ternary.kernels.operation import HostTensors, PackedTensors, ternary_linear
+from harness.ternary.kernels.host import HostTensors, multiply_on_host
+from harness.ternary.kernels.operation import PackedTensors, has_kernel_on_host, ternary_linear
 
 
 class _Pending(NamedTuple):
@@ -78,7 +79,13 @@ class PackedWeights(nn.Module):
 
     def _outputs(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
         """Compute the outputs of all layers."""
-        y = ternary_linear(x.reshape(-1, x.shape[-1]), *self.tensors())
+        rows, packed = x.reshape(-1, x.shape[-1]), self.tensors()
+        # A torch operation is what compilation and gradients need; it takes as long as a small product.
+        recorded = torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
+        if has_kernel_on_host(packed, rows) and not recorded:
+            y = multiply_on_host(rows, packed)
+        else:
+            y = ternary_linear(rows, *packed)
         y = y.view(*x.shape[:-1], self.ends[-1])
         begins = [0, *self.ends[:-1]]
         # Slices, because autograd forbids changing the results of a split in place.

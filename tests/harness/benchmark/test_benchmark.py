@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.benchmark import figures, generation
+from harness.benchmark import busy, figures, generation
 from harness.benchmark.__main__ import main as benchmark_main
 from harness.benchmark.generation import Lengths, fill, generation_speed, random_network
 from harness.benchmark.methods import METHODS, Method
@@ -185,7 +185,7 @@ def test_layers_of_every_family_are_made(family: str, monkeypatch: pytest.Monkey
     monkeypatch.setitem(SHAPES, "small", Shape(96, 256, 3, 4, 2, 64, family))
     model, decoder, depth = random_model(Scale("small"), Compute())
     assert depth == len(decoder.layers) == model.config.num_hidden_layers == 3
-    network = random_network("small", 2, ternary=False, compute=Compute())
+    network = random_network("small", 2, None, Compute())
     assert network(torch.tensor([[1, 2]])).logits.shape == (1, 2, 64)
 
 
@@ -319,13 +319,20 @@ def test_gemlite_is_given_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> N
     assert (y - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-def test_random_ternary_layers_are_sound(tmp_path: Path) -> None:
-    model = random_network("tiny", 1, ternary=True, compute=Compute())
+@pytest.mark.parametrize("recipe", ["paper", "best"])
+def test_random_ternary_layers_are_sound(recipe: str) -> None:
+    model = random_network("tiny", 1, recipe, Compute())
     layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
     assert len(layers) == 7
     for layer in layers:
-        require_base3(layer.trits, layer.in_features)
-        assert torch.equal(layer.permutation.long().sort().values, torch.arange(layer.in_features))
+        assert layer.packed is not None
+        require_base3(layer.stored()["trits"], layer.in_features)
+        order = layer.matrix().permutation.long()
+        assert torch.equal(order.sort().values, torch.arange(layer.in_features))
+        assert layer.permuted == (recipe == "paper")
+        alpha, mu = layer.matrix().grid()
+        assert alpha.min() > 0
+        assert 0 < mu.abs().max() < alpha.min()
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
@@ -354,3 +361,32 @@ def test_fits_of_matrices_are_timed_by_every_recipe(
     assert found["paper_times_faster_than_reference"] == pytest.approx(ratio, rel=0.05)
     assert run_main(benchmark_main, "fits", "--matrix", "8by48") == EXIT_USAGE
     assert "must be ROWSxCOLUMNS" in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_compared_with_an_idle_one(
+    tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is quantized here: the runs say how many processes there were, and what they were given."""
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    begun: list[SimpleNamespace] = []
+
+    def popen(command: list[str]) -> SimpleNamespace:
+        begun.append(process := SimpleNamespace(alive=True, wait=lambda: None))
+        process.kill = lambda: setattr(process, "alive", False)
+        return process
+
+    def run(command: list[str], **rest: object) -> SimpleNamespace:
+        assert command[5:] == ["--nsamples", "4", "--seqlen", "64"]
+        busy = sum(process.alive for process in begun)
+        results = {"seconds": 5.0 + busy, "cpu_seconds": 10.0 + busy}
+        Path(command[4]).write_text(json.dumps({"results": results}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(busy, "subprocess", SimpleNamespace(Popen=popen, run=run, DEVNULL=None))
+    file = tmp_path / "busy.json"
+    assert run_main(benchmark_main, "busy", file, "--nsamples", "4", "--seqlen", "64") == 0
+    result = json.loads(file.read_text())["results"]
+    assert result["busy_processes"] == 6
+    assert (result["alone"]["cpu_seconds"], result["busy"]["cpu_seconds"]) == (10.0, 16.0)
+    assert result["cpu_ratio"] == 1.6
+    assert not any(process.alive for process in begun)

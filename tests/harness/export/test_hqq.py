@@ -46,7 +46,9 @@ def test_hqq_holds_the_grid_but_for_the_rounded_zero(plain: Path, run_main: Run,
         assert bytes(held[f"{name}.packing"].tolist()) == b"2bit_u8"
     for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
         assert torch.equal(held[name], tensors[name])
-    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = json.loads((out / "config.json").read_text())
+    assert "transformers_weights" not in config
+    settings = config["quantization_config"]
     assert settings["quant_method"] == "hqq"
     assert settings["skip_modules"] == ["lm_head"]
     assert settings["quant_config"]["mlp.down_proj"]["weight_quant_params"]["group_size"] == 32

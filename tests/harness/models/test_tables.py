@@ -44,7 +44,7 @@ ORIGINAL: dict[str, Callable[..., Any]] = {
 }
 TERNARY: dict[str, Callable[..., Any]] = {
     "load": harness.load,
-    "load without dense weights": lambda folder, **more: harness.load(folder, dense=False, **more),
+    "load with dense weights": lambda folder, **more: harness.load(folder, dense=True, **more),
     "from_pretrained": transformers.AutoModelForCausalLM.from_pretrained,
 }
 
@@ -90,8 +90,9 @@ def test_nothing_of_loading_is_left_in_a_loaded_model(way: str, folders: tuple[P
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     for layer in model.modules():
         if isinstance(layer, TernaryLinear):
-            assert (layer.weight is None) == (way == "load without dense weights")
-            assert layer.weight is layer._buffers["weight"]
+            assert (layer.dense is None) == (way != "load with dense weights")
+            assert layer.weight.shape == (layer.out_features, layer.in_features)
+            assert "weight" not in vars(layer)
 
 
 OWN_CODE = """

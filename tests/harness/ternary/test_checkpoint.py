@@ -140,7 +140,7 @@ def truncate(folder: Path) -> None:
 DAMAGE = {
     "version": (
         edit_config(lambda c: c["quantization_config"].update(format_version=99)),
-        "has format version 99; this program reads version 1",
+        "has format version 99; this program reads versions 1 and 2",
     ),
     "method": (
         edit_config(lambda c: c["quantization_config"].update(quant_method="awq")),

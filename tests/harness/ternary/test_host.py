@@ -178,6 +178,10 @@ def test_what_is_loaded_into_the_tensors_is_seen_and_nothing_outlives_them():
     for mine, theirs in zip(one.packed.tensors()[:5], other.packed.tensors()[:5], strict=True):
         mine.copy_(theirs)
     assert torch.equal(one(x), expected)
+    one.packed.block_factors = torch.zeros_like(one.packed.block_factors)  # beside the same words
+    assert not one(x).any()
+    one.packed.block_factors = other.packed.block_factors
+    assert torch.equal(one(x), expected)
     words = weakref.ref(one.packed.words)
     del one, mine, layer
     assert words() is None
@@ -216,9 +220,9 @@ def test_ranges_of_rows_are_all_rows_once():
         with lock:
             seen.append((begin, end))
 
-    for rows, count in ((10, 1), (10, 3), (7, 7), (1000, 4)):
+    for rows, count in ((10, 1), (10, 3), (7, 7), (1000, 4), (3, 3)):
         seen.clear()
-        threads.share_rows(note, rows, count)
+        threads.share(note, rows, count)
         assert sorted(row for begin, end in seen for row in range(begin, end)) == list(range(rows))
         assert len(seen) == count
 
@@ -229,7 +233,7 @@ def test_a_failure_in_another_thread_is_raised():
             raise FloatingPointError("row")
 
     with pytest.raises(FloatingPointError, match="row"):
-        threads.share_rows(fail, 10, 3)
+        threads.share(fail, 10, 3)
 
 
 def test_several_threads_may_run_one_model():

@@ -1,0 +1,187 @@
+"""The server answers OpenAI's own client with the model's text, and ends in one line."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import harness
+from harness import serve
+from harness.cli import EXIT_USAGE
+from tests.harness.export import checkpoints
+
+Run = Callable[..., int]
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}assistant:"
+MESSAGES: Any = [{"role": "user", "content": "jump"}]
+
+
+@pytest.fixture(scope="module")
+def folder(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint with a chat template, and with 256 positions."""
+    folder = shutil.copytree(plain, tmp_path_factory.mktemp("served") / "tiny-ternary")
+    tokenizer = checkpoints.byte_level()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[tuple[Any, subprocess.Popen[str]]]:
+    """OpenAI's client of a server that runs."""
+    reason = "needs the extra serve: pip install '.[serve]'"
+    openai = pytest.importorskip("openai", reason=reason)
+    pytest.importorskip("uvicorn", reason=reason)
+    with subprocess.Popen(
+        [sys.executable, "-m", "harness.serve", folder, "--cpu", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert line.startswith("serving tiny-ternary at http://127.0.0.1:")
+            url = line.split()[3].rstrip(",")
+            yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60), process
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Callable[[str, int], str]:
+    """The greedy continuation of a text, each token from a pass over all before it."""
+    model, tokenizer = harness.load(folder), checkpoints.byte_level()
+
+    def text(prompt: str, count: int) -> str:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        new: list[int] = []
+        while len(new) < count and 2 not in new:
+            with torch.no_grad():
+                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+        return tokenizer.decode(new, skip_special_tokens=True)
+
+    return text
+
+
+def test_a_completion_is_the_model_s_text(server: Any, expected: Callable[[str, int], str]) -> None:
+    given = server[0].completions.create(model="tiny-ternary", prompt="foxes", max_tokens=9, temperature=0)
+    assert given.choices[0].text == expected("foxes", 9)
+    assert given.usage.completion_tokens <= 9
+
+
+def test_a_chat_is_the_model_s_answer(server: Any, expected: Callable[[str, int], str]) -> None:
+    chat = server[0].chat.completions
+    text = expected("user: jump</s>assistant:", 9)
+    given = chat.create(model="tiny-ternary", messages=MESSAGES, max_tokens=9, temperature=0)
+    assert given.choices[0].message.content == text
+    stream = list(
+        chat.create(model="tiny-ternary", messages=MESSAGES, max_tokens=9, temperature=0, stream=True)
+    )
+    # A stream leaves out a last character of which bytes are missing.
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text.rstrip("\ufffd")
+    assert len(stream) > 3
+    assert stream[-1].choices[0].finish_reason == given.choices[0].finish_reason
+
+
+def test_a_temperature_samples(server: Any) -> None:
+    ask = lambda seed: server[0].completions.create(  # noqa: E731
+        model="tiny-ternary", prompt="foxes", max_tokens=20, temperature=5, seed=seed
+    )
+    assert ask(1).choices[0].text == ask(1).choices[0].text != ask(2).choices[0].text
+
+
+def test_the_model_s_name_is_listed(server: Any) -> None:
+    assert [model.id for model in server[0].models.list()] == ["tiny-ternary"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"model": "other", "prompt": "x"}, "Server is pinned to 'tiny-ternary'; requested 'other'"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "~" * 300}, "the prompt has 300 tokens, and the model 256 positions; shorten it"),
+        ({"prompt": "x", "max_tokens": -1}, "the request cannot be answered: ValueError"),
+        (
+            {"messages": []},
+            "the request cannot be answered: ValueError: Cannot apply chat template to an empty",
+        ),
+        ({"messages": [{"content": "x"}]}, "the request cannot be answered: KeyError: 'role'"),
+    ],
+)
+def test_requests_that_cannot_be_answered_say_why(server: Any, request_: Any, message: str) -> None:
+    import openai
+
+    client = server[0].chat.completions if "messages" in request_ else server[0].completions
+    with pytest.raises(openai.BadRequestError) as error:
+        client.create(**{"model": "tiny-ternary", **request_})
+    assert message in str(error.value)
+
+
+def test_an_answer_ends_where_the_context_does(server: Any) -> None:
+    given = server[0].completions.create(model="tiny-ternary", prompt="~" * 250, max_tokens=99, temperature=0)
+    assert given.usage.total_tokens == 256
+
+
+@pytest.mark.parametrize("path", ["/load_model", "/reset", "/v1/responses"])
+def test_clients_cannot_change_the_model(path: str, server: Any) -> None:
+    import openai
+
+    with pytest.raises(openai.NotFoundError):
+        server[0].post(path.removeprefix("/v1"), cast_to=object, body={"model": "other"})
+
+
+def test_a_signal_ends_the_server_in_one_line_while_it_answers(server: Any) -> None:
+    """The last test of this server."""
+    import openai
+
+    client, process = server
+    stream = client.completions.create(model="tiny-ternary", prompt="foxes", stream=True, logit_bias=None)
+    next(iter(stream))
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (143, "", "terminated\n")
+    with pytest.raises(openai.APIError):
+        list(stream)
+
+
+def test_what_cannot_be_served_is_told_in_one_line(
+    folder: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(serve, "is_serve_available", lambda: True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, message in (
+            ((folder, "--port", port), f"cannot serve at 127.0.0.1, port {port}: Address already in use; "),
+            ((folder, "--host", "no.such.host.invalid"), "cannot serve at no.such.host.invalid, port 8000: "),
+            ((tmp_path, "--port", 0), "config.json"),
+        ):
+            assert run_main(serve.main, *arguments, "--cpu") == EXIT_USAGE
+            error = capsys.readouterr().err
+            assert error.startswith("error: ")
+            assert message in error
+            assert error.count("\n") == 1
+
+
+def test_the_extra_is_named_where_it_is_missing(
+    folder: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    assert run_main(serve.main, folder) == EXIT_USAGE
+    assert (
+        "serving requires more packages; run pip install '.[serve]' in the clone" in capsys.readouterr().err
+    )
