@@ -54,10 +54,11 @@ def fold(layers: Mapping[str, TernaryLinear], config: Any) -> dict[str, Order]:
     """
     rows: dict[str, Order] = {}
     for name, layer in layers.items():
-        if layer.permutation is None:
+        permutation = layer.stored().get("permutation")
+        if permutation is None:
             continue
         parent, _, own = name.rpartition(".")
-        order = layer.permutation.numpy().astype(np.intp)
+        order = permutation.numpy().astype(np.intp)
         foldable = own in (FOLDABLE, "o_proj") and config.model_type in FOLDABLE_MODELS
         require(foldable, f"the columns of {name} were reordered: {UNFOLDABLE}")
         if own == FOLDABLE:

@@ -164,7 +164,7 @@ class Stored:
 
     def symmetric(self, name: str) -> bool:
         """Whether mu is 0 in a whole ternary layer."""
-        shift = self.layers[name].shift
+        shift = self.layers[name].stored().get("shift")
         return shift is None or not shift.any()
 
     def matrix(self, name: str) -> TernaryMatrix:
