@@ -17,11 +17,15 @@ from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
+from harness.ternary.containers import FOLDABLE
 from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, SHIFTS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
 AS_IT_IS, INT8 = "as-it-is", "int8"
+
+# Programs that a checkpoint can be meant for.
+GGUF, MLX, VLLM = "gguf", "mlx", "vllm"
 
 CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation before and after quantization"
 # Groups of the help, and their descriptions.
@@ -147,8 +151,24 @@ class Options:
         **ON_OR_OFF,
         help="collect inputs again after each group of matrices in a layer",
     )
+    foldable: bool = option(
+        False,
+        METHOD,
+        **SWITCH,
+        help="reorder only the columns of down_proj, whose order an export moves into gate_proj and up_proj",
+    )
     embedding: str = option(AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="storage of embedding and head")
+    target: str | None = option(
+        None,
+        METHOD,
+        "--for",
+        choices=(GGUF, MLX, VLLM),
+        help="choose block size, order and grid so that this program's format can hold the checkpoint, and "
+        "print them; a setting that is given is kept, or refused",
+    )
     config: TernaryConfig = field(default_factory=TernaryConfig)
+    # The settings of `config` that the command line names.
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     evaluation: str | None = option(
         None,
@@ -170,6 +190,11 @@ class Options:
         help="measure only the first N windows",
     )
     measure_original: bool = True
+
+    def reorders(self, name: str) -> bool:
+        """Whether the columns of a matrix are reordered."""
+        foldable = name.rpartition(".")[2] == FOLDABLE
+        return self.config.reorder != "none" and (foldable or not self.foldable)
 
 
 # Switches that together say what `TernaryConfig.refinement` is.
@@ -257,7 +282,8 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     except ValueError as error:
         raise UserError(str(error)) from None
     named = {spec.name: value(spec.name) for spec in _specified()}
-    return Options(**{**named, "recipe": recipe}, config=config)
+    given = tuple(name for name in CONFIG_OPTIONS if getattr(arguments, name) is not None)
+    return Options(**{**named, "recipe": recipe}, config=config, given=given)
 
 
 _RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES)
