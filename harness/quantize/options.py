@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import text
-from harness.calibration.methods import BASELINES
+from harness.calibration.methods import BASELINES, RTN
 from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
@@ -264,7 +264,7 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     Raises
     ------
     UserError
-        If `TernaryConfig` refuses a setting.
+        If `TernaryConfig` refuses a setting, or a switch would change nothing.
     """
     recipe = arguments.recipe or ("best" if arguments.method == PT2_LLM else "paper")
 
@@ -283,7 +283,25 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
         raise UserError(str(error)) from None
     named = {spec.name: value(spec.name) for spec in _specified()}
     given = tuple(name for name in CONFIG_OPTIONS if getattr(arguments, name) is not None)
-    return Options(**{**named, "recipe": recipe}, config=config, given=given)
+    options = Options(**{**named, "recipe": recipe}, config=config, given=given)
+    for flag, why in _without_effect(arguments, options):
+        raise UserError(f"{flag} has no effect {why}; drop one of them")
+    return options
+
+
+def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator[tuple[str, str]]:
+    """Switches of a command line that would change nothing, and the setting that is why."""
+    if options.strength != 1 and options.targets == WEIGHTS:
+        yield "--strength", "with --targets weights"
+    if arguments.token_weights and options.targets != STREAM:
+        yield "--token-weights", f"with --targets {options.targets}"
+    if arguments.rounds is not None and options.config.refinement == "none":
+        yield "--rounds", "with --no-joint-grid"
+    if options.method != PT2_LLM:
+        used = {"block_size", "seed"} | (set() if options.method == RTN else {"damping"})
+        for name in (*CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
+            if getattr(arguments, name) is not None and name not in used:
+                yield f"--{name.replace('_', '-')}", f"with --method {options.method}"
 
 
 _RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES)
