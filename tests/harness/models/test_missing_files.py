@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import transformers
 
-from harness import evaluate, generate
+from harness import evaluate
 from harness.cli import EXIT_USAGE
 from harness.errors import UserError
 from harness.export.__main__ import main as export_main
+from harness.generate import __main__ as generate
 from harness.inspect import main as inspect_main
 from harness.models.loading import load_original
 from harness.models.tokenizer import load_tokenizer
