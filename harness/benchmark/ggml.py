@@ -16,7 +16,7 @@ import torch
 
 F32, TQ2_0 = 0, 35  # of enum ggml_type
 BLOCK = 256
-ROOM = 2**20  # for the tensors' headers, the graph and what its threads write
+ROOM = 2**26  # for the tensors' headers, the graph and what its threads write
 
 
 class _Settings(ctypes.Structure):
