@@ -14,7 +14,8 @@ Reading order, bottom-up; a module imports only modules listed above it:
     text, windows                 calibration and evaluation text, and the windows cut from it
     calibration/                  from text to fitted matrices, layer by layer
     ternary/                      a ternary model in torch and on disk
-    perplexity, divergence, hf    measure a model; load checkpoints in transformers
+    perplexity, divergence        measure a model on text
+    zeroshot/, hf                 measure it on tasks; load checkpoints in transformers
     evaluate, inspect             single-file programs
     quantize/, export/, verify/   programs with a folder
     generate/, serve              text from a model: at a terminal, over HTTP

@@ -21,7 +21,7 @@ STOREYS = [
     {"windows"},
     {"calibration", "ternary"},
     {"perplexity"},
-    {"divergence", "hf"},
+    {"divergence", "hf", "zeroshot"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
     {"benchmark", "hardware", "serve"},
 ]
