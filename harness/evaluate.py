@@ -64,25 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what = f"a ternary checkpoint; or {MODEL_HELP}"
     parser.add_argument("models", nargs="*", type=model_name, metavar="MODEL", help=what)
-    parser.add_argument(
-        "--data", metavar="TEXT", help=f"measure perplexity on this text: {text.SOURCES_HELP}"
-    )
-    parser.add_argument(
-        "--text-column", metavar="NAME", help="field to read from .jsonl, .csv, .parquet and .arrow rows"
-    )
-    parser.add_argument("--seqlen", type=window_length, default=2048, help="tokens per window")
-    parser.add_argument("--windows", type=positive, metavar="N", help="measure only the first N windows")
-    parser.add_argument(
-        "--bos",
-        choices=BOS_CHOICES,
-        default=AUTO,
-        help="which windows begin with the BOS token in place of their first token: every-window, as "
-        "llama.cpp does; as-tokenized: at most the first of a text, as the GPTQ family does; auto: "
-        "every-window for Gemma models, which break down without it, else as-tokenized",
-    )
-    parser.add_argument(
-        "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="dtype to dequantize a GGUF file to"
-    )
+    add_text_options(parser, "measure perplexity on this text")
     parser.add_argument(
         "--packed",
         action="store_true",
@@ -113,11 +95,32 @@ def parser() -> argparse.ArgumentParser:
         "--limit", type=positive, metavar="N", help="ask only the first N questions of each task"
     )
     parser.add_argument("--batch-size", type=positive, default=8, help="prompts of tasks at a time")
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
     add_trust_remote_code(parser)
     add_verbose(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
+
+
+def add_text_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the options that choose a text and the windows that are measured; `what` says what for."""
+    parser.add_argument("--data", metavar="TEXT", help=f"{what}: {text.SOURCES_HELP}")
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="field to read from .jsonl, .csv, .parquet and .arrow rows"
+    )
+    parser.add_argument("--seqlen", type=window_length, default=2048, help="tokens per window")
+    parser.add_argument("--windows", type=positive, metavar="N", help="measure only the first N windows")
+    parser.add_argument(
+        "--bos",
+        choices=BOS_CHOICES,
+        default=AUTO,
+        help="which windows begin with the BOS token in place of their first token: every-window, as "
+        "llama.cpp does; as-tokenized: at most the first of a text, as the GPTQ family does; auto: "
+        "every-window for Gemma models, which break down without it, else as-tokenized",
+    )
+    parser.add_argument(
+        "--gguf-dtype", choices=GGUF_DTYPES, default="bfloat16", help="dtype to dequantize a GGUF file to"
+    )
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
 
 
 def _tasks(value: str) -> list[str]:
@@ -200,7 +203,7 @@ class _Result:
 def _measure(
     source: str | None,
     other: Original | None,
-    stream: text.Text | None,
+    stream: text.AnyText | None,
     tasks: dict[str, Any] | None,
     compute: Compute,
     arguments: argparse.Namespace,
@@ -232,9 +235,9 @@ def _measure(
     return _Result(model.name, perplexity, other.name if other else None, compared, accuracies)
 
 
-def _require_causal(original: Original, stream: text.Text) -> None:
+def _require_causal(original: Original, stream: text.AnyText) -> None:
     """Refuse a model that sees the tokens it is to predict, if it has decoder layers to look at."""
-    window = tokenize(stream, original.tokenizer)[:CAUSAL_TOKENS]
+    window = tokenize(stream, original.tokenizer).all()[:CAUSAL_TOKENS]
     try:
         decoder = locate_layers(original.model, original.read)
     except UserError:

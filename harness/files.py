@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,29 +47,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file} is damaged: not a JSON object")
     return value
-
-
-def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """Read the values in a file of one JSON value per line, each with the number of its line.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, is not UTF-8, or a line is not JSON.
-    """
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{file}, line {number} is not JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.errors import UserError
-from harness.files import json_lines
 from harness.models.original import is_verbose, summary
 from harness.text import Text
+from harness.text.rows import json_lines
 
 Row = dict[str, Any]
 

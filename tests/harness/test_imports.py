@@ -23,7 +23,7 @@ STOREYS = [
     {"perplexity"},
     {"divergence", "hf", "zeroshot"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
-    {"benchmark", "hardware", "serve"},
+    {"benchmark", "compare", "hardware", "serve"},
 ]
 PROGRAMS = {*STOREYS[-1], *STOREYS[-2]}
 
