@@ -16,6 +16,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     ternary/                      a ternary model in torch and on disk
     perplexity, divergence        measure a model on text
     zeroshot/, hf                 measure it on tasks; load checkpoints in transformers
+    vllm/                         load checkpoints in vLLM, which imports this by itself
     evaluate, inspect             single-file programs
     quantize/, export/, verify/   programs with a folder
     generate/, serve              text from a model: at a terminal, over HTTP

@@ -29,7 +29,7 @@ from harness.models.original import Original, quiet_transformers, require_comple
 from harness.models.tables import compute_tables
 from harness.models.tokenizer import load_tokenizer
 from harness.ternary.embedding import correct_config, expect_codes, kept_codes, take_codes
-from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, stored_layers
+from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, named_dtype, stored_layers
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
 from harness.ternary.notice import add_notice, drop_notice, read_past_notices
@@ -37,9 +37,6 @@ from harness.ternary.reading import verify, weight_map
 from reference.packing import FORMAT_VERSION
 
 read_past_notices()
-
-# Allowed types of a model's weights.
-MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -105,7 +102,7 @@ class TernaryQuantizer(HfQuantizer):
         if config.weight_dtype is None:
             loaded = dtype_name(model.dtype)
             config.weight_dtype = read_config(files[0].parent).get("dtype") if files else loaded
-        dtype = _named_dtype(config.weight_dtype)
+        dtype = named_dtype(config.weight_dtype)
         self.stored_dtype = dtype
         for name in stored.modules:
             swap(model, name, stored, dtype)
@@ -212,13 +209,6 @@ def _require_class(model: Any) -> None:
             f"{type(model).__name__}; that can be loaded from the plain model that "
             "dequantize() and save_pretrained() of the loaded model write"
         )
-
-
-def _named_dtype(name: Any) -> torch.dtype:
-    dtypes = {dtype_name(dtype): dtype for dtype in MODEL_DTYPES}
-    if name not in dtypes:
-        raise UserError(f"config.json: dtype is {name!r}, but must be one of {', '.join(dtypes)}")
-    return dtypes[name]
 
 
 def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) -> None:

@@ -78,6 +78,8 @@ def machine() -> dict[str, Any]:
 
 def duration(seconds: float) -> str:
     """Format a duration in seconds, minutes or hours."""
+    if seconds < 1:
+        return "under 1 s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

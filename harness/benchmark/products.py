@@ -7,7 +7,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from harness.backends import load_backend
+from harness.benchmark import ggml
 from harness.benchmark.generation import fill
 from harness.benchmark.shapes import SHAPES
 from harness.compute import Compute, dtype_name, share_memory
@@ -63,7 +64,8 @@ def product_speed(
 
     ``packed`` uses the packed kernels and ``dense`` dense weights. On a GPU, ``dequantized`` dequantizes at
     every call, and ``gemlite`` is gemlite's 2-bit product of the same weights, if gemlite is installed. On
-    the host, ``float32`` uses dense weights and activations in float32, and the ways take turns.
+    the host, ``float32`` uses dense weights and activations in float32, ``tq2_0`` is ggml's product with such
+    weights if xllamacpp is installed, and the ways take turns.
     Matrices that read the same input are also timed as a group: ``packed`` is then a single launch,
     ``separate`` one launch per matrix; the other ways run one matrix after the other.
 
@@ -176,6 +178,9 @@ def _ways(layers: list[TernaryLinear], compute: Compute) -> dict[str, Callable[[
             for layer in alone:
                 share_on_host([layer])
             ways["separate"] = lambda x: [layer(x) for layer in alone]
+        if ggml.is_installed() and layers[0].in_features % ggml.BLOCK == 0:
+            rival = cache(lambda i, tokens: ggml.tq2_0_product(wide[i].numpy(), tokens))
+            ways["tq2_0"] = lambda x: [rival(i, len(x))(x) for i in range(len(wide))]
         share_on_host(layers)
         return ways
     ways["dequantized"] = lambda x: [layer(x) for layer in alone]

@@ -6,7 +6,7 @@ Every decoder layer is fitted to the outputs of the layers before it, which are 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +66,7 @@ def fit_layers(
     first: int = 0,
     true_sequential: bool = False,
     targets: Targets | None = None,
+    own: Mapping[str, Method] | None = None,
     progress: Progress = lambda steps, stage: None,
 ) -> Iterator[FittedLayer]:
     """Quantize the decoder layers in place, one after the other; yield each finished layer.
@@ -85,6 +86,8 @@ def fit_layers(
     targets : Targets, optional
         What to fit matrices to instead of their own weights; the passage must hold the hidden states of the
         original model (`Passage.keep_original`).
+    own : mapping of str to callable, optional
+        Methods of single matrices, by their full names.
     progress : callable
         Called with the number of forward passes (of one window each) just finished, and the stage.
 
@@ -95,6 +98,10 @@ def fit_layers(
     UserError
         If a matrix is used more than once in its layer, or not at all.
     """
+
+    def fit_of(name: str) -> _Fit:
+        return _towards(targets, (own or {}).get(name, method))
+
     for index in range(first, len(passage.calls)):
         clock = _Clock(passage.compute)
         with clock("load"):
@@ -111,7 +118,7 @@ def fit_layers(
                     statistics = beside.collect(layer, batch, counted)
             with clock("fits"):
                 progress(0, ", ".join(name.rpartition(".")[2] for group in batch for name in group))
-                matrices += _fit(layer, batch, statistics, _towards(targets, method), passage.compute)
+                matrices += _fit(layer, batch, statistics, fit_of, passage.compute)
             del statistics
         with clock("outputs"):
             if beside is not None:
@@ -125,6 +132,8 @@ def fit_layers(
 
 # Quantizes a matrix, given what is known about its inputs.
 _Fit = Callable[[torch.Tensor, Statistics], Any]
+# A matrix by its full name, its weights, its inputs, and how it is quantized.
+_Job = tuple[str, torch.Tensor, Statistics, _Fit]
 
 
 def _towards(targets: Targets | None, method: Method) -> _Fit:
@@ -142,29 +151,31 @@ def _fit(
     layer: WorkingLayer,
     groups: list[list[str]],
     statistics: list[Statistics],
-    method: _Fit,
+    fit_of: Callable[[str], _Fit],
     compute: Compute,
 ) -> Iterator[FittedMatrix]:
     """Quantize matrices of a layer, and replace their weights by the dequantized ones."""
     linears = layer.linears
-    jobs = []
+    jobs: list[_Job] = []
     for group, known in zip(groups, statistics, strict=True):
         if not torch.isfinite(known.gram).all():
             name = layer.full_name(group[0])
             raise FitError(f"{name}: its inputs on the calibration text are not finite")
-        jobs += [(layer.full_name(name), linears[name].weight.detach(), known) for name in group]
+        full_names = map(layer.full_name, group)
+        weights = [linears[name].weight.detach() for name in group]
+        jobs += [
+            (name, weight, known, fit_of(name)) for name, weight in zip(full_names, weights, strict=True)
+        ]
     names = [name for group in groups for name in group]
-    for name, (matrix, dense) in zip(names, _quantize_together(jobs, method, compute), strict=True):
+    for name, (matrix, dense) in zip(names, _quantize_together(jobs, compute), strict=True):
         layer.put(name, dense)
         yield matrix
 
 
-def _quantize_together(
-    jobs: list[tuple[str, torch.Tensor, Statistics]], method: _Fit, compute: Compute
-) -> Iterator[tuple[FittedMatrix, torch.Tensor]]:
+def _quantize_together(jobs: list[_Job], compute: Compute) -> Iterator[tuple[FittedMatrix, torch.Tensor]]:
     """Quantize matrices in parallel, to use all cores; each gets an equal share of the BLAS threads."""
     if compute.device.type == "cuda":  # a single matrix saturates the GPU
-        yield from (_quantize(*job, method) for job in jobs)
+        yield from (_quantize(*job) for job in jobs)
         return
     cores = torch.get_num_threads()
     workers = min(len(jobs), cores)
@@ -173,7 +184,7 @@ def _quantize_together(
     pool = ThreadPoolExecutor(workers)
     try:
         with threadpool_limits(max(1, cores // workers), "blas"):
-            running = {i: pool.submit(_quantize, *jobs[i], method) for i in order}
+            running = {i: pool.submit(_quantize, *jobs[i]) for i in order}
             for future in wait(running.values(), return_when=FIRST_EXCEPTION).done:
                 future.result()  # raise the first failure of any matrix
             yield from (running[i].result() for i in range(len(jobs)))

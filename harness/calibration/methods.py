@@ -47,8 +47,9 @@ def target_shift(backend: Backend, compute: Compute, damping: float, strength: f
     return shift
 
 
+RTN = "rtn-2bit"
 BASELINES = {
-    "rtn-2bit": "round to nearest on a min-max grid",
+    RTN: "round to nearest on a min-max grid",
     "gptq-2bit": "GPTQ as its paper has it: min-max grid, columns in their order",
     "gptq-2bit-best": "GPTQ at its best: activation order, MSE-clipped grid",
 }
@@ -64,7 +65,7 @@ def baseline(name: str, config: TernaryConfig) -> Method:
 
     def method(weight: torch.Tensor, products: torch.Tensor) -> np.ndarray:
         W, C = (tensor.double().cpu().numpy() for tensor in (weight, products))
-        if name == "rtn-2bit":
+        if name == RTN:
             return baselines.round_to_nearest(W, group_size=config.block_size)
         best = name == "gptq-2bit-best"
         return baselines.gptq(

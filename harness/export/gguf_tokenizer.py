@@ -149,6 +149,8 @@ def _prepends_space(rules: dict[str, Any]) -> bool:
         elif step["type"] == "Metaspace" and step["replacement"] == SPACE:
             replaces = True
             prepends = step.get("prepend_scheme", "always") != "never"
+        elif replaces and step["type"] == "Split" and step["pattern"] == {"String": " "}:
+            pass  # as Gemma does: no space is left to split at
         else:
             raise _unknown(f"prepares text by {step['type']}")
     if not replaces:

@@ -24,33 +24,28 @@ transformers would load no matrix and initialize all of them at random.
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from harness.errors import UserError
+from harness.export.folder import require_no_other_model, write_folder
 from harness.export.source import (
     Exported,
     Rounding,
     Stored,
     half_unit,
-    read_unpermuted,
+    read_exportable,
     require_outside,
 )
-from harness.files import write_json
-from harness.models.folder import CONFIG, GENERATION, move_into, require_free, require_space, staged
+from harness.models.folder import require_free, require_space
 from harness.progress import Progress, say_on_stdout
-from harness.ternary.writing import save_code
 from reference.types import TernaryMatrix
 
 WEIGHTS = "qmodel.safetensors"
-# Suffixes of weight files that need a config.json beside them; a GGUF file does not.
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
 GROUP_MULTIPLE = 8  # hqq refuses other group sizes
 PACKED_GROUPS = 4  # groups per byte
 
@@ -102,8 +97,8 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
     """
     require_outside(folder, out)
     require_free(out, force)
-    _require_no_other_model(out)
-    stored = read_unpermuted(folder, trust_remote_code)
+    require_no_other_model(out, WEIGHTS)
+    stored = read_exportable(folder, trust_remote_code)
     rounding = Rounding()
     layers = {module: _group_size(stored, module) for module in stored.layers}
     tensors = {name: tensor.contiguous() for name, tensor in stored.tensors.items()}
@@ -120,7 +115,7 @@ def export_hqq(folder: Path, out: Path, force: bool = False, trust_remote_code: 
             tensors |= {f"{module}.{key}": value for key, value in _state(shape, group_size).items()}
             step()
     require_space(out, sum(tensor.nbytes for tensor in tensors.values()))
-    _write(stored, layers, tensors, out)
+    write_folder(stored, out, WEIGHTS, tensors, "pt", {"quantization_config": _quantization(layers)})
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
     return Exported(out, size, weights, weight_bytes, rounding)
 
@@ -170,17 +165,6 @@ def pack_hqq(matrix: TernaryMatrix, group_size: int, rounding: Rounding) -> dict
     }
 
 
-def _require_no_other_model(out: Path) -> None:
-    """Refuse to overwrite the config.json and tokenizer of another model's weights."""
-    entries = sorted(out.iterdir()) if out.is_dir() else []
-    others = [entry.name for entry in entries if entry.suffix in OTHER_WEIGHTS and entry.name != WEIGHTS]
-    if others:
-        raise UserError(
-            f"{out} contains another model's weights ({others[0]}), and the export would overwrite their "
-            "config.json; choose another --out"
-        )
-
-
 def _group_size(stored: Stored, module: str) -> int:
     """Return the largest group size that divides the rows and the blocks."""
     layer = stored.layers[module]
@@ -225,20 +209,3 @@ def _tag(module: str) -> str:
     return ".".join(
         part for part in module.split(".") if part not in ("model", "layers") and not part.isnumeric()
     )
-
-
-def _write(stored: Stored, layers: dict[str, int], tensors: dict[str, torch.Tensor], out: Path) -> None:
-    with staged(out) as folder:
-        try:
-            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-            (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable by the owner only
-            stored.tokenizer.save_pretrained(folder)
-            if (stored.folder / GENERATION).is_file():
-                shutil.copyfile(stored.folder / GENERATION, folder / GENERATION)
-            save_code(stored.model, stored.config, folder)
-            config = stored.config.to_dict()
-            config["quantization_config"] = _quantization(layers)
-            write_json(folder / CONFIG, config)
-            move_into(folder, out, stale=(GENERATION,))
-        except Exception as error:  # the tokenizer raises plain Exception on a full disk
-            raise UserError(f"{out} could not be written: {error}") from None

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from harness.errors import UserError
+from harness.export.features import refusals_of
+from harness.export.fold import fold
 from harness.hf import load_stored
 from harness.models.tokenizer import load_tokenizer
 from harness.ternary.format import unpack_base3
@@ -24,6 +26,8 @@ from harness.ternary.notice import drop_notice
 from reference.types import TernaryMatrix
 
 Float64 = NDArray[np.float64]
+
+AS_IT_IS = "as-it-is"  # embedding and head in their own dtype
 
 
 @dataclass
@@ -95,6 +99,8 @@ class Exported:
         Bytes of the ternary weights, including scales and offsets.
     rounding : Rounding
         Rounding error.
+    notes : tuple of str
+        What was chosen, and what else is different.
     """
 
     path: Path
@@ -102,24 +108,31 @@ class Exported:
     weights: int
     weight_bytes: int
     rounding: Rounding
+    notes: tuple[str, ...] = ()
 
     def summary(self, rounded: str) -> str:
         """Summarize for people; `rounded` names the value that was rounded to float16."""
         rounding = self.rounding
-        return (
+        lines = [
             f"wrote {self.path}: {self.size / 1e6:.1f} MB, "
-            f"{8 * self.weight_bytes / self.weights:.3f} bits per ternary weight\n"
-            f"rounding {rounded} to float16 moved weights by {rounding.mean:.2g} alpha on average over "
-            f"{rounding.blocks} blocks,\n"
-            f"by at most {rounding.largest:.2g} alpha, in a block with |mu| = {rounding.ratio:.3g} alpha; "
-            f"the largest error is {rounding.used:.2f} of half a unit in the last place\n"
-            "nothing else changed"
-        )
+            f"{8 * self.weight_bytes / self.weights:.3f} bits per ternary weight",
+            *self.notes,
+        ]
+        if rounding.largest:
+            lines += [
+                f"rounding {rounded} to float16 moved weights by {rounding.mean:.2g} alpha on average over "
+                f"{rounding.blocks} blocks,",
+                f"by at most {rounding.largest:.2g} alpha, in a block with |mu| = {rounding.ratio:.3g} "
+                f"alpha; the largest error is {rounding.used:.2f} of half a unit in the last place",
+            ]
+        else:
+            lines.append("every ternary weight is exact")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint without reordering: all columns are in their original order.
+    """A checkpoint whose columns are in the order of the model's inputs, or of reordered rows before them.
 
     Attributes
     ----------
@@ -132,7 +145,9 @@ class Stored:
     layers : dict of str to TernaryLinear
         The ternary layers.
     tensors : dict of str to torch.Tensor
-        Unquantized tensors; tied tensors appear once.
+        Unquantized tensors, in the order of `rows`; tied tensors appear once.
+    rows : dict of str to (n,) intp array
+        Ternary layers whose rows are reordered, as `fold` finds them.
     """
 
     folder: Path
@@ -140,28 +155,36 @@ class Stored:
     tokenizer: Any
     layers: dict[str, TernaryLinear]
     tensors: dict[str, torch.Tensor]
+    rows: dict[str, NDArray[np.intp]]
 
     @property
     def config(self) -> Any:
         """Config of the original model."""
         return self.model.config
 
+    def symmetric(self, name: str) -> bool:
+        """Whether mu is 0 in a whole ternary layer."""
+        shift = self.layers[name].stored().get("shift")
+        return shift is None or not shift.any()
+
     def matrix(self, name: str) -> TernaryMatrix:
-        """Return the weights of a ternary layer as a TernaryMatrix."""
+        """Return the weights of a ternary layer, in the order of its inputs and of `rows`."""
         layer = self.layers[name]
         trits = unpack_base3(layer.trits, layer.in_features).to(torch.int8).numpy()
         scale = layer.scale.numpy()
         shift = np.zeros_like(scale) if layer.shift is None else layer.shift.numpy()
+        if (rows := self.rows.get(name)) is not None:
+            trits, scale, shift = trits[rows], scale[rows], shift[rows]
         return TernaryMatrix(trits, scale, shift, np.arange(layer.in_features), layer.block_size)
 
 
-def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
-    """Read a checkpoint that can be exported: float16 grids, no reordering, unquantized embeddings.
+def read_exportable(folder: Path, trust_remote_code: bool = False) -> Stored:
+    """Read a checkpoint that can be exported: float16 grids, orders that fold away, unquantized embeddings.
 
     Parameters
     ----------
     folder : Path
-        Checkpoint written by ``python -m harness.quantize --grid float16``, without ``--order``.
+        Checkpoint written by ``python -m harness.quantize --grid float16``.
     trust_remote_code : bool
         Whether Python code shipped with the model may run.
 
@@ -172,18 +195,13 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
     Raises
     ------
     UserError
-        As for `harness.load`; also if columns were reordered, if alpha and mu or the embedding are in
-        8 bits, or if there is no tokenizer.
+        As for `harness.load`; also if columns have an order that does not fold away, if alpha and mu or the
+        embedding are in 8 bits, or if there is no tokenizer.
     """
     model = load_stored(folder, trust_remote_code=trust_remote_code)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
-    reordered = [name for name, layer in layers.items() if layer.permutation is not None]
-    if reordered:
-        raise UserError(
-            f"{folder} cannot be exported: the columns of {len(reordered)} of its {len(layers)} matrices "
-            f"were reordered (the first is {reordered[0]}), but this format only has groups of neighbouring "
-            "columns; quantize with --reorder none"
-        )
+    with refusals_of(folder):
+        rows = fold(layers, model.config)
     if model.config.quantization_config.coded:
         raise UserError(
             f"{folder} cannot be exported: its embedding is stored in 8 bits with row factors; "
@@ -197,10 +215,13 @@ def read_unpermuted(folder: Path, trust_remote_code: bool = False) -> Stored:
     ternary = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
     left_out = ternary | getattr(model, "all_tied_weights_keys", {}).keys()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    for name, order in rows.items():
+        if f"{name}.bias" in tensors:
+            tensors[f"{name}.bias"] = tensors[f"{name}.bias"][torch.from_numpy(order)]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     drop_notice(model.config)
-    return Stored(folder, model, load_tokenizer(folder, trust_remote_code), layers, tensors)
+    return Stored(folder, model, load_tokenizer(folder, trust_remote_code), layers, tensors, rows)
 
 
 def half_unit(values: Float64) -> Float64:
@@ -208,6 +229,20 @@ def half_unit(values: Float64) -> Float64:
     _, exponent = np.frexp(values)
     # Below 2^-14, float16 is subnormal: the unit stays the same.
     return np.ldexp(1.0, np.maximum(exponent - 1, -14) - 11)
+
+
+def rounded_offset(matrix: TernaryMatrix, name: str, where: str, rounding: Rounding) -> NDArray[np.float16]:
+    """Round mu - alpha of every block to float16, and add the errors to `rounding`."""
+    alpha, mu = matrix.scale.astype(np.float64), matrix.shift.astype(np.float64)
+    exact = mu - alpha
+    with np.errstate(over="ignore"):
+        offset = exact.astype(np.float16)
+    if not np.isfinite(offset).all():
+        raise UserError(f"{name}: mu - alpha of a block overflows float16, {where}")
+    varied = alpha != 0
+    moved = np.abs(offset - exact)[varied]
+    rounding.add(moved, half_unit(exact[varied]), alpha[varied], mu[varied])
+    return offset
 
 
 def require_outside(folder: Path, out: Path) -> None:

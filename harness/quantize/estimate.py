@@ -96,17 +96,16 @@ def make_plan(
     window, windows = passage.hidden[0], options.nsamples
     evaluation_seqlen = options.evaluation_seqlen if evaluated else 0
     model = original.model
-    linears = list(decoder.named_linears().values())
-    shapes = [linear.weight.shape for linear in linears]
+    linears = decoder.named_linears()
+    shapes = [linear.weight.shape for linear in linears.values()]
     weights = sum(rows * columns for rows, columns in shapes)
     item = next(model.parameters()).element_size()
     total = sum(p.numel() for p in model.parameters())
     widest = max(columns for _, columns in shapes)
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder.layers)
-    permuted = config.reorder != "none"
     packed = sum(
-        packed_bytes(rows, columns, config.block_size, config.grid, permuted, config.symmetric)
-        for rows, columns in shapes
+        packed_bytes(rows, columns, config.block_size, config.grid, options.reorders(name), config.symmetric)
+        for name, (rows, columns) in zip(linears, shapes, strict=True)
     )
     seqlen = window.shape[1]
     beside = options.targets != WEIGHTS  # the original model runs beside the quantized one

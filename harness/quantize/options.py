@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from harness import text
-from harness.calibration.methods import BASELINES
+from harness.calibration.methods import BASELINES, RTN
 from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
+from harness.ternary.containers import FOLDABLE
 from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, SHIFTS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
 AS_IT_IS, INT8 = "as-it-is", "int8"
+
+# Programs that a checkpoint can be meant for.
+GGUF, MLX, VLLM = "gguf", "mlx", "vllm"
 
 CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation before and after quantization"
 # Groups of the help, and their descriptions.
@@ -147,8 +151,24 @@ class Options:
         **ON_OR_OFF,
         help="collect inputs again after each group of matrices in a layer",
     )
+    foldable: bool = option(
+        False,
+        METHOD,
+        **SWITCH,
+        help="reorder only the columns of down_proj, whose order an export moves into gate_proj and up_proj",
+    )
     embedding: str = option(AS_IT_IS, METHOD, choices=(AS_IT_IS, INT8), help="storage of embedding and head")
+    target: str | None = option(
+        None,
+        METHOD,
+        "--for",
+        choices=(GGUF, MLX, VLLM),
+        help="choose block size, order and grid so that this program's format can hold the checkpoint, and "
+        "print them; a setting that is given is kept, or refused",
+    )
     config: TernaryConfig = field(default_factory=TernaryConfig)
+    # The settings of `config` that the command line names.
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     evaluation: str | None = option(
         None,
@@ -170,6 +190,11 @@ class Options:
         help="measure only the first N windows",
     )
     measure_original: bool = True
+
+    def reorders(self, name: str) -> bool:
+        """Whether the columns of a matrix are reordered."""
+        foldable = name.rpartition(".")[2] == FOLDABLE
+        return self.config.reorder != "none" and (foldable or not self.foldable)
 
 
 # Switches that together say what `TernaryConfig.refinement` is.
@@ -239,7 +264,7 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     Raises
     ------
     UserError
-        If `TernaryConfig` refuses a setting.
+        If `TernaryConfig` refuses a setting, or a switch would change nothing.
     """
     recipe = arguments.recipe or ("best" if arguments.method == PT2_LLM else "paper")
 
@@ -257,7 +282,26 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     except ValueError as error:
         raise UserError(str(error)) from None
     named = {spec.name: value(spec.name) for spec in _specified()}
-    return Options(**{**named, "recipe": recipe}, config=config)
+    given = tuple(name for name in CONFIG_OPTIONS if getattr(arguments, name) is not None)
+    options = Options(**{**named, "recipe": recipe}, config=config, given=given)
+    for flag, why in _without_effect(arguments, options):
+        raise UserError(f"{flag} has no effect {why}; drop one of them")
+    return options
+
+
+def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator[tuple[str, str]]:
+    """Switches of a command line that would change nothing, and the setting that is why."""
+    if options.strength != 1 and options.targets == WEIGHTS:
+        yield "--strength", "with --targets weights"
+    if arguments.token_weights and options.targets != STREAM:
+        yield "--token-weights", f"with --targets {options.targets}"
+    if arguments.rounds is not None and options.config.refinement == "none":
+        yield "--rounds", "with --no-joint-grid"
+    if options.method != PT2_LLM:
+        used = {"block_size", "seed"} | (set() if options.method == RTN else {"damping"})
+        for name in (*CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
+            if getattr(arguments, name) is not None and name not in used:
+                yield f"--{name.replace('_', '-')}", f"with --method {options.method}"
 
 
 _RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES)

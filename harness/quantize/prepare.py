@@ -116,11 +116,11 @@ def prepare(
     compute: Compute,
     calibration_text: text.AnyText,
     evaluation_text: text.AnyText | None,
-    accept: Callable[[Original], None],
+    settle: Callable[[Original], Options],
 ) -> Ready:
     """Load the model, find its decoder layers, cut windows, and estimate the run."""
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
-    accept(original)
+    options = settle(original)
     decoder = find_decoder_layers(original.model, original.read)
     tokens = tokenize(calibration_text, original.tokenizer)
     bos = bos_of(original.model, original.tokenizer)

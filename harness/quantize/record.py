@@ -97,7 +97,9 @@ class Record:
             model=ready.original.name,
             dtype=dtype_name(model.dtype),
             method=options.method,
-            options={name: value for name, value in asdict(options).items() if name != "config"},
+            options={
+                name: value for name, value in asdict(options).items() if name not in ("config", "given")
+            },
             calibration={
                 "text": calibration_text.protocol,
                 "tokens": ready.tokens,

@@ -27,7 +27,7 @@ from reference.types import TernaryConfig
 
 # Entries that must agree in both records, and options that must agree and are in none of these entries.
 SAME = ("dtype", "method", "backend", "device", "machine", "config", "calibration", "versions")
-SAME_OPTIONS = ("embedding", "gguf_dtype", "trust_remote_code")
+SAME_OPTIONS = ("embedding", "foldable", "gguf_dtype", "trust_remote_code")
 EVALUATION_OPTIONS = ("evaluation", "evaluation_seqlen", "evaluation_windows", "text_column")
 
 

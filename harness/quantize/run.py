@@ -71,7 +71,8 @@ def quantize(
 
     say(f"loading {options.model or 'the embedded model'}")
     began = time.perf_counter()
-    ready = prepare(options, backend, compute, calibration_text, evaluation_text, sink.require_original)
+    ready = prepare(options, backend, compute, calibration_text, evaluation_text, sink.settle)
+    options = sink.options
     sink.require_space(ready.plan)
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
@@ -156,6 +157,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
             first=record.done,
             true_sequential=options.true_sequential,
             targets=ready.targets(options),
+            own=sink.own_methods(ready),
             progress=progress,
         )
         while record.done < count:

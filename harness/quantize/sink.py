@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from harness.quantize.options import PT2_LLM, Options
 from harness.quantize.prepare import Ready, require_other_folder
 from harness.quantize.record import Record
 from harness.quantize.resume import stored_weights
+from harness.quantize.target import choose, require_foldable
 from harness.ternary.format import is_ternary
 from harness.ternary.writing import CheckpointWriter
 
@@ -55,8 +56,8 @@ class Sink(ABC):
         """Refuse an unusable output folder; return the record of an interrupted run in it, if any."""
 
     @abstractmethod
-    def require_original(self, original: Original) -> None:
-        """Refuse a model that the sink cannot take, once it is loaded."""
+    def settle(self, original: Original) -> Options:
+        """Settle the options once the model is loaded; refuse a model that the sink cannot take."""
 
     @abstractmethod
     def require_space(self, plan: Plan) -> None:
@@ -77,6 +78,10 @@ class Sink(ABC):
     @abstractmethod
     def method(self, ready: Ready) -> Method:
         """Return the method that quantizes a matrix."""
+
+    def own_methods(self, ready: Ready) -> dict[str, Method]:
+        """Return the methods of matrices that are quantized otherwise, by their names."""
+        return {}
 
     @contextmanager
     def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
@@ -127,8 +132,13 @@ class CheckpointSink(Sink):
             say(f"{self.out} holds no interrupted run: starting from the first layer")
         return deepcopy(self._earlier)  # which the run will add to
 
-    def require_original(self, original: Original) -> None:
-        require_in_range(locate_layers(original.model, original.read), self.options.config)
+    def settle(self, original: Original) -> Options:
+        decoder = locate_layers(original.model, original.read)
+        columns = {linear.in_features for linear in decoder.named_linears().values()}
+        self.options, self._chosen = choose(self.options, columns)
+        require_foldable(self.options, original.model.config)
+        require_in_range(decoder, self.options.config)
+        return self.options
 
     def require_space(self, plan: Plan) -> None:
         require_space(self.out, plan.packed_bytes + plan.other_bytes)
@@ -137,7 +147,7 @@ class CheckpointSink(Sink):
         return backend.name
 
     def plan_lines(self, ready: Ready) -> list[str]:
-        return ready.plan.lines()
+        return [f"  {line}" for line in self._chosen] + ready.plan.lines()
 
     def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
         return {
@@ -150,6 +160,14 @@ class CheckpointSink(Sink):
 
     def method(self, ready: Ready) -> Method:
         return ternarizer(ready.backend, ready.passage.compute, self.options.config)
+
+    def own_methods(self, ready: Ready) -> dict[str, Method]:
+        if not self.options.foldable:
+            return {}
+        in_order = replace(self.options.config, reorder="none")
+        method = ternarizer(ready.backend, ready.passage.compute, in_order)
+        names = ready.passage.decoder.named_linears()
+        return {name: method for name in names if not self.options.reorders(name)}
 
     @contextmanager
     def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
@@ -224,6 +242,8 @@ class BaselineSink(Sink):
             raise UserError(
                 f"{options.method} cannot be resumed: baselines write no checkpoint; drop --resume"
             )
+        if options.target is not None:
+            raise UserError(f"{options.method} writes no checkpoint; drop --for {options.target}")
         if out is not None:
             require_free(out, options.force)
             require_other_folder(options, out)
@@ -231,10 +251,11 @@ class BaselineSink(Sink):
                 raise UserError(f"{out} holds a checkpoint, but a baseline writes none; choose another --out")
         return None
 
-    def require_original(self, original: Original) -> None:
+    def settle(self, original: Original) -> Options:
         if original.read is not None:
             method = self.options.method
             raise UserError(f"{method} needs the whole model in memory; {original.name} is too large")
+        return self.options
 
     def require_space(self, plan: Plan) -> None:
         """Nothing: only a report is written."""

@@ -47,12 +47,15 @@ import torch
 from torch import nn
 
 from harness.backends import Backend
+from harness.compute import dtype_name
 from harness.errors import UserError
 from harness.models.folder import CONFIG, read_config
 from reference.packing import READABLE_VERSIONS
 from reference.types import GRIDS, CodedGrid, TernaryMatrix
 
 QUANT_METHOD = "pt2_llm"
+# Allowed types of a model's weights.
+MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def packed_tensors(name: str, matrix: TernaryMatrix, backend: Backend) -> dict[str, torch.Tensor]:
@@ -138,6 +141,20 @@ def stored_layers(quantization: dict[str, Any], where: str) -> StoredLayers:
         if not once or not set(members) <= set(modules):
             raise UserError(f"{where}: shared_inputs of quantization_config must be groups of modules")
     return StoredLayers(block_size, grid, modules, unpermuted, shared, coded, symmetric)
+
+
+def named_dtype(name: Any) -> torch.dtype:
+    """Return the dtype that a config names.
+
+    Raises
+    ------
+    UserError
+        If a model cannot have it.
+    """
+    dtypes = {dtype_name(dtype): dtype for dtype in MODEL_DTYPES}
+    if name not in dtypes:
+        raise UserError(f"config.json: dtype is {name!r}, but must be one of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 # All tensors that may be stored for one matrix.

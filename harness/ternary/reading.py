@@ -45,10 +45,10 @@ def verify(files: list[Path], model: nn.Module) -> None:
         if name not in expected:
             raise UserError(f"{folder} has a tensor that the model does not have: {name}")
         if module in ternary and part in PACKED:
-            _require_packed(name, part, tensor, expected[name], ternary[module].in_features)
+            require_packed(name, part, tensor, expected[name], ternary[module].in_features)
         elif part == "weight" and f"{module}.row_factor" in expected:
             codes = torch.empty_like(expected[name], dtype=torch.int8)
-            _require_packed(name, part, tensor, codes, columns=codes.shape[1])
+            require_packed(name, part, tensor, codes, columns=codes.shape[1])
         else:
             _require_unquantized(name, tensor, expected[name])
         seen.add(name)
@@ -119,7 +119,7 @@ def _require_unquantized(name: str, tensor: torch.Tensor, expected: torch.Tensor
         raise UserError(f"{name} is damaged: it has a value that is not finite")
 
 
-def _require_packed(name: str, part: str, tensor: torch.Tensor, expected: torch.Tensor, columns: int) -> None:
+def require_packed(name: str, part: str, tensor: torch.Tensor, expected: torch.Tensor, columns: int) -> None:
     """Refuse a packed tensor of the wrong dtype or shape, or with invalid values."""
     if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
         raise UserError(

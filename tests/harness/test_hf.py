@@ -165,9 +165,11 @@ def test_a_symmetric_checkpoint_stores_no_shift(ternarized: Path) -> None:
     stored = json.loads((ternarized / "config.json").read_text())["quantization_config"]["symmetric"]
     shifts = [name for name, _ in tensors_of(ternarized) if name.rpartition(".")[2].startswith("shift")]
     assert bool(shifts) == (not stored)
-    layers = [m for m in harness.load(ternarized).modules() if isinstance(m, TernaryLinear)]
-    assert layers
-    assert all((layer.shift is None and layer.shift_factor is None) == stored for layer in layers)
+    for dense in (False, True):
+        model = harness.load(ternarized, dense=dense)
+        layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
+        assert layers
+        assert all(("shift" in layer.stored()) == (not stored) for layer in layers)
 
 
 def test_from_pretrained_reads_it_like_load(ternarized: Path) -> None:

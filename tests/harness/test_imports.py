@@ -21,7 +21,7 @@ STOREYS = [
     {"windows"},
     {"calibration", "ternary"},
     {"perplexity"},
-    {"divergence", "hf", "zeroshot"},
+    {"divergence", "hf", "vllm", "zeroshot"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
     {"benchmark", "compare", "hardware", "serve"},
 ]

@@ -72,6 +72,15 @@ def config_of(kind: str) -> Any:
 KINDS = ("tied", "untied", "wide heads", "mistral", "qwen2", "qwen3")
 
 
+# Rows of 256 and 512 weights, which all types of GGUF hold.
+WIDE = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "rope_parameters": ROPE}
+
+
+def without_shift(scale: np.ndarray, shift: np.ndarray) -> None:
+    """Make mu 0."""
+    shift[:] = 0
+
+
 def byte_level(*before: Any, own_split: bool = True, ignore_merges: bool = False) -> Any:
     """Byte-level BPE trained on the texts here, after steps that split words."""
     tokenizer = Tokenizer(models.BPE())
@@ -124,6 +133,7 @@ def write(
     dtype: torch.dtype = torch.float32,
     block_size: int = 64,
     change: Callable[[np.ndarray, np.ndarray], None] = lambda scale, shift: None,
+    order: Callable[[str, int], np.ndarray] = lambda name, columns: np.arange(columns),
     symmetric: bool = False,
 ) -> Path:
     """A checkpoint of random trits, with negative alphas, constant rows and mu beyond alpha."""
@@ -144,7 +154,8 @@ def write(
         scale[::9] = 0
         change(scale, shift)
         trits = random.integers(-1, 2, (n, m), dtype=np.int8)
-        matrices[name] = TernaryMatrix(trits, scale, None if symmetric else shift, np.arange(m), block_size)
+        stored_shift = None if symmetric else shift
+        matrices[name] = TernaryMatrix(trits, scale, stored_shift, order(name, m), block_size)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

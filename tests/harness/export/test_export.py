@@ -20,7 +20,8 @@ from harness import evaluate
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
 from harness.errors import UserError
 from harness.export.__main__ import main as export_main
-from harness.export.gguf import export_gguf, pack_q4_1
+from harness.export.gguf import export_gguf
+from harness.export.gguf_types import pack
 from harness.export.hqq import export_hqq
 from harness.quantize.__main__ import main as quantize_main
 from reference.types import TernaryMatrix
@@ -138,7 +139,7 @@ def test_damage_is_refused_as_it_is_by_load(
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.parametrize("format_", ["gguf", "hqq"])
+@pytest.mark.parametrize("format_", ["gguf", "mlx", "hqq"])
 def test_a_reordered_checkpoint_is_refused(
     format_: str, quantized: Path, run_main: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,14 +218,13 @@ def test_an_interrupted_export_leaves_what_was_there(
     out.write_bytes(b"older")
     done = []
 
-    def interrupt(matrix: TernaryMatrix, name: str, rounding: Any) -> np.ndarray:
+    def interrupt(matrix: TernaryMatrix, kind: str, name: str, rounding: Any) -> np.ndarray:
         done.append(name)
         if len(done) == 3:
             raise KeyboardInterrupt
-        return pack(matrix, name, rounding)
+        return pack(matrix, kind, name, rounding)
 
-    pack = pack_q4_1
-    monkeypatch.setattr("harness.export.gguf.pack_q4_1", interrupt)
+    monkeypatch.setattr("harness.export.gguf.pack", interrupt)
     arguments = ("--format", "gguf", "--out", out, "--force")
     assert run_main(export_main, plain, *arguments) == EXIT_INTERRUPTED
     assert out.read_bytes() == b"older"
@@ -239,7 +239,7 @@ def test_the_folder_of_a_gguf_file_is_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("harness.export.gguf.read_unpermuted", lambda *arguments: pytest.fail("read"))
+    monkeypatch.setattr("harness.export.gguf.read_exportable", lambda *arguments: pytest.fail("read"))
     out = tmp_path / "file" / "a.gguf"
     assert run_main(export_main, plain, "--format", "gguf", "--out", out) == EXIT_USAGE
     assert f"{tmp_path / 'file'} exists and is not a folder" in capsys.readouterr().err
@@ -269,7 +269,7 @@ def test_a_full_disk_leaves_nothing_behind(
         assert run_main(export_main, plain, "--format", format_, "--out", out) == 0
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    monkeypatch.setattr("harness.export.hqq.save_file", full)
+    monkeypatch.setattr("harness.export.folder.save_file", full)
     arguments = (plain, "--format", format_, "--out", out, "--force")
     assert run_main(export_main, *arguments) == EXIT_USAGE
     assert "out could not be written: " in capsys.readouterr().err

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 import harness
@@ -197,6 +197,18 @@ def test_a_prepended_space_is_stated(scheme: str, prepends: bool) -> None:
     assert written(tokenizer, "add_space_prefix") is prepends
 
 
+def test_a_split_at_spaces_that_are_gone_is_none() -> None:
+    """Gemma's tokenizer has one."""
+    tokenizer = sentencepiece()
+    backend, space = tokenizer.backend_tokenizer, "\u2581"
+    backend.normalizer = normalizers.Replace(" ", space)
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    assert written(tokenizer, "add_space_prefix") is False
+    backend.normalizer = None
+    with pytest.raises(UserError, match="prepares text by Split"):
+        written(tokenizer, "add_space_prefix")
+
+
 def test_tokens_around_a_text_are_stated(run_main: Run, tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -246,9 +258,9 @@ def overflow(scale: np.ndarray, shift: np.ndarray) -> None:
     scale[2], shift[2] = -6e4, 6e4
 
 
-def scaled_rope() -> Any:
+def dynamic_rope() -> Any:
     return transformers.LlamaConfig(
-        **SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        **SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     )
 
 
@@ -258,19 +270,27 @@ def scaled_rope() -> Any:
         (
             tiny.CONFIGS["opt"],
             {},
-            "has model type opt, which the GGUF export does not support; supported are llama, mis",
+            "GGUF export does not support opt models, only llama, mistral",
         ),
-        (tiny.CONFIGS["llama"], {}, "mlp.down_proj has 176 columns, but Q4_1 needs a multiple of 32"),
-        (lambda: config_of("tied"), {"block_size": 48}, "a --block-size that is a multiple of 32"),
+        (
+            tiny.CONFIGS["llama"],
+            {},
+            "cannot hold model.layers.0.mlp.down_proj, as it needs rows of a multiple of 32 columns, not 176",
+        ),
+        (
+            lambda: config_of("tied"),
+            {"block_size": 48},
+            "a --block-size that is a multiple of 32, not 48",
+        ),
         (lambda: config_of("tied"), {"tokenizer": tiny.make_tokenizer()}, "tokenizer is WordLevel, for wh"),
         (lambda: config_of("tied"), {"change": overflow}, "mu - alpha of a block overflows float16"),
-        (scaled_rope, {}, "its rope scaling (linear) would be lost"),
-        (lambda: transformers.LlamaConfig(**SIZES, attention_bias=True), {}, "_proj.bias would be lost in"),
+        (dynamic_rope, {}, "its rope scaling (dynamic) would be lost"),
+        (lambda: transformers.Qwen3Config(**SIZES, attention_bias=True), {}, "q_proj.bias would be lost"),
         (lambda: transformers.LlamaConfig(**SIZES, hidden_act="gelu"), {}, "its activation gelu would be"),
         (
-            lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
+            lambda: transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
             {},
-            "its attention in windows of 8 tokens would be lost",
+            "llama.cpp leaves out rotary embeddings in every fourth layer",
         ),
         (
             lambda: config_of("tied"),

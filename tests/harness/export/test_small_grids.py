@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from harness.export.gguf import pack_q4_1
+from harness.export.gguf_types import pack
 from harness.export.hqq import pack_hqq
 from harness.export.source import Rounding
 from reference.types import TernaryMatrix
@@ -31,7 +31,7 @@ def exact(matrix: TernaryMatrix) -> np.ndarray:
 
 
 def test_q4_1_holds_small_grids_exactly(matrix: TernaryMatrix) -> None:
-    packed = pack_q4_1(matrix, "m", Rounding())
+    packed = pack(matrix, "Q4_1", "m", Rounding())
     read = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q4_1)
     assert np.array_equal(read.astype(np.float64), exact(matrix))
 

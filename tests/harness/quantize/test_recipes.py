@@ -71,6 +71,29 @@ def test_descent_without_the_joint_grid_is_refused(run_main: Run, capsys: pytest
     assert "alternates with the joint grid" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--recipe paper --strength 0.5", "--strength has no effect with --targets weights"),
+        ("--targets outputs --token-weights", "--token-weights has no effect with --targets outputs"),
+        ("--no-joint-grid --rounds 2", "--rounds has no effect with --no-joint-grid"),
+        ("--method rtn-2bit --damping 0.2", "--damping has no effect with --method rtn-2bit"),
+        ("--method gptq-2bit --feed-forward", "--feed-forward has no effect with --method gptq-2bit"),
+        ("--method gptq-2bit --no-descent", "--descent has no effect with --method gptq-2bit"),
+    ],
+)
+def test_a_switch_that_would_change_nothing_is_refused(
+    flags: str, words: str, run_main: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(quantize_main, *flags.split()) == EXIT_USAGE
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--damping 0.2 --block-size 64", "--recipe best --strength 0.5"])
+def test_a_baseline_takes_the_switches_that_change_it(flags: str) -> None:
+    assert options("--method", "gptq-2bit", *flags.split()).method == "gptq-2bit"
+
+
 @pytest.mark.parametrize("strength", ["1.5", "-0.1", "much"])
 def test_a_strength_that_is_no_share_is_refused(
     strength: str, run_main: Run, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,117 @@
+"""What mlx_lm computes of each architecture, and how its config.json says it.
+
+To add one, give it a row in `ARCHITECTURES`, and a function where mlx_lm reads settings under other names
+than transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from harness.export.features import (
+    ALL_BIASES,
+    QKV_BIASES,
+    require,
+    require_activation,
+    require_biases,
+    require_even_heads,
+    require_scaling,
+    rotary,
+    row_of,
+    window_of,
+    window_period,
+)
+from harness.export.source import Stored
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What mlx_lm computes of an architecture (mlx_lm/models/).
+
+    Attributes
+    ----------
+    biases : tuple of str
+        Biases that it reads.
+    scalings : tuple of str
+        Scalings of rotary frequencies.
+    activation : str
+        The activation.
+    partial : bool
+        Whether a part of each head may be rotated.
+    windows : bool
+        Whether attention has sliding windows.
+    own : callable
+        From the model's config to entries of config.json under mlx_lm's names; refuses what mlx_lm would
+        compute otherwise.
+    """
+
+    biases: tuple[str, ...] = ()
+    scalings: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    activation: str = "silu"
+    partial: bool = False
+    windows: bool = False
+    own: Callable[[Any], dict[str, Any]] = lambda config: {}
+
+
+def _llama(config: Any) -> dict[str, Any]:
+    kinds = ["full_attention"] * config.num_hidden_layers
+    if window_of(config) is not None:
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+        require("full_attention" in kinds, "all of its layers have sliding windows, which mlx_lm cannot load")
+    return {"layer_types": kinds}
+
+
+def _even(config: Any) -> dict[str, Any]:
+    require_even_heads(config)
+    return {}
+
+
+def _phi3(config: Any) -> dict[str, Any]:
+    require_even_heads(config)
+    return {"partial_rotary_factor": rotary(config)[0].get("partial_rotary_factor") or 1.0}
+
+
+def _gemma3(config: Any) -> dict[str, Any]:
+    capped = config.attn_logit_softcapping or config.final_logit_softcapping
+    require(not capped, "its softcapping would be lost")
+    local = config.rope_parameters["sliding_attention"]
+    require(local["rope_type"] == "default", "the rotary frequencies of its sliding windows are scaled")
+    return {"sliding_window_pattern": window_period(config), "rope_local_base_freq": local["rope_theta"]}
+
+
+ARCHITECTURES = {
+    "llama": Architecture(ALL_BIASES, own=_llama),
+    "mistral": Architecture(windows=True, own=_llama),
+    "qwen2": Architecture(QKV_BIASES, own=_even),
+    "qwen3": Architecture(),
+    "gemma3_text": Architecture(
+        scalings=("default", "linear"), activation="gelu_pytorch_tanh", windows=True, own=_gemma3
+    ),
+    "smollm3": Architecture(ALL_BIASES, windows=True, own=_llama),
+    # mlx_lm takes the long factors of longrope for short texts too.
+    "phi3": Architecture(scalings=("default",), partial=True, own=_phi3),
+}
+
+
+def settings_of(stored: Stored) -> dict[str, Any]:
+    """Entries of config.json under the names that mlx_lm reads; refuse what it would compute otherwise."""
+    config = stored.config
+    architecture = row_of(stored.model, ARCHITECTURES, "MLX")
+    require_activation(config, architecture.activation)
+    require_biases([*stored.tensors], architecture.biases)
+    window = window_of(config)
+    require(
+        architecture.windows or window is None, f"its attention in windows of {window} tokens would be lost"
+    )
+    rope, _ = rotary(config)
+    kind = require_scaling(rope, architecture.scalings, architecture.partial)
+    if kind == "yarn":
+        own = [key for key in ("attention_factor", "truncate") if rope.get(key) is not None]
+        require(not own, f"the {own and own[0]} of its yarn scaling would be lost")
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if kind == "default" else {**rope, "type": kind},
+        **architecture.own(config),
+    }
