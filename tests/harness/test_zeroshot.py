@@ -201,10 +201,10 @@ def test_prompts_that_lose_their_beginning_are_counted(folder: Path) -> None:
     from harness.zeroshot.measure import measure_tasks, table
 
     original = Original(tiny.make_model("llama", torch.float32), tiny.make_tokenizer(), "tiny")
-    original.model.config.max_position_embeddings = 8
+    original.model.config.max_position_embeddings = 7
     found = measure_tasks(original, load_tasks(["piqa"], folder), None, Compute(), batch_size=3)
     pairs = [pair for i in range(COUNT) for pair in asked("piqa", QUESTIONS["piqa"](i))[0]]
-    longer = sum(len((prompt + continuation).split()) > 9 for prompt, continuation in pairs)
+    longer = sum(len((prompt + continuation).split()) > 8 for prompt, continuation in pairs)
     assert 0 < longer < len(pairs)
     assert found.shortened == longer
     assert f"tiny: {longer} prompts lost their beginning to fit its context" in table([found])
