@@ -11,14 +11,16 @@ Reading order, bottom-up; a module imports only modules listed above it:
     progress                      progress bars, or lines where there is no terminal
     backends, compute             which package fits matrices; which device runs layers
     models/                       the original model: its folder, loading, decoder layers
-    text, windows                 calibration and evaluation text, and the windows cut from it
+    text/, windows                calibration and evaluation text, and the windows cut from it
     calibration/                  from text to fitted matrices, layer by layer
     ternary/                      a ternary model in torch and on disk
-    perplexity, divergence, hf    measure a model; load checkpoints in transformers
+    perplexity, divergence        measure a model on text
+    zeroshot/, hf                 measure it on tasks; load checkpoints in transformers
     vllm/                         load checkpoints in vLLM, which imports this by itself
     evaluate, inspect             single-file programs
     quantize/, export/, verify/   programs with a folder
     generate/, serve              text from a model: at a terminal, over HTTP
+    compare                       checkpoints side by side
     benchmark/, hardware          programs that measure the others
 
 Words used throughout:

@@ -13,7 +13,7 @@ from harness.errors import UserError
 from harness.models.original import Original, require_fits
 from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
 from harness.progress import Progress, Say, say_on_stderr
-from harness.text import Text
+from harness.text import AnyText
 from harness.windows import AUTO, bos_of, evaluation_windows, tokenize
 
 
@@ -89,7 +89,7 @@ def divergence(
 def divergence_on(
     original: Original,
     quantized: Original,
-    stream: Text,
+    stream: AnyText,
     seqlen: int,
     windows: int | None,
     compute: Compute,
@@ -109,7 +109,7 @@ def divergence_on(
     models = (original.model, quantized.model)
     tokens = tokenize(stream, original.tokenizer)
     for model in models:
-        require_fits(model, tokens, seqlen)
+        require_fits(model, tokens.all(), seqlen)
     limit = min(filter(None, (windows, stream.windows)), default=None)
     first = bos_of(original.model, original.tokenizer, bos)
     chosen = evaluation_windows(tokens, seqlen, limit, first)

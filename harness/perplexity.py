@@ -15,7 +15,7 @@ from harness.compute import HOST, Compute, dtype_name
 from harness.models.decoder import DecoderLayers, locate_layers
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say, say_on_stderr
-from harness.text import Text
+from harness.text import AnyText
 from harness.windows import AUTO, beginning, bos_of, evaluation_windows, tokenize
 
 # Rows of logits converted to float32 at a time, to bound memory with large vocabularies.
@@ -124,7 +124,7 @@ def measure_by_layers(
 
 def measure_on(
     original: Original,
-    stream: Text,
+    stream: AnyText,
     seqlen: int,
     windows: int | None,
     compute: Compute,
@@ -144,7 +144,7 @@ def measure_on(
     """
     model = original.model
     tokens = tokenize(stream, original.tokenizer)
-    require_fits(model, tokens, seqlen)
+    require_fits(model, tokens.all(), seqlen)
     limit = min(filter(None, (windows, stream.windows)), default=None)
     first = bos_of(model, original.tokenizer, bos)
     chosen = evaluation_windows(tokens, seqlen, limit, first)

@@ -90,7 +90,7 @@ def choose_backend(options: Options, say: Say) -> Backend:
     return backend
 
 
-def read_texts(options: Options, say: Say) -> tuple[text.Text, text.Text | None]:
+def read_texts(options: Options, say: Say) -> tuple[text.AnyText, text.AnyText | None]:
     """Read the texts for calibration and evaluation; by default, both come from the same data set."""
     calibration = options.calibration
     if calibration is None:
@@ -114,8 +114,8 @@ def prepare(
     options: Options,
     backend: Backend,
     compute: Compute,
-    calibration_text: text.Text,
-    evaluation_text: text.Text | None,
+    calibration_text: text.AnyText,
+    evaluation_text: text.AnyText | None,
     settle: Callable[[Original], Options],
 ) -> Ready:
     """Load the model, find its decoder layers, cut windows, and estimate the run."""
@@ -125,11 +125,11 @@ def prepare(
     tokens = tokenize(calibration_text, original.tokenizer)
     bos = bos_of(original.model, original.tokenizer)
     windows = calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed, bos)
-    require_fits(original.model, tokens, options.seqlen)
+    require_fits(original.model, tokens.all(), options.seqlen)
     if evaluation_text is not None:
         evaluated = tokenize(evaluation_text, original.tokenizer)
         evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
-        require_fits(original.model, evaluated, options.evaluation_seqlen)
+        require_fits(original.model, evaluated.all(), options.evaluation_seqlen)
     coded = round_embeddings(original.model) if options.embedding == INT8 else {}
     passage = capture_inputs(original.model, decoder, windows[:1], compute)
     plan = make_plan(

@@ -86,8 +86,8 @@ class Record:
         cls,
         options: Options,
         ready: Ready,
-        calibration_text: text.Text,
-        evaluation_text: text.Text | None,
+        calibration_text: text.AnyText,
+        evaluation_text: text.AnyText | None,
         computed: dict[str, Any],
     ) -> Record:
         """Start the record of a run; `computed` holds the sink's entries about the method."""

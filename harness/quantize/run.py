@@ -25,7 +25,7 @@ from harness.quantize.report import mean_layer_error, table
 from harness.quantize.resume import continue_from
 from harness.quantize.sink import Sink, sink_for
 from harness.ternary.embedding import unrounded
-from harness.text import Text
+from harness.text import AnyText
 from reference.types import TernaryConfig
 
 # Warn of a matrix if alpha is too small in more than this share of the blocks of its rows.
@@ -110,7 +110,7 @@ def quantize(
     return record.to_json()
 
 
-def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: Text) -> list[str]:
+def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: AnyText) -> list[str]:
     """Return the lines printed before a run: method, data, estimate and warnings."""
     wanted = options.nsamples * options.seqlen
     lines = [

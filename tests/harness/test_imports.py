@@ -21,9 +21,9 @@ STOREYS = [
     {"windows"},
     {"calibration", "ternary"},
     {"perplexity"},
-    {"divergence", "hf", "vllm"},
+    {"divergence", "hf", "vllm", "zeroshot"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
-    {"benchmark", "hardware", "serve"},
+    {"benchmark", "compare", "hardware", "serve"},
 ]
 PROGRAMS = {*STOREYS[-1], *STOREYS[-2]}
 

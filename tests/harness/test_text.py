@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -77,13 +78,38 @@ def test_a_column_that_is_not_text_is_refused(tmp_path: Path, kind: str) -> None
         ("broken.parquet", b"PAR1nothing", "cannot be read"),
         ("broken.arrow", b"ARROW1nothing", "cannot be read"),
         ("data.tsv", b"a,b", "text files end in .txt"),
-        ("rows.json", b'{"text": "a"}\n', "text files end in .txt"),  # rows, or one text? Nothing says.
+        (
+            "rows.json",
+            b'{"text": "a"}\n',
+            "unknown file type.*name lines of JSON .jsonl",
+        ),  # rows, or one text? Nothing says.
         ("data.csv", b"a,b\n1,2\n", "has no column 'text' .found: a, b."),
         ("short.csv", b"a,text\n1,2\n3\n", "line 3 has no column 'text'"),
         ("quote.csv", b'text\n"a\n', "is not CSV"),
         *(
             (f"text.txt{ending}", b"zipped", "is compressed; decompress it first")
             for ending in text.COMPRESSED
+        ),
+        ("text.txt.gz", b"zipped", "is damaged: Not a gzipped file"),
+        ("text.txt.gz", gzip.compress(b"text " * 1000)[:-20], "is damaged"),
+        ("latin.txt.gz", gzip.compress(b"caf\xe9"), "not UTF-8"),
+        ("bad.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": \n'), "line 2 is not JSON"),
+        (
+            "two.jsonl",
+            b'{"text": "a", "messages": []}\n',
+            "has 'text' and 'messages'; choose one with --text",
+        ),
+        (
+            "empty.jsonl",
+            b'{"messages": []}\n',
+            "line 1: field 'messages' is not text, nor a list of messages",
+        ),
+        ("from.jsonl", b'{"messages": [{"from": "human", "value": "a"}]}\n', "with 'role' and 'content'"),
+        ("half.jsonl", b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "a lone surrogate"),
+        (
+            "both.jsonl",
+            b'{"messages": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n',
+            "holds text in some rows and conversations in others",
         ),
     ],
 )
@@ -100,7 +126,7 @@ ROWS = ["w1 w2", 'a "b", c', "d"]
 
 
 @pytest.mark.parametrize("name", ["", "c4", "ptb", "wikitext2"])
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".gz"])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".gz", ".zip"])
 def test_a_file_is_read_by_its_kind_whatever_data_set_it_is_of(
     name: str, ending: str, tmp_path: Path
 ) -> None:
@@ -115,12 +141,104 @@ def test_a_file_is_read_by_its_kind_whatever_data_set_it_is_of(
     else:
         file.write_text("".join(json.dumps({"n": 1, column: row}) + "\n" for row in ROWS))
     source = f"{name}:{file}" if name else str(file)
-    if ending in (".tsv", ".gz") or (ending == ".json" and not name):
+    if ending in (".tsv", ".gz", ".zip") or (ending == ".json" and not name):
         with pytest.raises(UserError, match=rf"rows\{ending} (has an unknown file type|is compressed)"):
             text.read_text(source, text.CALIBRATION)
         return
     joiner = text.DATA_SETS[name].splits[text.CALIBRATION].joiner if name else "\n\n"
     assert text.read_text(source, text.CALIBRATION).stream == joiner.join(ROWS)
+
+
+def test_compressed_files_are_read_by_what_is_inside(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"text": row}) + "\n" for row in ROWS).encode()
+    (tmp_path / "c4-train.00000.json.gz").write_bytes(gzip.compress(rows))
+    (tmp_path / "wiki.raw.gz").write_bytes(gzip.compress(b" \n A row. \n"))
+    (tmp_path / "a.txt.GZ").write_bytes(gzip.compress(b"as it\r\nis"))
+    c4 = text.read_text(f"c4:{tmp_path / 'c4-train.00000.json.gz'}", text.CALIBRATION)
+    assert c4.stream == "\n\n".join(ROWS)
+    wiki = text.read_text(f"wikitext2:{tmp_path / 'wiki.raw.gz'}", text.EVALUATION)
+    assert wiki.stream == "\n\n A row. \n"
+    assert text.read_text(str(tmp_path / "a.txt.GZ"), text.CALIBRATION).stream == "as it\r\nis"
+
+
+def test_zstandard_files_are_read(tmp_path: Path) -> None:
+    zstd = pytest.importorskip("backports.zstd", reason="not installed: pip install '.[eval]'")
+    content = "".join(json.dumps({"text": words}) + "\n" for words in ("a b", "c d")).encode()
+    file = tmp_path / "rows.jsonl.zst"
+    file.write_bytes(zstd.compress(content))
+    assert text.read_text(str(file), text.CALIBRATION).stream == "a b\n\nc d"
+    for damaged in (b"no frame", zstd.compress(b"text " * 1000)[:-3]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"rows.jsonl.zst is damaged"):
+            text.read_text(str(file), text.CALIBRATION)
+
+
+def test_conversations_are_read_from_the_field_that_holds_them(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(
+        "".join(json.dumps({"id": i, "messages": turns, "chat": turns[:1]}) + "\n" for i in (0, 1))
+    )
+    read = text.read_text(str(file), text.CALIBRATION)
+    assert read.conversations == (turns, turns)
+    assert read.protocol == "chat.jsonl, 2 conversations by the model's chat template"
+    assert text.read_text(str(file), text.CALIBRATION, "chat").conversations == (turns[:1], turns[:1])
+
+
+def test_a_folder_gives_all_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "b").mkdir(parents=True)
+    (folder / "c.txt").write_text("third")
+    (folder / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    (folder / "b" / "z.md.gz").write_bytes(gzip.compress(b"between"))
+    (folder / ".DS_Store").write_bytes(b"\xff")
+    read = text.read_text(str(folder), text.CALIBRATION)
+    assert read.stream == "first\n\nsecond\n\nbetween\n\nthird"
+    assert read.protocol == "texts, 3 files, 4 rows joined by '\\n\\n'"
+    text.require_rows("text", str(folder))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config.json has an unknown file type"):
+        text.read_text(str(folder), text.CALIBRATION)
+
+
+def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contains no text"):
+        text.read_text(str(tmp_path), text.CALIBRATION)
+
+
+def test_a_mixture_has_the_protocol_of_its_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "c4.jsonl").write_text('{"text": "b"}\n')
+    source = f"{tmp_path / 'a.txt'}:0.25, c4:{tmp_path / 'c4.jsonl'}:0.75"
+    read = text.read_text(source, text.EVALUATION)
+    assert [(share, part.stream) for share, part in read.parts] == [(0.25, "a"), (0.75, "b")]
+    assert read.protocol.startswith(
+        "0.25 of the windows: a.txt as it is + 0.75 of the windows: c4: c4.jsonl, 1"
+    )
+    assert read.windows == 341  # 256 of C4, as its protocol has it, are three quarters
+    text.require_rows("text", source)
+    swapped = source.replace("0.25", "0.5").replace("0.75", "0.5")
+    assert read.checksum() != text.read_text(swapped, text.EVALUATION).checksum()
+    (tmp_path / "a,b.txt").write_text("one file")
+    assert text.read_text(str(tmp_path / "a,b.txt"), text.CALIBRATION).stream == "one file"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("builtin,c4:0.5", "'builtin' does not end in a share between 0 and 1. A mixture is written as"),
+        ("builtin:0.5,c4:x", "'c4:x' does not end in a share"),
+        ("builtin:0.5,c4:nan", "'c4:nan' does not end in a share"),
+        ("builtin:0.5,", "'' does not end in a share"),
+        ("builtin:1,c4:0", "'builtin:1' does not end in a share"),
+        ("builtin:0.5,builtin:0.5", "names builtin twice"),
+        ("builtin:0.5,c4:0.4", "sum to 0.9, but must sum to 1"),
+        ("builtin:0.5,nothing.txt:0.5", "nothing.txt is not a file"),
+    ],
+)
+def test_mixtures_that_cannot_be_read_are_refused(source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        text.read_text(source, text.CALIBRATION)
 
 
 def test_a_missing_file_is_refused() -> None:

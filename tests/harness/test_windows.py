@@ -21,8 +21,8 @@ from harness.errors import UserError
 from harness.models.folder import REPORT
 from harness.quantize import prepare
 from harness.quantize.__main__ import main as quantize_main
-from harness.text import Text
-from harness.windows import calibration_windows, evaluation_windows, tokenize
+from harness.text import Chat, Mixture, Text
+from harness.windows import Tokens, beginning, calibration_windows, evaluation_windows, tokenize
 from tests.harness import tiny
 from tests.harness.conftest import SMALL
 
@@ -32,8 +32,12 @@ Capture = pytest.CaptureFixture[str]
 SEQLEN = 24
 
 
+def one_stream(length: int) -> Tokens:
+    return Tokens((torch.arange(length),))
+
+
 def test_calibration_windows_start_where_the_gptq_family_starts_them() -> None:
-    tokens = torch.arange(1000)
+    tokens = one_stream(1000)
     windows = calibration_windows(tokens, nsamples=5, seqlen=100, seed=7)
     generator = random.Random(7)
     for window in windows:
@@ -42,24 +46,63 @@ def test_calibration_windows_start_where_the_gptq_family_starts_them() -> None:
 
 
 def test_calibration_needs_one_token_more_than_a_window() -> None:
-    assert calibration_windows(torch.arange(11), 2, 10, 0).tolist() == [list(range(10))] * 2
+    assert calibration_windows(one_stream(11), 2, 10, 0).tolist() == [list(range(10))] * 2
     with pytest.raises(UserError, match=r"has 10 tokens.*at least 11"):
-        calibration_windows(torch.arange(10), 2, 10, 0)
+        calibration_windows(one_stream(10), 2, 10, 0)
 
 
 def test_evaluation_windows_do_not_overlap_and_drop_the_rest() -> None:
-    assert evaluation_windows(torch.arange(25), 10, None).tolist() == [
+    assert evaluation_windows(one_stream(25), 10, None).tolist() == [
         list(range(10)),
         list(range(10, 20)),
     ]
-    assert len(evaluation_windows(torch.arange(25), 10, 1)) == 1
+    assert len(evaluation_windows(one_stream(25), 10, 1)) == 1
     with pytest.raises(UserError, match="less than one window of 30"):
-        evaluation_windows(torch.arange(25), 30, None)
+        evaluation_windows(one_stream(25), 30, None)
 
 
 def test_tokens_are_exactly_what_the_tokenizer_gives() -> None:
     tokenizer = tiny.make_tokenizer()
-    assert tokenize(Text("w5 w3 w90", ""), tokenizer).tolist() == [5, 3, 90]
+    assert tokenize(Text("w5 w3 w90", ""), tokenizer).all().tolist() == [5, 3, 90]
+
+
+TEMPLATE = "{% for m in messages %}{{ bos_token if loop.first }} {{ m.role }} {{ m.content }} {% endfor %}"
+TURNS = [{"role": "w7", "content": "w8 w9"}, {"role": "w10", "content": "w11"}]
+
+
+def test_conversations_are_written_by_the_chat_template() -> None:
+    tokenizer = tiny.make_tokenizer()
+    chat = Chat((TURNS, TURNS[:1]), "chat")
+    with pytest.raises(UserError, match="chat: the model has no chat template"):
+        tokenize(chat, tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    # A tokenizer that adds BOS must not add it to what the template has written.
+    post = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = post
+    tokens = tokenize(chat, tokenizer)
+    assert tokens.all().tolist() == [1, 7, 8, 9, 10, 11, 1, 7, 8, 9]
+    assert beginning(tokens, tokenizer, None) == "<s> where the text or its chat template has it"
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"chat: the template failed: .*roles must alternate"):
+        tokenize(chat, tokenizer)
+
+
+def test_a_mixture_gives_each_text_its_share_of_the_windows() -> None:
+    parts = ((0.7, Text(tiny.words(200, 1), "a")), (0.3, Text(" ".join(["w5"] * 100), "b")))
+    tokens = tokenize(Mixture(parts), tiny.make_tokenizer())
+    assert len(tokens) == 300
+    windows = calibration_windows(tokens, nsamples=9, seqlen=10, seed=0)
+    assert len(windows) == 9
+    assert [bool((window == 5).all()) for window in windows] == [False] * 6 + [True] * 3  # 6.3 and 2.7
+    # The first text has 20 windows; 29 in all are 20.3 and 8.7.
+    windows = evaluation_windows(tokens, 10, None)
+    assert [bool((window == 5).all()) for window in windows] == [False] * 20 + [True] * 9
+    assert windows[:20].flatten().tolist() == tokens.streams[0].tolist()
+    assert len(evaluation_windows(tokens, 10, 5)) == 5
+    with pytest.raises(UserError, match=r"too few windows \(1\)"):
+        evaluation_windows(tokens, 10, 1)
+    with pytest.raises(UserError, match="has 100 tokens, less than one window of 150"):
+        evaluation_windows(tokens, 150, None)
 
 
 def save(kind: str, adds_bos: bool, folder: Path) -> Path:
