@@ -19,6 +19,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     quantize/, export/, verify/   programs with a folder
     generate/, serve              text from a model: at a terminal, over HTTP
     benchmark/, hardware          programs that measure the others
+    architectures/                every architecture of transformers at a small size
 
 Words used throughout:
 

@@ -23,7 +23,7 @@ STOREYS = [
     {"perplexity"},
     {"divergence", "hf"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
-    {"benchmark", "hardware", "serve"},
+    {"architectures", "benchmark", "hardware", "serve"},
 ]
 PROGRAMS = {*STOREYS[-1], *STOREYS[-2]}
 
