@@ -32,7 +32,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(
         (
             *("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"),
-            *("ffn_hidden_size", "inner_dim", "d_ff", "d_inner"),
+            *("ffn_hidden_size", "inner_dim", "d_ff", "d_inner", "dff", "dense_intermediate_size"),
         ),
         160,
     ),

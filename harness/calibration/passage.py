@@ -41,7 +41,7 @@ class LayerCall:
     def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run the layer on hidden states; they must have its device and dtype."""
         output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def to(self, compute: Compute) -> LayerCall:
         """Move the arguments to a device; cast floating-point ones (masks, rotary tables) to its dtype."""
