@@ -22,6 +22,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     generate/, serve              text from a model: at a terminal, over HTTP
     compare                       checkpoints side by side
     benchmark/, hardware          programs that measure the others
+    architectures/                every architecture of transformers at a small size
 
 Words used throughout:
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,7 +24,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from harness.compute import dtype_name
 from harness.errors import UserError
 from harness.files import read_json
+from harness.models.experts import Experts, is_fused
 from harness.models.folder import CONFIG, GENERATION, read_config
+from harness.models.linearize import put
 from harness.models.loading import load_original
 from harness.models.original import Original, quiet_transformers, require_complete
 from harness.models.tables import compute_tables
@@ -104,6 +107,7 @@ class TernaryQuantizer(HfQuantizer):
             config.weight_dtype = read_config(files[0].parent).get("dtype") if files else loaded
         dtype = named_dtype(config.weight_dtype)
         self.stored_dtype = dtype
+        _separate_experts(model, stored.modules)
         for name in stored.modules:
             swap(model, name, stored, dtype)
             # The `_init_weights` of a model fills tables that no file holds, and may initialize weights by
@@ -140,6 +144,10 @@ class TernaryQuantizer(HfQuantizer):
             use_kernels(model)
         return model
 
+    def update_weight_conversions(self, *arguments: Any, **rest: Any) -> list[Any]:
+        """Return no conversions: a checkpoint has the names that the model has in memory, not the hub's."""
+        return []
+
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Return the tensors to save: codes instead of the weights that were decoded from them.
 
@@ -175,7 +183,10 @@ class TernaryQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, TernaryLinear):
-                _put(model, name, layer.plain())
+                put(model, name, layer.plain())
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Experts):
+                put(model, name, module.fuse())
         for name in self.quantization_config.coded:
             module = model.get_submodule(name)
             module.weight.requires_grad_(True)
@@ -211,6 +222,14 @@ def _require_class(model: Any) -> None:
         )
 
 
+def _separate_experts(model: nn.Module, names: list[str]) -> None:
+    """Give the experts of a model matrices of their own, where these names ask for it."""
+    inside = {name.rsplit(".", 2)[0] for name in names if name.count(".") > 1}
+    for name, module in list(model.named_modules()):
+        if name in inside and is_fused(module):
+            put(model, name, Experts(module))
+
+
 def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) -> None:
     """Replace a linear layer by a `TernaryLinear`.
 
@@ -220,27 +239,24 @@ def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) 
         If the model has no linear layer of that name.
     """
     plain = dict(model.named_modules()).get(name)
-    if not isinstance(plain, nn.Linear):
+    if not isinstance(plain, nn.Linear | Conv1D):
         raise UserError(f"config.json: {name} is not a linear layer of {type(model).__name__}")
+    transposed = isinstance(plain, Conv1D)
+    rows, columns = plain.weight.T.shape if transposed else plain.weight.shape
     with torch.device(plain.weight.device):
         layer = TernaryLinear(
-            plain.in_features,
-            plain.out_features,
+            columns,
+            rows,
             stored.block_size,
             stored.grid,
             name not in stored.unpermuted,
             plain.bias is not None,
             dtype,
             stored.symmetric,
+            transposed,
         )
     layer.bias = plain.bias  # in the dtype of the model
-    _put(model, name, layer)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one that has this name in a model."""
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
+    put(model, name, layer)
 
 
 def load(

@@ -153,7 +153,7 @@ def _extra_output(
     half = hidden.shape[1] // 2
     other_end = torch.cat([hidden[:, :half], -hidden[:, half:]], dim=1)
     output = layer(hidden, *call.args, **call.kwargs)
-    first = (output[0] if isinstance(output, tuple) else output)[:, :half].float()
+    first = (output[0] if isinstance(output, tuple | list) else output)[:, :half].float()
     changed = call(layer, other_end)[:, :half].float()
     # Masked positions contribute zeros, so a causal layer differs at most by rounding.
     if (first - changed).abs().max() > 16 * torch.finfo(hidden.dtype).eps * first.abs().max():
@@ -161,7 +161,7 @@ def _extra_output(
             "the model is not a causal language model: the output of its first layer for a token depends on "
             "later tokens. Encoders have no perplexity and cannot be ternarized"
         )
-    return len(output) - 1 if isinstance(output, tuple) else None
+    return len(output) - 1 if isinstance(output, tuple | list) else None
 
 
 def _record_pass(

@@ -62,14 +62,20 @@ class GramSum:
         Width m of the inputs.
     device : torch.device
         Device of the inputs and of the sum.
+
+    Attributes
+    ----------
+    rows : int
+        Number of rows added.
     """
 
     def __init__(self, columns: int, device: torch.device = HOST) -> None:
-        self.columns = columns
+        self.columns, self.rows = columns, 0
         self._sum = ProductSum(columns, columns, device)
 
     def add(self, X: torch.Tensor) -> None:
         """Add the rows of X, (rows, m)."""
+        self.rows += len(X)
         self._sum.add(X, X)
 
     def finish(self) -> torch.Tensor:

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+from harness.calibration.experts import batches, fill_up
 from harness.calibration.grid_range import lost_share
 from harness.calibration.methods import FitError, Method
 from harness.calibration.passage import Passage, WorkingLayer
 from harness.calibration.targets import Beside, Statistics, Targets
 from harness.compute import Compute
+from harness.models.experts import family
 from reference.types import TernaryMatrix
 
 # Called with the number of forward passes (of one window each) just finished, and their stage.
@@ -36,6 +38,7 @@ class FittedMatrix:
     gram: torch.Tensor
     result: Any  # TernaryMatrix, or for the baselines the dense (n, m) array
     seconds: float
+    tokens: int  # inputs that were seen; for a matrix of an expert, those of the tokens routed to it
     lost: float = 0.0  # share of blocks whose alpha is too small to be stored
 
 
@@ -49,12 +52,15 @@ class FittedLayer:
         Its matrices, in the order in which the layer uses them.
     groups : list of lists of str
         Full names of the matrices that read the same input.
+    experts : list of str
+        Full names of the matrices of experts.
     seconds : dict of str to float
         Time by stage: load, inputs, fits, outputs.
     """
 
     matrices: list[FittedMatrix]
     groups: list[list[str]]
+    experts: list[str]
     seconds: dict[str, float]
 
 
@@ -109,15 +115,17 @@ def fit_layers(
         groups = passage.input_groups(layer)
         beside = Beside(passage, layer, groups, targets) if targets is not None else None
         matrices: list[FittedMatrix] = []
-        for batch in [[group] for group in groups] if true_sequential else [groups]:
+        for batch in batches(layer, groups) if true_sequential else [groups]:
             with clock("inputs"):
                 counted = partial(progress, 1, "inputs")
                 if beside is None:
-                    statistics = [Statistics(gram) for gram in passage.collect(layer, batch, counted)]
+                    statistics = [Statistics.of(total) for total in passage.collect(layer, batch, counted)]
                 else:
                     statistics = beside.collect(layer, batch, counted)
+                statistics = fill_up(layer, batch, statistics)
             with clock("fits"):
-                progress(0, ", ".join(name.rpartition(".")[2] for group in batch for name in group))
+                names = dict.fromkeys(name.rpartition(".")[2] for group in batch for name in group)
+                progress(0, ", ".join(names))
                 matrices += _fit(layer, batch, statistics, fit_of, passage.compute)
             del statistics
         with clock("outputs"):
@@ -125,7 +133,8 @@ def fit_layers(
                 beside.advance()
             passage.advance(layer, partial(progress, 1, "outputs"))
         full_names = [[layer.full_name(name) for name in group] for group in groups]
-        yield FittedLayer(matrices, full_names, clock.seconds)
+        experts = [layer.full_name(name) for name in layer.linears if family(layer.module, name)]
+        yield FittedLayer(matrices, full_names, experts, clock.seconds)
         # Free the weights and Gram matrices of this layer before those of the next are allocated.
         del matrices, layer, beside
 
@@ -140,7 +149,7 @@ def _towards(targets: Targets | None, method: Method) -> _Fit:
     """Fit a matrix to its target instead of its weights, if there is one."""
 
     def fit(weight: torch.Tensor, statistics: Statistics) -> Any:
-        if targets is not None:
+        if targets is not None and statistics.lost is not None:
             weight = targets.shift(weight, statistics.gram, statistics.lost_products(weight))
         return method(weight, statistics.gram)
 
@@ -203,11 +212,12 @@ def _quantize(
     except ValueError as error:  # numpy's LinAlgError is one
         raise FitError(f"{name}: {error}") from None
     seconds = time.perf_counter() - begin
-    gram = statistics.gram
+    gram, tokens = statistics.gram, statistics.tokens
     if not isinstance(result, TernaryMatrix):
-        return FittedMatrix(name, weight, gram, result, seconds), torch.from_dlpack(result)
+        return FittedMatrix(name, weight, gram, result, seconds, tokens), torch.from_dlpack(result)
     lost = lost_share(name, weight, gram, result)
-    return FittedMatrix(name, weight, gram, result, seconds, lost), torch.from_dlpack(result.dequantize())
+    fitted = FittedMatrix(name, weight, gram, result, seconds, tokens, lost)
+    return fitted, torch.from_dlpack(result.dequantize())
 
 
 class _Clock:

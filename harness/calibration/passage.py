@@ -41,7 +41,7 @@ class LayerCall:
     def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run the layer on hidden states; they must have its device and dtype."""
         output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def to(self, compute: Compute) -> LayerCall:
         """Move the arguments to a device; cast floating-point ones (masks, rotary tables) to its dtype."""
@@ -217,8 +217,8 @@ class Passage:
     @torch.no_grad()
     def collect(
         self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = _no_step
-    ) -> list[torch.Tensor]:
-        """Sum the Gram matrix (m, m) float64 of each group's inputs over all windows."""
+    ) -> list[GramSum]:
+        """Sum the Gram matrix of each group's inputs over all windows."""
         linears = layer.linears
         first = [linears[group[0]] for group in groups]
         sums = [GramSum(linear.in_features, self.compute.device) for linear in first]
@@ -230,7 +230,7 @@ class Passage:
             for states in self.hidden:
                 layer.call(layer.module, brought(states, self.compute))
                 step()
-        return [total.finish() for total in sums]
+        return sums
 
     def checksum(self) -> int:
         """Sum the bit patterns of all hidden states, read as integers."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from harness.calibration.gram import GramSum, ProductSum
 from harness.calibration.passage import Passage, WorkingLayer, brought
+from harness.models.experts import family
 
 # Maps weights (n, m), the Gram matrix (m, m) of their inputs and the lost products (n, m) to the weights to
 # quantize; `reference.targets.shift_targets` with its settings.
@@ -57,25 +58,36 @@ class Statistics:
     ----------
     gram : (m, m) float64 tensor
         Gram matrix of the inputs.
+    tokens : int
+        Number of inputs.
     lost : tensor, optional
         (n, m): the lost products (`reference.targets.lost_products`) of the only matrix of the group.
         Or (m, m): products of the inputs' differences with the inputs, which weights turn into lost products.
+        None for matrices that are fitted to their own weights.
     of_outputs : bool
         Whether `lost` is of the first kind.
     """
 
     gram: torch.Tensor
+    tokens: int
     lost: torch.Tensor | None = None
     of_outputs: bool = False
 
+    @classmethod
+    def of(cls, total: GramSum) -> Statistics:
+        """Return the statistics of matrices that are fitted to their own weights."""
+        return cls(total.finish(), total.rows)
+
     def lost_products(self, weight: torch.Tensor) -> torch.Tensor:
-        """Lost products of a matrix of the group, (n, m) float64."""
+        """Lost products of a matrix of the group, (n, m) float64; `lost` must not be None."""
         assert self.lost is not None
         return self.lost if self.of_outputs else weight.to(self.lost.dtype) @ self.lost
 
 
 class Beside:
     """The original layer, which runs beside the layer that is quantized.
+
+    Experts have no targets: the original may route the tokens of an expert to other experts.
 
     What a pass over all windows shows is kept if it takes at most `KEPT_BYTES`, so that one pass is enough.
 
@@ -96,6 +108,7 @@ class Beside:
     ) -> None:
         self.passage, self.targets = passage, targets
         self.layer = passage.enter(layer.index)
+        groups = [group for group in groups if family(layer.module, group[0]) is None]
         self.writers = stream_writers(passage, layer, groups) if targets.stream else []
         linears = layer.linears
         self._inputs = [group[0] for group in groups if group[0] not in self.writers]
@@ -121,27 +134,45 @@ class Beside:
             Called after every window.
         """
         inputs = [group[0] for group in groups]
-        sums = {name: _Sums(layer.linears[name], name in self.writers, self.passage) for name in inputs}
+        linears, device = layer.linears, self.passage.compute.device
+        grams = {
+            name: GramSum(linears[name].in_features, device) for name in inputs if family(layer.module, name)
+        }
+        sums = {
+            name: _Sums(linears[name], name in self.writers, self.passage)
+            for name in inputs
+            if name not in grams
+        }
         writing = [self.writers.index(name) for name in inputs if name in self.writers]
         outputs = self.writers[: 1 + max(writing, default=-1)]
         for i, states in enumerate(self.passage.hidden):
             here = brought(states, self.passage.compute)
             ours = _watch(layer, here, inputs, outputs)
-            theirs = self._seen(i, [name for name in inputs if name not in self.writers], outputs)
-            for name, total in sums.items():
-                if name in self.writers:
-                    before = self.writers[: 1 + self.writers.index(name)]
-                    there = self.passage.originals[i].to(here.device)
-                    total.add_stream(
-                        ours.inputs[name],
-                        ours.stream(here, before),
-                        theirs.stream(there, before),
-                        self.targets.token_weights,
-                    )
-                else:
-                    total.add_inputs(ours.inputs[name], theirs.inputs[name])
+            for name, gram in grams.items():
+                gram.add(_rows(ours.inputs[name]))
+            if sums:
+                self._add(sums, i, here, ours, outputs)
             step()
-        return [total.finish() for total in sums.values()]
+        finished = {name: total.finish() for name, total in sums.items()}
+        return [finished[name] if name in finished else Statistics.of(grams[name]) for name in inputs]
+
+    def _add(
+        self, sums: dict[str, _Sums], i: int, here: torch.Tensor, ours: _Seen, outputs: list[str]
+    ) -> None:
+        """Add a window, as both models see it, to the sums of matrices with targets."""
+        theirs = self._seen(i, [name for name in sums if name not in self.writers], outputs)
+        for name, total in sums.items():
+            if name in self.writers:
+                before = self.writers[: 1 + self.writers.index(name)]
+                there = self.passage.originals[i].to(here.device)
+                total.add_stream(
+                    ours.inputs[name],
+                    ours.stream(here, before),
+                    theirs.stream(there, before),
+                    self.targets.token_weights,
+                )
+            else:
+                total.add_inputs(ours.inputs[name], theirs.inputs[name])
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -192,7 +223,7 @@ class _Sums:
         self.lost.add(lost, x)
 
     def finish(self) -> Statistics:
-        return Statistics(self.gram.finish(), self.lost.finish(), self.writes)
+        return Statistics(self.gram.finish(), self.gram.rows, self.lost.finish(), self.writes)
 
 
 @torch.no_grad()

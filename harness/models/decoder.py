@@ -13,6 +13,7 @@ from torch import nn
 
 from harness.compute import HOST, Compute
 from harness.errors import UserError
+from harness.models.matrices import not_understood, ternarized
 
 # Maps tensor names in the whole model to tensors.
 Reader = Callable[[list[str]], dict[str, torch.Tensor]]
@@ -29,7 +30,7 @@ class DecoderLayers:
     layers : nn.ModuleList
         The layers, in order.
     linears : list of dict
-        For every layer, its nn.Linear modules by their name in the layer.
+        For every layer, the nn.Linear modules to ternarize, by their name in the layer.
     read : callable, optional
         Reads tensors from disk by their names in the whole model. If given, `layers` and `linears` are on
         torch's meta device: they have shapes but no weights.
@@ -98,6 +99,24 @@ class DecoderLayers:
             for name, linear in linears.items()
         }
 
+    def not_understood(self) -> dict[str, nn.Parameter]:
+        """Parameters that stay as they are because they are not understood, by name in the whole model."""
+        return {
+            self.full_name(i, name): parameter
+            for i, layer in enumerate(self.layers)
+            for name, parameter in not_understood(layer).items()
+        }
+
+
+def describe_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
+    """List the first few parameters with the class of their module and their shape."""
+    described = []
+    for name, parameter in list(parameters.items())[:5]:
+        kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        described.append(f"{name} ({kind}, {'x'.join(map(str, parameter.shape))})")
+    more = f" and {len(parameters) - 5} more" if len(parameters) > 5 else ""
+    return ", ".join(described) + more
+
 
 def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
     """Find the decoder layers: of the outermost ModuleLists that text goes through, the heaviest.
@@ -126,10 +145,7 @@ def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers
         )
     prefix = _heaviest_with_text(model, candidates)
     layers = candidates[prefix]
-    linears = [
-        {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        for layer in layers
-    ]
+    linears = [ternarized(layer) for layer in layers]
     return DecoderLayers(prefix, layers, linears, read)
 
 
@@ -169,36 +185,34 @@ class _Found(Exception):
     """Ends a forward pass once the decoder layers are found."""
 
 
-def find_decoder_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
+def find_decoder_layers(model: nn.Module, read: Reader | None = None, strict: bool = False) -> DecoderLayers:
     """Find the decoder layers as `locate_layers` does, and check that they can be ternarized.
+
+    Parameters
+    ----------
+    model, read
+        As for `locate_layers`.
+    strict : bool
+        Whether to refuse layers with parameters that are not understood.
 
     Raises
     ------
     UserError
-        If there are no decoder layers, a layer has matrices outside nn.Linear and nn.Embedding, there is
-        no nn.Linear, or a weight is not finite.
+        If there are no decoder layers, there is nothing to ternarize in them, a weight is not finite, or,
+        with `strict`, a layer has parameters that are not understood.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(
             f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be quantized"
         )
     found = locate_layers(model, read)
-    unsupported = []
-    for name, module in found.layers.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                shape = "x".join(map(str, parameter.shape))
-                unsupported.append(f"{found.prefix}.{name}.{key} ({type(module).__name__}, {shape})")
-    if unsupported:
-        more = f" and {len(unsupported) - 5} more" if len(unsupported) > 5 else ""
+    if strict and (unknown := found.not_understood()):
         raise UserError(
-            f"{type(model).__name__} has matrices outside nn.Linear, such as fused experts, which cannot be "
-            f"quantized: {', '.join(unsupported[:5])}{more}"
+            f"{type(model).__name__} has matrices that are not understood: "
+            f"{describe_parameters(model, unknown)}; without --strict they stay as they are"
         )
     if not found.named_linears():
-        raise UserError(f"{type(model).__name__} has nothing to quantize: no nn.Linear in {found.prefix}")
+        raise UserError(f"{type(model).__name__} has nothing to quantize: no matrices in {found.prefix}")
     for name, parameter in model.named_parameters():
         require_finite(name, parameter)
     return found

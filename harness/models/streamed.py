@@ -11,7 +11,7 @@ from safetensors import safe_open
 from harness.compute import HOST
 from harness.errors import UserError
 from harness.machine import host_memory
-from harness.models.decoder import DecoderLayers, Reader, find_decoder_layers, locate_layers
+from harness.models.decoder import DecoderLayers, Reader, locate_layers
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
 from harness.models.tables import compute_tables
@@ -89,7 +89,7 @@ def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False)
     parent, _, name = prefix.rpartition(".")
     setattr(model.get_submodule(parent), name, layers)
     compute_tables(model)
-    return find_decoder_layers(model)
+    return locate_layers(model)
 
 
 def _compute_buffers(model: Any, layers: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from harness.backends import Backend
 from harness.calibration.gram import GramSum
@@ -13,6 +14,8 @@ from harness.calibration.passage import Passage, brought
 from harness.calibration.targets import KEPT_BYTES
 from harness.compute import Compute, seconds_of
 from harness.machine import duration
+from harness.models.decoder import DecoderLayers, describe_parameters
+from harness.models.experts import family
 from harness.models.original import Original
 from harness.quantize.options import WEIGHTS, Options
 from harness.ternary.format import packed_bytes
@@ -33,6 +36,10 @@ class Plan:
     ----------
     matrices, weights : int
         Linear layers to ternarize, and weights in them.
+    layer_weights : int
+        Weights in the decoder layers, ternarized or not.
+    not_understood : str
+        What is left as it is because it is not understood; empty if there is nothing.
     packed_bytes, other_bytes : int
         Bytes of the packed matrices, and of everything else in the checkpoint.
     memory_bytes, device_bytes, seconds : float
@@ -42,6 +49,8 @@ class Plan:
 
     matrices: int
     weights: int
+    layer_weights: int
+    not_understood: str
     packed_bytes: int
     other_bytes: int
     memory_bytes: float
@@ -57,8 +66,10 @@ class Plan:
         """Return the lines to print."""
         size = self.packed_bytes + self.other_bytes
         return [
-            f"  {self.matrices} matrices, {self.weights / 1e6:.1f} M weights, "
+            f"  {self.matrices} matrices, {self.weights / 1e6:.1f} M weights "
+            f"({self.weights / self.layer_weights:.1%} of the decoder layers), "
             f"{self.bits_per_weight:.3f} bits per weight including alpha, mu and permutation",
+            *([f"  left as it is: {self.not_understood}"] if self.not_understood else []),
             f"  checkpoint {size / 1e6:.0f} MB ({self.packed_bytes / 1e6:.0f} MB ternary, "
             f"{self.other_bytes / 1e6:.0f} MB embeddings, head and norms)",
             f"  about {self.memory_bytes / 1e9:.1f} GB of memory, "
@@ -112,7 +123,7 @@ def make_plan(
     states = (2 if beside else 1) * windows * window.numel() * window.element_size()
 
     # Gram matrices of a layer, in float64 with a float32 chunk; most layers have two or three of one width.
-    grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
+    grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2 + _expert_grams(decoder)
     in_memory = item * (total if original.read is None else total - weights + layer)
     device = compute.memory is not None
     fit = 8 * 3 * widest**2 + 20 * max(shape.numel() for shape in shapes)
@@ -138,6 +149,8 @@ def make_plan(
     return Plan(
         matrices=len(linears),
         weights=weights,
+        layer_weights=sum(p.numel() for p in decoder.layers.parameters()),
+        not_understood=_left(model, decoder),
         packed_bytes=packed,
         other_bytes=item * (total - weights) - saved_bytes,
         memory_bytes=IMPORTS_BYTES
@@ -148,6 +161,26 @@ def make_plan(
         # The layer, its weights before and after quantization, and the activations of one window.
         device_bytes=2 * item * layer + grams + fit + 16 * item * seqlen * widest if device else 0,
         seconds=len(decoder.layers) * windows * (passes * forward + gram) + fitting,
+    )
+
+
+def _expert_grams(decoder: DecoderLayers) -> int:
+    """Bytes of the Gram matrices of all experts of a layer, which one pass sums, and of their copies."""
+    return max(
+        sum(20 * linear.in_features**2 for name, linear in linears.items() if family(layer, name))
+        for layer, linears in zip(decoder.layers, decoder.linears, strict=True)
+    )
+
+
+def _left(model: nn.Module, decoder: DecoderLayers) -> str:
+    """Say how many weights are left because they are not understood, and where."""
+    unknown = decoder.not_understood()
+    if not unknown:
+        return ""
+    weights = sum(parameter.numel() for parameter in unknown.values())
+    return (
+        f"{weights / 1e6:.2f} M weights that are not understood (--strict refuses them): "
+        f"{describe_parameters(model, unknown)}"
     )
 
 

@@ -97,6 +97,9 @@ class Options:
     )
     gguf_dtype: str = option("bfloat16", choices=GGUF_DTYPES, help="dtype to dequantize a GGUF file to")
     trust_remote_code: bool = option(False, **SWITCH, help="run code shipped with the model")
+    strict: bool = option(
+        False, **SWITCH, help="refuse a model with matrices that are not understood, instead of leaving them"
+    )
 
     calibration: str | None = option(
         None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from harness.calibration.targets import Targets
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import find_decoder_layers
+from harness.models.linearize import linearize
 from harness.models.loading import load_original
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say
@@ -120,8 +121,9 @@ def prepare(
 ) -> Ready:
     """Load the model, find its decoder layers, cut windows, and estimate the run."""
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
+    original = replace(original, read=linearize(original.model, original.read))
     options = settle(original)
-    decoder = find_decoder_layers(original.model, original.read)
+    decoder = find_decoder_layers(original.model, original.read, options.strict)
     tokens = tokenize(calibration_text, original.tokenizer)
     bos = bos_of(original.model, original.tokenizer)
     windows = calibration_windows(tokens, options.nsamples, options.seqlen, options.config.seed, bos)

@@ -26,6 +26,7 @@ def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
     return {
         "name": fitted.name,
         "shape": list(fitted.weight.shape),
+        "tokens": fitted.tokens,
         "dead_inputs": int((fitted.gram.diagonal() == 0).sum()),
         "lost_blocks": fitted.lost,
         "seconds": fitted.seconds,
@@ -43,7 +44,19 @@ def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
         "relative_output_error": error / power if power > 0 else 0.0,
         "seconds": layer.seconds,
         "shared_inputs": [group for group in layer.groups if len(group) > 1],
+        **({"experts": experts_row(rows, set(layer.experts))} if layer.experts else {}),
         "matrices": rows,
+    }
+
+
+def experts_row(rows: list[dict[str, Any]], experts: set[str]) -> dict[str, int]:
+    """Count the matrices of experts that were fitted to average tokens too (`calibration.experts`)."""
+    tokens = [(row["tokens"], row["shape"][1]) for row in rows if row["name"] in experts]
+    return {
+        "matrices": len(tokens),
+        "fewest_tokens": min(count for count, _ in tokens),
+        "filled_up": sum(0 < count < columns for count, columns in tokens),
+        "without_tokens": sum(count == 0 for count, _ in tokens),
     }
 
 

@@ -199,6 +199,12 @@ def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[
         f"layer {row['layer'] + 1:3d}/{count}  {len(row['matrices'])} matrices  "
         f"relative output error {row['relative_output_error']:.4f}  {sum(row['seconds'].values()):.1f} s"
     ]
+    if experts := row.get("experts"):
+        lines.append(
+            f"  experts: {experts['matrices']} matrices, fewest tokens {experts['fewest_tokens']}; "
+            f"{experts['filled_up']} with fewer tokens than columns are fitted to average tokens too, "
+            f"{experts['without_tokens']} without tokens to those alone"
+        )
     for matrix in row["matrices"]:
         if matrix.get("damping", 0.0) > config.damping:
             lines.append(f"  warning: {matrix['name']}: damping raised to {matrix['damping']:g}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from harness.ternary.format import PACKED, pack_base3, permutation_dtype, stored_parts, unpack_base3
 from harness.ternary.kernels.host import HostTensors, lay_out
@@ -39,6 +40,8 @@ class TernaryLinear(nn.Module):
         dtype that dequantized weights are rounded to, the same as during calibration.
     symmetric : bool
         Whether mu is 0 and not stored.
+    transposed : bool
+        Whether the plain layer is transformers' Conv1D, which holds its weights transposed.
 
     Attributes
     ----------
@@ -75,11 +78,12 @@ class TernaryLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         symmetric: bool = False,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.weight_dtype = block_size, dtype
-        self.permuted, self.symmetric = permuted, symmetric
+        self.permuted, self.symmetric, self.transposed = permuted, symmetric, transposed
         self.packed: PackedWeights | None = None
         self.part = 0
         stored = stored_parts(out_features, in_features, block_size, grid, permuted, symmetric)
@@ -124,12 +128,18 @@ class TernaryLinear(nn.Module):
         """Compute the (n, m) weights, columns in original order, in the dtype used during calibration."""
         return self.matrix().dequantize(self.block_size, self.weight_dtype)
 
-    def plain(self) -> nn.Linear:
-        """Make an ``nn.Linear`` with the dense weights and the bias of this layer."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dequantize() if self.dense is None else self.dense)
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
+    def plain(self) -> nn.Linear | Conv1D:
+        """Make the plain layer with the dense weights and the bias of this one."""
+        weight = self.dequantize() if self.dense is None else self.dense
+        plain: nn.Linear | Conv1D
+        with torch.device("meta"):
+            if self.transposed:
+                plain = Conv1D(self.out_features, self.in_features)
+            else:
+                plain = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        plain.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight)
+        plain.register_parameter("bias", self.bias)
+        return plain.train(self.training)
 
     def keep_dense(self, keep: bool) -> None:
         """Keep dense weights beside the stored tensors (faster), or drop them (smaller)."""

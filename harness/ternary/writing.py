@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -159,7 +160,8 @@ class CheckpointWriter:
             correct_config(original.model)
             described = deepcopy(original.model.config)
             add_notice(described)
-            config = described.to_dict()
+            # Not to_dict: transformers writes infinite numbers in a form of its own.
+            config = json.loads(described.to_json_string(use_diff=False))
             config.pop("_name_or_path", None)  # a place on this machine; transformers drops it too
             config["architectures"] = [type(original.model).__name__]
             config["quantization_config"] = {

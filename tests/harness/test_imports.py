@@ -23,7 +23,7 @@ STOREYS = [
     {"perplexity"},
     {"divergence", "hf", "vllm", "zeroshot"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
-    {"benchmark", "compare", "hardware", "serve"},
+    {"architectures", "benchmark", "compare", "hardware", "serve"},
 ]
 PROGRAMS = {*STOREYS[-1], *STOREYS[-2]}
 

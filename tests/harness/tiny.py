@@ -61,6 +61,43 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 
+# Mixtures of experts: with a gate; with biases, and matrices stored transposed; without a gate.
+_SHALLOW = {**_GROUPED, "num_hidden_layers": 2}
+MIXTURES: dict[str, Any] = {
+    "mixtral": lambda: transformers.MixtralConfig(**_SHALLOW, num_local_experts=4),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_SHALLOW, head_dim=32, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        **{key: value for key, value in _GROUPED.items() if key != "num_hidden_layers"},
+        layers_block_type=["attention", "moe"],
+        head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=INNER,
+        moe_shared_expert_intermediate_size=INNER,
+        mlp_hidden_act="silu",  # squared ReLU would leave some inputs dead, whose weights count as 0
+    ),
+}
+
+
+def make_mixture(kind: str, dtype: torch.dtype = torch.bfloat16, ternary: bool = True) -> Any:
+    """A random mixture of experts; with `ternary`, every decoder matrix on a grid of its rows."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MIXTURES[kind](), dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 3 and "experts" in name and ternary:
+                for matrix in parameter:
+                    matrix.copy_(on_grid(*matrix.T.shape).T if kind == "gpt_oss" else on_grid(*matrix.shape))
+            elif name.endswith("_proj.weight") and ternary:
+                parameter.copy_(on_grid(*parameter.shape))
+            elif "bias" in name:
+                parameter.normal_(std=0.1)
+    return model
+
 
 def make_model(kind: str, dtype: torch.dtype = torch.bfloat16, ternary: bool = True) -> Any:
     """A random model of one architecture; with `ternary`, every decoder matrix on a grid of its rows."""

@@ -259,7 +259,7 @@ def test_after_a_failure_the_matrices_that_have_not_begun_are_not_begun() -> Non
 def test_a_matrix_that_is_not_used_is_refused() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)
-    decoder.layers[0].mlp.spare = torch.nn.Linear(4, 4)
+    decoder.layers[0].mlp.spare = torch.nn.Linear(64, 64)
     decoder = find_decoder_layers(model)
     passage = capture_inputs(model, decoder, windows())
     with pytest.raises(UserError, match=r"mlp\.spare is not used"):

@@ -20,6 +20,7 @@ from harness.models.decoder import find_decoder_layers
 from harness.models.folder import read_config
 from harness.models.gguf import embedded_gguf
 from harness.models.loading import load_original
+from harness.models.matrices import is_kept
 from harness.models.original import require_fits
 from tests.harness import tiny
 
@@ -39,24 +40,63 @@ def test_decoder_matrices_are_found_and_nothing_else(kind: str, names: set[str])
     assert all(".layers." in name for name in found)
 
 
-def test_fused_experts_are_refused_by_name() -> None:
-    config = transformers.MixtralConfig(
+def test_what_is_not_understood_is_left_or_refused_by_name_if_strict() -> None:
+    """JetMoE keeps its experts in a form of its own."""
+    config = transformers.JetMoeConfig(
         vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
+        hidden_size=64,
+        intermediate_size=64,
         num_hidden_layers=1,
+        num_key_value_heads=2,
+        kv_channels=32,
+        num_local_experts=4,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    unknown = find_decoder_layers(model).not_understood()
+    assert {name.rpartition(".")[2] for name in unknown} == {"weight"}
+    assert {name.split(".")[-2] for name in unknown} == {"input_linear", "output_linear"}
+    with pytest.raises(
+        UserError, match=r"mlp\.input_linear\.weight \(JetMoeParallelExperts, 4x128x64\).*--strict"
+    ):
+        find_decoder_layers(model, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kept"),
+    [
+        ("mlp.gate_proj.weight", (176, 128), False),
+        ("mlp.gate.weight", (64, 128), True),
+        ("mlp.shared_expert_gate.weight", (64, 128), True),
+        ("block_sparse_moe.router.layer.weight", (64, 128), True),
+        ("mixer.x_proj.weight", (80, 1536), True),
+        ("mixer.in_proj.weight", (80, 1536), False),
+        ("mixer.A_log", (1536, 64), True),
+        ("self_attn.kv_a_proj_with_mqa.weight", (576, 7168), False),
+        ("altup.correction_coefs.weight", (4, 4), True),
+        ("attention.time_mix_key", (1, 1, 4096), True),
+        ("rel_attn.q", (1024, 16, 64), False),
+    ],
+)
+def test_routers_state_space_parameters_and_small_matrices_are_kept(
+    name: str, shape: tuple[int, ...], kept: bool
+) -> None:
+    assert is_kept(name, shape) == kept
+
+
+def test_convolutions_beside_projections_are_left_and_understood() -> None:
+    config = transformers.Lfm2Config(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        num_local_experts=2,
+        layer_types=["conv", "full_attention"],
     )
-    with pytest.raises(UserError, match=r"fused experts.*layers\.0\.mlp\.experts\.gate_up_proj"):
-        find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
-
-
-def test_layers_of_another_kind_are_refused_by_name() -> None:
-    config = transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=2)
-    with pytest.raises(UserError, match=r"h\.0\.attn\.c_attn\.weight \(Conv1D, 32x96\)"):
-        find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config))
+    decoder = find_decoder_layers(transformers.AutoModelForCausalLM.from_config(config), strict=True)
+    names = set(decoder.named_linears())
+    assert {"model.layers.0.conv.in_proj", "model.layers.0.conv.out_proj"} <= names
+    assert not any(name.endswith("conv.conv") for name in names)
 
 
 def test_a_model_with_nothing_to_quantize_is_refused() -> None:
@@ -67,7 +107,7 @@ def test_a_model_with_nothing_to_quantize_is_refused() -> None:
             super().__init__()
             self.layers = nn.ModuleList([nn.LayerNorm(4)])
 
-    with pytest.raises(UserError, match=r"Norms has nothing to quantize: no nn\.Linear in layers"):
+    with pytest.raises(UserError, match=r"Norms has nothing to quantize: no matrices in layers"):
         find_decoder_layers(Norms())
     empty = Norms()
     del empty.layers

@@ -1,0 +1,72 @@
+"""Try every architecture of transformers at a small size: python -m harness.architectures."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from harness.architectures.check import DONE, FAILED, MODEL_TYPES, NOT_BUILT, Outcome, check
+from harness.cli import EXIT_MISS, HelpFormatter, add_verbose, path, run
+from harness.files import write_json
+from harness.machine import environment
+from harness.models.original import quiet_transformers
+
+DESCRIPTION = """\
+Build each architecture of AutoModelForCausalLM at a small size with random weights, ternarize it by the
+paper's recipe, write it and read it back, compare its logits with those that calibration left, save it once
+more and generate a few tokens. Prints what became of each, and fails if one was neither done nor refused.
+
+  python -m harness.architectures benchmarks/architectures.json
+  python -m harness.architectures --only llama mixtral
+"""
+
+
+def line(outcome: Outcome) -> str:
+    """Format an outcome for people."""
+    share = "" if outcome.ternarized is None else f"{outcome.ternarized:.1%} of the layers' weights"
+    more = f"; left as it is: {outcome.left}" if outcome.left else ""
+    return f"{outcome.model_type:26} {outcome.outcome:10} {share}{outcome.reason}{more}"
+
+
+def totals(outcomes: list[Outcome]) -> str:
+    """Count the outcomes."""
+    counts = Counter(outcome.outcome for outcome in outcomes)
+    built = len(outcomes) - counts[NOT_BUILT]
+    share = f", {counts[DONE] / built:.0%} of the {built} that could be built" if built else ""
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) + share
+
+
+def write(file: Path, outcomes: list[Outcome]) -> None:
+    """Write the outcomes with the versions that they hold for."""
+    rows = [{key: value for key, value in asdict(o).items() if value not in ("", None)} for o in outcomes]
+    write_json(file, {"totals": totals(outcomes), **environment(), "architectures": rows})
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.architectures", description=DESCRIPTION, formatter_class=HelpFormatter
+    )
+    parser.add_argument("file", nargs="?", type=path, metavar="FILE", help="JSON file for the outcomes")
+    parser.add_argument("--only", nargs="+", choices=MODEL_TYPES, metavar="TYPE", help="only these types")
+    add_verbose(parser)
+    arguments = parser.parse_args()
+    quiet_transformers()
+    torch.set_num_threads(1)  # the matrices are done before a second thread has woken up
+    outcomes = []
+    for model_type in tqdm(arguments.only or MODEL_TYPES, disable=None, leave=False):
+        outcomes.append(check(model_type))
+        tqdm.write(line(outcomes[-1]))
+    print(totals(outcomes))
+    if arguments.file is not None:
+        write(arguments.file, outcomes)
+    return EXIT_MISS if any(outcome.outcome == FAILED for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    run(main)

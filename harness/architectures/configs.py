@@ -1,0 +1,99 @@
+"""Small configurations of the architectures that AutoModelForCausalLM knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+VOCABULARY = 96
+WIDTH = 128
+
+# Sizes by the name of a setting, where an architecture has it.
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "is_decoder": True,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "emb_dim"), WIDTH),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"), 2
+    ),
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), 1),
+    **dict.fromkeys(
+        (
+            *("num_attention_heads", "n_head", "n_heads", "num_heads"),
+            *("decoder_attention_heads", "encoder_attention_heads"),
+        ),
+        4,
+    ),
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    **dict.fromkeys(
+        (
+            *("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"),
+            *("ffn_hidden_size", "inner_dim", "d_ff", "d_inner", "dff", "dense_intermediate_size"),
+        ),
+        160,
+    ),
+    **dict.fromkeys(
+        (
+            *("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"),
+            *("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"),
+        ),
+        96,
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 64),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 16),
+    "v_head_dim": 32,
+    "rotary_dim": 16,
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 32),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 16),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
+    "mamba_d_ssm": 256,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "sliding_window": 8,
+}
+
+# What some architectures need beside or instead of that; None takes a setting away.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "axk2": {"num_key_value_heads": 4},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
+    "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def small_config(model_type: str) -> Any:
+    """Return a small configuration of a model type, with its parts small too.
+
+    Raises
+    ------
+    Exception
+        Of any kind, if the architecture takes no such sizes.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return _small(CONFIG_MAPPING[model_type], _SPECIAL.get(model_type, {}))
+
+
+def _small(kind: Any, special: dict[str, Any]) -> Any:
+    fields = set(getattr(kind, "__dataclass_fields__", {}))
+    sizes = {name: size for name, size in {**_SIZES, **special}.items() if name in fields or name in special}
+    for name, part in kind.sub_configs.items():
+        if name not in special and hasattr(part, "model_type"):  # AutoConfig has none
+            sizes[name] = _small(part, _SPECIAL.get(part.model_type, {})).to_dict()
+    return kind(**{name: size for name, size in sizes.items() if size is not None})

@@ -1,0 +1,99 @@
+"""Experts are fitted to the tokens routed to them, and to average ones where those are few."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness.calibration.capture import capture_inputs
+from harness.calibration.experts import batches, fill_up
+from harness.calibration.passage import Passage
+from harness.calibration.targets import Statistics
+from harness.models.decoder import find_decoder_layers
+from harness.models.linearize import linearize
+from reference.ternarize import ternarize
+from reference.types import TernaryConfig
+from tests.harness import tiny
+
+WINDOWS = torch.randint(3, tiny.VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+def passage_of(model: Any) -> Passage:
+    linearize(model)
+    return capture_inputs(model, find_decoder_layers(model), WINDOWS)
+
+
+def routed(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of the fused experts of the first layer, and the experts that the router chose for them."""
+    states, chosen = [], []
+
+    def note(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        states.append(args[0])
+        chosen.append(args[1])
+
+    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(note)
+    with torch.no_grad():
+        for window in WINDOWS:
+            model(window[None])
+    handle.remove()
+    return torch.cat(states).double(), torch.cat(chosen)
+
+
+def test_each_expert_has_the_gram_matrix_of_its_own_tokens_from_one_pass() -> None:
+    model = tiny.make_mixture("mixtral", torch.float32, ternary=False)
+    states, chosen = routed(model)
+    fused = model.model.layers[0].mlp.experts
+    up, down = fused.gate_up_proj.detach().double(), fused.down_proj
+    passage = passage_of(model)
+    layer = passage.enter(0)
+    groups = passage.input_groups(layer)
+    assert [len(batch) for batch in batches(layer, groups)] == [1, 1, 4, 4]
+    passes: list[None] = []
+    found = passage.collect(layer, groups, lambda: passes.append(None))
+    assert len(passes) == len(WINDOWS)
+    sums = {group[0]: total for group, total in zip(groups, found, strict=True)}
+    for number in range(len(down)):
+        X = states[(chosen == number).any(dim=1)]
+        gate, value = (X @ up[number].T).chunk(2, dim=1)
+        for part, inputs in (("gate_up_proj", X), ("down_proj", torch.nn.functional.silu(gate) * value)):
+            total = sums[f"mlp.experts.{number}.{part}"]
+            assert total.rows == len(X)
+            torch.testing.assert_close(total.finish(), inputs.T @ inputs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_with_fewer_tokens_than_columns_gets_average_ones() -> None:
+    passage = passage_of(tiny.make_mixture("mixtral", ternary=False))
+    layer = passage.enter(0)
+    names = ["self_attn.o_proj", *(f"mlp.experts.{number}.down_proj" for number in range(4))]
+    tokens = [1, 0, 2, 3, 7]
+    # Matrices of three columns; the Gram matrix of the first belongs to no expert.
+    grams = [torch.full((3, 3), float(value)).double() for value in (100, 0, 8, 9, 19)]
+    known = [Statistics(gram, count) for gram, count in zip(grams, tokens, strict=True)]
+    found = [float(s.gram[0, 0]) for s in fill_up(layer, [[name] for name in names], known)]
+    average = (0 + 8 + 9 + 19) / (0 + 2 + 3 + 7)
+    assert found == [100, 3 * average, 8 + average, 9, 19]
+
+
+@pytest.mark.parametrize("tokens", [8, 32, 64])
+def test_average_tokens_lower_the_error_on_tokens_that_were_not_seen(tokens: int) -> None:
+    """Experts read tokens of one layer, whose directions are alike, each with some of its own."""
+    rng = np.random.default_rng(tokens)
+    columns, experts = 96, 4
+    shared = rng.standard_normal((columns, columns)) * np.geomspace(1, 0.02, columns)[:, None]
+    own = [rng.standard_normal((12, columns)) * 0.5 for _ in range(experts)]
+
+    def draw(expert: int, count: int) -> np.ndarray:
+        return rng.standard_normal((count, columns)) @ shared + rng.standard_normal((count, 12)) @ own[expert]
+
+    seen = [draw(expert, tokens if expert == 0 else 200) for expert in range(experts)]
+    grams = [X.T @ X for X in seen]
+    average = sum(grams) / sum(map(len, seen))
+    W, unseen = rng.standard_normal((64, columns)), draw(0, 1000)
+    errors = []
+    for C in (grams[0], grams[0] + (columns - tokens) * average):
+        fitted = ternarize(W, C, TernaryConfig(block_size=32)).dequantize()
+        errors.append(np.square(unseen @ (W - fitted).T).sum())
+    assert errors[1] < errors[0]
