@@ -102,7 +102,8 @@ class Generator(GenerateManager, GenerationState):
                 raise UserError(
                     f"the prompt has {length} tokens, and the model {self.positions} positions; shorten it"
                 )
-            settings.max_new_tokens = min(settings.max_new_tokens or room, room)
+            wanted = settings.max_new_tokens
+            settings.max_new_tokens = room if wanted is None else min(wanted, room)
         return {**inputs, "stopping_criteria": [self._stopped]}
 
     def _stopped(self, tokens: torch.Tensor, scores: Any, **rest: Any) -> torch.Tensor:

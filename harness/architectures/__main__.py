@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -42,9 +43,11 @@ def totals(outcomes: list[Outcome]) -> str:
 
 
 def write(file: Path, outcomes: list[Outcome]) -> None:
-    """Write the outcomes with the versions that they hold for."""
+    """Write the outcomes, with the command, the date and the versions that they hold for."""
     rows = [{key: value for key, value in asdict(o).items() if value not in ("", None)} for o in outcomes]
-    write_json(file, {"totals": totals(outcomes), **environment(), "architectures": rows})
+    described = {"command": f"python -m harness.architectures {file.name}", **environment()}
+    date = datetime.now(UTC).date().isoformat()
+    write_json(file, {**described, "date": date, "totals": totals(outcomes), "architectures": rows})
 
 
 def main() -> int:

@@ -164,6 +164,8 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., m) to (..., n), in the dtype of x."""
+        if not x.is_floating_point():
+            raise RuntimeError(f"activations are {x.dtype}, but must be of a real floating-point type")
         if self.packed is not None:
             y = self.packed(x, self.part)
             return y if self.bias is None else y + self.bias.to(y.dtype)

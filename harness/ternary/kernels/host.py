@@ -176,7 +176,8 @@ def _multiply_some(x: torch.Tensor, packed: HostTensors) -> torch.Tensor:
     else:  # which makes the tables of a bundle once
         share(all_rows_of, len(bundles), threads)
     y = torch.from_numpy(products)
-    return y.transpose(1, 2).reshape(-1, rows)[:tokens] if tokens > 1 else y
+    # Of a single bundle the reshape is a view, with strides that nobody expects of a product.
+    return y.transpose(1, 2).reshape(-1, rows)[:tokens].contiguous() if tokens > 1 else y
 
 
 # The arrays of a layout by its words: to make them takes longer than the product of a small matrix.

@@ -80,10 +80,11 @@ def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> No
 
 def _gradient(ctx: Any, of_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradient with respect to x; trits have none."""
-    packed = _named((*ctx.saved_tensors, *ctx.sizes))
+    saved = ctx.saved_tensors  # read once: gradient checkpointing gives them once
+    packed = _named((*saved, *ctx.sizes))
     wide = torch.promote_types(of_output.dtype, torch.float32)
     of_x = (of_output.to(wide) @ _unpacked(packed, wide)).to(of_output.dtype)
-    return of_x, *[None] * (len(ctx.saved_tensors) + len(ctx.sizes))
+    return of_x, *[None] * (len(saved) + len(ctx.sizes))
 
 
 ternary_linear.register_autograd(_gradient, setup_context=_keep_weights)

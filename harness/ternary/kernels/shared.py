@@ -16,6 +16,7 @@ class _Pending(NamedTuple):
 
     input: torch.Tensor
     version: int | None
+    with_gradients: bool
     outputs: dict[int, torch.Tensor]
 
 
@@ -65,14 +66,15 @@ class PackedWeights(nn.Module):
     def forward(self, x: torch.Tensor, part: int) -> torch.Tensor:
         """Map (..., m) to the (..., n) outputs of one of the layers, in the dtype of x."""
         # Read and write `_pending` once each: other threads may run the same model on other tensors.
-        pending, version = self._pending, _version(x)
+        pending, version, with_gradients = self._pending, _version(x), torch.is_grad_enabled()
         if (
             pending is None
             or pending.input is not x
             or pending.version != version
+            or pending.with_gradients != with_gradients
             or part not in pending.outputs
         ):
-            pending = _Pending(x, version, self._outputs(x))
+            pending = _Pending(x, version, with_gradients, self._outputs(x))
         output = pending.outputs.pop(part)
         self._pending = pending if pending.outputs else None
         return output

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from harness.cpu import threads
 from harness.ternary.kernels import host
@@ -210,6 +211,51 @@ def test_a_model_compiles_without_a_break():
     x = torch.randn(3, 100)
     compiled = torch.compile(lambda x: layer(x) + 1, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), layer(x) + 1)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 8, 9, 150])
+def test_the_operation_returns_what_its_fake_implementation_promises(tokens):
+    """Strides too: compiled code relies on them."""
+    layer = layer_of(24, 100, 64, CPU)
+    share_on_host([layer])
+    x = torch.randn(tokens, 100)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.pt2_llm.ternary_linear.default, (x, *layer.packed.tensors()), test_utils=checks
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        y = layer(x.to(dtype))
+        assert y.is_contiguous()
+        assert y.view(-1).shape == (24 * tokens,)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_pass_through_checkpoints(reentrant):
+    layer = layer_of(24, 100, 64, CPU)
+    x = torch.randn(3, 100, requires_grad=True)
+    expected = torch.ones(3, 24).double() @ layer.matrix().dequantize(64, torch.float64)
+    share_on_host([layer])
+    checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert off(x.grad, expected) <= 1e-6
+
+
+def test_an_output_without_gradients_is_not_kept_for_a_layer_that_needs_them():
+    layers = [layer_of(rows, 100, 64, CPU, permuted=False) for rows in (5, 7)]
+    share_on_host(layers)
+    x = torch.randn(2, 100, requires_grad=True)
+    with torch.no_grad():
+        layers[0](x)
+    assert layers[1](x).requires_grad
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.complex64])
+def test_activations_that_are_no_real_numbers_are_refused(kernels, dtype):
+    layer = layer_of(24, 100, 64, CPU)
+    if kernels:
+        share_on_host([layer])
+    with pytest.raises(RuntimeError, match="must be of a real floating-point type"):
+        layer(torch.ones(2, 100, dtype=dtype))
 
 
 def test_ranges_of_rows_are_all_rows_once():
