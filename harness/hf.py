@@ -138,7 +138,7 @@ class TernaryQuantizer(HfQuantizer):
         on_host = all(layer.device.type == "cpu" for layer in layers)
         dense = self.quantization_config.dense
         for layer in layers:
-            vars(layer).pop("weight", None)  # what stood in for it while tensors were loaded
+            layer.__dict__.pop("weight", None)  # what stood in for it while tensors were loaded
             layer.keep_dense(not on_host if dense is None else dense)
         if dense is None and on_host:
             use_kernels(model)

@@ -53,7 +53,8 @@ class DataType:
 
 
 def _known(name: str, file_type: int) -> DataType:
-    return DataType(name, Type[name], *gguf.GGML_QUANT_SIZES[Type[name]], file_type)
+    columns, size = gguf.GGML_QUANT_SIZES[Type[name]]
+    return DataType(name, Type[name], columns, size, file_type)
 
 
 def _ternary() -> dict[str, DataType]:

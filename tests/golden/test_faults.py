@@ -183,9 +183,9 @@ def test_a_fault_that_has_a_reason_faces_the_likely_tests_alone(project, tmp_pat
     (tmp_path / "tests/toy/test_sums.py").write_text(
         "import time\n"
         + TOY_TESTS.replace("double(3) == 6", "double(3) != 5")
-        + "\n\ndef test_slowly():\n    time.sleep(0.1)\n    assert double(3) == 6\n"
+        + "\n\ndef test_slowly():\n    time.sleep(0.3)\n    assert double(3) == 6\n"
     )
-    project.brief = 0.001
+    project.brief = 0.1
     change = "return x + x → return (x - x)"
     assert judged(project, {("toy/sums.py", "double", change)}, change)[change] == PASSED
     assert judged(project, text=change)[change] == "tests/toy/test_sums.py::test_slowly"
