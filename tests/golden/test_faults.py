@@ -182,10 +182,10 @@ def test_what_imports_the_faulty_module_only_in_functions_is_loaded_once(project
 def test_a_fault_that_has_a_reason_faces_the_likely_tests_alone(project, tmp_path):
     (tmp_path / "tests/toy/test_sums.py").write_text(
         "import time\n"
-        + TOY_TESTS.replace("double(3) == 6", "double(3) != 5")
+        + TOY_TESTS.replace("assert double(3) == 6", "time.sleep(0.1)\n    assert double(3) != 5")
         + "\n\ndef test_slowly():\n    time.sleep(0.3)\n    assert double(3) == 6\n"
     )
-    project.brief = 0.1
+    project.brief = 0.05  # which the tests before the slow one exceed on any machine
     change = "return x + x → return (x - x)"
     assert judged(project, {("toy/sums.py", "double", change)}, change)[change] == PASSED
     assert judged(project, text=change)[change] == "tests/toy/test_sums.py::test_slowly"
