@@ -29,7 +29,8 @@ Unless mu is much larger than alpha, this moves the weights of a block by less t
 actual error is printed. Nothing else changes, unless --embedding asks for it.
 
 All formats group neighbouring columns and hold float16 values, so the checkpoint must be quantized without
-reordering (as the recipe best does), with alpha and mu in float16; --for chooses such settings:
+reordering (or with --foldable), with alpha and mu in float16, which is not the default; --for chooses
+such settings:
 
   python -m harness.quantize MODEL --for gguf --out DIR
   python -m harness.export DIR --format gguf --out model.gguf

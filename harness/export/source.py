@@ -210,7 +210,7 @@ def read_exportable(folder: Path, trust_remote_code: bool = False) -> Stored:
     if any(layer.row_factor is not None for layer in layers.values()):
         raise UserError(
             f"{folder} cannot be exported: its alpha and mu are stored in 8 bits with factors, and this "
-            "format would round alpha as well; quantize with --grid float16"
+            "format would round alpha as well; quantize with --grid float16, or with --for"
         )
     ternary = {f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()}
     left_out = ternary | getattr(model, "all_tied_weights_keys", {}).keys()
