@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers 5.23.0: the answer of transformers serve contains the stop text, and even what follows it.
 #
-# The server speaks OpenAI's API, whose documentation says that the returned text does not contain the stop
+# One would expect what OpenAI's documentation of this API says: the returned text does not contain the stop
 # sequence. The server passes "stop" on as stop_strings of generate(), which ends after the token
 # that completes the text and keeps it. So the answer ends with the stop text, and with the rest of that
 # token: stopping at "," gives ", two" where a token is a comma and a word. A stream sends the same text.
