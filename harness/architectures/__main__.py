@@ -45,7 +45,8 @@ def totals(outcomes: list[Outcome]) -> str:
 def write(file: Path, outcomes: list[Outcome]) -> None:
     """Write the outcomes, with the command, the date and the versions that they hold for."""
     rows = [{key: value for key, value in asdict(o).items() if value not in ("", None)} for o in outcomes]
-    described = {"command": f"python -m harness.architectures {file.name}", **environment()}
+    some = "" if len(outcomes) == len(MODEL_TYPES) else " --only ..."
+    described = {"command": f"python -m harness.architectures {file.name}{some}", **environment()}
     date = datetime.now(UTC).date().isoformat()
     write_json(file, {**described, "date": date, "totals": totals(outcomes), "architectures": rows})
 
