@@ -21,7 +21,7 @@ from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, model
 from harness.compute import default_compute
 from harness.errors import UserError
 from harness.generate.chat import end_tokens
-from harness.generate.decode import context_length
+from harness.generate.decode import context_length, require_whole
 from harness.hf import open_model
 from harness.models.loading import MODEL_HELP
 from harness.models.original import Original, is_verbose, summary
@@ -250,11 +250,7 @@ def main() -> int:
     with bind(arguments.host, arguments.port) as bound:
         device = "cpu" if arguments.cpu else default_compute().device
         original = open_model(arguments.model, device, trust_remote_code=arguments.trust_remote_code)
-        if original.read is not None:
-            raise UserError(
-                f"{original.name} is too large for the memory of this machine, and generation needs the "
-                "whole model in memory"
-            )
+        require_whole(original)
         original.model.to(device)
         name = Path(original.name).resolve().name if Path(original.name).exists() else original.name
         host, port = bound.getsockname()[:2]

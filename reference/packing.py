@@ -26,8 +26,9 @@ Kernels use two bits a trit instead, made when a checkpoint is loaded: byte b ho
 trit 4b+i as the digit t + 1 in bits 2i and 2i+1, the last byte filled up with t = 0; 3 is no digit.
 `reference.layout` says where these bytes lie.
 
-Version 1 had the same bytes. Version 2 adds an entry to config.json that makes transformers refuse the model
-where this package is not imported (`harness.ternary.notice`); version 1 was loaded there with random weights.
+Version 1 had the same bytes, but no models without a shift. Version 2 adds an entry to config.json that makes
+transformers refuse the model where this package is not imported (`harness.ternary.notice`); version 1 was
+loaded there with random weights.
 """
 
 from __future__ import annotations

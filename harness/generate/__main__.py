@@ -11,7 +11,7 @@ from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, model
 from harness.compute import default_compute
 from harness.errors import UserError
 from harness.generate.chat import apply_template, converse, end_tokens
-from harness.generate.decode import Settings, Speed, context_length, decode
+from harness.generate.decode import Settings, Speed, context_length, decode, require_whole
 from harness.hf import open_model
 from harness.models.loading import MODEL_HELP
 from harness.models.original import Original
@@ -110,11 +110,7 @@ def main() -> int:
         dense=arguments.dense or None,
         trust_remote_code=arguments.trust_remote_code,
     )
-    if original.read is not None:
-        raise UserError(
-            f"{original.name} is too large for the memory of this machine, and generation needs the whole "
-            "model in memory; only harness.evaluate and harness.quantize run it layer by layer"
-        )
+    require_whole(original)
     original.model.to(device)
     torch.manual_seed(arguments.seed)
     settings = Settings(

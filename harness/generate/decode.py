@@ -15,6 +15,15 @@ from harness.models.folder import GENERATION
 from harness.models.original import Original, require_fits, summary
 
 
+def require_whole(original: Original) -> None:
+    """Refuse a model that is read layer by layer, as every new token needs all layers."""
+    if original.read is not None:
+        raise UserError(
+            f"{original.name} is too large for the memory of this machine, and generation needs the whole "
+            "model in memory; only harness.evaluate and harness.quantize run it layer by layer"
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to generate.
