@@ -1,4 +1,4 @@
-"""Folders for mlx_lm in mlx_lm, against the checkpoint in float32."""
+"""Folders for mlx_lm in mlx_lm, against the checkpoint in float64."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ FLOAT32 = 2e-5
 
 
 def logits(folder: Path, prompt: list[int]) -> tuple[np.ndarray, np.ndarray, Any]:
-    """What mlx_lm computes from an export, and harness from a checkpoint beside it."""
+    """What mlx_lm computes from an export, and the exact logits of a checkpoint beside it.
+
+    Two computations in float32 would each add an error of their own, so harness.load is held to the exact
+    logits too.
+    """
     model, _ = mlx_lm.load(str(folder / "mlx"))
+    tokens = torch.tensor([prompt])
     with torch.no_grad():
-        expected = harness.load(folder / "checkpoint")(torch.tensor([prompt])).logits[0]
-    got = np.array(model(mx.array([prompt])).astype(mx.float32))[0]
-    assert expected.std() > 0.2
-    return got, expected.double().numpy(), model
+        ours = harness.load(folder / "checkpoint")(tokens).logits[0].double().numpy()
+        exact = harness.load(folder / "checkpoint", dense=True).to(torch.float64)(tokens).logits[0].numpy()
+    assert np.abs(ours - exact).max() < FLOAT32
+    assert exact.std() > 0.2
+    return np.array(model(mx.array([prompt])).astype(mx.float32))[0], exact, model
 
 
 @pytest.mark.parametrize("name", [*models.CONFIGS, *models.MLX])
