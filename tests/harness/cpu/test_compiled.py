@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numba
 import pytest
 
 from harness.cpu.compiled import announcement, compiled
@@ -24,11 +25,12 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("stream", "times"), [(Terminal, 1), (io.StringIO, 0)])
-def test_people_at_a_terminal_are_told_once_that_loops_are_compiled(stream, times, monkeypatch):
+def test_people_at_a_terminal_are_told_once_that_loops_are_compiled(stream, times, tmp_path, monkeypatch):
     def double(x):
         return 2 * x
 
     double.__module__ = "harness.cpu.rows"
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))  # which holds nothing from earlier runs
     loop = compiled()(double)
     monkeypatch.setattr(announcement, "said", False)
     monkeypatch.setattr(sys, "stderr", stream())
