@@ -168,7 +168,7 @@ def make_plan(
 
 
 def _expert_sums(decoder: DecoderLayers, beside: bool) -> int:
-    """Bytes of what one pass sums for all experts of a layer: Gram matrices and their copies, lost products."""
+    """Bytes that one pass sums for all experts of a layer: Gram matrices, their copies, lost products."""
 
     def size(linear: nn.Linear) -> int:
         m, n = linear.in_features, linear.out_features
