@@ -131,10 +131,11 @@ def table(checkpoints: list[Checkpoint]) -> list[str]:
     rows.append(["alpha and mu in", *(c.grid for c in checkpoints)])
     if checkpoints[0].divergence is not None:
         figures = [c.divergence for c in checkpoints if c.divergence is not None]
-        rows.append(["perplexity", *(f"{d.perplexity:.4g}" for d in figures)])
+        if all(d.perplexity is not None for d in figures):
+            rows.append(["perplexity", *(f"{d.perplexity:.4g}" for d in figures)])
         rows.append(["KL divergence, mean", *(f"{d.mean:.4g}" for d in figures)])
         rows.append(["KL divergence, 99th percentile", *(f"{d.percentile_99:.4g}" for d in figures)])
-        rows.append(["same most likely token", *(f"{d.agreement:.1%}" for d in figures)])
+        rows.append(["same most likely token or label", *(f"{d.agreement:.1%}" for d in figures)])
     for name, values in differing_settings(checkpoints).items():
         rows.append([name, *("" if value is None else str(value) for value in values)])
     errors = [c.layer_errors for c in checkpoints]

@@ -27,6 +27,7 @@ from harness.divergence import Divergence, divergence_on, require_comparable
 from harness.errors import UserError
 from harness.files import json_text
 from harness.hf import open_model
+from harness.models.classes import is_classifier
 from harness.models.decoder import locate_layers
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP, load_original
@@ -184,8 +185,8 @@ class _Result:
         if self.divergence is not None:
             yield (
                 f"KL divergence from {self.original}: mean {self.divergence.mean:.4g}, 99th percentile "
-                f"{self.divergence.percentile_99:.4g}; the same most likely token for "
-                f"{self.divergence.agreement:.1%} of {self.divergence.tokens} tokens"
+                f"{self.divergence.percentile_99:.4g}; the same most likely token or label in "
+                f"{self.divergence.agreement:.1%} of {self.divergence.tokens} predictions"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -222,7 +223,8 @@ def _measure(
     if stream is not None:
         _require_causal(model, stream)
         windows = (arguments.seqlen, arguments.windows, compute)
-        perplexity = measure_on(model, stream, *windows, bos=arguments.bos)
+        if other is None or not is_classifier(model.model):
+            perplexity = measure_on(model, stream, *windows, bos=arguments.bos)
         if other is not None:
             compared = divergence_on(other, model, stream, *windows, bos=arguments.bos)
     if tasks is not None:
