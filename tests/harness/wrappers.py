@@ -103,7 +103,7 @@ def with_vision(kind: str, ternary: bool = False) -> Any:
     """A random model of images and text; with `ternary`, every matrix of its decoder on a grid."""
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForImageTextToText
-    model = auto.from_config(_with_vision(kind), dtype=torch.bfloat16)
+    model = auto.from_config(_with_vision(kind), dtype=torch.bfloat16).eval()
     return _on_grid(model, WITH_VISION[kind]) if ternary else model
 
 
@@ -112,7 +112,7 @@ def classifier(kind: str, ternary: bool = False, labels: int = 3) -> Any:
     torch.manual_seed(0)
     config = tiny.CONFIGS[kind]()
     config.num_labels = labels
-    model = CLASSIFIERS[kind](config).to(torch.bfloat16)
+    model = CLASSIFIERS[kind](config).to(torch.bfloat16).eval()
     nn.init.normal_(model.score.weight)
     return _on_grid(model, "model.layers") if ternary else model
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -35,6 +36,22 @@ def command(source: Path, out: Path, text: Path, *more: Any) -> list[Any]:
     return [source, "--out", out, "--calibration", text, "--block-size", tiny.BLOCK, *SMALL, *more]
 
 
+def _processor() -> Any:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.add_tokens(f"w{wrappers.IMAGE}", special_tokens=True)  # found without spaces around it
+    return transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        ),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=f"w{wrappers.IMAGE}",
+        chat_template="w3{% for message in messages %} {{ message['content'] }}{% endfor %}",
+    )
+
+
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl", "gemma3"])
 def ternarized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model of images and text on a ternary grid, its folder, and its checkpoint. Not to be changed."""
@@ -42,8 +59,11 @@ def ternarized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     text = folder / "words.txt"
     text.write_text(tiny.words(400))
     model = wrappers.saved(wrappers.with_vision(request.param, ternary=True), folder / "original")
-    for name in PROCESSOR:
-        (folder / "original" / name).write_text(json.dumps({"of": name}))
+    if request.param == "llava":
+        _processor().save_pretrained(folder / "original")
+    else:
+        for name in PROCESSOR:
+            (folder / "original" / name).write_text(json.dumps({"of": name}))
     with pytest.MonkeyPatch.context() as patch:
         arguments = command(folder / "original", folder / "out", text, "--reorder", "none")
         patch.setattr("sys.argv", ["quantize", *map(str, arguments)])
@@ -83,11 +103,27 @@ def test_transformers_loads_and_saves_it_bit_for_bit(ternarized: Any, tmp_path: 
         assert torch.equal(plain(**inputs).logits, model(**inputs).logits)
 
 
-def test_the_files_of_its_processor_are_copied(ternarized: Any, tmp_path: Path, run_main: Run) -> None:
-    """And those of an earlier checkpoint are not left behind."""
-    _, _, folder = ternarized
-    for name in PROCESSOR:
+def test_the_files_of_its_processor_are_copied(ternarized: Any) -> None:
+    kind, _, folder = ternarized
+    found = [name for name in PROCESSOR if (folder / "original" / name).exists()]
+    assert found == (["processor_config.json"] if kind == "llava" else list(PROCESSOR))
+    for name in found:
         assert (folder / "out" / name).read_bytes() == (folder / "original" / name).read_bytes()
+
+
+@pytest.mark.parametrize("ternarized", ["llava"], indirect=True)
+def test_its_processor_is_loaded_from_the_checkpoint(ternarized: Any) -> None:
+    _, model, folder = ternarized
+    loaded = transformers.AutoProcessor.from_pretrained(folder / "out")
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    message = [{"role": "user", "content": f"w{wrappers.IMAGE} w11"}]
+    outputs = []
+    for processor, reader in ((_processor(), model), (loaded, harness.load(folder / "out", dense=True))):
+        text = processor.apply_chat_template(message)
+        inputs = processor(images=image, text=text, return_tensors="pt").to(torch.bfloat16)
+        assert inputs["input_ids"].tolist() == [[3, *[wrappers.IMAGE] * 4, 11]]
+        outputs.append(reader(**inputs).logits)
+    assert torch.equal(*outputs)
 
 
 def test_it_is_read_layer_by_layer_by_the_names_of_its_files(
