@@ -13,10 +13,10 @@ from harness.errors import UserError
 from harness.models.classes import is_classifier
 from harness.models.decoder import as_text
 from harness.models.original import Original, require_fits
-from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
+from harness.perplexity import LOGIT_ROWS, Perplexity, cut_windows, from_losses, mean_loss
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
-from harness.windows import AUTO, bos_of, evaluation_windows, tokenize
+from harness.windows import AUTO
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,6 @@ class Divergence:
 
     Attributes
     ----------
-    perplexity : float or None
-        Perplexity of the quantized model, as `harness.perplexity.measure` defines it; None for a classifier.
     mean : float
         Mean over predictions of KL(original ‖ quantized) in nats.
     percentile_99 : float
@@ -38,7 +36,6 @@ class Divergence:
         each token or each window.
     """
 
-    perplexity: float | None
     mean: float
     percentile_99: float
     agreement: float
@@ -48,7 +45,7 @@ class Divergence:
 @torch.no_grad()
 def divergence(
     original: Any, quantized: Any, windows: torch.Tensor, progress: Callable[[], object] = lambda: None
-) -> Divergence:
+) -> tuple[list[float], Divergence]:
     """Measure the divergence over all predictions inside the windows.
 
     Parameters
@@ -62,7 +59,10 @@ def divergence(
 
     Returns
     -------
-    Divergence
+    losses : list of float
+        Mean cross-entropy of the quantized model in each window; empty for a classifier.
+    found : Divergence
+        The divergence.
 
     Notes
     -----
@@ -85,13 +85,8 @@ def divergence(
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         progress()
     every = torch.cat(divergences).double()
-    return Divergence(
-        None if labels else exponential(sum(losses) / len(losses)),
-        float(every.mean()),
-        float(every.quantile(0.99)),
-        agreed / len(every),
-        len(every),
-    )
+    found = Divergence(float(every.mean()), float(every.quantile(0.99)), agreed / len(every), len(every))
+    return losses, found
 
 
 def divergence_on(
@@ -103,10 +98,13 @@ def divergence_on(
     compute: Compute,
     say: Say = say_on_stderr,
     bos: str = AUTO,
-) -> Divergence:
-    """Measure the divergence on a text, on the windows that perplexity is measured on.
+) -> tuple[Perplexity | None, Divergence]:
+    """Measure the perplexity of a quantized model on a text, and its divergence, in one pass of each model.
 
-    Both models are moved to the device if it holds them, and back.
+    A classifier has no perplexity.
+
+    The windows are those of `harness.perplexity.measure_on`. Both models are moved to the device if it holds
+    them, and back.
 
     Raises
     ------
@@ -115,12 +113,8 @@ def divergence_on(
     """
     require_comparable(original, quantized)
     models = (original.model, quantized.model)
-    tokens = tokenize(stream, original.tokenizer)
-    for model in models:
-        require_fits(model, tokens.all(), seqlen)
-    limit = min(filter(None, (windows, stream.windows)), default=None)
-    first = bos_of(original.model, original.tokenizer, bos)
-    chosen = evaluation_windows(tokens, seqlen, limit, first)
+    chosen, tokens, source = cut_windows(original, stream, seqlen, windows, bos)
+    require_fits(quantized.model, chosen, seqlen)
     fits = compute.memory is None or all(
         replace(compute, memory=compute.memory // 2).holds(m, seqlen) for m in models
     )
@@ -128,10 +122,12 @@ def divergence_on(
         model.to(compute.device if fits else HOST)
     try:
         with Progress("divergence from the original", len(chosen), "window", say) as step:
-            return divergence(*models, chosen, step)
+            losses, found = divergence(*models, chosen, step)
     finally:
         for model in models:
             model.to(HOST)
+    perplexity = from_losses(losses, chosen, tokens, source, quantized.model.dtype) if losses else None
+    return perplexity, found
 
 
 def require_comparable(original: Original, quantized: Original) -> None:

@@ -27,7 +27,6 @@ from harness.divergence import Divergence, divergence_on, require_comparable
 from harness.errors import UserError
 from harness.files import json_text
 from harness.hf import open_model
-from harness.models.classes import is_classifier
 from harness.models.decoder import locate_layers
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP, load_original
@@ -223,10 +222,10 @@ def _measure(
     if stream is not None:
         _require_causal(model, stream)
         windows = (arguments.seqlen, arguments.windows, compute)
-        if other is None or not is_classifier(model.model):
+        if other is None:
             perplexity = measure_on(model, stream, *windows, bos=arguments.bos)
-        if other is not None:
-            compared = divergence_on(other, model, stream, *windows, bos=arguments.bos)
+        else:
+            perplexity, compared = divergence_on(other, model, stream, *windows, bos=arguments.bos)
     if tasks is not None:
         from harness.zeroshot.measure import measure_tasks  # imports lm-eval
 
