@@ -11,6 +11,8 @@ from harness.models.original import quiet_transformers
 LANGUAGE = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 # Classes with labels at their end.
 CLASSIFIERS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+# Classes that end otherwise; without a word here they would be said to lack the tensors of a language model.
+OTHERS = ("AutoModelForQuestionAnswering", "AutoModelForMultipleChoice")
 
 
 def auto_class(config: Any, name: str) -> Any:
@@ -34,18 +36,16 @@ def auto_class(config: Any, name: str) -> Any:
     what = named[0] if named else f"a model of type {config.model_type}"
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{name} is {what}, an encoder-decoder; only decoder-only models can be used")
-    for auto in (*LANGUAGE, *CLASSIFIERS):
-        chosen = getattr(transformers, auto)
-        if any(kind in named for kind in _classes(chosen, config)):
-            return chosen
-    for auto in LANGUAGE:
-        chosen = getattr(transformers, auto)
-        if _classes(chosen, config):
-            return chosen
-    raise UserError(
-        f"{name} is {what}, which is no language model; models that can be used are decoder-only language "
-        "models, alone, with vision or with a classification head"
-    )
+    tables = {auto: getattr(transformers, auto) for auto in (*LANGUAGE, *CLASSIFIERS, *OTHERS)}
+    classes = {auto: _classes(table, config) for auto, table in tables.items()}
+    found = [auto for auto in tables if set(named) & set(classes[auto])]
+    found = found or [auto for auto in LANGUAGE if classes[auto]]
+    if not found or found[0] in OTHERS:
+        raise UserError(
+            f"{name} is {what}, which cannot be used; only decoder-only language models can, alone, with "
+            "vision or with a classification head"
+        )
+    return tables[found[0]]
 
 
 def _classes(auto: Any, config: Any) -> list[str]:

@@ -270,11 +270,15 @@ def test_the_divergence_of_labels_is_measured(
             lambda: transformers.DistilBertForMaskedLM(
                 transformers.DistilBertConfig(vocab_size=96, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
             ),
-            "is DistilBertForMaskedLM, which is no language model",
+            "is DistilBertForMaskedLM, which cannot be used; only decoder-only language models",
+        ),
+        (
+            lambda: transformers.LlamaForQuestionAnswering(tiny.CONFIGS["llama"]()),
+            "is LlamaForQuestionAnswering, which cannot be used",
         ),
     ],
 )
-def test_encoders_are_refused_in_words(
+def test_encoders_and_other_heads_are_refused_in_words(
     make: Callable[[], Any],
     reason: str,
     words_file: Path,
