@@ -11,10 +11,10 @@ import torch
 from harness.compute import HOST, Compute
 from harness.errors import UserError
 from harness.models.original import Original, require_fits
-from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
+from harness.perplexity import LOGIT_ROWS, Perplexity, cut_windows, from_losses, mean_loss
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
-from harness.windows import AUTO, bos_of, evaluation_windows, tokenize
+from harness.windows import AUTO
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,6 @@ class Divergence:
 
     Attributes
     ----------
-    perplexity : float
-        Perplexity of the quantized model, as `harness.perplexity.measure` defines it.
     mean : float
         Mean over tokens of KL(original ‖ quantized) in nats.
     percentile_99 : float
@@ -35,7 +33,6 @@ class Divergence:
         Number of predictions.
     """
 
-    perplexity: float
     mean: float
     percentile_99: float
     agreement: float
@@ -45,7 +42,7 @@ class Divergence:
 @torch.no_grad()
 def divergence(
     original: Any, quantized: Any, windows: torch.Tensor, progress: Callable[[], object] = lambda: None
-) -> Divergence:
+) -> tuple[list[float], Divergence]:
     """Measure the divergence over all predictions inside the windows.
 
     Parameters
@@ -59,7 +56,10 @@ def divergence(
 
     Returns
     -------
-    Divergence
+    losses : list of float
+        Mean cross-entropy of the quantized model in each window.
+    found : Divergence
+        The divergence.
 
     Notes
     -----
@@ -77,13 +77,8 @@ def divergence(
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         progress()
     every = torch.cat(divergences).double()
-    return Divergence(
-        exponential(sum(losses) / len(losses)),
-        float(every.mean()),
-        float(every.quantile(0.99)),
-        agreed / len(every),
-        len(every),
-    )
+    found = Divergence(float(every.mean()), float(every.quantile(0.99)), agreed / len(every), len(every))
+    return losses, found
 
 
 def divergence_on(
@@ -95,10 +90,11 @@ def divergence_on(
     compute: Compute,
     say: Say = say_on_stderr,
     bos: str = AUTO,
-) -> Divergence:
-    """Measure the divergence on a text, on the windows that perplexity is measured on.
+) -> tuple[Perplexity, Divergence]:
+    """Measure the perplexity of a quantized model on a text, and its divergence, in one pass of each model.
 
-    Both models are moved to the device if it holds them, and back.
+    The windows are those of `harness.perplexity.measure_on`. Both models are moved to the device if it holds
+    them, and back.
 
     Raises
     ------
@@ -107,12 +103,8 @@ def divergence_on(
     """
     require_comparable(original, quantized)
     models = (original.model, quantized.model)
-    tokens = tokenize(stream, original.tokenizer)
-    for model in models:
-        require_fits(model, tokens.all(), seqlen)
-    limit = min(filter(None, (windows, stream.windows)), default=None)
-    first = bos_of(original.model, original.tokenizer, bos)
-    chosen = evaluation_windows(tokens, seqlen, limit, first)
+    chosen, tokens, source = cut_windows(original, stream, seqlen, windows, bos)
+    require_fits(quantized.model, chosen, seqlen)
     fits = compute.memory is None or all(
         replace(compute, memory=compute.memory // 2).holds(m, seqlen) for m in models
     )
@@ -120,10 +112,11 @@ def divergence_on(
         model.to(compute.device if fits else HOST)
     try:
         with Progress("divergence from the original", len(chosen), "window", say) as step:
-            return divergence(*models, chosen, step)
+            losses, found = divergence(*models, chosen, step)
     finally:
         for model in models:
             model.to(HOST)
+    return from_losses(losses, chosen, tokens, source, quantized.model.dtype), found
 
 
 def require_comparable(original: Original, quantized: Original) -> None:
