@@ -67,6 +67,18 @@ def require_biases(tensors: list[str], biases: tuple[str, ...]) -> None:
     require(not lost, f"{lost and lost[0]} would be lost")
 
 
+def require_separate_experts(tensors: list[str]) -> None:
+    """Refuse experts that were left as they are, which no format stores as the checkpoint does."""
+    fused = [name for name in tensors if ".experts." in name]
+    require(not fused, f"its experts were not ternarized ({fused and fused[0]})")
+
+
+def require_experts_everywhere(config: Any, program: str) -> None:
+    """Refuse layers without experts among layers with experts."""
+    dense = getattr(config, "mlp_only_layers", []) or getattr(config, "decoder_sparse_step", 1) != 1
+    require(not dense, f"some of its layers have no experts, which {program} expects in every layer")
+
+
 def head_width(config: Any) -> int:
     """Columns of a head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
