@@ -21,17 +21,7 @@ from gguf.gguf_writer import TensorInfo
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.export.features import (
-    Refused,
-    refusals_of,
-    require_biases,
-    require_separate_experts,
-    row_of,
-)
-from harness.export.gguf_architectures import ARCHITECTURES, Architecture, add_settings
 from harness.export.gguf_embedding import round_rows
-from harness.export.gguf_rope import add_rope
-from harness.export.gguf_tokenizer import add_tokenizer
 from harness.export.gguf_types import EMBEDDING, PLAIN, TERNARY, DataType, pack
 from harness.export.source import (
     AS_IT_IS,
@@ -44,12 +34,12 @@ from harness.export.source import (
 from harness.export.tensors import TernaryTensor, ternary_tensors
 from harness.models.folder import require_free, require_space
 from harness.progress import Progress, say_on_stdout
-from harness.ternary.containers import GGUF_TYPES, smallest
+from harness.runtimes.containers import GGUF_TYPES, smallest
+from harness.runtimes.features import Refused, refusals_of
+from harness.runtimes.gguf_architectures import Architecture
+from harness.runtimes.gguf_header import Header, describe, plain_type
 
-_PLAIN = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-# Of matrices in 16 bits llama.cpp rounds the inputs to 16 bits too, which may choose other experts.
-_IN_FLOAT32 = (".mlp.gate.weight", ".shared_expert_gate.weight")
 
 
 @dataclass(frozen=True)
@@ -117,21 +107,16 @@ def export_gguf(
     stored = read_exportable(folder, trust_remote_code)
     rounding = Rounding()
     with refusals_of(folder):
-        architecture = row_of(stored.model, ARCHITECTURES, "GGUF")
-        require_biases([*stored.tensors], architecture.biases)
-        require_separate_experts([*stored.tensors])
+        header = describe(stored.model, stored.tokenizer, stored.tensors)
         types, lacking = _types(stored, kind)
-        writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
-        notes = add_settings(writer, architecture, stored.config)
-        factors = add_rope(writer, architecture, stored.config)
+    writer = header.writer
     # transformers would take the bare name "mistral" for another architecture.
     writer.add_name(f"{folder.resolve().name} PT²-LLM")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_main_type(types).file_type)
-    add_tokenizer(writer, stored.tokenizer, stored.config)
     entries = [
-        *_plain_entries(stored, architecture, factors, embedding),
-        *_ternary_entries(stored, architecture, types, rounding),
+        *_plain_entries(stored, header, embedding),
+        *_ternary_entries(stored, header, types, rounding),
     ]
     require_space(out, sum(entry.size for entry in entries))
 
@@ -155,7 +140,7 @@ def export_gguf(
         sum(int(np.prod(entry.shape)) for entry in ternary),
         sum(entry.size for entry in ternary),
         rounding,
-        (*_type_lines(types, lacking), *notes),
+        (*_type_lines(types, lacking), *header.notes),
     )
 
 
@@ -212,15 +197,6 @@ def _type_lines(types: dict[TernaryTensor, DataType], lacking: dict[str, dict[st
     return lines
 
 
-def _renamed(stored: Stored, architecture: Architecture, name: str) -> str:
-    """The name of a tensor in GGUF."""
-    names = gguf.get_tensor_name_map(architecture.arch, stored.config.num_hidden_layers)
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        raise UserError(f"{stored.folder} cannot be exported: GGUF has no name for the tensor {name}")
-    return found
-
-
 def _ordered(stored: Stored, architecture: Architecture, name: str, rows: Any) -> Any:
     """The rows of a matrix or bias, an array or tensor, in the order of GGUF."""
     heads = {"q_proj": stored.config.num_attention_heads, "k_proj": stored.config.num_key_value_heads}
@@ -229,37 +205,29 @@ def _ordered(stored: Stored, architecture: Architecture, name: str, rows: Any) -
 
 
 def _ternary_entries(
-    stored: Stored, architecture: Architecture, types: dict[TernaryTensor, DataType], rounding: Rounding
+    stored: Stored, header: Header, types: dict[TernaryTensor, DataType], rounding: Rounding
 ) -> list[_Entry]:
     """List the ternary tensors; making one adds its error to `rounding`."""
 
     def entry(tensor: TernaryTensor, kind: DataType) -> _Entry:
         def make() -> NDArray[Any]:
             packed = [
-                _ordered(stored, architecture, tensor.name, pack(matrix, kind.name, module, rounding))
+                _ordered(stored, header.architecture, tensor.name, pack(matrix, kind.name, module, rounding))
                 for module, matrix in zip(tensor.modules, tensor.matrices(stored), strict=True)
             ]
             return np.concatenate(packed)
 
-        return _Entry(_renamed(stored, architecture, f"{tensor.name}.weight"), kind, tensor.shape, make)
+        return _Entry(header.name_of(f"{tensor.name}.weight"), kind, tensor.shape, make)
 
     return [entry(tensor, kind) for tensor, kind in types.items()]
 
 
-def _plain_entries(
-    stored: Stored,
-    architecture: Architecture,
-    factors: dict[str, NDArray[np.float32]],
-    embedding: str,
-) -> list[_Entry]:
-    """List all other tensors: embedding, head, norms, biases, and factors of rotary frequencies."""
+def _plain_entries(stored: Stored, header: Header, embedding: str) -> list[_Entry]:
+    """List all other tensors: embedding, head, norms, biases, routers, factors of rotary frequencies."""
 
     def entry(name: str, tensor: torch.Tensor) -> _Entry:
-        own = "F32" if tensor.ndim == 1 or name.endswith(_IN_FLOAT32) else _PLAIN.get(tensor.dtype)
-        if own is None:
-            raise UserError(f"{name} is {tensor.dtype}, which GGUF does not support".replace("torch.", ""))
         rounded = embedding != AS_IT_IS and name.endswith(_EMBEDDINGS)
-        kind = EMBEDDING[embedding] if rounded else PLAIN[own]
+        kind = EMBEDDING[embedding] if rounded else PLAIN[plain_type(name, tensor)]
         if tensor.shape[-1] % kind.columns:
             raise UserError(
                 f"{name} has rows of {tensor.shape[-1]} columns, but {kind.name} needs a multiple of "
@@ -271,19 +239,19 @@ def _plain_entries(
                 return round_rows(tensor.float().numpy(), embedding)
             values = tensor.float() if kind.name == "F32" else tensor
             if name.endswith("norm.weight"):
-                values = values + architecture.norm_shift
-            ordered = _ordered(stored, architecture, name, values)
+                values = values + header.architecture.norm_shift
+            ordered = _ordered(stored, header.architecture, name, values)
             return ordered.contiguous().view(torch.uint8).numpy()
 
         # llama.cpp reads the gate of a shared expert as a vector.
         shape = tensor.shape[-1:] if name.endswith("shared_expert_gate.weight") else tensor.shape
-        return _Entry(_renamed(stored, architecture, name), kind, tuple(shape), make)
+        return _Entry(header.name_of(name), kind, tuple(shape), make)
 
     def constant(name: str, values: NDArray[np.float32]) -> _Entry:
         return _Entry(f"{name}.weight", PLAIN["F32"], values.shape, lambda: values.view(np.uint8))
 
     return [
-        *(constant(name, values) for name, values in factors.items()),
+        *(constant(name, values) for name, values in header.factors.items()),
         *(entry(name, tensor) for name, tensor in stored.tensors.items()),
     ]
 

@@ -25,9 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.export.features import Refused, refusals_of, row_of
 from harness.export.folder import require_no_other_model, write_folder
-from harness.export.mlx_architectures import ARCHITECTURES, settings_of
 from harness.export.source import (
     AS_IT_IS,
     Exported,
@@ -40,7 +38,9 @@ from harness.export.source import (
 from harness.export.tensors import TernaryTensor, ternary_tensors
 from harness.models.folder import CONFIG, read_config, require_free, require_space
 from harness.progress import Progress, say_on_stdout
-from harness.ternary.containers import MLX_GROUPS, Container, smallest
+from harness.runtimes.containers import MLX_GROUPS, Container, smallest
+from harness.runtimes.features import Refused, refusals_of
+from harness.runtimes.mlx_architectures import architecture_of, settings_of
 from reference.types import TernaryMatrix
 
 WEIGHTS = "model.safetensors"
@@ -88,8 +88,8 @@ def export_mlx(
     require_no_other_model(out, WEIGHTS if _is_export(out) else None)
     stored = read_exportable(folder, trust_remote_code)
     with refusals_of(folder):
-        architecture = row_of(stored.model, ARCHITECTURES, "MLX")
-        settings = settings_of(stored, architecture)
+        architecture = architecture_of(stored.model)
+        settings = settings_of(stored.model, stored.tensors)
         groups = {tensor: _group(stored, tensor) for tensor in ternary_tensors(stored)}
     rounding = Rounding()
     tensors: dict[str, torch.Tensor] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.quantize.options import AS_IT_IS, GGUF, MLX, Options
-from harness.ternary.containers import FOLDABLE_MODELS, GGUF_TYPES, MLX_GROUPS, Container
+from harness.runtimes.containers import FOLDABLE_MODELS, GGUF_TYPES, MLX_GROUPS, Container
 from reference.types import TernaryConfig
 
 TYPES: dict[str, Sequence[Container]] = {GGUF: GGUF_TYPES, MLX: MLX_GROUPS}

@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 
-from harness.export.features import (
+from harness.runtimes.features import (
     ALL_BIASES,
     QKV_BIASES,
     head_width,

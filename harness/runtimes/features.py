@@ -32,12 +32,12 @@ def require(holds: bool, what: str) -> None:
 
 
 @contextmanager
-def refusals_of(folder: Path) -> Iterator[None]:
-    """Turn the reason of a refusal into an error that names the checkpoint."""
+def refusals_of(name: str | Path) -> Iterator[None]:
+    """Turn the reason of a refusal into an error that names the checkpoint or the model."""
     try:
         yield
     except Refused as refused:
-        raise UserError(f"{folder} cannot be exported: {refused}") from None
+        raise UserError(f"{name} cannot be exported: {refused}") from None
 
 
 def row_of(model: Any, table: dict[str, Row], program: str) -> Row:

@@ -6,11 +6,11 @@ than transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from harness.export.features import (
+from harness.runtimes.features import (
     ALL_BIASES,
     QKV_BIASES,
     head_width,
@@ -22,10 +22,10 @@ from harness.export.features import (
     require_scaling,
     require_separate_experts,
     rotary,
+    row_of,
     window_of,
     window_period,
 )
-from harness.export.source import Stored
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,30 @@ ARCHITECTURES = {
 }
 
 
-def settings_of(stored: Stored, architecture: Architecture) -> dict[str, Any]:
-    """Entries of config.json under the names that mlx_lm reads; refuse what it would compute otherwise."""
-    config = stored.config
+def architecture_of(model: Any) -> Architecture:
+    """Look up a model's architecture; refuse one that mlx_lm or this table does not have."""
+    return row_of(model, ARCHITECTURES, "MLX")
+
+
+def settings_of(model: Any, tensors: Iterable[str]) -> dict[str, Any]:
+    """Entries of config.json under the names that mlx_lm reads.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model, ternary or original.
+    tensors : iterable of str
+        Names of its tensors that are not ternary.
+
+    Raises
+    ------
+    Refused
+        If mlx_lm would compute something else than the model.
+    """
+    architecture, config, names = architecture_of(model), model.config, list(tensors)
     require_activation(config, architecture.activation)
-    require_biases([*stored.tensors], architecture.biases)
-    require_separate_experts([*stored.tensors])
+    require_biases(names, architecture.biases)
+    require_separate_experts(names)
     window = window_of(config)
     require(
         architecture.windows or window is None, f"its attention in windows of {window} tokens would be lost"
