@@ -17,7 +17,7 @@ from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
-from harness.ternary.containers import FOLDABLE
+from harness.runtimes.containers import FOLDABLE
 from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, SHIFTS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
