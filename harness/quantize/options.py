@@ -313,7 +313,7 @@ def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator
     if options.method != PT2_LLM:
         used = {"block_size", "seed"} | (set() if options.method == RTN else {"damping"})
         idle.append(("foldable", options.foldable, "method"))
-        for name in ("target", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
+        for name in (*CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
             idle.append((name, name not in used, "method"))
     for name, changes_nothing, cause in idle:
         if changes_nothing and getattr(arguments, name) is not None:
