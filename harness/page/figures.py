@@ -205,7 +205,7 @@ def draw_trits(record: dict[str, Any]) -> Figure | None:
     shares = np.array([np.array(found) / max(sum(found), 1) for found in counts.values()])
     left = np.zeros(len(shares))
     for place, (label, colour, opacity) in enumerate(
-        (("−1", SECOND, 0.85), ("0", MUTED, 0.3), ("+1", FIRST, 0.85))
+        (("−1", SECOND, 0.6), ("0", MUTED, 0.25), ("+1", FIRST, 0.6))
     ):
         widths = 100 * shares[:, place]
         bars = panel.barh(range(len(shares)), widths, 0.72, left, color=colour, alpha=opacity, label=label)

@@ -179,7 +179,7 @@ def test_plots_have_only_colours_that_change_with_the_theme(drawn: str) -> None:
         assert "<text" in svg
     variables = set(re.findall(r"var\((--[a-z-]+)\)", drawn))
     light, dark = re.findall(r":root \{(.*?)\}", drawn, flags=re.DOTALL)
-    for variable in variables - {"--d"}:
+    for variable in variables - {"--d"}:  # which is of a cell
         values = [re.search(rf"{variable}: ([^;]+);", theme) for theme in (light, dark)]
         assert values[0] is not None
         assert values[1] is not None
