@@ -41,6 +41,10 @@ class Record:
         Text, windows and arithmetic of the calibration.
     evaluation_checksum : str, optional
         SHA-256 of the text that perplexity is measured on.
+    original_bytes : int
+        Size of all weights of the original.
+    command : str, optional
+        The command line, if the run was started by one.
     versions, machine, cores, device
         Software and hardware, which can change results.
     plan : dict, optional
@@ -53,8 +57,8 @@ class Record:
         One row per finished layer, which holds one row per matrix.
     resumed_after : list of int
         Number of finished layers at each resume.
-    mean_relative_output_error, peak_memory_bytes, peak_device_bytes
-        Known at the end.
+    mean_relative_output_error, peak_memory_bytes, peak_device_bytes, checkpoint_bytes
+        Known at the end; the last is the size of all weights as stored.
     """
 
     created: str
@@ -73,6 +77,8 @@ class Record:
     cores: int | None
     device: str
     evaluation_checksum: str | None
+    original_bytes: int
+    command: str | None
     perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -80,6 +86,7 @@ class Record:
     mean_relative_output_error: float | None = None
     peak_memory_bytes: int | None = None
     peak_device_bytes: int | None = None
+    checkpoint_bytes: int | None = None
 
     @classmethod
     def of(
@@ -98,7 +105,9 @@ class Record:
             dtype=dtype_name(model.dtype),
             method=options.method,
             options={
-                name: value for name, value in asdict(options).items() if name not in ("config", "given")
+                name: value
+                for name, value in asdict(options).items()
+                if name not in ("config", "given", "command")
             },
             calibration={
                 "text": calibration_text.protocol,
@@ -118,6 +127,8 @@ class Record:
                 "inputs_checksum": passage.checksum(),
             },
             device=passage.compute.describe(),
+            original_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            command=options.command,
             evaluation_checksum=None if evaluation_text is None else evaluation_text.checksum(),
             **environment(),
             **computed,

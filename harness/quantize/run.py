@@ -15,8 +15,10 @@ from harness.errors import UserError
 from harness.files import write_json
 from harness.machine import duration, host_memory, peak_memory
 from harness.models.classes import is_classifier
-from harness.models.folder import REPORT
+from harness.models.folder import PAGE, REPORT
 from harness.models.original import Original
+from harness.page.page import write_page
+from harness.page.tally import LOST_SHARE
 from harness.perplexity import measure_on
 from harness.progress import Progress, Say, say_on_stdout
 from harness.quantize.options import Options
@@ -28,9 +30,6 @@ from harness.quantize.sink import Sink, sink_for
 from harness.ternary.embedding import unrounded
 from harness.text import AnyText
 from reference.types import TernaryConfig
-
-# Warn of a matrix if alpha is too small in more than this share of the blocks of its rows.
-LOST_SHARE = 0.01
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
 
@@ -105,9 +104,11 @@ def quantize(
     examine(quantized)
     del quantized
     record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
+    record.checkpoint_bytes = sink.weight_bytes()
     try:
         if options.out is not None:
             write_report(options.out, sink, record)
+            write_page_beside(options.out, record, say)
     finally:
         for line in result_lines(sink, record, classifier):
             (say_result or say)(line)
@@ -235,7 +236,11 @@ def result_lines(sink: Sink, record: Record, classifier: bool = False) -> list[s
         lines.append("perplexity not measured: name a text with --eval")
     for when, result in record.perplexity.items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
-    lines += sink.result_lines()
+    out = sink.options.out
+    if record.checkpoint_bytes is not None:
+        lines.append(f"{out}: {record.checkpoint_bytes / 1e6:.1f} MB of weights")
+    if out is not None and (out / PAGE).is_file():
+        lines.append(f"report: {out / PAGE}")
     host, device = (bytes_ or 0 for bytes_ in (record.peak_memory_bytes, record.peak_device_bytes))
     memory = f"{host / 1e9:.1f} GB" + (f", on the device {device / 1e9:.1f} GB" if device else "")
     return [*lines, f"{duration(sum(record.seconds.values()))}, peak memory {memory}"]
@@ -255,3 +260,11 @@ def write_report(out: Path, sink: Sink, record: Record) -> None:
     except OSError as error:
         reason = f"{out / REPORT} could not be written: {error.strerror}"
         raise UserError(reason + sink.without_report) from None
+
+
+def write_page_beside(out: Path, record: Record, say: Say) -> None:
+    """Draw report.html beside report.json; a failure is printed only, as all results are saved."""
+    try:
+        write_page(record.to_json(), out / PAGE)
+    except Exception as error:  # the results may have taken hours
+        say(f"{out / PAGE} could not be drawn: {error}")
