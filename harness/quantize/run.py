@@ -11,11 +11,12 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.calibration.layerwise import fit_layers
-from harness.compute import compute_for
+from harness.compute import Compute, compute_for
 from harness.divergence import Reference
 from harness.errors import UserError
 from harness.files import write_json
 from harness.machine import duration, host_memory, peak_memory
+from harness.models.classes import is_classifier
 from harness.models.folder import PAGE, REPORT
 from harness.models.original import Original
 from harness.page.page import write_page
@@ -82,6 +83,9 @@ def quantize(
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
     take_all_windows(ready, options, say)
+    classifier = is_classifier(ready.original.model)
+    if classifier:
+        evaluation_text = None
     record = Record.of(options, ready, calibration_text, evaluation_text, sink.computed(ready, say))
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
@@ -97,13 +101,8 @@ def quantize(
     if options.measure_original and "before" not in record.perplexity:
         with unrounded(ready.coded):
             measure("before", ready.original)
-    reference = None
-    # Codes of embedding and head change the head, which the original's logits need.
-    if options.measure_original and evaluation_text is not None and not ready.coded:
-        count = min(DIVERGENCE_WINDOWS, options.evaluation_windows or DIVERGENCE_WINDOWS)
-        chosen, *_ = cut_windows(ready.original, evaluation_text, options.evaluation_seqlen, count)
-        with record.time("divergence"):
-            reference = Reference.of(ready.original, chosen, compute, say)
+    with record.time("divergence"):
+        reference = keep_reference(options, ready, evaluation_text, compute, say)
     with sink.open(ready, record, say):
         quantize_layers(options, sink, ready, record, say)
         sink.finish(record)
@@ -122,9 +121,23 @@ def quantize(
             write_report(options.out, sink, record)
             write_page_beside(options.out, record, say)
     finally:
-        for line in result_lines(sink, record):
+        for line in result_lines(sink, record, classifier):
             (say_result or say)(line)
     return record.to_json()
+
+
+def keep_reference(
+    options: Options, ready: Ready, evaluation_text: AnyText | None, compute: Compute, say: Say
+) -> Reference | None:
+    """Keep what the divergence from the original is measured by; None if the run cannot or need not.
+
+    Codes of embedding and head change the head, which the original's logits need.
+    """
+    if evaluation_text is None or not options.measure_original or ready.coded:
+        return None
+    count = min(DIVERGENCE_WINDOWS, options.evaluation_windows or DIVERGENCE_WINDOWS)
+    windows, *_ = cut_windows(ready.original, evaluation_text, options.evaluation_seqlen, count)
+    return Reference.of(ready.original, windows, compute, say)
 
 
 def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: AnyText) -> list[str]:
@@ -235,11 +248,16 @@ def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[
     return lines
 
 
-def result_lines(sink: Sink, record: Record) -> list[str]:
+def result_lines(sink: Sink, record: Record, classifier: bool = False) -> list[str]:
     """Return the lines printed after a run."""
     lines = ["", *table(record.layers), ""]
     lines.append(f"mean relative output error of layers {record.mean_relative_output_error:.4f}")
-    if not record.perplexity:
+    if classifier:
+        lines.append(
+            "a classification head has no perplexity; harness.compare --original MODEL --data TEXT measures "
+            "how far its labels are from the original's"
+        )
+    elif not record.perplexity:
         lines.append("perplexity not measured: name a text with --eval")
     for when, result in record.perplexity.items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
