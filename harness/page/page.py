@@ -52,13 +52,14 @@ def page(record: dict[str, Any]) -> str:
         If the record lacks what every record has.
     """
     try:
-        plots = figures.plots(record)
+        plots, missing = figures.plots(record), False
     except ImportError:
-        plots = {}
+        plots, missing = {}, True
     template = _environment().get_template("template.html")
     return template.render(
         record=record,
         plots=plots,
+        matplotlib_missing=missing,
         title=f"{record['model']}, {'ternary' if is_ternary(record) else 'quantized'}",
         tiles=tiles(record),
         notes=notes(record),

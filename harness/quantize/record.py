@@ -51,6 +51,8 @@ class Record:
         The estimate of the run, if its method has one.
     perplexity : dict
         Results "before" and "after".
+    divergence : dict, optional
+        `harness.divergence.Divergence` from the original, on the first windows of the evaluation text.
     seconds : dict of str to float
         Time by stage.
     layers : list of dict
@@ -80,6 +82,7 @@ class Record:
     original_bytes: int
     command: str | None
     perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    divergence: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     resumed_after: list[int] = field(default_factory=list)

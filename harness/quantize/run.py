@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from harness.calibration.layerwise import fit_layers
 from harness.compute import compute_for
+from harness.divergence import Reference
 from harness.errors import UserError
 from harness.files import write_json
 from harness.machine import duration, host_memory, peak_memory
@@ -19,7 +21,7 @@ from harness.models.folder import PAGE, REPORT
 from harness.models.original import Original
 from harness.page.page import write_page
 from harness.page.tally import LOST_SHARE
-from harness.perplexity import measure_on
+from harness.perplexity import cut_windows, measure_on
 from harness.progress import Progress, Say, say_on_stdout
 from harness.quantize.options import Options
 from harness.quantize.prepare import Ready, choose_backend, prepare, read_texts, take_all_windows
@@ -30,6 +32,10 @@ from harness.quantize.sink import Sink, sink_for
 from harness.ternary.embedding import unrounded
 from harness.text import AnyText
 from reference.types import TernaryConfig
+
+# Windows that the divergence from the original is measured on: the first of those for perplexity. It tells
+# models apart on fewer tokens.
+DIVERGENCE_WINDOWS = 4
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
 
@@ -95,12 +101,16 @@ def quantize(
     if options.measure_original and "before" not in record.perplexity:
         with unrounded(ready.coded):
             measure("before", ready.original)
+    reference = keep_reference(options, ready, evaluation_text, record, say)
     with sink.open(ready, record, say):
         quantize_layers(options, sink, ready, record, say)
         sink.finish(record)
     del ready  # the original and the quantized model need not fit in memory together
     quantized = sink.quantized(say)
     measure("after", quantized)
+    if reference is not None:
+        with record.time("divergence"):
+            record.divergence = asdict(reference.divergence_of(quantized, compute, say))
     examine(quantized)
     del quantized
     record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
@@ -113,6 +123,21 @@ def quantize(
         for line in result_lines(sink, record, classifier):
             (say_result or say)(line)
     return record.to_json()
+
+
+def keep_reference(
+    options: Options, ready: Ready, evaluation_text: AnyText | None, record: Record, say: Say
+) -> Reference | None:
+    """Keep what the divergence from the original is measured by; None if the run cannot or need not.
+
+    Codes of embedding and head change the head, which the original's logits need.
+    """
+    if evaluation_text is None or not options.measure_original or ready.coded:
+        return None
+    count = min(DIVERGENCE_WINDOWS, options.evaluation_windows or DIVERGENCE_WINDOWS)
+    windows, *_ = cut_windows(ready.original, evaluation_text, options.evaluation_seqlen, count)
+    with record.time("divergence"):
+        return Reference.of(ready.original, windows, ready.passage.compute, say)
 
 
 def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: AnyText) -> list[str]:
@@ -236,6 +261,11 @@ def result_lines(sink: Sink, record: Record, classifier: bool = False) -> list[s
         lines.append("perplexity not measured: name a text with --eval")
     for when, result in record.perplexity.items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
+    if record.divergence is not None:
+        lines.append(
+            f"KL divergence from the original {record.divergence['mean']:.4g} nats, same most likely token "
+            f"{record.divergence['agreement']:.1%}, over {record.divergence['tokens']} tokens"
+        )
     out = sink.options.out
     if record.checkpoint_bytes is not None:
         lines.append(f"{out}: {record.checkpoint_bytes / 1e6:.1f} MB of weights")

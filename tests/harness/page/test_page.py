@@ -245,6 +245,7 @@ def test_a_page_of_a_run_that_goes_on_says_so(record: dict[str, Any], with_plots
     assert "The run has not ended: 1 layers are finished." in found.text
     assert "The run was resumed after 1, 2 and 7 layers." in found.text
     assert "Perplexity was not measured" in found.text
+    assert "matplotlib" not in read(page(started | {"layers": []})).text
 
 
 def test_a_baseline_has_a_page(record: dict[str, Any], with_plots: None) -> None:
