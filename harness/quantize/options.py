@@ -167,7 +167,8 @@ class Options:
         "--for",
         choices=(GGUF, MLX, VLLM),
         help="choose block size, order and grid so that this program's format can hold the checkpoint, and "
-        "print them; a setting that is given is kept, or refused",
+        "print them; a setting that is given is kept, or refused, and so is a model that the program would "
+        "compute otherwise",
     )
     config: TernaryConfig = field(default_factory=TernaryConfig)
     # The settings of `config` that the command line names.
