@@ -60,19 +60,37 @@ _SIZES: dict[str, Any] = {
     "sliding_window": 8,
 }
 
+# The last two layers read keys and values of earlier ones.
+_SHARED_KEYS: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
 # What some architectures need beside or instead of that; None takes a setting away.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "axk2": {"num_key_value_heads": 4},
+    "deepseek_v4": {"o_lora_rank": 32},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
-    "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
-    "gemma4_unified_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
+    "gemma3n_text": {
+        **_SHARED_KEYS,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "intermediate_size": [160] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {**_SHARED_KEYS, "vocab_size_per_layer_input": VOCABULARY},
+    "gemma4_unified_text": {**_SHARED_KEYS, "vocab_size_per_layer_input": VOCABULARY},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    # Two layers share their attention.
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "num_mem_blocks": 1,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -188,7 +188,8 @@ def _left(model: nn.Module, decoder: DecoderLayers) -> str:
         return ""
     weights = sum(parameter.numel() for parameter in unknown.values())
     return (
-        f"{weights / 1e6:.2f} M weights that are not understood (--strict refuses them): "
+        f"{weights / 1e6:.2f} M weights that are not understood, or shared by layers (--strict refuses "
+        f"them): "
         f"{describe_parameters(model, unknown)}"
     )
 
