@@ -70,6 +70,7 @@ _SHARED_KEYS: dict[str, Any] = {
 # What some architectures need beside or instead of that; None takes a setting away.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "axk2": {"num_key_value_heads": 4},
+    "deepseek_v32": {"num_key_value_heads": 4},
     "deepseek_v4": {"o_lora_rank": 32},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -81,7 +82,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {**_SHARED_KEYS, "vocab_size_per_layer_input": VOCABULARY},
     "gemma4_unified_text": {**_SHARED_KEYS, "vocab_size_per_layer_input": VOCABULARY},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "longcat_flash": {"head_dim": 16, "zero_expert_num": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
