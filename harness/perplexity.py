@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from harness.calibration.capture import capture_inputs, logits_after
-from harness.calibration.passage import brought
+from harness.calibration.passage import Passage, brought
 from harness.compute import HOST, Compute, dtype_name
-from harness.models.decoder import DecoderLayers, locate_layers
+from harness.models.classes import require_vocabulary
+from harness.models.decoder import DecoderLayers, as_text, locate_layers
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
@@ -80,7 +81,7 @@ def measure(
     losses = []
     for window in windows:
         window = window.to(model.device)
-        losses.append(mean_loss(model(window[None], use_cache=False).logits, window))
+        losses.append(mean_loss(model(**as_text(model, window[None]), use_cache=False).logits, window))
         progress()
     return from_losses(losses, windows, tokens, source, model.dtype)
 
@@ -108,18 +109,36 @@ def measure_by_layers(
     progress : callable
         Called after every layer.
     """
-    compute = replace(compute, dtype=None)
-    passage = capture_inputs(model, decoder, windows, compute)
+    passage = run_through(model, decoder, windows, compute, progress)
+    with decoder.outside_on(model, compute.device):
+        losses = [
+            mean_loss(logits_after(model, passage, window, brought(states, passage.compute)), window)
+            for window, states in zip(windows, passage.hidden, strict=True)
+        ]
+    return from_losses(losses, windows, tokens, source, model.dtype)
+
+
+@torch.no_grad()
+def run_through(
+    model: Any,
+    decoder: DecoderLayers,
+    windows: torch.Tensor,
+    compute: Compute,
+    progress: Callable[[], object] = lambda: None,
+) -> Passage:
+    """Run windows through all decoder layers, one layer on the device at a time; the rest as above.
+
+    Returns
+    -------
+    Passage
+        Its hidden states are the outputs of the last layer, in the dtype of the model.
+    """
+    passage = capture_inputs(model, decoder, windows, replace(compute, dtype=None))
     passage.place()
     for index in range(len(passage.calls)):
         passage.advance(passage.enter(index))
         progress()
-    with decoder.outside_on(model, compute.device):
-        losses = [
-            mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
-            for window, states in zip(windows, passage.hidden, strict=True)
-        ]
-    return from_losses(losses, windows, tokens, source, model.dtype)
+    return passage
 
 
 def measure_on(
@@ -140,9 +159,11 @@ def measure_on(
     Raises
     ------
     UserError
-        If the text is shorter than one window, or a window is longer than the model's context.
+        If the text is shorter than one window, a window is longer than the model's context, or the model is a
+        classifier.
     """
     model = original.model
+    require_vocabulary(model, original.name, "has no perplexity")
     arguments = cut_windows(original, stream, seqlen, windows, bos)
     chosen = arguments[0]
     if original.read is not None or not compute.holds(model, seqlen):

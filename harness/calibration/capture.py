@@ -17,7 +17,7 @@ from harness.calibration.calls import LayerCall, differ, marked, merged
 from harness.calibration.passage import Passage, brought
 from harness.compute import Compute
 from harness.errors import UserError
-from harness.models.decoder import DecoderLayers
+from harness.models.decoder import DecoderLayers, as_text
 
 
 @torch.no_grad()
@@ -52,8 +52,8 @@ def capture_inputs(
     Raises
     ------
     UserError
-        If the model does more than pass hidden states from layer to layer, or attends to later tokens, or
-        arguments of a layer depend on what earlier layers computed.
+        If the model does more than pass hidden states from layer to layer and turn the last into logits, or
+        attends to later tokens, or arguments of a layer depend on what earlier layers computed.
     """
     hidden = []
     for window in windows:
@@ -65,7 +65,9 @@ def capture_inputs(
         _require_only_text(model, decoder, windows[0], calls, extra)
         recorded = [calls, *(_record_pass(model, decoder, window, extra) for window in windows[1:])]
         calls = [merged(iter(of_windows)) for of_windows in zip(*recorded, strict=True)]
-    return Passage(decoder, hidden, calls, compute)
+    passage = Passage(decoder, hidden, calls, compute)
+    _require_heard(model, passage, windows[0])
+    return passage
 
 
 def _require_only_text(
@@ -108,7 +110,7 @@ def logits_after(
     (1, seqlen, vocabulary) tensor
     """
     with _replaced(passage.decoder.layers, lambda states: hidden, passage.calls[0].extra):
-        return model(window[None].to(hidden.device), use_cache=False).logits
+        return model(**as_text(model, window[None].to(hidden.device)), use_cache=False).logits
 
 
 def _enter_layers(
@@ -128,8 +130,8 @@ def _enter_layers(
         handle.remove()
     if not seen:
         raise UserError(
-            f"text does not go through {decoder.prefix} of {type(model).__name__}, its heaviest list of "
-            "layers; such models cannot be calibrated layer by layer"
+            f"text does not go through {decoder.prefix} of {type(model).__name__}; such models cannot be "
+            "calibrated layer by layer"
         )
     hidden = seen[0][0]
     if len(window) not in hidden.shape[:-1]:
@@ -153,6 +155,24 @@ def require_causal(model: nn.Module, decoder: DecoderLayers, window: torch.Tenso
     _extra_output(*_enter_layers(model, decoder, window), decoder, Compute(), len(window))
 
 
+def _require_heard(model: nn.Module, passage: Passage, window: torch.Tensor) -> None:
+    """Refuse a model whose logits do not depend on what its decoder layers return."""
+    few = min(len(window), 4)
+    states = passage.hidden[0].narrow(_token_axis(passage.hidden[0], len(window)), 0, few)
+    first, other = (logits_after(model, passage, window[:few], sign * states) for sign in (1, -1))
+    if torch.equal(first, other):
+        raise UserError(
+            f"the logits of {type(model).__name__} do not depend on {passage.decoder.prefix}, which its text "
+            "goes through; such models cannot be calibrated layer by layer"
+        )
+
+
+def _token_axis(hidden: torch.Tensor, tokens: int) -> int:
+    """Axis of the tokens: some models have several vectors for each, (1, tokens, 4, width) or
+    (4, 1, tokens, width)."""
+    return hidden.shape[:-1].index(tokens)
+
+
 def _extra_output(
     hidden: torch.Tensor, call: LayerCall, decoder: DecoderLayers, compute: Compute, tokens: int
 ) -> int | None:
@@ -166,8 +186,7 @@ def _extra_output(
     call = call.to(compute)
     layer = decoder.working_copy(0, compute)
     hidden = brought(hidden, compute)
-    # Some models have several vectors a token: (1, tokens, 4, width), or (4, 1, tokens, width).
-    axis = hidden.shape[:-1].index(tokens)
+    axis = _token_axis(hidden, tokens)
     half = tokens // 2
     begin, end = hidden.split([half, tokens - half], axis)
     output = layer(hidden, *call.args, **call.kwargs)
@@ -213,6 +232,11 @@ def _record_pass(
     finally:
         for handle in handles:
             handle.remove()
+    if len(calls) < len(layers):
+        raise UserError(
+            f"text skips {len(layers) - len(calls)} of the {len(layers)} decoder layers of "
+            f"{type(model).__name__}; such models cannot be calibrated layer by layer"
+        )
     if len(calls) != len(layers) or not passed_on:
         raise UserError(
             f"{type(model).__name__} does more between its decoder layers than pass on the hidden states; "
@@ -258,7 +282,7 @@ def _replaced(
 def _run(model: nn.Module, window: torch.Tensor) -> None:
     """Run a forward pass until a hook ends it."""
     with suppress(_Captured):
-        model(window[None], use_cache=False)
+        model(**as_text(model, window[None]), use_cache=False)
 
 
 class _Captured(Exception):
