@@ -23,7 +23,7 @@ from harness.benchmark.evaluation import evaluation_speed
 from harness.benchmark.fits import fit_speed
 from harness.benchmark.generation import Lengths, generation_speed
 from harness.benchmark.methods import METHODS, compare_methods, summarize
-from harness.benchmark.mixture import DENSE, MIXTURES, RUNS, compare_mixtures
+from harness.benchmark.mixture import PARTS, RUNS, compare_mixtures
 from harness.benchmark.products import product_speed
 from harness.benchmark.quantization import Scale, quantize_shape
 from harness.benchmark.shapes import SHAPES
@@ -33,7 +33,7 @@ from harness.errors import UserError
 from harness.files import json_text, read_json, write_json
 from harness.machine import machine
 from harness.progress import say_on_stdout
-from harness.quantize.options import NO_EVALUATION, RECIPES, Options
+from harness.quantize.options import NO_EVALUATION, PT2_LLM, RECIPES, Options
 from harness.quantize.run import quantize
 
 DESCRIPTION = """\
@@ -119,14 +119,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="run only these methods")
 
     sub = kind("mixture", "compare mixtures of experts, made of slices of a dense model, with that model")
-    listed = "\n".join(f"  {key:16} {slicing.words}" for key, slicing in MIXTURES.items())
-    sub.epilog = f"mixtures, and their names in the results:\n{listed}"
+    listed = "\n".join(f"  {part:16} {words}" for part, words in PARTS.items())
+    sub.epilog = f"parts, and what they are:\n{listed}"
     _add_comparison(sub, seqlen=512, eval_seqlen=1024, eval_windows=4)
     sub.add_argument(
-        "--only", nargs="+", choices=(DENSE, *MIXTURES), metavar="MODEL", help="quantize only these models"
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="measure only these"
     )
     sub.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(RUNS), metavar="METHOD", help="methods to run"
+        "--methods",
+        nargs="+",
+        choices=[key for key, method in METHODS.items() if method.method == PT2_LLM],
+        default=list(RUNS),
+        metavar="METHOD",
+        help="methods to run, of those of the benchmark methods that ternarize",
     )
     sub.add_argument(
         "--resume",
@@ -271,7 +276,7 @@ def main() -> int:
         else:
             results = compare_mixtures(
                 options,
-                arguments.only or [DENSE, *MIXTURES],
+                arguments.only,
                 arguments.methods,
                 arguments.eval,
                 save,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import text
-from harness.benchmark.methods import METHODS
-from harness.benchmark.slices import Slicing, slice_mlps
+from harness.benchmark.few_tokens import few_token_errors
+from harness.benchmark.methods import METHODS, read_by_label
+from harness.benchmark.slices import Slicing, require_sliceable, slice_mlps
 from harness.compute import default_compute
 from harness.divergence import divergence_on
 from harness.errors import UserError
@@ -26,15 +26,22 @@ from harness.models.original import Original
 from harness.perplexity import cut_windows, measure_on
 from harness.progress import Progress, Say, say_on_stderr, say_on_stdout
 from harness.quantize.options import NO_EVALUATION, Options
+from harness.quantize.prepare import read_texts
 from harness.quantize.run import quantize
 from harness.text import AnyText
 
-DENSE = "dense"
+DENSE, FEW_TOKENS = "dense", "few-tokens"
 # The mixtures, by the names of the command line.
 MIXTURES = {
     "top-4": Slicing("4 slices, top 4", 4, 4),
     "halves-twice": Slicing("2 halves, each twice, top 2", 2, 2, twice=True),
     "top-2": Slicing("4 slices, top 2", 4, 2),
+}
+# Parts of the comparison, and what they are.
+PARTS = {
+    DENSE: "the dense model",
+    **{key: slicing.words for key, slicing in MIXTURES.items()},
+    FEW_TOKENS: "single experts fitted to few tokens, with and without average ones",
 }
 # What is run by default: methods of `METHODS`.
 RUNS = ("pt2-llm", "best")
@@ -49,7 +56,7 @@ ROUNDING = 1e-4
 
 def compare_mixtures(
     options: Options,
-    models: list[str],
+    parts: list[str],
     methods: list[str],
     texts: list[str],
     save: Callable[[dict[str, Any]], None],
@@ -62,8 +69,8 @@ def compare_mixtures(
     ----------
     options : Options
         Model and calibration, and the windows of the evaluation.
-    models : list of str
-        `DENSE` and keys of `MIXTURES`.
+    parts : list of str
+        Keys of `PARTS`.
     methods : list of str
         Keys of `METHODS`.
     texts : list of str
@@ -87,12 +94,20 @@ def compare_mixtures(
     """
     if NO_EVALUATION in texts:
         raise UserError("mixtures are compared by perplexity, which needs a text; pass one with --eval")
-    streams = {name: text.read_text(name, text.EVALUATION, options.text_column) for name in texts}
+    streams = read_by_label(texts, options.text_column)
     dense = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
+    for name in parts:
+        if name in MIXTURES:
+            require_sliceable(dense.model.config, MIXTURES[name])
     results = earlier or {}
+    if FEW_TOKENS in parts and FEW_TOKENS not in results:
+        say("experts with few tokens")
+        calibration = read_texts(replace(options, evaluation=NO_EVALUATION), say_on_stderr)[0]
+        results[FEW_TOKENS] = few_token_errors(dense, calibration, next(iter(streams.values())), methods)
+        save(results)
     found: dict[str, tuple[Original, str | None]] = {DENSE: (dense, options.model)}
     with TemporaryDirectory() as folder:
-        for key, name in product(methods, models):
+        for key, name in product(methods, [part for part in parts if part != FEW_TOKENS]):
             method, slicing = METHODS[key], MIXTURES.get(name)
             words = slicing.words if slicing else DENSE
             row = results.setdefault(words, {})
@@ -201,7 +216,7 @@ def output_errors(original: Any, quantized: Any, windows: torch.Tensor) -> dict[
     -------
     dict
         ``mlp_error``: of each MLP's output on the inputs that it has in the original model, mean over layers.
-        ``hidden_error``: of the output of the last decoder layer.
+        ``hidden_error``: of the final hidden states, after the last norm.
     """
     before, after = (locate_layers(model).layers for model in (original, quantized))
     mlps = [[_mlp(layer) for layer in layers] for layers in (before, after)]
@@ -213,12 +228,10 @@ def output_errors(original: Any, quantized: Any, windows: torch.Tensor) -> dict[
             hook = mlp.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
             hooks.callback(hook.remove)
         for window in windows:
-            states = [
-                model.base_model(window[None], use_cache=False, output_hidden_states=True).hidden_states[-1]
-                for model in (original, quantized)
-            ]
-            hidden_errors.append(_relative(*states))
-            for errors, mlp, (x, y) in zip(mlp_errors, mlps[1], seen, strict=True):
+            expected = _final_states(original, window)
+            pairs = list(seen)
+            hidden_errors.append(_relative(expected, _final_states(quantized, window)))
+            for errors, mlp, (x, y) in zip(mlp_errors, mlps[1], pairs, strict=True):
                 errors.append(_relative(y, mlp(x)))
             seen.clear()
             step()
@@ -227,6 +240,11 @@ def output_errors(original: Any, quantized: Any, windows: torch.Tensor) -> dict[
         "mlp_error": sum(medians) / len(medians),
         "hidden_error": float(torch.cat(hidden_errors).median()),
     }
+
+
+def _final_states(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """Hidden states of a window that enter the head, after the final norm."""
+    return model.base_model(window[None], use_cache=False).last_hidden_state
 
 
 def _mlp(layer: nn.Module) -> nn.Module:
@@ -256,15 +274,15 @@ def variance_in_blocks(layers: list[dict[str, Any]]) -> float:
 
 def _compare_with_dense(results: dict[str, Any]) -> None:
     """Add to every run of a mixture its errors over those of the dense model by the same method."""
-    for words, row in results.items():
-        for method, found in row.items():
+    for slicing in MIXTURES.values():
+        for method, found in results.get(slicing.words, {}).items():
             base = results.get(DENSE, {}).get(method)
-            if words in (DENSE, "protocol") or method == "original" or base is None:
+            if method == "original" or base is None:
                 continue
             names = ("mean_relative_output_error", "mlp_error", "hidden_error")
-            ratios = {name: found[name] / base[name] for name in names}
-            for text_name, divergence in found["texts"].items():
-                for name in ("mean", "perplexity"):
-                    key = f"{text_name}: {'KL divergence' if name == 'mean' else name}"
-                    ratios[key] = divergence[name] / base["texts"][text_name][name]
-            found["over_dense"] = {name: round(ratio, 4) for name, ratio in ratios.items()}
+            pairs = {name: (found[name], base[name]) for name in names}
+            for label, on_text in found["texts"].items():
+                other = base["texts"][label]
+                pairs[f"{label}: KL divergence"] = on_text["mean"], other["mean"]
+                pairs[f"{label}: perplexity"] = on_text["perplexity"], other["perplexity"]
+            found["over_dense"] = {name: round(a / b, 4) for name, (a, b) in pairs.items() if b}

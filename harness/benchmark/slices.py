@@ -77,7 +77,7 @@ def slice_mlps(model: Any, slicing: Slicing, seed: int = 0) -> Any:
         If the model is of another class, has biases, or its intermediate size is no multiple of the slices.
     """
     config = model.config
-    _require_sliceable(config, slicing)
+    require_sliceable(config, slicing)
     transformers = quiet_transformers()
     shared = (
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -113,7 +113,8 @@ def slice_mlps(model: Any, slicing: Slicing, seed: int = 0) -> Any:
     return mixture.eval()
 
 
-def _require_sliceable(config: Any, slicing: Slicing) -> None:
+def require_sliceable(config: Any, slicing: Slicing) -> None:
+    """Refuse a model that `slice_mlps` cannot cut."""
     if config.model_type != "llama":
         raise UserError(f"only LLaMA's MLPs can be sliced into experts, not those of {config.model_type!r}")
     if (
