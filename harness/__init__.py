@@ -13,6 +13,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     models/                       the original model: its folder, loading, decoder layers
     text/, windows                calibration and evaluation text, and the windows cut from it
     calibration/                  from text to fitted matrices, layer by layer
+    runtimes/                     what llama.cpp and mlx_lm compute, and their formats hold
     ternary/                      a ternary model in torch and on disk
     perplexity, divergence        measure a model on text
     zeroshot/, hf                 measure it on tasks; load checkpoints in transformers

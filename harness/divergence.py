@@ -10,6 +10,8 @@ import torch
 
 from harness.compute import HOST, Compute
 from harness.errors import UserError
+from harness.models.classes import is_classifier
+from harness.models.decoder import as_text
 from harness.models.original import Original, require_fits
 from harness.perplexity import LOGIT_ROWS, Perplexity, cut_windows, from_losses, mean_loss
 from harness.progress import Progress, Say, say_on_stderr
@@ -24,13 +26,14 @@ class Divergence:
     Attributes
     ----------
     mean : float
-        Mean over tokens of KL(original ‖ quantized) in nats.
+        Mean over predictions of KL(original ‖ quantized) in nats.
     percentile_99 : float
         Its 99th percentile.
     agreement : float
-        Share of tokens for which both models find the same next token most likely.
+        Share of predictions for which both models find the same token, or label, most likely.
     tokens : int
-        Number of predictions.
+        Number of predictions: of a token after each but the last of a window; of a classifier, of a label for
+        each token or each window.
     """
 
     mean: float
@@ -48,7 +51,7 @@ def divergence(
     Parameters
     ----------
     original, quantized : transformers.PreTrainedModel
-        Models with the same vocabulary, on one device.
+        Models with the same vocabulary, or classifiers with the same labels, on one device.
     windows : (count, seqlen) int64 tensor
         Token ids.
     progress : callable
@@ -57,7 +60,7 @@ def divergence(
     Returns
     -------
     losses : list of float
-        Mean cross-entropy of the quantized model in each window.
+        Mean cross-entropy of the quantized model in each window; empty for a classifier.
     found : Divergence
         The divergence.
 
@@ -67,11 +70,16 @@ def divergence(
     a time, and never kept.
     """
     losses, divergences, agreed = [], [], 0
+    labels = is_classifier(original)
     for window in windows:
-        ids = window[None].to(original.device)
-        expected, got = (model(ids, use_cache=False).logits for model in (original, quantized))
-        losses.append(mean_loss(got, window))
-        for p, q in zip(expected[0, :-1].split(LOGIT_ROWS), got[0, :-1].split(LOGIT_ROWS), strict=True):
+        text = as_text(original, window[None].to(original.device))
+        expected, got = (model(**text, use_cache=False).logits for model in (original, quantized))
+        if labels:
+            expected, got = (logits.flatten(0, -2) for logits in (expected, got))
+        else:
+            losses.append(mean_loss(got, window))
+            expected, got = (logits[0, :-1] for logits in (expected, got))
+        for p, q in zip(expected.split(LOGIT_ROWS), got.split(LOGIT_ROWS), strict=True):
             log_p, log_q = (logits.float().log_softmax(-1) for logits in (p, q))
             divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
@@ -90,8 +98,10 @@ def divergence_on(
     compute: Compute,
     say: Say = say_on_stderr,
     bos: str = AUTO,
-) -> tuple[Perplexity, Divergence]:
+) -> tuple[Perplexity | None, Divergence]:
     """Measure the perplexity of a quantized model on a text, and its divergence, in one pass of each model.
+
+    A classifier has no perplexity.
 
     The windows are those of `harness.perplexity.measure_on`. Both models are moved to the device if it holds
     them, and back.
@@ -116,7 +126,8 @@ def divergence_on(
     finally:
         for model in models:
             model.to(HOST)
-    return from_losses(losses, chosen, tokens, source, quantized.model.dtype), found
+    perplexity = from_losses(losses, chosen, tokens, source, quantized.model.dtype) if losses else None
+    return perplexity, found
 
 
 def require_comparable(original: Original, quantized: Original) -> None:
@@ -125,15 +136,34 @@ def require_comparable(original: Original, quantized: Original) -> None:
     Raises
     ------
     UserError
-        If one is read from disk layer by layer, or their vocabularies have different sizes.
+        If one is read from disk layer by layer, their vocabularies have different sizes, only one is a
+        classifier, or their labels differ in number or do not exclude each other.
     """
     for model in (original, quantized):
         if model.read is not None:
             raise UserError(
                 f"{model.name} is too large for the memory of this machine; it cannot be compared"
             )
-    sizes = [model.model.config.get_text_config().vocab_size for model in (original, quantized)]
-    if sizes[0] != sizes[1]:
+    for what, sizes in (
+        ("tokens", [model.model.config.get_text_config().vocab_size for model in (original, quantized)]),
+        ("labels", [_labels(model) for model in (original, quantized)]),
+    ):
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{quantized.name} has {sizes[1]} {what}, {original.name} has {sizes[0]}: it is not its "
+                "original"
+            )
+
+
+def _labels(original: Original) -> int:
+    """Number of labels of a classifier; 0 for a language model."""
+    model = original.model
+    if not is_classifier(model):
+        return 0
+    kind = getattr(model.config, "problem_type", None)
+    if model.config.num_labels == 1 or kind in ("regression", "multi_label_classification"):
         raise UserError(
-            f"{quantized.name} has {sizes[1]} tokens, {original.name} has {sizes[0]}: it is not its original"
+            f"the outputs of {original.name} are no probabilities of labels that exclude each other; "
+            "divergence is not measured for them"
         )
+    return int(model.config.num_labels)

@@ -12,7 +12,8 @@ import torch
 from harness.calibration.capture import capture_inputs, logits_after
 from harness.calibration.passage import brought
 from harness.compute import HOST, Compute, dtype_name
-from harness.models.decoder import DecoderLayers, locate_layers
+from harness.models.classes import require_vocabulary
+from harness.models.decoder import DecoderLayers, as_text, locate_layers
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
@@ -80,7 +81,7 @@ def measure(
     losses = []
     for window in windows:
         window = window.to(model.device)
-        losses.append(mean_loss(model(window[None], use_cache=False).logits, window))
+        losses.append(mean_loss(model(**as_text(model, window[None]), use_cache=False).logits, window))
         progress()
     return from_losses(losses, windows, tokens, source, model.dtype)
 
@@ -140,9 +141,11 @@ def measure_on(
     Raises
     ------
     UserError
-        If the text is shorter than one window, or a window is longer than the model's context.
+        If the text is shorter than one window, a window is longer than the model's context, or the model is a
+        classifier.
     """
     model = original.model
+    require_vocabulary(model, original.name, "has no perplexity")
     arguments = cut_windows(original, stream, seqlen, windows, bos)
     chosen = arguments[0]
     if original.read is not None or not compute.holds(model, seqlen):

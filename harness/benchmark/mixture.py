@@ -129,6 +129,7 @@ def compare_mixtures(
             _compare_with_dense(results)
             save(results)
             say(f"  {row[method.words]}")
+    _compare_with_dense(results)
     return results
 
 
@@ -190,6 +191,7 @@ def _measured(
     on_texts = {}
     for name, stream in streams.items():
         perplexity, divergence = divergence_on(original, quantized, stream, *window, default_compute())
+        assert perplexity is not None  # as it is of a language model
         on_texts[name] = {"perplexity": perplexity.value, **asdict(divergence)}
     return {
         "bits_per_weight": round(record["bits_per_weight"], 3),

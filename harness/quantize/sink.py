@@ -31,7 +31,7 @@ from harness.quantize.options import PT2_LLM, Options
 from harness.quantize.prepare import Ready, require_other_folder
 from harness.quantize.record import Record
 from harness.quantize.resume import stored_weights
-from harness.quantize.target import choose, require_foldable
+from harness.quantize.target import choose, require_foldable, require_supported
 from harness.ternary.format import is_ternary
 from harness.ternary.writing import CheckpointWriter
 
@@ -134,8 +134,10 @@ class CheckpointSink(Sink):
 
     def settle(self, original: Original) -> Options:
         decoder = locate_layers(original.model, original.read)
+        notes = require_supported(self.options.target, original, decoder)
         columns = {linear.in_features for linear in decoder.named_linears().values()}
-        self.options, self._chosen = choose(self.options, columns)
+        self.options, chosen = choose(self.options, columns)
+        self._chosen = chosen + notes
         require_foldable(self.options, original.model.config)
         require_in_range(decoder, self.options.config)
         return self.options

@@ -19,7 +19,7 @@ STOREYS = [
     {"models"},
     {"text"},
     {"windows"},
-    {"calibration", "ternary"},
+    {"calibration", "runtimes", "ternary"},
     {"perplexity"},
     {"divergence", "hf", "vllm", "zeroshot"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
