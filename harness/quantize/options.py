@@ -172,6 +172,8 @@ class Options:
     config: TernaryConfig = field(default_factory=TernaryConfig)
     # The settings of `config` that the command line names.
     given: tuple[str, ...] = field(default=(), compare=False)
+    # The command line that they come from, for the report.
+    command: str | None = field(default=None, compare=False)
 
     evaluation: str | None = option(
         None,

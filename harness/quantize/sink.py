@@ -108,9 +108,9 @@ class Sink(ABC):
     def quantized(self, say: Say) -> Original:
         """Return the quantized model for measurement."""
 
-    def result_lines(self) -> list[str]:
-        """Return the lines printed at the end."""
-        return []
+    def weight_bytes(self) -> int | None:
+        """Return the size of the stored weights; None if none are stored."""
+        return None
 
 
 class CheckpointSink(Sink):
@@ -229,10 +229,9 @@ class CheckpointSink(Sink):
         model = load_stored(self.out, dense=not self._streamed, trust_remote_code=trusted)
         return Original(model, self._tokenizer, str(self.out))
 
-    def result_lines(self) -> list[str]:
+    def weight_bytes(self) -> int | None:
         weights = [file for pattern in WEIGHT_FILES for file in self.out.glob(pattern)]
-        size = sum(file.stat().st_size for file in weights)
-        return [f"{self.out}: {size / 1e6:.1f} MB of weights"]
+        return sum(file.stat().st_size for file in weights)
 
 
 class BaselineSink(Sink):

@@ -14,7 +14,7 @@ ROOT = Path(harness.__file__).parent
 STOREYS = [
     {"errors", "signals", "streams"},
     {"files", "cli", "machine", "cpu"},
-    {"backends", "progress"},
+    {"backends", "page", "progress"},
     {"compute"},
     {"models"},
     {"text"},
@@ -22,7 +22,7 @@ STOREYS = [
     {"calibration", "runtimes", "ternary"},
     {"perplexity"},
     {"divergence", "hf", "vllm", "zeroshot"},
-    {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
+    {"evaluate", "generate", "inspect", "quantize", "export", "report", "verify"},
     {"architectures", "benchmark", "compare", "hardware", "serve"},
 ]
 PROGRAMS = {*STOREYS[-1], *STOREYS[-2]}
