@@ -157,34 +157,34 @@ def compare_methods(
     """
     if NO_EVALUATION in texts:
         raise UserError("methods are compared by perplexity, which needs a text; pass one with --eval")
-    streams = {name: text.read_text(name, text.EVALUATION, options.text_column) for name in texts}
+    streams = read_by_label(texts, options.text_column)
     window = options.evaluation_seqlen, options.evaluation_windows
     original = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
     require_comparable(original, original)
     compute = default_compute()
 
     def measure(model: Original) -> dict[str, dict[str, Any]]:
-        found = (divergence_on(original, model, stream, *window, compute) for stream in streams.values())
+        found = {
+            label: divergence_on(original, model, stream, *window, compute)
+            for label, stream in streams.items()
+        }
         return {
             label: {"perplexity": perplexity.value, **asdict(divergence)}
-            for label, (perplexity, divergence) in zip(labels, found, strict=True)
+            for label, (perplexity, divergence) in found.items()
             if perplexity is not None  # as it is of a language model, which `measure_on` has seen to
         }
 
     before = [measure_on(original, stream, *window, compute) for stream in streams.values()]
-    labels = [found.protocol.partition(":")[0] for found in before]
-    if len(set(labels)) < len(labels):
-        labels = list(streams)
     results: dict[str, dict[str, Any]] = {
         "original": {
             "perplexity": before[0].value,
             "texts": {
-                label: {"perplexity": found.value} for label, found in zip(labels, before, strict=True)
+                label: {"perplexity": found.value} for label, found in zip(streams, before, strict=True)
             },
         },
         "protocol": {
             "evaluation": before[0].protocol,
-            "texts": dict(zip(labels, (found.protocol for found in before), strict=True)),
+            "texts": dict(zip(streams, (found.protocol for found in before), strict=True)),
         },
     }
     with TemporaryDirectory() as folder:
@@ -208,7 +208,7 @@ def compare_methods(
                 on_texts = measure(examined.pop())
                 results[method.words] = {
                     "bits_per_weight": round(record["bits_per_weight"], 3),
-                    "perplexity": on_texts[labels[0]]["perplexity"],
+                    "perplexity": on_texts[next(iter(streams))]["perplexity"],
                     "mean_relative_output_error": record["mean_relative_output_error"],
                     "seconds_of_layers": round(record["seconds"]["layers"], 1),
                     "texts": on_texts,
@@ -216,6 +216,13 @@ def compare_methods(
             save(results)
             say(f"  {results[method.words]}")
     return results
+
+
+def read_by_label(texts: list[str], column: str | None) -> dict[str, text.AnyText]:
+    """Read texts to measure on, by their names in results: without their files if that tells them apart."""
+    streams = [text.read_text(name, text.EVALUATION, column) for name in texts]
+    labels = [stream.protocol.partition(":")[0] for stream in streams]
+    return dict(zip(labels if len(set(labels)) == len(labels) else texts, streams, strict=True))
 
 
 def _shared(calibration: dict[str, Any]) -> dict[str, Any]:
