@@ -51,6 +51,14 @@ METHODS: dict[str, Method] = {
     "aga-only": Method("AGA", config=replace(NO_ORDER, itf=False)),
     "init-only": Method("initialization only", config=replace(NO_ORDER, itf=False, aga="none")),
     "eq13": Method("SSR + ITF + Eq. 13 as printed", config=TernaryConfig(aga="printed")),
+    "ssr-init-only": Method("SSR, initialization only", config=TernaryConfig(itf=False, aga="none")),
+    "ssr-itf-only": Method("SSR + ITF", config=TernaryConfig(aga="none")),
+    "ssr-aga-only": Method("SSR + AGA", config=TernaryConfig(itf=False)),
+    "symmetric-start": Method("SSR + ITF from Eq. 1-3 + AGA", config=TernaryConfig(start="twn")),
+    **{
+        f"pt2-llm-{k}": Method(f"PT²-LLM, blocks of {k}", config=TernaryConfig(block_size=k))
+        for k in (64, 256)
+    },
     **{name: Method(f"{name} ({what})", name) for name, what in BASELINES.items()},
     # The recipe beyond the paper, one step after the other.
     "pt2-llm-targets": Method(

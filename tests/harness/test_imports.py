@@ -24,7 +24,7 @@ STOREYS = [
     {"divergence", "hf", "vllm", "zeroshot"},
     {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
     {"comparison"},
-    {"architectures", "benchmark", "compare", "hardware", "serve"},
+    {"architectures", "benchmark", "compare", "hardware", "reproduce", "serve"},
 ]
 PROGRAMS = {*STOREYS[-1], *STOREYS[-3]}
 
