@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 from harness import text
@@ -28,6 +29,7 @@ from harness.models.folder import locked
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
 from harness.progress import say_on_stdout
+from harness.quantize.options import BACKENDS
 from harness.reproduce import paper
 from harness.reproduce.cells import Cells
 from harness.reproduce.peers import PEERS, require_installed
@@ -43,13 +45,14 @@ RECORD = "reproduce.json"
 
 DESCRIPTION = """\
 Measure the tables and figures of the paper on any model. Every cell is one quantized model, measured by
-perplexity and by KL divergence from the original. Where the model is one of the paper's, its values stand beside.
+perplexity and by KL divergence from the original. Where the model is one of the paper's, its values stand
+beside them.
 
 {tables}
 
-Each cell is kept in --out as soon as it is measured. A repeated command measures only what is missing: a kill
-loses one cell, and tables share cells. Results are reproduce.json and reproduce.md, and for each table a .csv and
-an .svg file (which requires matplotlib).
+Each cell is kept in --out as soon as it is measured. A repeated command measures only what is missing: a
+kill loses one cell, and tables share cells. Results are reproduce.json and reproduce.md, and for each table
+a .csv and an .svg file (which requires matplotlib).
 
 A cell takes as long as harness.quantize and two evaluations, plus one of the original to compare with. At the
 paper's sizes a cell of SmolLM2-135M takes about an hour on two CPU cores; at the sizes of the second command
@@ -134,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="steps of gradient descent that a peer takes per layer; 200 is AutoRound's default",
     )
-    known = [name for name in paper.contents()["models"]]
+    known = list(paper.contents()["models"])
     parser.add_argument(
         "--paper-model",
         choices=known,
@@ -143,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "cpu", "gpu", "reference"),
+        choices=BACKENDS,
         default="auto",
         help="as for harness.quantize",
     )
@@ -174,7 +177,7 @@ def main() -> int:
         say_on_stdout(markdown_of(record))
         try:
             for name, table in record["results"].items():
-                write_svg(out / f"{name}.svg", svg_of(lambda table=table: draw(table)))
+                write_svg(out / f"{name}.svg", svg_of(partial(draw, table)))
         except UserError as error:  # without matplotlib; the figures are written
             say_on_stdout(f"no plots: {error}")
     return 0

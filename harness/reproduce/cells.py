@@ -45,8 +45,8 @@ CELLS, UNFINISHED = "cells", "unfinished"
 class Cells:
     """Measure cells, or find them where an earlier command has measured them.
 
-    A cell is found by everything that its figures depend on: the content of model and texts, the method, and all
-    sizes. So a command may be repeated, ask for other tables, or name moved files.
+    A cell is found by everything that its figures depend on: the content of model and texts, the method, and
+    all sizes. So a command may be repeated, ask for other tables, or name moved files.
 
     Parameters
     ----------

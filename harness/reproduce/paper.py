@@ -1,6 +1,6 @@
 """The paper's own values, by table, model and row: ``paper.json``.
 
-Values are those of the text of arXiv 2510.03267: perplexities, accuracies in percent, bits per weight; in table 3
+Values are those of arXiv 2510.03267: perplexities, accuracies in percent, bits per weight; in table 3
 gigabytes, how many times smaller, and minutes. ``models`` holds names under which the models are known.
 """
 

@@ -60,7 +60,8 @@ def require_installed(names: tuple[str, ...]) -> None:
         peer = PEERS[name]
         if importlib.util.find_spec(peer.module) is None:
             raise UserError(
-                f"--peers {name} requires the package `{peer.package}`; run pip install '.[{peer.extra}]' in the clone"
+                f"--peers {name} requires the package `{peer.package}`; "
+                f"run pip install '.[{peer.extra}]' in the clone"
             )
 
 

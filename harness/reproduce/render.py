@@ -71,7 +71,7 @@ def shown(value: Value) -> str:
     if abs(value) >= 1e5 or abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def csv_of(table: dict[str, Any]) -> str:
@@ -89,7 +89,7 @@ def markdown_table(table: dict[str, Any]) -> list[str]:
     rows = cells_of(table)
     header = [column.strip() for column in rows[0]]
     lines = [header, ["---"] * len(header), *([shown(value) for value in row.values()] for row in rows)]
-    return [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines]
+    return [f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in lines]
 
 
 def markdown_of(record: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.comparison.speed import Lengths
@@ -52,7 +52,7 @@ class Settings:
     tasks_dir: Path | None = None
     limit: int | None = None
     batch_size: int = 8
-    lengths: Lengths = Lengths()
+    lengths: Lengths = field(default_factory=Lengths)
     peers: tuple[str, ...] = ()
     peer_iterations: int = 200
     paper_model: str | None = None

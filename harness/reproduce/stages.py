@@ -18,8 +18,8 @@ def summarize_stages(layers: list[dict[str, Any]]) -> dict[str, Any]:
     dict
         ``weight_errors``, E_w / ‖W‖² at the start and after every half-step of ITF (a matrix that stopped
         earlier counts with its last value), and ``aligned_weight_error`` after AGA; ``output_errors``,
-        E_x / tr(WCWᵀ) after every stage, and of the ``whole`` matrix as stored; ``variance``, one pair per layer:
-        mean variance in blocks before and after reordering.
+        E_x / tr(WCWᵀ) after every stage, and of the ``whole`` matrix as stored; ``variance``, one pair per
+        layer: mean variance in blocks before and after reordering.
     """
     matrices = [matrix for layer in layers for matrix in layer["matrices"]]
     power = sum(matrix["weight_power"] for matrix in matrices)

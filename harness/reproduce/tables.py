@@ -43,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its label, its cell, and the label that the paper's row has in ``paper.json``, if there is one."""
+    """A row: its label, its cell, and the label of the paper's row in ``paper.json``, if there is one."""
 
     label: str
     cell: Cell
@@ -170,15 +170,15 @@ def text_name(source: str) -> str:
 TABLES = {
     "table1": Table(
         "Table 1: methods",
-        "Perplexity on WikiText-2 and C4, with --tasks also zero-shot accuracy. The paper compares PT²-LLM with "
-        "GPTQ, AWQ, QuIP, Slim-LLM and PB-LLM, whose values it prints. Measured here: the original, "
+        "Perplexity on WikiText-2 and C4, with --tasks also zero-shot accuracy. The paper compares PT²-LLM "
+        "with GPTQ, AWQ, QuIP, Slim-LLM and PB-LLM, whose values it prints. Measured here: the original, "
         "2-bit rounding, GPTQ as its paper has it and at its best, PT²-LLM, the recipe best, and --peers.",
         _methods,
     ),
     "table2a": Table(
         "Table 2a: ITF and AGA",
-        "What the two steps of the quantizer are worth; here also the initialization by Eq. 1-3, and Eq. 13 as "
-        "printed.",
+        "What the two steps of the quantizer are worth; here also the initialization by Eq. 1-3, and Eq. 13 "
+        "as printed.",
         _stages,
     ),
     "table2b": Table(
@@ -198,8 +198,8 @@ TABLES = {
     ),
     "table3": Table(
         "Table 3: size and time",
-        "Size of the model, how many times smaller it is, and minutes to quantize it; here for blocks of 64, 128 "
-        "and 256 columns, with their quality.",
+        "Size of the model, how many times smaller it is, and minutes to quantize it; here for blocks of 64, "
+        "128 and 256 columns, with their quality.",
         _block_sizes,
         SIZES,
     ),
@@ -212,8 +212,9 @@ TABLES = {
     ),
     "figure4": Table(
         "Figure 4: tokens per second",
-        "Reading a prompt of 128 tokens, writing 256, and both. The paper compares llama.cpp's ternary and 2-bit "
-        "types on a GPU; measured here: the original and ternary layers by this package, on this machine.",
+        "Reading a prompt of 128 tokens, writing 256, and both. The paper compares llama.cpp's ternary and "
+        "2-bit types on a GPU. Measured here: the original and ternary layers by this package, on this "
+        "machine.",
         _rates,
         RATES,
     ),
