@@ -13,10 +13,8 @@ from harness.reproduce.tables import STAGES as BY_STAGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
-# A panel of a table: its title, and whether its axis is logarithmic.
-Panel = tuple[str, bool]
 
 
 def draw(table: dict[str, Any]) -> Figure:
@@ -55,7 +53,7 @@ def _draw_dots(table: dict[str, Any]) -> Figure:
                 panel.plot(*zip(*points, strict=True), marker, color=colour, label=label, clip_on=False)
         panel.set(xlabel=title, **({"xscale": "log"} if logarithmic else {"xlim": (0, None)}))
         if logarithmic:
-            panel.xaxis.set_major_formatter("{x:,g}")
+            _label_powers(panel, panel.xaxis, *panel.get_xlim())
     axes[0].set_yticks(range(len(rows)), [textwrap.fill(_plain(row[""]), 40) for row in rows])
     axes[0].invert_yaxis()
     _legend(figure, list(axes))
@@ -84,6 +82,7 @@ def _draw_stages(table: dict[str, Any]) -> Figure:
     outputs.set(ylabel="E_x / tr(WCWᵀ)")
     outputs.set_xticks(range(4), ["start", "ITF", "AGA", "whole"])
     variance.set(xlabel="layer", ylabel="variance in blocks", yscale="log")
+    _label_powers(variance, variance.yaxis, *variance.get_ylim())
     _legend(figure, [weights])
     return figure
 
@@ -104,6 +103,15 @@ def _draw_rates(table: dict[str, Any]) -> Figure:
         panel.set_ylabel("tokens per second")
         panel.margins(y=0.15)
     return figure
+
+
+def _label_powers(panel: Axes, axis: Axis, low: float, high: float) -> None:
+    """Label a logarithmic axis with plain numbers."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
+    axis.set_major_formatter("{x:,g}")
+    panel.minorticks_off()
 
 
 def _legend(figure: Figure, axes: list[Axes]) -> None:
