@@ -10,11 +10,13 @@ import torch
 
 from harness.compute import HOST, Compute
 from harness.errors import UserError
+from harness.models.classes import is_classifier
+from harness.models.decoder import as_text
 from harness.models.original import Original, require_fits
-from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
+from harness.perplexity import LOGIT_ROWS, Perplexity, cut_windows, from_losses, mean_loss
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
-from harness.windows import AUTO, bos_of, evaluation_windows, tokenize
+from harness.windows import AUTO
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,17 @@ class Divergence:
 
     Attributes
     ----------
-    perplexity : float
-        Perplexity of the quantized model, as `harness.perplexity.measure` defines it.
     mean : float
-        Mean over tokens of KL(original ‖ quantized) in nats.
+        Mean over predictions of KL(original ‖ quantized) in nats.
     percentile_99 : float
         Its 99th percentile.
     agreement : float
-        Share of tokens for which both models find the same next token most likely.
+        Share of predictions for which both models find the same token, or label, most likely.
     tokens : int
-        Number of predictions.
+        Number of predictions: of a token after each but the last of a window; of a classifier, of a label for
+        each token or each window.
     """
 
-    perplexity: float
     mean: float
     percentile_99: float
     agreement: float
@@ -45,13 +45,13 @@ class Divergence:
 @torch.no_grad()
 def divergence(
     original: Any, quantized: Any, windows: torch.Tensor, progress: Callable[[], object] = lambda: None
-) -> Divergence:
+) -> tuple[list[float], Divergence]:
     """Measure the divergence over all predictions inside the windows.
 
     Parameters
     ----------
     original, quantized : transformers.PreTrainedModel
-        Models with the same vocabulary, on one device.
+        Models with the same vocabulary, or classifiers with the same labels, on one device.
     windows : (count, seqlen) int64 tensor
         Token ids.
     progress : callable
@@ -59,7 +59,10 @@ def divergence(
 
     Returns
     -------
-    Divergence
+    losses : list of float
+        Mean cross-entropy of the quantized model in each window; empty for a classifier.
+    found : Divergence
+        The divergence.
 
     Notes
     -----
@@ -67,23 +70,23 @@ def divergence(
     a time, and never kept.
     """
     losses, divergences, agreed = [], [], 0
+    labels = is_classifier(original)
     for window in windows:
-        ids = window[None].to(original.device)
-        expected, got = (model(ids, use_cache=False).logits for model in (original, quantized))
-        losses.append(mean_loss(got, window))
-        for p, q in zip(expected[0, :-1].split(LOGIT_ROWS), got[0, :-1].split(LOGIT_ROWS), strict=True):
+        text = as_text(original, window[None].to(original.device))
+        expected, got = (model(**text, use_cache=False).logits for model in (original, quantized))
+        if labels:
+            expected, got = (logits.flatten(0, -2) for logits in (expected, got))
+        else:
+            losses.append(mean_loss(got, window))
+            expected, got = (logits[0, :-1] for logits in (expected, got))
+        for p, q in zip(expected.split(LOGIT_ROWS), got.split(LOGIT_ROWS), strict=True):
             log_p, log_q = (logits.float().log_softmax(-1) for logits in (p, q))
             divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         progress()
     every = torch.cat(divergences).double()
-    return Divergence(
-        exponential(sum(losses) / len(losses)),
-        float(every.mean()),
-        float(every.quantile(0.99)),
-        agreed / len(every),
-        len(every),
-    )
+    found = Divergence(float(every.mean()), float(every.quantile(0.99)), agreed / len(every), len(every))
+    return losses, found
 
 
 def divergence_on(
@@ -95,10 +98,13 @@ def divergence_on(
     compute: Compute,
     say: Say = say_on_stderr,
     bos: str = AUTO,
-) -> Divergence:
-    """Measure the divergence on a text, on the windows that perplexity is measured on.
+) -> tuple[Perplexity | None, Divergence]:
+    """Measure the perplexity of a quantized model on a text, and its divergence, in one pass of each model.
 
-    Both models are moved to the device if it holds them, and back.
+    A classifier has no perplexity.
+
+    The windows are those of `harness.perplexity.measure_on`. Both models are moved to the device if it holds
+    them, and back.
 
     Raises
     ------
@@ -107,12 +113,8 @@ def divergence_on(
     """
     require_comparable(original, quantized)
     models = (original.model, quantized.model)
-    tokens = tokenize(stream, original.tokenizer)
-    for model in models:
-        require_fits(model, tokens.all(), seqlen)
-    limit = min(filter(None, (windows, stream.windows)), default=None)
-    first = bos_of(original.model, original.tokenizer, bos)
-    chosen = evaluation_windows(tokens, seqlen, limit, first)
+    chosen, tokens, source = cut_windows(original, stream, seqlen, windows, bos)
+    require_fits(quantized.model, chosen, seqlen)
     fits = compute.memory is None or all(
         replace(compute, memory=compute.memory // 2).holds(m, seqlen) for m in models
     )
@@ -120,10 +122,12 @@ def divergence_on(
         model.to(compute.device if fits else HOST)
     try:
         with Progress("divergence from the original", len(chosen), "window", say) as step:
-            return divergence(*models, chosen, step)
+            losses, found = divergence(*models, chosen, step)
     finally:
         for model in models:
             model.to(HOST)
+    perplexity = from_losses(losses, chosen, tokens, source, quantized.model.dtype) if losses else None
+    return perplexity, found
 
 
 def require_comparable(original: Original, quantized: Original) -> None:
@@ -132,15 +136,34 @@ def require_comparable(original: Original, quantized: Original) -> None:
     Raises
     ------
     UserError
-        If one is read from disk layer by layer, or their vocabularies have different sizes.
+        If one is read from disk layer by layer, their vocabularies have different sizes, only one is a
+        classifier, or their labels differ in number or do not exclude each other.
     """
     for model in (original, quantized):
         if model.read is not None:
             raise UserError(
                 f"{model.name} is too large for the memory of this machine; it cannot be compared"
             )
-    sizes = [model.model.config.get_text_config().vocab_size for model in (original, quantized)]
-    if sizes[0] != sizes[1]:
+    for what, sizes in (
+        ("tokens", [model.model.config.get_text_config().vocab_size for model in (original, quantized)]),
+        ("labels", [_labels(model) for model in (original, quantized)]),
+    ):
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{quantized.name} has {sizes[1]} {what}, {original.name} has {sizes[0]}: it is not its "
+                "original"
+            )
+
+
+def _labels(original: Original) -> int:
+    """Number of labels of a classifier; 0 for a language model."""
+    model = original.model
+    if not is_classifier(model):
+        return 0
+    kind = getattr(model.config, "problem_type", None)
+    if model.config.num_labels == 1 or kind in ("regression", "multi_label_classification"):
         raise UserError(
-            f"{quantized.name} has {sizes[1]} tokens, {original.name} has {sizes[0]}: it is not its original"
+            f"the outputs of {original.name} are no probabilities of labels that exclude each other; "
+            "divergence is not measured for them"
         )
+    return int(model.config.num_labels)

@@ -184,8 +184,8 @@ class _Result:
         if self.divergence is not None:
             yield (
                 f"KL divergence from {self.original}: mean {self.divergence.mean:.4g}, 99th percentile "
-                f"{self.divergence.percentile_99:.4g}; the same most likely token for "
-                f"{self.divergence.agreement:.1%} of {self.divergence.tokens} tokens"
+                f"{self.divergence.percentile_99:.4g}; the same most likely token or label in "
+                f"{self.divergence.agreement:.1%} of {self.divergence.tokens} predictions"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -222,9 +222,10 @@ def _measure(
     if stream is not None:
         _require_causal(model, stream)
         windows = (arguments.seqlen, arguments.windows, compute)
-        perplexity = measure_on(model, stream, *windows, bos=arguments.bos)
-        if other is not None:
-            compared = divergence_on(other, model, stream, *windows, bos=arguments.bos)
+        if other is None:
+            perplexity = measure_on(model, stream, *windows, bos=arguments.bos)
+        else:
+            perplexity, compared = divergence_on(other, model, stream, *windows, bos=arguments.bos)
     if tasks is not None:
         from harness.zeroshot.measure import measure_tasks  # imports lm-eval
 

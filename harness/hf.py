@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from harness.compute import dtype_name
 from harness.errors import UserError
 from harness.files import read_json
+from harness.models.classes import auto_class
 from harness.models.experts import Experts, is_fused
 from harness.models.folder import CONFIG, GENERATION, read_config
 from harness.models.linearize import put
@@ -215,8 +216,9 @@ def _require_class(model: Any) -> None:
     """Refuse to load a checkpoint into a model of another class, such as the body alone."""
     classes = model.config.architectures
     if classes and not any(kind.__name__ in classes for kind in type(model).__mro__):
+        auto = auto_class(model.config, model.name_or_path).__name__
         raise UserError(
-            f"the checkpoint is for {classes[0]} (load it by AutoModelForCausalLM), not for "
+            f"the checkpoint is for {classes[0]} (load it by {auto}), not for "
             f"{type(model).__name__}; that can be loaded from the plain model that "
             "dequantize() and save_pretrained() of the loaded model write"
         )
@@ -344,7 +346,7 @@ def load_stored(path: str | Path, dense: bool = False, trust_remote_code: bool =
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config.quantization_config = {**quantization, "dense": dense}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config, str(folder)).from_pretrained(
             folder,
             config=config,
             dtype="auto",

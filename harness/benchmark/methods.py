@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -94,7 +93,7 @@ def compare_methods(
                 results[method.words] = {"error": str(error)}
             else:
                 results["protocol"].setdefault("calibration", _shared(record["calibration"]))
-                on_texts = {label: asdict(found) for label, found in comparison.divergences(model).items()}
+                on_texts = comparison.divergences(model)
                 del model  # the next one is loaded without it
                 results[method.words] = {
                     "bits_per_weight": round(record["bits_per_weight"], 3),

@@ -16,7 +16,7 @@ from torch import nn
 from harness.calibration.passage import LayerCall, Passage, brought
 from harness.compute import Compute
 from harness.errors import UserError
-from harness.models.decoder import DecoderLayers
+from harness.models.decoder import DecoderLayers, as_text
 
 
 @torch.no_grad()
@@ -51,7 +51,8 @@ def capture_inputs(
     Raises
     ------
     UserError
-        If the model does more than pass hidden states from layer to layer, or attends to later tokens.
+        If the model does more than pass hidden states from layer to layer and turn the last into logits, or
+        attends to later tokens.
     """
     hidden = []
     for window in windows:
@@ -59,6 +60,7 @@ def capture_inputs(
         step()
     extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute)
     calls = _record_pass(model, decoder, windows[0], extra)
+    passage = Passage(decoder, hidden, calls, compute)
     if len(windows) > 1:
         others = _record_pass(model, decoder, windows[-1], extra)
         for index, (call, other) in enumerate(zip(calls, others, strict=True)):
@@ -67,7 +69,8 @@ def capture_inputs(
                     f"decoder layer {index} of {type(model).__name__} takes arguments that depend on the "
                     "text, other than the hidden states; such models cannot be calibrated layer by layer"
                 )
-    return Passage(decoder, hidden, calls, compute)
+    _require_heard(model, passage, windows[0])
+    return passage
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def logits_after(
     (1, seqlen, vocabulary) tensor
     """
     with _replaced(passage.decoder.layers, lambda states: hidden, passage.calls[0].extra):
-        return model(window[None].to(hidden.device), use_cache=False).logits
+        return model(**as_text(model, window[None].to(hidden.device)), use_cache=False).logits
 
 
 def _enter_layers(
@@ -112,8 +115,8 @@ def _enter_layers(
         handle.remove()
     if not seen:
         raise UserError(
-            f"text does not go through {decoder.prefix} of {type(model).__name__}, its heaviest list of "
-            "layers; such models cannot be calibrated layer by layer"
+            f"text does not go through {decoder.prefix} of {type(model).__name__}; such models cannot be "
+            "calibrated layer by layer"
         )
     hidden = seen[0][0]
     if hidden.shape[:-1] != (1, len(window)):
@@ -135,6 +138,18 @@ def require_causal(model: nn.Module, decoder: DecoderLayers, window: torch.Tenso
         If the output of the first layer for a token depends on later tokens.
     """
     _extra_output(*_enter_layers(model, decoder, window), decoder, Compute())
+
+
+def _require_heard(model: nn.Module, passage: Passage, window: torch.Tensor) -> None:
+    """Refuse a model whose logits do not depend on what its decoder layers return."""
+    few = slice(min(len(window), 4))
+    states = passage.hidden[0][:, few]
+    first, other = (logits_after(model, passage, window[few], sign * states) for sign in (1, -1))
+    if torch.equal(first, other):
+        raise UserError(
+            f"the logits of {type(model).__name__} do not depend on {passage.decoder.prefix}, which its text "
+            "goes through; such models cannot be calibrated layer by layer"
+        )
 
 
 def _extra_output(
@@ -188,6 +203,11 @@ def _record_pass(
     finally:
         for handle in handles:
             handle.remove()
+    if len(calls) < len(layers):
+        raise UserError(
+            f"text skips {len(layers) - len(calls)} of the {len(layers)} decoder layers of "
+            f"{type(model).__name__}; such models cannot be calibrated layer by layer"
+        )
     # Stand-ins return their input, so every layer must receive the same hidden states.
     if len(calls) != len(layers) or not all(torch.equal(inputs[0], states) for states in inputs[1:]):
         raise UserError(
@@ -234,7 +254,7 @@ def _replaced(
 def _run(model: nn.Module, window: torch.Tensor) -> None:
     """Run a forward pass until a hook ends it."""
     with suppress(_Captured):
-        model(window[None], use_cache=False)
+        model(**as_text(model, window[None]), use_cache=False)
 
 
 class _Captured(Exception):

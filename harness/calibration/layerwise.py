@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from harness.calibration.experts import batches, fill_up
 from harness.calibration.grid_range import lost_share
 from harness.calibration.methods import FitError, Method
 from harness.calibration.passage import Passage, WorkingLayer
-from harness.calibration.targets import Beside, Statistics, Targets
+from harness.calibration.sums import Statistics
+from harness.calibration.targets import Beside, Targets
 from harness.compute import Compute
 from harness.models.experts import family
 from reference.types import TernaryMatrix
@@ -52,15 +53,15 @@ class FittedLayer:
         Its matrices, in the order in which the layer uses them.
     groups : list of lists of str
         Full names of the matrices that read the same input.
-    experts : list of str
-        Full names of the matrices of experts.
+    experts : dict of str to str
+        Families of the matrices of experts, by the full names of both.
     seconds : dict of str to float
         Time by stage: load, inputs, fits, outputs.
     """
 
     matrices: list[FittedMatrix]
     groups: list[list[str]]
-    experts: list[str]
+    experts: dict[str, str]
     seconds: dict[str, float]
 
 
@@ -116,27 +117,50 @@ def fit_layers(
         beside = Beside(passage, layer, groups, targets) if targets is not None else None
         matrices: list[FittedMatrix] = []
         for batch in batches(layer, groups) if true_sequential else [groups]:
-            with clock("inputs"):
-                counted = partial(progress, 1, "inputs")
-                if beside is None:
-                    statistics = [Statistics.of(total) for total in passage.collect(layer, batch, counted)]
-                else:
-                    statistics = beside.collect(layer, batch, counted)
-                statistics = fill_up(layer, batch, statistics)
-            with clock("fits"):
-                names = dict.fromkeys(name.rpartition(".")[2] for group in batch for name in group)
-                progress(0, ", ".join(names))
-                matrices += _fit(layer, batch, statistics, fit_of, passage.compute)
-            del statistics
+            turns = _turns(passage, layer, batch, beside, partial(progress, 1, "inputs"))
+            for turn, statistics in clock.through("inputs", turns):
+                with clock("fits"):
+                    names = dict.fromkeys(name.rpartition(".")[2] for group in turn for name in group)
+                    progress(0, ", ".join(names))
+                    matrices += _fit(layer, turn, statistics, fit_of, passage.compute)
+            del turns, statistics
         with clock("outputs"):
             if beside is not None:
                 beside.advance()
             passage.advance(layer, partial(progress, 1, "outputs"))
         full_names = [[layer.full_name(name) for name in group] for group in groups]
-        experts = [layer.full_name(name) for name in layer.linears if family(layer.module, name)]
+        families = {name: family(layer.module, name) for name in layer.linears}
+        experts = {layer.full_name(n): layer.full_name(of) for n, of in families.items() if of}
         yield FittedLayer(matrices, full_names, experts, clock.seconds)
         # Free the weights and Gram matrices of this layer before those of the next are allocated.
         del matrices, layer, beside
+
+
+# Groups of matrices that are fitted together, and what is known about their inputs.
+_Turn = tuple[list[list[str]], list[Statistics]]
+
+
+def _turns(
+    passage: Passage,
+    layer: WorkingLayer,
+    batch: list[list[str]],
+    beside: Beside | None,
+    step: Callable[[], object],
+) -> Iterator[_Turn]:
+    """Collect what is known about the inputs of a batch, for those groups that are fitted next."""
+    if beside is None:
+        statistics = [Statistics.of(total) for total in passage.collect(layer, batch, step)]
+        yield batch, fill_up(layer, batch, statistics)
+        return
+    filled = fill_up(layer, batch, beside.collect(layer, batch, step))
+    known = {group[0]: own for group, own in zip(batch, filled, strict=True)}
+    del filled
+    for turn in beside.turns(batch):
+        if turn[0] != batch[0]:
+            for group, lost in zip(turn, beside.collect_lost(layer, turn, step), strict=True):
+                known[group[0]] = replace(known[group[0]], lost=lost)
+        # Given away, to be freed once they are fitted.
+        yield turn, [known.pop(group[0]) for group in turn]
 
 
 # Quantizes a matrix, given what is known about its inputs.
@@ -233,3 +257,12 @@ class _Clock:
         yield
         self.compute.wait()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+
+    def through(self, stage: str, turns: Iterator[_Turn]) -> Iterator[_Turn]:
+        """Pass on turns, and count the time that it takes to compute each."""
+        while True:
+            with self(stage):
+                turn = next(turns, None)
+            if turn is None:
+                return
+            yield turn

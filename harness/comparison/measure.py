@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harness import text
 from harness.comparison.methods import Method
 from harness.compute import Compute, default_compute
-from harness.divergence import Divergence, divergence_on, require_comparable
+from harness.divergence import divergence_on, require_comparable
 from harness.errors import UserError
 from harness.models.loading import load_original
 from harness.models.original import Original
@@ -69,11 +69,16 @@ class Comparison:
             label: measure_on(self.original, stream, *self.windows) for label, stream in self.streams.items()
         }
 
-    def divergences(self, model: Original) -> dict[str, Divergence]:
+    def divergences(self, model: Original) -> dict[str, dict[str, Any]]:
         """Measure a quantized model on every text: its perplexity, and its divergence from the original."""
-        return {
+        found = {
             label: divergence_on(self.original, model, stream, *self.windows)
             for label, stream in self.streams.items()
+        }
+        return {
+            label: {"perplexity": perplexity.value, **asdict(divergence)}
+            for label, (perplexity, divergence) in found.items()
+            if perplexity is not None  # as it is of a language model, which `measure_on` has seen to
         }
 
     def quantize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.errors import UserError
+from harness.models.classes import is_classifier
 
 Row = TypeVar("Row")
 
@@ -46,10 +47,11 @@ def row_of(model: Any, table: dict[str, Row], program: str) -> Row:
     Raises
     ------
     Refused
-        If the table has no such architecture, or the model has Python code of its own.
+        If the table has no such architecture, the model is a classifier, or it has Python code of its own.
     """
     kind = model.config.model_type
     require(kind in table, f"{program} export does not support {kind} models, only {', '.join(table)}")
+    require(not is_classifier(model), f"the classification head of {type(model).__name__} would be lost")
     code = getattr(model, "_auto_class", None)
     require(code is None, "the Python code shipped with it would be lost")
     return table[kind]

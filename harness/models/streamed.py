@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from harness.compute import HOST
 from harness.errors import UserError
 from harness.machine import host_memory
+from harness.models.classes import auto_class
 from harness.models.decoder import DecoderLayers, Reader, locate_layers
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
 from harness.models.tables import compute_tables
-from harness.models.tokenizer import load_tokenizer
+from harness.models.tokenizer import load_tokenizer, read_processor
 
 # Share of the memory that weights may take; the rest is for hidden states and working memory.
 MEMORY_SHARE = 0.6
@@ -52,17 +55,19 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     transformers = quiet_transformers()
 
     options = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(folder, trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(folder, **options)
+    auto = auto_class(config, str(folder))
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     depth = config.get_text_config().num_hidden_layers
     config.get_text_config().num_hidden_layers = 1
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = auto.from_pretrained(
         folder, config=config, dtype="auto", output_loading_info=True, **options
     )
     decoder = attach_empty_layers(model, depth, trust_remote_code)
     files = files_of_tensors(folder)
+    names = _names_in_files(model, list(files))
     expected = {f"{decoder.prefix}.{name}" for name in decoder.layers.state_dict()}
-    lacking = sorted(expected - files.keys())
+    lacking = sorted(expected - names.keys())
     if lacking:
         raise UserError(
             f"{folder} is too large to load as a whole, and cannot be read layer by layer: "
@@ -70,7 +75,8 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
         )
     info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
     ignored = require_all_found(info, str(folder))
-    return Original(model.eval(), tokenizer, str(folder), _reader(folder, files), ignored)
+    read = _reader(folder, {name: (files[names[name]], names[name]) for name in expected})
+    return Original(model.eval(), tokenizer, str(folder), read, ignored, read_processor(folder))
 
 
 def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False) -> DecoderLayers:
@@ -81,7 +87,7 @@ def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False)
     prefix = locate_layers(model).prefix
     model.config.get_text_config().num_hidden_layers = depth
     with torch.device("meta"):
-        shapes = quiet_transformers().AutoModelForCausalLM.from_config(
+        shapes = auto_class(model.config, model.name_or_path).from_config(
             model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
         )
     layers = shapes.get_submodule(prefix).eval()
@@ -104,24 +110,35 @@ def _compute_buffers(model: Any, layers: Any) -> None:
     model.initialize_weights()
 
 
-def _reader(folder: Path, files: dict[str, str]) -> Reader:
-    """Read tensors by name, and refuse a file that is no longer the one of the first tensors."""
+def _names_in_files(model: Any, names: list[str]) -> dict[str, str]:
+    """Map the names of a model's tensors to those in its files, which keep the names of its first version."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    return {rename_source_key(name, renamings, [], prefix, state)[0]: name for name in names}
+
+
+def _reader(folder: Path, places: dict[str, tuple[str, str]]) -> Reader:
+    """Read tensors by name, and refuse a file that is no longer the one of the first tensors.
+
+    `places` has for every name the file, and the name of the tensor there.
+    """
 
     def state(file: str) -> tuple[int, int, int]:
         found = (folder / file).stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
 
-    began = {file: state(file) for file in set(files.values())}
+    began = {file: state(file) for file, _ in places.values()}
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = {}
-        for file in sorted({files[name] for name in names}):
+        for file in sorted({places[name][0] for name in names}):
             if state(file) != began[file]:
                 raise UserError(
                     f"{folder / file} has changed while the model was in use; put it back, or begin again"
                 )
             with safe_open(folder / file, framework="pt") as shard:
-                tensors.update({name: shard.get_tensor(name) for name in names if files[name] == file})
+                there = [name for name in names if places[name][0] == file]
+                tensors.update({name: shard.get_tensor(places[name][1]) for name in there})
         return tensors
 
     return read

@@ -14,6 +14,7 @@ from harness.compute import compute_for
 from harness.errors import UserError
 from harness.files import write_json
 from harness.machine import duration, host_memory, peak_memory
+from harness.models.classes import is_classifier
 from harness.models.folder import REPORT
 from harness.models.original import Original
 from harness.perplexity import measure_on
@@ -77,6 +78,9 @@ def quantize(
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
     take_all_windows(ready, options, say)
+    classifier = is_classifier(ready.original.model)
+    if classifier:
+        evaluation_text = None
     record = Record.of(options, ready, calibration_text, evaluation_text, sink.computed(ready, say))
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
@@ -105,7 +109,7 @@ def quantize(
         if options.out is not None:
             write_report(options.out, sink, record)
     finally:
-        for line in result_lines(sink, record):
+        for line in result_lines(sink, record, classifier):
             (say_result or say)(line)
     return record.to_json()
 
@@ -218,11 +222,16 @@ def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[
     return lines
 
 
-def result_lines(sink: Sink, record: Record) -> list[str]:
+def result_lines(sink: Sink, record: Record, classifier: bool = False) -> list[str]:
     """Return the lines printed after a run."""
     lines = ["", *table(record.layers), ""]
     lines.append(f"mean relative output error of layers {record.mean_relative_output_error:.4f}")
-    if not record.perplexity:
+    if classifier:
+        lines.append(
+            "a classification head has no perplexity; harness.compare --original MODEL --data TEXT measures "
+            "how far its labels are from the original's"
+        )
+    elif not record.perplexity:
         lines.append("perplexity not measured: name a text with --eval")
     for when, result in record.perplexity.items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")

@@ -263,10 +263,7 @@ class Cells:
         }
 
     def _of_quantized(self, model: Original) -> dict[str, Any]:
-        divergences = self.comparison.divergences(model)
-        return {"texts": {label: asdict(found) for label, found in divergences.items()}} | self._accuracies(
-            model
-        )
+        return {"texts": self.comparison.divergences(model)} | self._accuracies(model)
 
     def _accuracies(self, model: Original) -> dict[str, Any]:
         if not self.settings.tasks:

@@ -148,11 +148,13 @@ class CheckpointWriter:
         coded: list[str],
         report: dict[str, Any],
     ) -> None:
-        """Write index, tokenizer, code, report and config; move all files into place, config last."""
+        """Write index, tokenizer, processor, code, report and config; move all into place, config last."""
         try:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
             write_json(self.folder / INDEX, index)
             original.tokenizer.save_pretrained(self.folder)
+            for name, content in original.processor.items():
+                (self.folder / name).write_bytes(content)
             if getattr(original.model, "generation_config", None) is not None:
                 write_json(self.folder / GENERATION, original.model.generation_config.to_dict())
             save_code(original.model, original.model.config, self.folder)
