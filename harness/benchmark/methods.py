@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -93,7 +94,10 @@ def compare_methods(
                 results[method.words] = {"error": str(error)}
             else:
                 results["protocol"].setdefault("calibration", _shared(record["calibration"]))
-                on_texts = comparison.divergences(model)
+                on_texts = {
+                    label: {"perplexity": perplexity.value, **asdict(divergence)}
+                    for label, (perplexity, divergence) in comparison.divergences(model).items()
+                }
                 del model  # the next one is loaded without it
                 results[method.words] = {
                     "bits_per_weight": round(record["bits_per_weight"], 3),

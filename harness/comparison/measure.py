@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harness import text
 from harness.comparison.methods import Method
 from harness.compute import Compute, default_compute
-from harness.divergence import divergence_on, require_comparable
+from harness.divergence import Divergence, divergence_on, require_comparable
 from harness.errors import UserError
 from harness.models.loading import load_original
 from harness.models.original import Original
@@ -69,17 +69,17 @@ class Comparison:
             label: measure_on(self.original, stream, *self.windows) for label, stream in self.streams.items()
         }
 
-    def divergences(self, model: Original) -> dict[str, dict[str, Any]]:
+    def divergences(self, model: Original) -> dict[str, tuple[Perplexity, Divergence]]:
         """Measure a quantized model on every text: its perplexity, and its divergence from the original."""
-        found = {
-            label: divergence_on(self.original, model, stream, *self.windows)
-            for label, stream in self.streams.items()
-        }
-        return {
-            label: {"perplexity": perplexity.value, **asdict(divergence)}
-            for label, (perplexity, divergence) in found.items()
-            if perplexity is not None  # as it is of a language model, which `measure_on` has seen to
-        }
+        found = {}
+        for label, stream in self.streams.items():
+            perplexity, divergence = divergence_on(self.original, model, stream, *self.windows)
+            if perplexity is None:  # of a classifier
+                raise UserError(
+                    f"{self.original.name} is no language model; methods are compared by perplexity"
+                )
+            found[label] = perplexity, divergence
+        return found
 
     def quantize(
         self, method: Method, folder: Path, options: Options | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import textwrap
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harness import text
 from harness.cli import (
@@ -51,8 +53,8 @@ beside them.
 {tables}
 
 Each cell is kept in --out as soon as it is measured. A repeated command measures only what is missing: a
-kill loses one cell, and tables share cells. Results are reproduce.json and reproduce.md, and for each table
-a .csv and an .svg file (which requires matplotlib).
+kill loses one cell, and tables share cells. As soon as a table is complete, it is in reproduce.json and
+reproduce.md, which hold the tables of the last command, in a .csv, and in an .svg (by matplotlib).
 
 A cell takes as long as harness.quantize and two evaluations, plus one of the original to compare with. At the
 paper's sizes a cell of SmolLM2-135M takes about an hour on two CPU cores; at the sizes of the second command
@@ -168,19 +170,25 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         cells = Cells(out, settings)
-        _measure(names, settings, cells)
-        record = record_of(names, settings, cells)
-        write_json(out / RECORD, record)
-        (out / RECORD).with_suffix(".md").write_text(markdown_of(record), encoding="utf-8")
-        for name, table in record["results"].items():
-            (out / f"{name}.csv").write_text(csv_of(table), encoding="utf-8")
-        say_on_stdout(markdown_of(record))
-        try:
-            for name, table in record["results"].items():
-                write_svg(out / f"{name}.svg", svg_of(partial(draw, table)))
-        except UserError as error:  # without matplotlib; the figures are written
-            say_on_stdout(f"no plots: {error}")
+        for _ in _measure(names, settings, cells):
+            record = record_of(names, settings, cells)
+            _write(out, record)
+        print(markdown_of(record))
     return 0
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    """Write the tables of a record; the plots last, as they need matplotlib."""
+    tables = record["results"]
+    write_json(out / RECORD, record)
+    (out / RECORD).with_suffix(".md").write_text(markdown_of(record), encoding="utf-8")
+    for name, table in tables.items():
+        (out / f"{name}.csv").write_text(csv_of(table), encoding="utf-8")
+    try:
+        for name, table in tables.items():
+            write_svg(out / f"{name}.svg", svg_of(partial(draw, table)))
+    except UserError as error:
+        say_on_stdout(f"no plots: {error}")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -210,18 +218,23 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def _measure(names: list[str], settings: Settings, cells: Cells) -> None:
-    """Measure the cells that are missing, and say how long the rest will take."""
+def _measure(names: list[str], settings: Settings, cells: Cells) -> Iterator[str]:
+    """Measure the cells that are missing, and yield each table as soon as it is complete."""
     wanted = list(cells_of(names, settings))
     missing = [cell for cell in wanted if cells.find(cell) is None]
     say_on_stdout(f"{len(wanted)} cells, {len(wanted) - len(missing)} of them already measured")
-    began = time.monotonic()
-    for done, cell in enumerate(missing):
-        spent = time.monotonic() - began
-        left = f", about {duration(spent / done * (len(missing) - done))} left" if done else ""
-        say_on_stdout(f"cell {done + 1} of {len(missing)}{left}: {cells.describe(cell)}")
-        cells.measure(cell)
-        say_on_stdout(f"  {cells.summary(cell)}")
+    began, done = time.monotonic(), 0
+    for name in names:
+        for cell in cells_of([name], settings):
+            if cells.find(cell) is not None:
+                continue
+            spent = time.monotonic() - began
+            left = f", about {duration(spent / done * (len(missing) - done))} left" if done else ""
+            done += 1
+            say_on_stdout(f"{name}: cell {done} of {len(missing)}{left}: {cells.describe(cell)}")
+            cells.measure(cell)
+            say_on_stdout(f"  {cells.summary(cell)}")
+        yield name
 
 
 if __name__ == "__main__":

@@ -263,7 +263,11 @@ class Cells:
         }
 
     def _of_quantized(self, model: Original) -> dict[str, Any]:
-        return {"texts": self.comparison.divergences(model)} | self._accuracies(model)
+        texts = {
+            label: {"perplexity": perplexity.value, **asdict(divergence), "protocol": perplexity.protocol}
+            for label, (perplexity, divergence) in self.comparison.divergences(model).items()
+        }
+        return {"texts": texts} | self._accuracies(model)
 
     def _accuracies(self, model: Original) -> dict[str, Any]:
         if not self.settings.tasks:
@@ -294,7 +298,7 @@ class Cells:
         model.to(compute.device)
         if cell.method != ORIGINAL:
             use_kernels(model)
-        return {**generation_rates(model, compute, settings.lengths), "device": compute.describe()}
+        return dict(generation_rates(model, compute, settings.lengths))
 
 
 def _bytes(model: Any) -> int:

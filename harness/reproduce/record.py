@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.compute import default_compute
 from harness.machine import provenance
 from harness.reproduce import paper
 from harness.reproduce.cells import Cells
@@ -15,8 +16,9 @@ SHOWN = {
     QUALITY: ("bits_per_weight", "texts", "tasks", "iterations", "error"),
     SIZES: ("bits_per_weight", "bytes", "seconds", "cpu_seconds", "texts", "error"),
     STAGES: ("stages", "error"),
-    RATES: ("prefill", "decode", "both", "bytes", "device", "error"),
+    RATES: ("prefill", "decode", "both", "bytes", "error"),
 }
+SHOWN_OF_TEXTS = ("perplexity", "mean", "percentile_99", "agreement")
 
 
 def record_of(names: list[str], settings: Settings, cells: Cells) -> dict[str, Any]:
@@ -34,11 +36,12 @@ def record_of(names: list[str], settings: Settings, cells: Cells) -> dict[str, A
     Returns
     -------
     dict
-        Command, date and machine; model and protocol; and ``results``, the rows of every table.
+        Command, date, machine and device; model and protocol; and ``results``, the rows of every table.
     """
     found = {name: table for name in names if (table := _table(name, settings, cells)) is not None}
     return {
         **provenance("harness.reproduce"),
+        "device": default_compute().describe(),
         "model": cells.model_name,
         "protocol": _protocol(names, settings, cells),
         "results": found,
@@ -53,6 +56,11 @@ def _table(name: str, settings: Settings, cells: Cells) -> dict[str, Any] | None
         if figures is None:
             return None
         shown = {key: figures[key] for key in SHOWN[table.shows] if key in figures}
+        if "texts" in shown:
+            shown["texts"] = {
+                label: {key: found[key] for key in SHOWN_OF_TEXTS if key in found}
+                for label, found in shown["texts"].items()
+            }
         rows.append({"label": row.label, "method": row.cell.method, **shown})
         if row.paper in published:
             rows[-1]["paper"] = published.pop(row.paper)

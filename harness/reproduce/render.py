@@ -110,5 +110,5 @@ def markdown_of(record: dict[str, Any]) -> str:
 
 
 def _machine(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    return f"{machine['cpu']} ({machine['cores']} cores)"
+    machine, device = record["machine"], record["device"]
+    return f"{machine['cpu']} ({machine['cores']} cores)" if device == "CPU" else device

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,51 @@ def test_a_killed_command_loses_one_cell(
     assert not (tmp_path / "out" / "reproduce.json").exists()
     assert run_main(reproduce_main, *command) == 0
     assert asked == ["no-order", "random", "hessian", "hessian", "pt2-llm"]
+
+
+def test_a_table_is_written_as_soon_as_it_is_complete(
+    copied: Path, arguments: tuple[object, ...], run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Cells, cell: cells.Cell) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cells, "_quality", interrupt)
+    for file in copied.glob("*.*"):
+        file.unlink()
+    command = ("table2b", "table2a", *arguments, "--out", copied)
+    assert run_main(reproduce_main, *command) == EXIT_INTERRUPTED
+    assert results(copied).keys() == {"table2b"}
+    assert {file.name for file in copied.glob("*.*")} >= {"table2b.csv", "table2b.svg", "reproduce.md"}
+
+
+def test_accuracies_stand_in_the_table_by_the_papers_metric(
+    tmp_path: Path, arguments: tuple[object, ...], run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for lm-eval, which tests of harness.zeroshot run where it is installed."""
+    asked: list[tuple[str, dict[str, int], int]] = []
+
+    def measure_tasks(model: Any, tasks: dict[str, int], limit: int, compute: Any, batch: int) -> Any:
+        asked.append((model.name, tasks, limit))
+        piqa = {"paper_metric": "acc", "acc": {"value": 0.25}, "acc_norm": {"value": 0.75}}
+        found = {"average": {"value": 0.25}, "piqa": piqa, "shortened": 0, "protocol": "none"}
+        return SimpleNamespace(to_json=lambda: found)
+
+    stand_in = SimpleNamespace(measure_tasks=measure_tasks)
+    monkeypatch.setitem(sys.modules, "harness.zeroshot.measure", stand_in)
+    monkeypatch.setattr("harness.zeroshot.tasks.load_tasks", lambda names, *rest: dict.fromkeys(names, 1))
+    real = Cells._quality
+
+    def quality(self: Cells, cell: cells.Cell) -> dict[str, Any]:
+        return real(self, cell) if cell.method == "random" else {"texts": {}, "bits_per_weight": 2.0}
+
+    monkeypatch.setattr(Cells, "_quality", quality)
+    tasks = ("--tasks", "piqa", "--limit", "5")
+    assert run_main(reproduce_main, "table2b", *arguments, *tasks, "--out", tmp_path) == 0
+    ((_, loaded, limit),) = asked
+    assert (loaded, limit) == ({"piqa": 1}, 5)
+    with (tmp_path / "table2b.csv").open(encoding="utf-8") as file:
+        _, row, *_ = csv.DictReader(file)
+    assert (row["piqa, %"], row["average, %"]) == ("25.0", "25.0")
 
 
 @pytest.mark.parametrize("change", ["sizes", "text", "model", "limit"])
