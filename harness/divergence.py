@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from harness.calibration.capture import logits_after
+from harness.calibration.passage import brought
 from harness.compute import HOST, Compute
 from harness.errors import UserError
 from harness.models.classes import is_classifier
-from harness.models.decoder import as_text
+from harness.models.decoder import as_text, locate_layers
 from harness.models.original import Original, require_fits
-from harness.perplexity import LOGIT_ROWS, Perplexity, cut_windows, from_losses, mean_loss
+from harness.perplexity import LOGIT_ROWS, Perplexity, cut_windows, from_losses, mean_loss, run_through
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
 from harness.windows import AUTO
@@ -69,24 +71,77 @@ def divergence(
     Each model runs once per window, in its own dtype. Logits are compared in float32, `LOGIT_ROWS` tokens at
     a time, and never kept.
     """
-    losses, divergences, agreed = [], [], 0
+    losses, total = [], _Total()
     labels = is_classifier(original)
     for window in windows:
         text = as_text(original, window[None].to(original.device))
         expected, got = (model(**text, use_cache=False).logits for model in (original, quantized))
         if labels:
-            expected, got = (logits.flatten(0, -2) for logits in (expected, got))
+            total.add(*(logits.flatten(0, -2) for logits in (expected, got)))
         else:
             losses.append(mean_loss(got, window))
-            expected, got = (logits[0, :-1] for logits in (expected, got))
+            total.add(expected[0, :-1], got[0, :-1])
+        progress()
+    return losses, total.result()
+
+
+class _Total:
+    """Adds up divergences of predictions."""
+
+    def __init__(self) -> None:
+        self.divergences: list[torch.Tensor] = []
+        self.agreed = 0
+
+    def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
+        """Add predictions, given the (count, choices) logits of both models."""
         for p, q in zip(expected.split(LOGIT_ROWS), got.split(LOGIT_ROWS), strict=True):
             log_p, log_q = (logits.float().log_softmax(-1) for logits in (p, q))
-            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
-            agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        progress()
-    every = torch.cat(divergences).double()
-    found = Divergence(float(every.mean()), float(every.quantile(0.99)), agreed / len(every), len(every))
-    return losses, found
+            self.divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
+            self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+
+    def result(self) -> Divergence:
+        every = torch.cat(self.divergences).double()
+        mean, percentile = float(every.mean()), float(every.quantile(0.99))
+        return Divergence(mean, percentile, self.agreed / len(every), len(every))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is kept of an original that is gone once its quantized model is there, to measure the divergence.
+
+    Norm and head turn hidden states into the original's logits, whichever of the two models they belong to.
+
+    Attributes
+    ----------
+    windows : (count, seqlen) int64 tensor
+        Token ids.
+    states : list of (1, seqlen, width) tensors
+        Output of the original's last decoder layer, in its dtype, on the host.
+    """
+
+    windows: torch.Tensor
+    states: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, original: Original, windows: torch.Tensor, compute: Compute, say: Say) -> Reference:
+        """Run the original, one decoder layer on the device at a time."""
+        decoder = locate_layers(original.model, original.read)
+        with Progress("outputs of the original", len(decoder.layers), "layer", say) as step:
+            passage = run_through(original.model, decoder, windows, compute, step)
+        return cls(windows, [states.to(HOST) for states in passage.hidden])
+
+    @torch.no_grad()
+    def divergence_of(self, quantized: Original, compute: Compute, say: Say) -> Divergence:
+        """Measure the divergence of a model that has the original's norm and head."""
+        model, total = quantized.model, _Total()
+        decoder = locate_layers(model, quantized.read)
+        with Progress("divergence from the original", len(decoder.layers), "layer", say) as step:
+            passage = run_through(model, decoder, self.windows, compute, step)
+        with decoder.outside_on(model, compute.device):
+            for window, *both in zip(self.windows, self.states, passage.hidden, strict=True):
+                states = (brought(s, passage.compute) for s in both)
+                total.add(*(logits_after(model, passage, window, s)[0, :-1] for s in states))
+        return total.result()
 
 
 def divergence_on(

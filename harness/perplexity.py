@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from harness.calibration.capture import capture_inputs, logits_after
-from harness.calibration.passage import brought
+from harness.calibration.passage import Passage, brought
 from harness.compute import HOST, Compute, dtype_name
 from harness.models.classes import require_vocabulary
 from harness.models.decoder import DecoderLayers, as_text, locate_layers
@@ -109,18 +109,36 @@ def measure_by_layers(
     progress : callable
         Called after every layer.
     """
-    compute = replace(compute, dtype=None)
-    passage = capture_inputs(model, decoder, windows, compute)
+    passage = run_through(model, decoder, windows, compute, progress)
+    with decoder.outside_on(model, compute.device):
+        losses = [
+            mean_loss(logits_after(model, passage, window, brought(states, passage.compute)), window)
+            for window, states in zip(windows, passage.hidden, strict=True)
+        ]
+    return from_losses(losses, windows, tokens, source, model.dtype)
+
+
+@torch.no_grad()
+def run_through(
+    model: Any,
+    decoder: DecoderLayers,
+    windows: torch.Tensor,
+    compute: Compute,
+    progress: Callable[[], object] = lambda: None,
+) -> Passage:
+    """Run windows through all decoder layers, one layer on the device at a time; the rest as above.
+
+    Returns
+    -------
+    Passage
+        Its hidden states are the outputs of the last layer, in the dtype of the model.
+    """
+    passage = capture_inputs(model, decoder, windows, replace(compute, dtype=None))
     passage.place()
     for index in range(len(passage.calls)):
         passage.advance(passage.enter(index))
         progress()
-    with decoder.outside_on(model, compute.device):
-        losses = [
-            mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
-            for window, states in zip(windows, passage.hidden, strict=True)
-        ]
-    return from_losses(losses, windows, tokens, source, model.dtype)
+    return passage
 
 
 def measure_on(

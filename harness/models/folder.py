@@ -24,6 +24,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Weights of torch's own format, which transformers reads where there are no safetensors files.
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
+# The report as a page; drawn from REPORT once that is complete.
+PAGE = "report.html"
 
 STAGING = ".incomplete"
 

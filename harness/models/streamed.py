@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from harness.compute import HOST
 from harness.errors import UserError
 from harness.machine import host_memory
 from harness.models.classes import auto_class
+from harness.models.conversion import Conversion
 from harness.models.decoder import DecoderLayers, Reader, locate_layers
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
@@ -50,7 +49,7 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     Raises
     ------
     UserError
-        If the files lack a tensor of the model, or store it under another name.
+        If the files lack a tensor of the model.
     """
     transformers = quiet_transformers()
 
@@ -65,17 +64,12 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     )
     decoder = attach_empty_layers(model, depth, trust_remote_code)
     files = files_of_tensors(folder)
-    names = _names_in_files(model, list(files))
     expected = {f"{decoder.prefix}.{name}" for name in decoder.layers.state_dict()}
-    lacking = sorted(expected - names.keys())
-    if lacking:
-        raise UserError(
-            f"{folder} is too large to load as a whole, and cannot be read layer by layer: "
-            f"its files have no tensor {lacking[0]}"
-        )
+    conversion = Conversion(model, files)
+    conversion.require(expected, folder)
     info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
     ignored = require_all_found(info, str(folder))
-    read = _reader(folder, {name: (files[names[name]], names[name]) for name in expected})
+    read = conversion.reader(_reader(folder, files))
     return Original(model.eval(), tokenizer, str(folder), read, ignored, read_processor(folder))
 
 
@@ -110,35 +104,24 @@ def _compute_buffers(model: Any, layers: Any) -> None:
     model.initialize_weights()
 
 
-def _names_in_files(model: Any, names: list[str]) -> dict[str, str]:
-    """Map the names of a model's tensors to those in its files, which keep the names of its first version."""
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    state, prefix = model.state_dict(), model.base_model_prefix
-    return {rename_source_key(name, renamings, [], prefix, state)[0]: name for name in names}
-
-
-def _reader(folder: Path, places: dict[str, tuple[str, str]]) -> Reader:
-    """Read tensors by name, and refuse a file that is no longer the one of the first tensors.
-
-    `places` has for every name the file, and the name of the tensor there.
-    """
+def _reader(folder: Path, files: dict[str, str]) -> Reader:
+    """Read tensors by name, and refuse a file that is no longer the one of the first tensors."""
 
     def state(file: str) -> tuple[int, int, int]:
         found = (folder / file).stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
 
-    began = {file: state(file) for file, _ in places.values()}
+    began = {file: state(file) for file in set(files.values())}
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = {}
-        for file in sorted({places[name][0] for name in names}):
+        for file in sorted({files[name] for name in names}):
             if state(file) != began[file]:
                 raise UserError(
                     f"{folder / file} has changed while the model was in use; put it back, or begin again"
                 )
             with safe_open(folder / file, framework="pt") as shard:
-                there = [name for name in names if places[name][0] == file]
-                tensors.update({name: shard.get_tensor(places[name][1]) for name in there})
+                tensors.update({name: shard.get_tensor(name) for name in names if files[name] == file})
         return tensors
 
     return read

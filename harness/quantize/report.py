@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from harness.calibration.layerwise import FittedLayer, FittedMatrix
+from harness.quantize.histograms import count_trits, grid_histograms
 from reference.aga import output_error
 from reference.types import TernaryMatrix
 
@@ -30,6 +31,7 @@ def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
         "dead_inputs": int((fitted.gram.diagonal() == 0).sum()),
         "lost_blocks": fitted.lost,
         "seconds": fitted.seconds,
+        **({"trits": count_trits(result)} if isinstance(result, TernaryMatrix) else {}),
         **figures,
     }
 
@@ -48,6 +50,7 @@ def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
         "seconds": layer.seconds,
         "shared_inputs": [group for group in layer.groups if len(group) > 1],
         **({"experts": experts_row(rows)} if layer.experts else {}),
+        **({"grid": grid} if (grid := grid_histograms(layer.matrices)) else {}),
         "matrices": rows,
     }
 

@@ -54,7 +54,7 @@ beside them.
 
 Each cell is kept in --out as soon as it is measured. A repeated command measures only what is missing: a
 kill loses one cell, and tables share cells. As soon as a table is complete, it is in reproduce.json and
-reproduce.md, which hold the tables of the last command, in a .csv, and in an .svg (by matplotlib).
+reproduce.md, which hold the tables of the last command, in a .csv, and in an .svg.
 
 A cell takes as long as harness.quantize and two evaluations, plus one of the original to compare with. At the
 paper's sizes a cell of SmolLM2-135M takes about an hour on two CPU cores; at the sizes of the second command
@@ -178,17 +178,13 @@ def main() -> int:
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
-    """Write the tables of a record; the plots last, as they need matplotlib."""
+    """Write the tables of a record."""
     tables = record["results"]
     write_json(out / RECORD, record)
     (out / RECORD).with_suffix(".md").write_text(markdown_of(record), encoding="utf-8")
     for name, table in tables.items():
         (out / f"{name}.csv").write_text(csv_of(table), encoding="utf-8")
-    try:
-        for name, table in tables.items():
-            write_svg(out / f"{name}.svg", svg_of(partial(draw, table)))
-    except UserError as error:
-        say_on_stdout(f"no plots: {error}")
+        write_svg(out / f"{name}.svg", svg_of(partial(draw, table)))
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -24,6 +24,7 @@ from harness.models.folder import (
     CONFIG,
     GENERATION,
     INDEX,
+    PAGE,
     PROGRESS,
     REPORT,
     WEIGHT_FILES,
@@ -179,7 +180,7 @@ class CheckpointWriter:
                 "weight_dtype": dtype_name(original.model.dtype),
             }
             write_json(self.folder / CONFIG, config)
-            move_into(self.folder, self.out, stale=(*WEIGHT_FILES, INDEX))
+            move_into(self.folder, self.out, stale=(*WEIGHT_FILES, INDEX, PAGE))
         except Exception as error:  # the tokenizer raises plain Exception if the disk is full
             raise UserError(
                 f"{self.out} could not be written: {reason_of_failure(error, self.folder)}"

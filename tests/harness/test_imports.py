@@ -14,15 +14,15 @@ ROOT = Path(harness.__file__).parent
 STOREYS = [
     {"errors", "signals", "streams"},
     {"files", "cli", "machine", "cpu"},
-    {"backends", "progress"},
+    {"backends", "page", "progress"},
     {"compute"},
     {"models"},
     {"text"},
     {"windows"},
-    {"calibration", "ternary"},
+    {"calibration", "runtimes", "ternary"},
     {"perplexity"},
     {"divergence", "hf", "vllm", "zeroshot"},
-    {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
+    {"evaluate", "generate", "inspect", "quantize", "export", "report", "verify"},
     {"comparison"},
     {"architectures", "benchmark", "compare", "hardware", "reproduce", "serve"},
 ]
