@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from harness.calibration.methods import FitError
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
 from harness.evaluate import main as evaluate_main
 from harness.quantize.__main__ import main as quantize_main
+from harness.quantize.options import Options
 from harness.reproduce import cells
 from harness.reproduce.__main__ import main as reproduce_main
 from harness.reproduce.cells import Cells
@@ -95,6 +97,65 @@ def test_a_cell_is_what_quantize_and_evaluate_measure(
     # Figures of methods differ, so no row can hold those of another.
     rows = results(measured)["table2b"]["rows"]
     assert len({next(iter(row["texts"].values()))["mean"] for row in rows}) == 4
+
+
+# Tables and labels of rows, and settings that set them apart from the paper's: 8 windows, blocks of 128, ITF,
+# exact AGA and SSR.
+ROWS = {
+    ("table1", "round to nearest, 2 bits"): {"method": "rtn-2bit"},
+    ("table1", "GPTQ, 2 bits, as its paper has it"): {"method": "gptq-2bit"},
+    ("table1", "GPTQ, 2 bits, activation order and clipped grid"): {"method": "gptq-2bit-best"},
+    ("table1", "PT²-LLM"): {},
+    ("table2a", "no ITF, no AGA"): {"itf": False, "aga": "none"},
+    ("table2a", "ITF"): {"aga": "none"},
+    ("table2a", "AGA"): {"itf": False},
+    ("table2a", "ITF + AGA by Eq. 13 as printed"): {"aga": "printed"},
+    ("table2a", "ITF + AGA, symmetric initialization (Eq. 1-3)"): {"start": "twn"},
+    ("table2b", "none"): {"reorder": "none"},
+    ("table2b", "random"): {"reorder": "random"},
+    ("table2b", "Hessian"): {"reorder": "hessian"},
+    ("table2b", "SSR"): {},
+    ("table2c", "4 windows"): {"nsamples": 4},
+    ("table2c", "16 windows"): {"nsamples": 16},
+    ("table2d", "words.txt"): {},
+    ("table2d", "others.txt"): {"calibration": "others.txt"},
+    ("table3", "PT²-LLM, blocks of 64"): {"block_size": 64},
+    ("table3", "PT²-LLM, blocks of 256"): {"block_size": 256},
+}
+
+
+def test_every_row_is_quantized_by_the_settings_that_its_label_says(
+    tmp_path: Path,
+    arguments: tuple[object, ...],
+    words_file: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def quantize(options: Options, **rest: Any) -> dict[str, Any]:
+        found = {
+            **asdict(options),
+            **asdict(options.config),
+            "calibration": Path(options.calibration or "").name,
+        }
+        raise FitError(json.dumps({name: found[name] for name in plain}))
+
+    plain = {"method": "pt2-llm", "itf": True, "aga": "exact", "start": "asymmetric", "reorder": "ssr"}
+    plain |= {
+        "block_size": 128,
+        "nsamples": 8,
+        "calibration": "words.txt",
+        "damping": 0.01,
+        "targets": "weights",
+    }
+    monkeypatch.setattr("harness.comparison.measure.quantize", quantize)
+    others = tmp_path / "others.txt"
+    others.write_text(tiny.words(400, seed=1))
+    texts = ("--calibration", words_file, others)
+    names = ("table1", "table2a", "table2b", "table2c", "table2d", "table3")
+    assert run_main(reproduce_main, *names, *arguments, *texts, "--out", tmp_path / "out") == 0
+    rows = {(n, row["label"]): row for n, table in results(tmp_path / "out").items() for row in table["rows"]}
+    for place, own in ROWS.items():
+        assert json.loads(rows[place]["error"]) == {**plain, **own}, place
 
 
 def test_a_repeated_command_measures_nothing_and_tables_share_cells(
