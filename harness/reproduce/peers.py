@@ -49,7 +49,7 @@ class Peer:
 
 PEERS = {
     "auto-round": Peer(
-        "AutoRound, 2 bits, groups of 64", "auto_round", "auto-round", "auto-round", 64, "auto_round"
+        "AutoRound, 2 bits, groups of 128", "auto_round", "auto-round", "auto-round", 128, "auto_round"
     ),
 }
 

@@ -345,7 +345,7 @@ STUB = """
 import torch, transformers
 class AutoRound:
     def __init__(self, model, *, scheme, group_size, sym, dataset, iters, seqlen, nsamples, **rest):
-        assert (scheme, group_size, sym, iters, seqlen, nsamples) == ("W2A16", 64, False, 7, 24, 8)
+        assert (scheme, group_size, sym, iters, seqlen, nsamples) == ("W2A16", 128, False, 7, 24, 8)
         assert [tuple(row["input_ids"].shape) for row in dataset] == [(1, 24)] * 8
         self.source = model
     def quantize_and_save(self, out, format):
@@ -380,7 +380,7 @@ def test_a_peer_runs_in_a_process_of_its_own_and_is_measured_by_the_same_code(
     assert run_main(reproduce_main, "table1", *arguments, *peers, "--out", tmp_path / "out") == 0
     original, *_, peer, _, _ = [row for row in results(tmp_path / "out")["table1"]["rows"] if "method" in row]
     assert peer["method"] == "auto-round"
-    assert peer["bits_per_weight"] == pytest.approx(2 + 18 / 64, abs=1e-3)
+    assert peer["bits_per_weight"] == pytest.approx(2 + 18 / 128, abs=1e-3)
     (text,) = peer["texts"].values()
     assert text["mean"] > 0
     assert text["perplexity"] != next(iter(original["texts"].values()))["perplexity"]
