@@ -29,28 +29,22 @@ class Peer:
     ----------
     words : str
         Label of its row.
-    module, package : str
-        What is imported, and what is installed.
-    extra : str
-        The extra of this project that installs it.
+    module : str
+        What is imported; a function of this name, in this module, runs in the peer's process.
+    package : str
+        What is installed, by the extra of this name.
     group : int
         Columns that share a 16-bit scale and a zero point of 2 bits.
-    function : str
-        The function of this module that runs in the peer's process.
     """
 
     words: str
     module: str
     package: str
-    extra: str
     group: int
-    function: str
 
 
 PEERS = {
-    "auto-round": Peer(
-        "AutoRound, 2 bits, groups of 128", "auto_round", "auto-round", "auto-round", 128, "auto_round"
-    ),
+    "auto-round": Peer("AutoRound, 2 bits, groups of 128", "auto_round", "auto-round", 128),
 }
 
 
@@ -61,7 +55,7 @@ def require_installed(names: tuple[str, ...]) -> None:
         if importlib.util.find_spec(peer.module) is None:
             raise UserError(
                 f"--peers {name} requires the package `{peer.package}`; "
-                f"run pip install '.[{peer.extra}]' in the clone"
+                f"run pip install '.[{peer.package}]' in the clone"
             )
 
 
@@ -95,7 +89,7 @@ def quantize_by(peer: Peer, original: Original, windows: torch.Tensor, iteration
     original.model.save_pretrained(source)
     original.tokenizer.save_pretrained(source)
     save_file({WINDOWS: windows}, data)
-    call = f"import sys; from {__name__} import {peer.function} as run; run(*sys.argv[1:])"
+    call = f"import sys; from {__name__} import {peer.module} as run; run(*sys.argv[1:])"
     arguments = [str(source), str(data), str(out), str(peer.group), str(iterations)]
     done = subprocess.run([sys.executable, "-c", call, *arguments], stdout=sys.stderr, check=False)
     found = sorted(file.parent for file in out.rglob("config.json"))
