@@ -121,6 +121,7 @@ def make_plan(
     seqlen = window.shape[1]
     beside = options.targets != WEIGHTS  # the original model runs beside the quantized one
     states = (2 if beside else 1) * windows * window.numel() * window.element_size()
+    states += windows * sum(call.bytes_of_windows() for call in passage.calls)
 
     # Gram matrices of a layer, in float64 with a float32 chunk; most layers have two or three of one width.
     grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
@@ -206,7 +207,7 @@ def _time_layer(passage: Passage) -> tuple[float, float]:
             total.add(rows[:, :width].contiguous())
 
     # q/k/v, o and gate/up each need a Gram matrix of the hidden width; only down needs one of the widest.
-    return seconds_of(lambda: layer.call(layer.module, hidden), compute), 2 * seconds_of(products, compute)
+    return seconds_of(lambda: layer.run(hidden, 0), compute), 2 * seconds_of(products, compute)
 
 
 def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:
