@@ -97,8 +97,8 @@ def _stages(settings: Settings) -> list[Row]:
     return _on_first_text(
         settings,
         ("no ITF, no AGA", "ssr-init-only", "no ITF, no AGA"),
-        ("ITF", "ssr-itf-only", "ITF"),
-        ("AGA", "ssr-aga-only", "AGA"),
+        ("ITF, no AGA", "ssr-itf-only", "ITF"),
+        ("AGA, no ITF", "ssr-aga-only", "AGA"),
         ("ITF + AGA", PAPER, "ITF + AGA"),
         ("ITF + AGA by Eq. 13 as printed", "eq13", None),
         ("ITF + AGA, symmetric initialization (Eq. 1-3)", "symmetric-start", None),
@@ -108,10 +108,10 @@ def _stages(settings: Settings) -> list[Row]:
 def _orders(settings: Settings) -> list[Row]:
     return _on_first_text(
         settings,
-        ("none", "no-order", "none"),
-        ("random", "random", "random"),
-        ("Hessian", "hessian", "Hessian"),
-        ("SSR", PAPER, "SSR"),
+        ("columns in their order", "no-order", "none"),
+        ("columns in random order", "random", "random"),
+        ("columns by the Hessian's diagonal", "hessian", "Hessian"),
+        ("columns by SSR", PAPER, "SSR"),
     )
 
 
@@ -150,7 +150,7 @@ def _block_sizes(settings: Settings) -> list[Row]:
 
 def _fitting(settings: Settings) -> list[Row]:
     return _on_first_text(
-        settings, ("PT²-LLM: columns by SSR", PAPER, None), ("columns in their order", "no-order", None)
+        settings, ("columns by SSR", PAPER, None), ("columns in their order", "no-order", None)
     )
 
 

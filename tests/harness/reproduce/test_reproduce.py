@@ -90,7 +90,7 @@ def test_a_cell_is_what_quantize_and_evaluate_measure(
     evaluate = ("--data", words_file, *window, "--windows", "3", "--original", random_llama, "--json")
     assert run_main(evaluate_main, out, *evaluate) == 0
     found = json.loads(capsys.readouterr().out)
-    (cell,) = [row for row in results(measured)["table2b"]["rows"] if row["label"] == "Hessian"]
+    (cell,) = [row for row in results(measured)["table2b"]["rows"] if row["method"] == "hessian"]
     (text_figures,) = cell["texts"].values()
     assert text_figures["perplexity"] == found["value"]
     assert text_figures["mean"] == found["divergence"]["mean"] > 0
@@ -107,14 +107,14 @@ ROWS = {
     ("table1", "GPTQ, 2 bits, activation order and clipped grid"): {"method": "gptq-2bit-best"},
     ("table1", "PT²-LLM"): {},
     ("table2a", "no ITF, no AGA"): {"itf": False, "aga": "none"},
-    ("table2a", "ITF"): {"aga": "none"},
-    ("table2a", "AGA"): {"itf": False},
+    ("table2a", "ITF, no AGA"): {"aga": "none"},
+    ("table2a", "AGA, no ITF"): {"itf": False},
     ("table2a", "ITF + AGA by Eq. 13 as printed"): {"aga": "printed"},
     ("table2a", "ITF + AGA, symmetric initialization (Eq. 1-3)"): {"start": "twn"},
-    ("table2b", "none"): {"reorder": "none"},
-    ("table2b", "random"): {"reorder": "random"},
-    ("table2b", "Hessian"): {"reorder": "hessian"},
-    ("table2b", "SSR"): {},
+    ("table2b", "columns in their order"): {"reorder": "none"},
+    ("table2b", "columns in random order"): {"reorder": "random"},
+    ("table2b", "columns by the Hessian's diagonal"): {"reorder": "hessian"},
+    ("table2b", "columns by SSR"): {},
     ("table2c", "4 windows"): {"nsamples": 4},
     ("table2c", "16 windows"): {"nsamples": 16},
     ("table2d", "words.txt"): {},
@@ -294,9 +294,9 @@ def test_a_method_that_diverges_is_a_result(
     monkeypatch.setattr(Cells, "_quality", quality)
     assert run_main(reproduce_main, "table2b", *arguments, "--out", tmp_path) == 0
     text = (tmp_path / "reproduce.md").read_text()
-    assert "| random | | " in text
+    assert "| columns in random order | | " in text
     assert "layer 0: beyond what float16 holds |" in text
-    assert "| none | 2 | inf | 0.500 |" in text
+    assert "| columns in their order | 2 | inf | 0.500 |" in text
 
 
 def test_the_papers_values_stand_beside_those_of_its_models(measured: Path) -> None:
@@ -308,7 +308,7 @@ def test_the_papers_values_stand_beside_those_of_its_models(measured: Path) -> N
     for row, of_csv in zip(table["rows"], rows, strict=True):
         (text,) = row["texts"]
         assert float(of_csv[f"{text}: perplexity"]) == row["texts"][text]["perplexity"]
-    assert "| SSR | 1.96 |" in (measured / "reproduce.md").read_text()
+    assert "| columns by SSR | 1.96 |" in (measured / "reproduce.md").read_text()
 
 
 def test_results_hold_no_folder_of_this_machine(measured: Path, random_llama: Path, words_file: Path) -> None:
