@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,17 +18,19 @@ from harness.benchmark import figures
 from harness.benchmark.busy import busy_cost
 from harness.benchmark.evaluation import evaluation_speed
 from harness.benchmark.fits import fit_speed
-from harness.benchmark.generation import Lengths, generation_speed
-from harness.benchmark.methods import METHODS, compare_methods, summarize
+from harness.benchmark.generation import generation_speed
+from harness.benchmark.methods import compare_methods, summarize
 from harness.benchmark.mixture import PARTS, RUNS, compare_mixtures
 from harness.benchmark.products import product_speed
 from harness.benchmark.quantization import Scale, quantize_shape
 from harness.benchmark.shapes import SHAPES
 from harness.cli import HelpFormatter, add_verbose, model_name, path, positive, run, window_length
+from harness.comparison.methods import METHODS
+from harness.comparison.speed import Lengths
 from harness.compute import compute_for, default_compute
 from harness.errors import UserError
 from harness.files import json_text, read_json, write_json
-from harness.machine import machine
+from harness.machine import provenance
 from harness.progress import say_on_stdout
 from harness.quantize.options import NO_EVALUATION, PT2_LLM, RECIPES, Options
 from harness.quantize.run import quantize
@@ -221,12 +220,7 @@ def main() -> int:
         return 0
     if arguments.file is not None:
         _require_writable(arguments.file)
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    described = {
-        "command": f"python -m harness.benchmark {shlex.join(map(_without_folders, words))}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-    }
+    described = provenance("harness.benchmark")
 
     def save(results: dict[str, Any]) -> None:
         if arguments.file is not None:
@@ -359,12 +353,6 @@ def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     return {**summarize(record), "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
-
-
-def _without_folders(word: str) -> str:
-    """Remove the folders of this machine from a command-line argument."""
-    name, colon, path = word.rpartition(":")
-    return f"{name}{colon}{Path(path).name}" if Path(path).is_absolute() else word
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from harness.backends import load_backend
-from harness.benchmark.methods import METHODS
 from harness.benchmark.slices import Slicing, slice_mlps
 from harness.calibration.capture import capture_inputs
 from harness.calibration.experts import fill_up
 from harness.calibration.methods import Method, ternarizer
 from harness.calibration.sums import Statistics
+from harness.comparison.methods import METHODS
 from harness.compute import Compute, compute_for
 from harness.models.decoder import find_decoder_layers
 from harness.models.experts import family

@@ -15,20 +15,18 @@ import torch
 from torch import nn
 
 from harness.benchmark.few_tokens import few_token_errors
-from harness.benchmark.methods import METHODS, read_by_label
 from harness.benchmark.slices import Slicing, require_sliceable, slice_mlps
+from harness.comparison.measure import Comparison, read_by_label
+from harness.comparison.methods import METHODS, Method
 from harness.compute import default_compute
-from harness.divergence import divergence_on
 from harness.errors import UserError
 from harness.models.decoder import locate_layers
 from harness.models.loading import load_original
 from harness.models.original import Original
-from harness.perplexity import cut_windows, measure_on
+from harness.perplexity import cut_windows
 from harness.progress import Progress, Say, say_on_stderr, say_on_stdout
 from harness.quantize.options import NO_EVALUATION, Options
 from harness.quantize.prepare import read_texts
-from harness.quantize.run import quantize
-from harness.text import AnyText
 
 DENSE, FEW_TOKENS = "dense", "few-tokens"
 # The mixtures, by the names of the command line.
@@ -92,8 +90,6 @@ def compare_mixtures(
     UserError
         If the model cannot be sliced, or a mixture does not equal the original where it should.
     """
-    if NO_EVALUATION in texts:
-        raise UserError("mixtures are compared by perplexity, which needs a text; pass one with --eval")
     streams = read_by_label(texts, options.text_column)
     dense = load_original(options.model, options.gguf_dtype, options.trust_remote_code)
     for name in parts:
@@ -116,16 +112,13 @@ def compare_mixtures(
             if slicing and name not in found:
                 found[name] = _sliced(dense, slicing, Path(folder) / name)
             original, source = found[name]
+            comparison = Comparison(replace(options, model=source), original, streams, default_compute())
             say(f"{words}: {method.words}")
             if not row:
-                row["original"] = _original(original, dense, slicing, streams, options)
+                row["original"] = _original(comparison, dense, slicing)
                 save(results)
-            row[method.words] = _measured(
-                original,
-                method.options(replace(options, model=source), Path(folder) / "out"),
-                streams,
-                results.setdefault("protocol", {}),
-            )
+            protocol = results.setdefault("protocol", {})
+            row[method.words] = _measured(comparison, method, Path(folder) / "out", protocol)
             _compare_with_dense(results)
             save(results)
             say(f"  {row[method.words]}")
@@ -140,26 +133,19 @@ def _sliced(dense: Original, slicing: Slicing, folder: Path) -> tuple[Original, 
     return load_original(str(folder)), str(folder)
 
 
-def _original(
-    original: Original,
-    dense: Original,
-    slicing: Slicing | None,
-    streams: dict[str, AnyText],
-    options: Options,
-) -> dict[str, Any]:
+def _original(comparison: Comparison, dense: Original, slicing: Slicing | None) -> dict[str, Any]:
     """Measure a model before its quantization; refuse one that should equal the dense model and does not."""
     found: dict[str, Any] = {}
     if slicing is not None and slicing.is_whole:
-        stream = next(iter(streams.values()))
-        windows = cut_windows(dense, stream, options.evaluation_seqlen, 1)[0]
-        found["largest_difference_of_logits"] = difference = logit_difference(dense, original, windows[0])
+        stream = next(iter(comparison.streams.values()))
+        windows = cut_windows(dense, stream, comparison.options.evaluation_seqlen, 1)[0]
+        difference = logit_difference(dense, comparison.original, windows[0])
+        found["largest_difference_of_logits"] = difference
         if difference > ROUNDING:
             raise UserError(f"{slicing.words}: logits differ from the dense model's by {difference:.1e}")
-    window = options.evaluation_seqlen, options.evaluation_windows
-    measured = [measure_on(original, stream, *window, default_compute()) for stream in streams.values()]
     found["texts"] = {
-        name: {"perplexity": perplexity.value, "protocol": perplexity.protocol}
-        for name, perplexity in zip(streams, measured, strict=True)
+        label: {"perplexity": perplexity.value, "protocol": perplexity.protocol}
+        for label, perplexity in comparison.perplexities().items()
     }
     return found
 
@@ -172,27 +158,18 @@ def logit_difference(first: Original, second: Original, window: torch.Tensor) ->
 
 
 def _measured(
-    original: Original, options: Options, streams: dict[str, AnyText], protocol: dict[str, Any]
+    comparison: Comparison, method: Method, folder: Path, protocol: dict[str, Any]
 ) -> dict[str, Any]:
     """Quantize a model and compare it with its original."""
-    examined: list[Original] = []
-    record = quantize(
-        replace(options, evaluation=NO_EVALUATION, force=True),
-        say=say_on_stderr,
-        say_result=lambda line: None,
-        examine=examined.append,
-    )
-    quantized = examined.pop()
-    calibration = record["calibration"]
+    record, quantized = comparison.quantize(method, folder)
+    calibration, original = record["calibration"], comparison.original
     protocol["calibration"] = {name: calibration[name] for name in ("text", "nsamples", "seqlen", "seed")}
-    window = options.evaluation_seqlen, options.evaluation_windows
-    stream = next(iter(streams.values()))
-    windows = cut_windows(original, stream, options.evaluation_seqlen, WATCHED)[0]
-    on_texts = {}
-    for name, stream in streams.items():
-        perplexity, divergence = divergence_on(original, quantized, stream, *window, default_compute())
-        assert perplexity is not None  # as it is of a language model
-        on_texts[name] = {"perplexity": perplexity.value, **asdict(divergence)}
+    stream = next(iter(comparison.streams.values()))
+    windows = cut_windows(original, stream, comparison.options.evaluation_seqlen, WATCHED)[0]
+    on_texts = {
+        label: {"perplexity": perplexity.value, **asdict(divergence)}
+        for label, (perplexity, divergence) in comparison.divergences(quantized).items()
+    }
     return {
         "bits_per_weight": round(record["bits_per_weight"], 3),
         "mean_relative_output_error": record["mean_relative_output_error"],
