@@ -23,6 +23,7 @@ from harness.benchmark.mixture import (
 )
 from harness.benchmark.slices import FAINT, Slicing, slice_mlps
 from harness.cli import EXIT_USAGE
+from harness.comparison import measure
 from harness.models.original import Original
 from harness.text import CALIBRATION, EVALUATION, read_text
 from harness.windows import Tokens, calibration_windows
@@ -221,7 +222,7 @@ def test_mixtures_are_compared_with_the_dense_model_and_a_comparison_is_resumed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, quantized = tmp_path / "mixture.json", []
-    quantize = mixture.quantize
+    quantize = measure.quantize
 
     def stop_at_the_second(options: Any, **rest: Any) -> Any:
         quantized.append(options.model)
@@ -229,7 +230,7 @@ def test_mixtures_are_compared_with_the_dense_model_and_a_comparison_is_resumed(
             raise KeyboardInterrupt
         return quantize(options, **rest)
 
-    monkeypatch.setattr(mixture, "quantize", stop_at_the_second)
+    monkeypatch.setattr(measure, "quantize", stop_at_the_second)
     command = ("mixture", file, *arguments(llama, words_file))
     run_main(benchmark_main, *command)
     results = json.loads(file.read_text())["results"]
@@ -273,7 +274,7 @@ def test_a_mixture_that_is_not_the_dense_model_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("harness.benchmark.slices.FAINT", 1.0)  # weights of a token are not alike
-    monkeypatch.setattr(mixture, "quantize", lambda *arguments, **options: pytest.fail("quantized"))
+    monkeypatch.setattr(measure, "quantize", lambda *arguments, **options: pytest.fail("quantized"))
     command = ("mixture", *arguments(llama, words_file)[:-2], "halves-twice")
     assert run_main(benchmark_main, *command) == EXIT_USAGE
     assert "2 halves, each twice, top 2: logits differ from the dense model's by" in capsys.readouterr().err
