@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.calibration.layerwise import fit_layers
-from harness.compute import Compute, compute_for
+from harness.compute import compute_for
 from harness.divergence import Reference
 from harness.errors import UserError
 from harness.files import write_json
@@ -101,8 +101,7 @@ def quantize(
     if options.measure_original and "before" not in record.perplexity:
         with unrounded(ready.coded):
             measure("before", ready.original)
-    with record.time("divergence"):
-        reference = keep_reference(options, ready, evaluation_text, compute, say)
+    reference = keep_reference(options, ready, evaluation_text, record, say)
     with sink.open(ready, record, say):
         quantize_layers(options, sink, ready, record, say)
         sink.finish(record)
@@ -127,7 +126,7 @@ def quantize(
 
 
 def keep_reference(
-    options: Options, ready: Ready, evaluation_text: AnyText | None, compute: Compute, say: Say
+    options: Options, ready: Ready, evaluation_text: AnyText | None, record: Record, say: Say
 ) -> Reference | None:
     """Keep what the divergence from the original is measured by; None if the run cannot or need not.
 
@@ -137,7 +136,8 @@ def keep_reference(
         return None
     count = min(DIVERGENCE_WINDOWS, options.evaluation_windows or DIVERGENCE_WINDOWS)
     windows, *_ = cut_windows(ready.original, evaluation_text, options.evaluation_seqlen, count)
-    return Reference.of(ready.original, windows, compute, say)
+    with record.time("divergence"):
+        return Reference.of(ready.original, windows, ready.passage.compute, say)
 
 
 def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: AnyText) -> list[str]:
