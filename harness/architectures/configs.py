@@ -108,6 +108,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"), _rotary(4, 6, 6)),
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "qwen2_vl_vision": {"embed_dim": WIDTH},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
     # Two layers share their attention.

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.files import read_json
-from harness.models.folder import PROCESSOR, require_no_pointer
+from harness.models.folder import PROCESSOR, PROCESSOR_TEMPLATE, require_no_pointer
 from harness.models.original import quiet_transformers, summary
 
 # Files that hold a vocabulary, as far as tokenizers have names in common.
@@ -53,6 +53,9 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     # Of files that are not there, transformers makes a tokenizer of special tokens for some models.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _lacking(source)
+    template = _found(source, PROCESSOR_TEMPLATE)
+    if template is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = read_json(template).get("chat_template")
     return tokenizer
 
 
@@ -83,12 +86,22 @@ def _parts(content: Any) -> Any:
 
 def read_processor(source: str | Path) -> dict[str, bytes]:
     """Read the files of a model folder or id that its processor needs beside those of the tokenizer."""
-    find = quiet_transformers().utils.hub.cached_file
-    found = {name: find(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR}
-    files = {name: Path(file) for name, file in found.items() if file is not None}
-    for file in files.values():
-        require_no_pointer(file)
-    return {name: file.read_bytes() for name, file in files.items()}
+    files = {name: _found(source, name) for name in PROCESSOR}
+    return {name: file.read_bytes() for name, file in files.items() if file is not None}
+
+
+def _found(source: str | Path, name: str) -> Path | None:
+    """Find a file of a model folder or id; None if it has none, or none that was downloaded before."""
+    found = quiet_transformers().utils.hub.cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is None:
+        return None
+    require_no_pointer(Path(found))
+    return Path(found)
 
 
 def _lacking(source: str | Path) -> UserError:

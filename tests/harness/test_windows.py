@@ -21,6 +21,7 @@ from harness.errors import UserError
 from harness.generate.chat import apply_template
 from harness.models.folder import REPORT
 from harness.models.original import Original
+from harness.models.tokenizer import load_tokenizer
 from harness.quantize import prepare
 from harness.quantize.__main__ import main as quantize_main
 from harness.text import Chat, Mixture, Text
@@ -105,6 +106,15 @@ def test_templates_of_images_and_text_get_the_content_of_messages_in_parts(takes
     expected = tokenizer.apply_chat_template(parts, tokenize=False)
     original = Original(None, tokenizer, "the model")
     assert apply_template(original, TURNS) == tokenizer(expected)["input_ids"]
+
+
+def test_the_template_of_a_processor_is_read_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    """As in models of images and text from before transformers wrote chat_template.jinja."""
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    assert load_tokenizer(tmp_path).chat_template == TEMPLATE
+    (tmp_path / "chat_template.jinja").write_text("w3")
+    assert load_tokenizer(tmp_path).chat_template == "w3"
 
 
 def test_a_mixture_gives_each_text_its_share_of_the_windows() -> None:
