@@ -25,7 +25,7 @@ from harness.compute import dtype_name
 from harness.errors import UserError
 from harness.files import read_json
 from harness.models.classes import auto_class
-from harness.models.experts import Experts, is_fused
+from harness.models.experts import DOWN, Experts, is_fused, up_name
 from harness.models.folder import CONFIG, GENERATION, read_config
 from harness.models.linearize import put
 from harness.models.loading import load_original
@@ -35,6 +35,7 @@ from harness.models.tokenizer import load_tokenizer
 from harness.ternary.embedding import correct_config, expect_codes, kept_codes, take_codes
 from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, named_dtype, stored_layers
 from harness.ternary.kernels.launches import use_kernels
+from harness.ternary.kernels.together import together
 from harness.ternary.linear import TernaryLinear
 from harness.ternary.notice import add_notice, drop_notice, read_past_notices
 from harness.ternary.reading import verify, weight_map
@@ -112,7 +113,8 @@ class TernaryQuantizer(HfQuantizer):
         for name in stored.modules:
             swap(model, name, stored, dtype)
             # The `_init_weights` of a model fills tables that no file holds, and may initialize weights by
-            # name: until all tensors are loaded, it finds here a weight that takes no memory.
+            # name, those of fused experts too: until all tensors are loaded, it finds here one that takes no
+            # memory.
             layer = model.get_submodule(name)
             vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         for name in stored.coded:
@@ -138,8 +140,12 @@ class TernaryQuantizer(HfQuantizer):
         layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
         on_host = all(layer.device.type == "cpu" for layer in layers)
         dense = self.quantization_config.dense
+        for module in model.modules():  # drop what stood in for weights while tensors were loaded
+            if isinstance(module, Experts):
+                for part in (up_name(module), DOWN):
+                    vars(module).pop(part, None)
         for layer in layers:
-            layer.__dict__.pop("weight", None)  # what stood in for it while tensors were loaded
+            vars(layer).pop("weight", None)
             layer.keep_dense(not on_host if dense is None else dense)
         if dense is None and on_host:
             use_kernels(model)
@@ -229,7 +235,10 @@ def _separate_experts(model: nn.Module, names: list[str]) -> None:
     inside = {name.rsplit(".", 2)[0] for name in names if name.count(".") > 1}
     for name, module in list(model.named_modules()):
         if name in inside and is_fused(module):
-            put(model, name, Experts(module))
+            experts = Experts(module, together)
+            for part in (up_name(module), DOWN):
+                vars(experts)[part] = torch.empty(0, device="meta")
+            put(model, name, experts)
 
 
 def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) -> None:

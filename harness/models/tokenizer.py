@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.js
 CONFIG = "tokenizer_config.json"
 # Classes of tokenizers whose rules are all in tokenizer.json, by their names now and before transformers 5.
 PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# A text that is looked for in what a chat template writes.
+PROBE = "probe-of-the-template"
 SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "*merges*")
 
 
@@ -49,6 +54,31 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _lacking(source)
     return tokenizer
+
+
+def chat_writer(tokenizer: Any) -> Callable[..., str]:
+    """Return what writes messages by the chat template of a tokenizer.
+
+    Templates of models of images and text want the content of a message as a list of parts. Of a text, many
+    write nothing, without a word; so it is tried here on a message of its own. The function that is returned
+    may raise anything, as a template is a program.
+    """
+
+    def written(messages: list[dict[str, Any]], parted: bool, **options: Any) -> str:
+        if parted:
+            messages = [{**m, "content": _parts(m["content"])} for m in messages]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def writes(parted: bool) -> bool:
+        with suppress(Exception):
+            return PROBE in written([{"role": "user", "content": PROBE}], parted)
+        return False
+
+    return partial(written, parted=not writes(parted=False) and writes(parted=True))
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def read_processor(source: str | Path) -> dict[str, bytes]:
