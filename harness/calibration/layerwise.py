@@ -115,15 +115,17 @@ def fit_layers(
             layer = passage.enter(index)
         groups = passage.input_groups(layer)
         beside = Beside(passage, layer, groups, targets) if targets is not None else None
-        matrices: list[FittedMatrix] = []
+        matrices: dict[str, FittedMatrix] = {}
         for batch in batches(layer, groups) if true_sequential else [groups]:
+            weights = {name: layer.linears[name].weight.detach() for group in batch for name in group}
             turns = _turns(passage, layer, batch, beside, partial(progress, 1, "inputs"))
             for turn, statistics in clock.through("inputs", turns):
                 with clock("fits"):
                     names = dict.fromkeys(name.rpartition(".")[2] for group in turn for name in group)
                     progress(0, ", ".join(names))
-                    matrices += _fit(layer, turn, statistics, fit_of, passage.compute)
-            del turns, statistics
+                    for matrix in _fit(layer, turn, weights, statistics, fit_of, passage.compute):
+                        matrices[matrix.name] = matrix  # the last of several fits
+            del turns, statistics, weights
         with clock("outputs"):
             if beside is not None:
                 beside.advance()
@@ -131,7 +133,7 @@ def fit_layers(
         full_names = [[layer.full_name(name) for name in group] for group in groups]
         families = {name: family(layer.module, name) for name in layer.linears}
         experts = {layer.full_name(n): layer.full_name(of) for n, of in families.items() if of}
-        yield FittedLayer(matrices, full_names, experts, clock.seconds)
+        yield FittedLayer(list(matrices.values()), full_names, experts, clock.seconds)
         # Free the weights and Gram matrices of this layer before those of the next are allocated.
         del matrices, layer, beside
 
@@ -152,15 +154,15 @@ def _turns(
         statistics = [Statistics.of(total) for total in passage.collect(layer, batch, step)]
         yield batch, fill_up(layer, batch, statistics)
         return
-    filled = fill_up(layer, batch, beside.collect(layer, batch, step))
-    known = {group[0]: own for group, own in zip(batch, filled, strict=True)}
-    del filled
-    for turn in beside.turns(batch):
-        if turn[0] != batch[0]:
-            for group, lost in zip(turn, beside.collect_lost(layer, turn, step), strict=True):
-                known[group[0]] = replace(known[group[0]], lost=lost)
-        # Given away, to be freed once they are fitted.
-        yield turn, [known.pop(group[0]) for group in turn]
+    own = beside.collect(layer, batch, step)
+    known = {group[0]: both for group, *both in zip(batch, own, fill_up(layer, batch, own), strict=True)}
+    for place, turn in enumerate(beside.turns(batch)):
+        statistics = [known[group[0]][1] for group in turn]
+        if place:
+            grams = [known[group[0]][0].gram for group in turn]
+            found = beside.collect_lost(layer, turn, grams, step)
+            statistics = [replace(s, lost=lost) for s, lost in zip(statistics, found, strict=True)]
+        yield turn, statistics
 
 
 # Quantizes a matrix, given what is known about its inputs.
@@ -183,22 +185,22 @@ def _towards(targets: Targets | None, method: Method) -> _Fit:
 def _fit(
     layer: WorkingLayer,
     groups: list[list[str]],
+    weights: Mapping[str, torch.Tensor],
     statistics: list[Statistics],
     fit_of: Callable[[str], _Fit],
     compute: Compute,
 ) -> Iterator[FittedMatrix]:
-    """Quantize matrices of a layer, and replace their weights by the dequantized ones."""
-    linears = layer.linears
+    """Quantize matrices of a layer, and replace their weights by the dequantized ones.
+
+    `weights` holds the original ones: a matrix that is fitted again no longer has them.
+    """
     jobs: list[_Job] = []
     for group, known in zip(groups, statistics, strict=True):
         if not torch.isfinite(known.gram).all():
             name = layer.full_name(group[0])
             raise FitError(f"{name}: its inputs on the calibration text are not finite")
-        full_names = map(layer.full_name, group)
-        weights = [linears[name].weight.detach() for name in group]
-        jobs += [
-            (name, weight, known, fit_of(name)) for name, weight in zip(full_names, weights, strict=True)
-        ]
+        full_names = {name: layer.full_name(name) for name in group}
+        jobs += [(full, weights[name], known, fit_of(full)) for name, full in full_names.items()]
     names = [name for group in groups for name in group]
     for name, (matrix, dense) in zip(names, _quantize_together(jobs, compute), strict=True):
         layer.put(name, dense)
