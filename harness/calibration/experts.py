@@ -6,11 +6,12 @@ With fewer tokens than columns, it is fitted to
     C + (m - n) * P,        P = sum of C over the experts of a layer / sum of n over them
 
 which fills its tokens up to m with average ones. This is shrinkage of C/n towards P, by the weight 1 - n/m.
-An expert without tokens is fitted to m average ones. P sums what the experts' matrices really read: for the
-matrix that reads tokens, every token counts as often as it is routed; for the one that writes, it is what the
-experts that were chosen computed. The sums of all experts of a layer are taken in the same pass. Where there
-are targets (`calibration.targets`), average tokens lack nothing: they draw an expert to its own weights, to
-which one without tokens is fitted.
+An expert without tokens is fitted to m average ones. Other multiples of P are hardly better
+(``python -m harness.benchmark mixture --only few-tokens``). P sums what the experts' matrices really read:
+for the matrix that reads tokens, every token counts as often as it is routed; for the one that writes, it is
+what the experts that were chosen computed. The sums of all experts of a layer are taken in the same pass.
+Where there are targets (`calibration.targets`), average tokens lack nothing: they draw an expert to its own
+weights, to which one without tokens is fitted.
 """
 
 from __future__ import annotations
