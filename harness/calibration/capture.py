@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from harness.calibration.calls import LayerCall, differ, marked, merged
 from harness.calibration.passage import Passage, brought
@@ -181,7 +182,8 @@ def _extra_output(
     Raises
     ------
     UserError
-        If the output of the first layer for a token depends on later tokens, as in an encoder.
+        If the output of the first layer for a token depends on later tokens, as in an encoder; or if the
+        layer keeps keys and values from call to call although it is asked not to.
     """
     call = call.to(compute)
     layer = decoder.working_copy(0, compute)
@@ -190,6 +192,11 @@ def _extra_output(
     half = tokens // 2
     begin, end = hidden.split([half, tokens - half], axis)
     output = layer(hidden, *call.args, **call.kwargs)
+    if any(isinstance(value, Cache) and value.get_seq_length() for value in call.kwargs.values()):
+        raise UserError(
+            "the decoder layers keep keys and values for layers after them; such models cannot be calibrated "
+            "layer by layer"
+        )
     first = (output[0] if isinstance(output, tuple | list) else output).narrow(axis, 0, half).float()
     changed = call(layer, torch.cat([begin, -end], axis), 0, {}).narrow(axis, 0, half).float()
     # Masked positions contribute zeros, so a causal layer differs at most by rounding.

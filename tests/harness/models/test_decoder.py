@@ -157,6 +157,19 @@ def test_layers_whose_output_is_in_no_logit_are_refused() -> None:
         capture_inputs(model, decoder, torch.tensor([[1, 2, 3]]))
 
 
+class Keeps(transformers.LlamaForCausalLM):
+    """Its layers fill a cache whether or not they are asked to, as the encoder of a diffusion model does."""
+
+    def forward(self, **inputs: Any) -> Any:
+        return super().forward(past_key_values=transformers.DynamicCache(), **inputs)
+
+
+def test_layers_that_keep_keys_and_values_are_refused() -> None:
+    model = Keeps(tiny.CONFIGS["llama"]())
+    with pytest.raises(UserError, match="the decoder layers keep keys and values for layers after them"):
+        capture_inputs(model, locate_layers(model), torch.tensor([[1, 2, 3]]))
+
+
 def test_layers_that_text_does_not_reach_are_refused() -> None:
     model = TwoLists()
     decoder = DecoderLayers("large", model.large, [{}, {}])
