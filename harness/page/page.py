@@ -18,6 +18,8 @@ from harness.page.kinds import short_names
 
 # What a page may have at most; the table of layers is left out before it gets larger.
 MOST_BYTES = 1_000_000
+# How lone surrogates are written, which file names can have that are not Unicode.
+SURROGATES = "backslashreplace"
 # Matrices in the list of the worst.
 WORST = 20
 
@@ -73,14 +75,15 @@ def page(record: dict[str, Any]) -> str:
     }
     template = _environment().get_template("template.html")
     html = template.render(content, table=layer_table(record))
-    return html if len(html.encode()) <= MOST_BYTES else template.render(content, table=({}, []))
+    size = len(html.encode(errors=SURROGATES))
+    return html if size <= MOST_BYTES else template.render(content, table=({}, []))
 
 
 def write_page(record: dict[str, Any], file: Path) -> None:
     """Draw the report of a run into a file; it is either the old one or the complete new one."""
     partial = file.with_name(file.name + ".partial")
     try:
-        partial.write_text(page(record), encoding="utf-8", errors="backslashreplace", newline="\n")
+        partial.write_text(page(record), encoding="utf-8", errors=SURROGATES, newline="\n")
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
