@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from harness.compute import HOST, Compute
+from harness.distributed.ranks import ALONE, Ranks
 from harness.errors import UserError
 from harness.models.original import Original, require_fits
 from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
@@ -44,7 +45,11 @@ class Divergence:
 
 @torch.no_grad()
 def divergence(
-    original: Any, quantized: Any, windows: torch.Tensor, progress: Callable[[], object] = lambda: None
+    original: Any,
+    quantized: Any,
+    windows: torch.Tensor,
+    progress: Callable[[], object] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Divergence:
     """Measure the divergence over all predictions inside the windows.
 
@@ -56,6 +61,8 @@ def divergence(
         Token ids.
     progress : callable
         Called after every window.
+    ranks : Ranks
+        The processes that share the windows; each gets the result.
 
     Returns
     -------
@@ -66,8 +73,8 @@ def divergence(
     Each model runs once per window, in its own dtype. Logits are compared in float32, `LOGIT_ROWS` tokens at
     a time, and never kept.
     """
-    losses, divergences, agreed = [], [], 0
-    for window in windows:
+    losses, divergences, agreed = [], [torch.zeros(0)], 0
+    for window in windows[ranks.own(len(windows))]:
         ids = window[None].to(original.device)
         expected, got = (model(ids, use_cache=False).logits for model in (original, quantized))
         losses.append(mean_loss(got, window))
@@ -76,7 +83,9 @@ def divergence(
             divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
             agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
         progress()
-    every = torch.cat(divergences).double()
+    losses = ranks.gather_numbers(torch.tensor(losses, dtype=torch.float64)).tolist()
+    every = ranks.gather_numbers(torch.cat(divergences)).double()
+    agreed = ranks.total([agreed])[0]
     return Divergence(
         exponential(sum(losses) / len(losses)),
         float(every.mean()),
@@ -98,7 +107,8 @@ def divergence_on(
 ) -> Divergence:
     """Measure the divergence on a text, on the windows that perplexity is measured on.
 
-    Both models are moved to the device if it holds them, and back.
+    The processes of `compute` share the windows. Both models are moved to the device if it holds them, and
+    back.
 
     Raises
     ------
@@ -113,14 +123,15 @@ def divergence_on(
     limit = min(filter(None, (windows, stream.windows)), default=None)
     first = bos_of(original.model, original.tokenizer, bos)
     chosen = evaluation_windows(tokens, seqlen, limit, first)
+    ranks = compute.ranks
     fits = compute.memory is None or all(
         replace(compute, memory=compute.memory // 2).holds(m, seqlen) for m in models
     )
     for model in models:
         model.to(compute.device if fits else HOST)
     try:
-        with Progress("divergence from the original", len(chosen), "window", say) as step:
-            return divergence(*models, chosen, step)
+        with Progress("divergence from the original", len(ranks.own(len(chosen))), "window", say) as step:
+            return divergence(*models, chosen, step, ranks)
     finally:
         for model in models:
             model.to(HOST)

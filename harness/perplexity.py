@@ -12,6 +12,7 @@ import torch
 from harness.calibration.capture import capture_inputs, logits_after
 from harness.calibration.passage import brought
 from harness.compute import HOST, Compute, dtype_name
+from harness.distributed.ranks import ALONE, Ranks
 from harness.models.decoder import DecoderLayers, locate_layers
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say, say_on_stderr
@@ -52,6 +53,7 @@ def measure(
     tokens: int,
     source: str,
     progress: Callable[[], object] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """Measure the perplexity over windows that do not overlap.
 
@@ -67,6 +69,8 @@ def measure(
         Description of the stream, for the protocol.
     progress : callable
         Called after every window.
+    ranks : Ranks
+        The processes that share the windows; each gets the result.
 
     Returns
     -------
@@ -78,11 +82,11 @@ def measure(
     seqlen; the result is exp(sum / (count · seqlen)). The model runs in its own dtype.
     """
     losses = []
-    for window in windows:
+    for window in windows[ranks.own(len(windows))]:
         window = window.to(model.device)
         losses.append(mean_loss(model(window[None], use_cache=False).logits, window))
         progress()
-    return _perplexity(losses, windows, tokens, source, model.dtype)
+    return _perplexity(_of_all(losses, ranks), windows, tokens, source, model.dtype)
 
 
 @torch.no_grad()
@@ -104,22 +108,24 @@ def measure_by_layers(
     decoder : DecoderLayers
         The decoder layers.
     compute : Compute
-        Device that runs them, in the dtype of the model.
+        Device that runs them, in the dtype of the model, and the processes that share the windows.
     progress : callable
         Called after every layer.
     """
-    compute = replace(compute, dtype=None)
-    passage = capture_inputs(model, decoder, windows, compute)
-    passage.place()
-    for index in range(len(passage.calls)):
-        passage.advance(passage.enter(index))
-        progress()
-    with decoder.outside_on(model, compute.device):
-        losses = [
-            mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
-            for window, states in zip(windows, passage.hidden, strict=True)
-        ]
-    return _perplexity(losses, windows, tokens, source, model.dtype)
+    ranks, compute = compute.ranks, replace(compute.alone(), dtype=None)
+    losses: list[float] = []
+    if own := ranks.own(len(windows)):
+        passage = capture_inputs(model, decoder, windows[own], compute)
+        passage.place()
+        for index in range(len(passage.calls)):
+            passage.advance(passage.enter(index))
+            progress()
+        with decoder.outside_on(model, compute.device):
+            losses = [
+                mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
+                for window, states in zip(windows[own], passage.hidden, strict=True)
+            ]
+    return _perplexity(_of_all(losses, ranks), windows, tokens, source, model.dtype)
 
 
 def measure_on(
@@ -134,8 +140,9 @@ def measure_on(
 ) -> Perplexity:
     """Measure the perplexity of a model on a text by the text's protocol, with a progress bar.
 
-    A model that fits on the device is moved there and back. Otherwise, or if its decoder layers are on
-    disk, it runs one decoder layer at a time. `bos` is the choice of `harness.windows.bos_of`.
+    The processes of `compute` share the windows. A model that fits on the device is moved there and back.
+    Otherwise, or if its decoder layers are on disk, it runs one decoder layer at a time. `bos` is the choice of
+    `harness.windows.bos_of`.
 
     Raises
     ------
@@ -156,8 +163,8 @@ def measure_on(
             return measure_by_layers(model, decoder, *arguments, compute, step)
     model.to(compute.device)
     try:
-        with Progress(what, len(chosen), "window", say) as step:
-            return measure(model, *arguments, step)
+        with Progress(what, len(compute.ranks.own(len(chosen))), "window", say) as step:
+            return measure(model, *arguments, step, compute.ranks)
     finally:
         model.to(HOST)
 
@@ -174,6 +181,11 @@ def mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
 def exponential(mean: float) -> float:
     """Perplexity of a mean negative log-likelihood; infinite if that overflows."""
     return math.inf if mean >= 700 else math.exp(mean)
+
+
+def _of_all(losses: list[float], ranks: Ranks) -> list[float]:
+    """The losses of all windows in their order, each process having those of its own."""
+    return ranks.gather_numbers(torch.tensor(losses, dtype=torch.float64)).tolist()
 
 
 def _perplexity(

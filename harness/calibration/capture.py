@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.calibration.passage import LayerCall, Passage, brought
+from harness.calibration.gram import windows_per_shard
+from harness.calibration.passage import LayerCall, Passage, brought, own_windows
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers
@@ -29,6 +30,8 @@ def capture_inputs(
 ) -> Passage:
     """Record the inputs of the first layer for every window, and the arguments of every layer.
 
+    Of several processes, each records its own windows.
+
     Parameters
     ----------
     model : nn.Module
@@ -40,7 +43,7 @@ def capture_inputs(
     compute : Compute
         Where to run the first layer, to learn the form of its output and whether it looks ahead.
     step : callable
-        Called after every window.
+        Called after every window that this process records.
 
     Returns
     -------
@@ -51,10 +54,12 @@ def capture_inputs(
     Raises
     ------
     UserError
-        If the model does more than pass hidden states from layer to layer, or attends to later tokens.
+        If the model does more than pass hidden states from layer to layer, or attends to later tokens; or if
+        there are more processes than can share the windows.
     """
     hidden = []
-    for window in windows:
+    count, seqlen = windows.shape
+    for window in windows[own_windows(count, seqlen, compute.ranks)]:
         hidden.append(_enter_layers(model, decoder, window)[0])
         step()
     extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute)
@@ -67,7 +72,7 @@ def capture_inputs(
                     f"decoder layer {index} of {type(model).__name__} takes arguments that depend on the "
                     "text, other than the hidden states; such models cannot be calibrated layer by layer"
                 )
-    return Passage(decoder, hidden, calls, compute)
+    return Passage(decoder, hidden, calls, compute, windows_per_shard(count, seqlen))
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from harness.calibration.gram import GramSum
+from harness.calibration.gram import GramSum, windows_per_shard
 from harness.compute import Compute
+from harness.distributed.ranks import Ranks
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers, require_finite
 
@@ -103,11 +104,14 @@ class Passage:
     decoder : DecoderLayers
         The layers.
     hidden : list of (1, seqlen, width) tensors
-        Inputs of the next layer; every layer overwrites them with its outputs, in place.
+        Inputs of the next layer; every layer overwrites them with its outputs, in place. Of several
+        processes, each has those of its own windows.
     calls : list of LayerCall
         Arguments of each layer.
     compute : Compute
         Where layers run.
+    shard : int
+        Windows of a shard, the part of a sum that is not divided among processes (`calibration.gram`).
     originals : list of (1, seqlen, width) tensors
         Inputs of the original model's next layer, after `keep_original`; empty before.
     """
@@ -116,7 +120,12 @@ class Passage:
     hidden: list[torch.Tensor]
     calls: list[LayerCall]
     compute: Compute
+    shard: int = 1
     originals: list[torch.Tensor] = field(default_factory=list)
+
+    def ends_shard(self, window: int) -> bool:
+        """Whether the window with this index among the hidden states is the last of its shard."""
+        return window + 1 == len(self.hidden) or (window + 1) % self.shard == 0
 
     def keep_original(self) -> None:
         """Start to keep the hidden states of the original model beside those of the quantized one."""
@@ -227,15 +236,37 @@ class Passage:
             return lambda module, args: total.add(args[0].reshape(-1, total.columns))
 
         with _pre_hooks({linear: add(total) for linear, total in zip(first, sums, strict=True)}):
-            for states in self.hidden:
+            for i, states in enumerate(self.hidden):
                 layer.call(layer.module, brought(states, self.compute))
+                if self.ends_shard(i):
+                    for total in sums:
+                        total.end_shard()
                 step()
         return sums
 
     def checksum(self) -> int:
-        """Sum the bit patterns of all hidden states, read as integers."""
+        """Sum the bit patterns of the hidden states of all processes, read as integers."""
         sums = [states.view(_BITS[states.element_size()]).sum(dtype=torch.int64) for states in self.hidden]
-        return int(torch.stack(sums).sum())
+        return self.compute.ranks.total([int(torch.stack(sums).sum())])[0]
+
+
+def own_windows(count: int, seqlen: int, ranks: Ranks) -> range:
+    """Return which of the windows of a calibration are this process's: whole shards, neighbouring ones.
+
+    Raises
+    ------
+    UserError
+        If there are fewer shards than processes.
+    """
+    shard = windows_per_shard(count, seqlen)
+    shards = -(-count // shard)
+    if shards < ranks.size:
+        raise UserError(
+            f"{count} windows of {seqlen} tokens make {shards} shards, which {ranks.size} processes cannot "
+            "share; use fewer processes or more windows"
+        )
+    own = ranks.own(shards)
+    return range(shard * own.start, min(shard * own.stop, count))
 
 
 @contextmanager
