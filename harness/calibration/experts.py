@@ -8,7 +8,9 @@ With fewer tokens than columns, it is fitted to
 which fills its tokens up to m with average ones. This is shrinkage of C/n towards P, by the weight 1 - n/m.
 An expert without tokens is fitted to m average ones. P sums what the experts' matrices really read: for the
 matrix that reads tokens, every token counts as often as it is routed; for the one that writes, it is what the
-experts that were chosen computed. The sums of all experts of a layer are taken in the same pass.
+experts that were chosen computed. The sums of all experts of a layer are taken in the same pass. Where there
+are targets (`calibration.targets`), average tokens lack nothing: they draw an expert to its own weights, to
+which one without tokens is fitted.
 """
 
 from __future__ import annotations
@@ -18,8 +20,61 @@ from dataclasses import replace
 import torch
 
 from harness.calibration.passage import WorkingLayer
-from harness.calibration.targets import Statistics
-from harness.models.experts import family
+from harness.calibration.sums import Statistics
+from harness.models.experts import Experts, family
+
+
+class Routing:
+    """The experts of the tokens of one window.
+
+    Parameters
+    ----------
+    experts : Experts
+        The experts.
+    read : tuple of tensors
+        What they read: (tokens, width), and the experts and routing weights of each token, (tokens, k).
+    """
+
+    def __init__(self, experts: Experts, read: tuple[torch.Tensor, ...]) -> None:
+        self._experts = experts
+        _, index, weights = read
+        self._index, self._weights = index, weights.float()
+        self.pairs = dict(enumerate(experts.routed(index)))
+
+    def tokens(self, number: int) -> torch.Tensor:
+        """Places in the window of the tokens of an expert."""
+        return self.pairs[number] // self._index.shape[-1]
+
+    def weights(self, number: int) -> torch.Tensor:
+        """Routing weights of the tokens of an expert, (tokens, 1)."""
+        return self._weights.reshape(-1, 1)[self.pairs[number]]
+
+    def inner(self, experts: Experts, hidden: torch.Tensor, numbers: set[int]) -> dict[int, torch.Tensor]:
+        """What other experts, of the same routing, pass to ``down_proj`` for other hidden states."""
+        pairs = {number: own for number, own in self.pairs.items() if number in numbers}
+        return experts.inner(hidden, self._index.shape[-1], pairs)
+
+    def shares(self, missing: torch.Tensor, numbers: set[int]) -> dict[int, torch.Tensor]:
+        """How far outputs of experts must move, so that their weighted sum moves by what is missing.
+
+        Parameters
+        ----------
+        missing : (tokens, width) tensor
+            What the sums lack, r.
+        numbers : set of int
+            Experts that move.
+
+        Returns
+        -------
+        dict of int to (tokens of the expert, width) tensor
+            w_te r_t / sum_f w_tf^2: of all moves that do so, the smallest ones.
+        """
+        moving = torch.zeros(self._experts.num_experts + 1, device=missing.device)
+        moving[list(numbers)] = 1
+        # An index beyond the experts stands for none.
+        size = (moving[self._index.clamp(max=len(moving) - 1)] * self._weights.square()).sum(dim=1)
+        scaled = missing / torch.where(size > 0, size, torch.inf)[:, None]
+        return {number: self.weights(number) * scaled[self.tokens(number)] for number in numbers}
 
 
 def batches(layer: WorkingLayer, groups: list[list[str]]) -> list[list[list[str]]]:

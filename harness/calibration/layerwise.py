@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from harness.calibration.experts import batches, fill_up
 from harness.calibration.grid_range import lost_share
 from harness.calibration.methods import FitError, Method
 from harness.calibration.passage import Passage, WorkingLayer
-from harness.calibration.targets import Beside, Statistics, Targets
+from harness.calibration.sums import Statistics
+from harness.calibration.targets import Beside, Targets
 from harness.compute import Compute
 from harness.models.experts import family
 from reference.types import TernaryMatrix
@@ -122,12 +123,18 @@ def fit_layers(
                     statistics = [Statistics.of(total) for total in passage.collect(layer, batch, counted)]
                 else:
                     statistics = beside.collect(layer, batch, counted)
-                statistics = fill_up(layer, batch, statistics)
-            with clock("fits"):
-                names = dict.fromkeys(name.rpartition(".")[2] for group in batch for name in group)
-                progress(0, ", ".join(names))
-                matrices += _fit(layer, batch, statistics, fit_of, passage.compute)
-            del statistics
+                known = dict(zip(map(tuple, batch), fill_up(layer, batch, statistics), strict=True))
+            for turn in [batch] if beside is None else beside.turns(batch):
+                if beside is not None and turn[0] != batch[0]:
+                    with clock("inputs"):
+                        for group, lost in zip(turn, beside.collect_lost(layer, turn, counted), strict=True):
+                            known[tuple(group)] = replace(known[tuple(group)], lost=lost)
+                with clock("fits"):
+                    names = dict.fromkeys(name.rpartition(".")[2] for group in turn for name in group)
+                    progress(0, ", ".join(names))
+                    statistics = [known[tuple(group)] for group in turn]
+                    matrices += _fit(layer, turn, statistics, fit_of, passage.compute)
+            del statistics, known
         with clock("outputs"):
             if beside is not None:
                 beside.advance()

@@ -7,17 +7,17 @@ model's; see `reference.targets`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
 
-from harness.calibration.gram import GramSum, ProductSum
+from harness.calibration.experts import Routing
 from harness.calibration.passage import Passage, WorkingLayer, brought
-from harness.models.experts import family
+from harness.calibration.stream import Seen, Wanted, rows_of, stream_writers, watch
+from harness.calibration.sums import Rows, Statistics, Sums
+from harness.models.experts import DOWN, Experts, place_of
 
 # Maps weights (n, m), the Gram matrix (m, m) of their inputs and the lost products (n, m) to the weights to
 # quantize; `reference.targets.shift_targets` with its settings.
@@ -26,8 +26,9 @@ Shift = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 # What one pass of an original layer shows is kept up to this size; more is computed again when it is needed.
 KEPT_BYTES = 2e9
 
-# Share of a matrix's output by which a stream may differ from the sum of its parts, to allow for rounding.
-ADDED = 0.01
+# Turns in which the experts that add to the residual stream are fitted: those of a later turn make up for
+# what the earlier ones left. Every turn takes a pass over all windows.
+TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -50,44 +51,8 @@ class Targets:
     token_weights: bool = True
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What a fit needs to know about the inputs of one group of matrices.
-
-    Attributes
-    ----------
-    gram : (m, m) float64 tensor
-        Gram matrix of the inputs.
-    tokens : int
-        Number of inputs.
-    lost : tensor, optional
-        (n, m): the lost products (`reference.targets.lost_products`) of the only matrix of the group.
-        Or (m, m): products of the inputs' differences with the inputs, which weights turn into lost products.
-        None for matrices that are fitted to their own weights.
-    of_outputs : bool
-        Whether `lost` is of the first kind.
-    """
-
-    gram: torch.Tensor
-    tokens: int
-    lost: torch.Tensor | None = None
-    of_outputs: bool = False
-
-    @classmethod
-    def of(cls, total: GramSum) -> Statistics:
-        """Return the statistics of matrices that are fitted to their own weights."""
-        return cls(total.finish(), total.rows)
-
-    def lost_products(self, weight: torch.Tensor) -> torch.Tensor:
-        """Lost products of a matrix of the group, (n, m) float64; `lost` must not be None."""
-        assert self.lost is not None
-        return self.lost if self.of_outputs else weight.to(self.lost.dtype) @ self.lost
-
-
 class Beside:
     """The original layer, which runs beside the layer that is quantized.
-
-    Experts have no targets: the original may route the tokens of an expert to other experts.
 
     What a pass over all windows shows is kept if it takes at most `KEPT_BYTES`, so that one pass is enough.
 
@@ -101,6 +66,20 @@ class Beside:
         Matrices that share an input, in the order of their use.
     targets : Targets
         What matrices are fitted to.
+
+    Notes
+    -----
+    An expert e is fitted to the tokens t that are routed to it in the ternary model, whatever the original
+    model does with them. The matrix that reads tokens should give what it gives for the original model's
+    input of the same token. Errors of ``down_proj`` D_e count by the routing weight w_te, so its rows have in
+    `reference.targets.lost_products` the weights w_te^2, times those of the tokens (`token_weights`).
+
+    Of a mixture that adds to the stream, r_t is what the stream lacks after it: the original stream less the
+    ternary one, with the experts that are not ternary yet as they were. It is divided among the token's
+    experts f of a turn, so that Y_t = D_e h_te + w_te r_t / sum_f w_tf^2 is wanted; of all moves of their
+    outputs that move the weighted sum by r_t, these are the smallest. Experts of later turns are then fitted
+    to what is left. Where the mixture does not add to the stream as it is, wanted is D_e h with the inner
+    states h of the original expert, on the original model's input of the token.
     """
 
     def __init__(
@@ -108,17 +87,26 @@ class Beside:
     ) -> None:
         self.passage, self.targets = passage, targets
         self.layer = passage.enter(layer.index)
-        groups = [group for group in groups if family(layer.module, group[0]) is None]
-        self.writers = stream_writers(passage, layer, groups) if targets.stream else []
-        linears = layer.linears
-        self._inputs = [group[0] for group in groups if group[0] not in self.writers]
-        width = sum(linears[name].in_features for name in self._inputs)
-        width += sum(linears[name].out_features for name in self.writers)
+        writers = stream_writers(passage, layer, groups) if targets.stream else []
+        # Every writer, and what must have run before the stream holds its output.
+        blocks = list(dict.fromkeys(writer.block for writer in writers))
+        self.writers = {writer.name: blocks[: 1 + blocks.index(writer.block)] for writer in writers}
+        names = [group[0] for group in groups]
+        self._places = {name: place for name in names if (place := place_of(layer.module, name))}
+        mixtures = dict.fromkeys(place.experts for place in self._places.values())
+        inputs = [name for name in names if name not in self._places and name not in self.writers]
+        self._all = Wanted(inputs, list(mixtures), blocks)
         tokens = sum(states[..., 0].numel() for states in passage.originals)
-        fits = 4 * tokens * (width + passage.originals[0].shape[-1]) <= KEPT_BYTES
-        self._kept: list[_Seen] | None = [] if fits else None
+        width = passage.originals[0].shape[-1] * (1 + len(blocks) + len(mixtures))
+        width += sum(layer.linears[name].in_features for name in inputs)
+        self._kept: list[Seen] | None = [] if 4 * tokens * width <= KEPT_BYTES else None
 
-    @torch.no_grad()
+    def turns(self, groups: list[list[str]]) -> list[list[list[str]]]:
+        """Divide a batch of matrices into those that are fitted one after the other."""
+        if any(group[0] not in self._places or not self._adds(group[0]) for group in groups):
+            return [groups]
+        return [groups[first::TURNS] for first in range(min(TURNS, len(groups)))]
+
     def collect(
         self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = lambda: None
     ) -> list[Statistics]:
@@ -129,50 +117,24 @@ class Beside:
         layer : WorkingLayer
             The layer as it is now.
         groups : list of lists of str
-            Matrices that share an input.
+            Matrices that share an input. Of those that `turns` divides, the first turn has targets.
         step : callable
             Called after every window.
         """
-        inputs = [group[0] for group in groups]
-        linears, device = layer.linears, self.passage.compute.device
-        grams = {
-            name: GramSum(linears[name].in_features, device) for name in inputs if family(layer.module, name)
-        }
-        sums = {
-            name: _Sums(linears[name], name in self.writers, self.passage)
-            for name in inputs
-            if name not in grams
-        }
-        writing = [self.writers.index(name) for name in inputs if name in self.writers]
-        outputs = self.writers[: 1 + max(writing, default=-1)]
-        for i, states in enumerate(self.passage.hidden):
-            here = brought(states, self.passage.compute)
-            ours = _watch(layer, here, inputs, outputs)
-            for name, gram in grams.items():
-                gram.add(_rows(ours.inputs[name]))
-            if sums:
-                self._add(sums, i, here, ours, outputs)
-            step()
-        finished = {name: total.finish() for name, total in sums.items()}
-        return [finished[name] if name in finished else Statistics.of(grams[name]) for name in inputs]
+        names = [group[0] for group in groups]
+        first = [group[0] for group in self.turns(groups)[0]]
+        sums = {name: self._sums(layer, name, name in first) for name in names}
+        self._pass(layer, sums, first, step)
+        return [total.finish(self._adds(name)) for name, total in sums.items()]
 
-    def _add(
-        self, sums: dict[str, _Sums], i: int, here: torch.Tensor, ours: _Seen, outputs: list[str]
-    ) -> None:
-        """Add a window, as both models see it, to the sums of matrices with targets."""
-        theirs = self._seen(i, [name for name in sums if name not in self.writers], outputs)
-        for name, total in sums.items():
-            if name in self.writers:
-                before = self.writers[: 1 + self.writers.index(name)]
-                there = self.passage.originals[i].to(here.device)
-                total.add_stream(
-                    ours.inputs[name],
-                    ours.stream(here, before),
-                    theirs.stream(there, before),
-                    self.targets.token_weights,
-                )
-            else:
-                total.add_inputs(ours.inputs[name], theirs.inputs[name])
+    def collect_lost(
+        self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = lambda: None
+    ) -> list[torch.Tensor | None]:
+        """Sum `Statistics.lost` alone for a later turn."""
+        names = [group[0] for group in groups]
+        sums = {name: self._sums(layer, name, True, gram=False) for name in names}
+        self._pass(layer, sums, names, step)
+        return [total.lost() for total in sums.values()]
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -184,149 +146,97 @@ class Beside:
             else:
                 self.passage.overwrite(states, self.layer)
 
-    def _seen(self, i: int, inputs: list[str], outputs: list[str]) -> _Seen:
+    def _writer(self, name: str) -> str:
+        """The matrix or mixture that would add the output of a matrix to the stream."""
+        place = self._places.get(name)
+        if place is None:
+            return name
+        return place.experts if place.part == DOWN else ""
+
+    def _adds(self, name: str) -> bool:
+        return self._writer(name) in self.writers
+
+    def _sums(self, layer: WorkingLayer, name: str, lost: bool, gram: bool = True) -> Sums:
+        linear = layer.linears[name]
+        rows = linear.out_features if self._adds(name) else linear.in_features
+        return Sums(linear.in_features, rows if lost else 0, self.passage.compute.device, gram)
+
+    @torch.no_grad()
+    def _pass(
+        self, layer: WorkingLayer, sums: dict[str, Sums], aimed: list[str], step: Callable[[], object]
+    ) -> None:
+        """Add every window to the sums; those of the matrices `aimed` get what is lost too."""
+        mixtures = list(dict.fromkeys(self._places[name].experts for name in sums if name in self._places))
+        blocks = max((self.writers.get(self._writer(name), []) for name in sums), key=len)
+        beside = [name for name in aimed if name not in self._places and not self._adds(name)]
+        for i, states in enumerate(self.passage.hidden):
+            here, there = (brought(s, self.passage.compute) for s in (states, self.passage.originals[i]))
+            ours = watch(layer, here, Wanted(list(sums), mixtures, blocks))
+            theirs = self._seen(i, there, Wanted(beside, mixtures, blocks))
+            for name, rows in self._rows(layer, (here, ours), (there, theirs), list(sums), aimed):
+                sums[name].add(rows)
+            step()
+
+    def _rows(
+        self,
+        layer: WorkingLayer,
+        ours: tuple[torch.Tensor, Seen],
+        theirs: tuple[torch.Tensor, Seen],
+        names: list[str],
+        aimed: list[str],
+    ) -> Iterator[tuple[str, Rows]]:
+        """What a window, as both models see it, adds to the sums of each matrix."""
+        families: dict[tuple[str, str], dict[int, str]] = {}
+        for name in names:
+            if place := self._places.get(name):
+                families.setdefault((place.experts, place.part), {})[place.number] = name
+                continue
+            x = rows_of(ours[1].inputs[name])
+            if self._adds(name):
+                yield name, Rows(x, *self._missing(name, ours, theirs))
+            else:
+                yield name, Rows(x, rows_of(theirs[1].inputs[name]).float() - x.float())
+        for (mixture, part), members in families.items():
+            routing = Routing(_experts(layer, mixture), ours[1].mixtures[mixture])
+            read = theirs[1].mixtures[mixture][0]
+            inputs = {number: ours[1].inputs[name] for number, name in members.items()}
+            moving = {number for number, name in members.items() if name in aimed}
+            weights: dict[int, torch.Tensor | None] = dict.fromkeys(members)
+            if part != DOWN:
+                lost = {n: read[routing.tokens(n)].float() - inputs[n].float() for n in moving}
+            elif mixture not in self.writers:
+                inner = routing.inner(_experts(self.layer, mixture), read, moving)
+                lost = {n: inner[n].float() - inputs[n].float() for n in moving}
+                weights |= {n: routing.weights(n) for n in members}
+            else:
+                missing, root = self._missing(mixture, ours, theirs)
+                lost = routing.shares(missing, moving)
+                of_tokens = torch.ones_like(missing[:, :1]) if root is None else root
+                weights |= {n: routing.weights(n) * of_tokens[routing.tokens(n)] for n in members}
+            for number, name in members.items():
+                yield name, Rows(inputs[number], lost.get(number), weights[number])
+
+    def _missing(
+        self, writer: str, ours: tuple[torch.Tensor, Seen], theirs: tuple[torch.Tensor, Seen]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the stream lacks after a writer, (tokens, width), and the roots of the tokens' weights."""
+        blocks = self.writers[writer]
+        (here, mine), (there, original) = ours, theirs
+        true = original.stream(there, blocks)
+        missing = true - mine.stream(here, blocks)
+        if not self.targets.token_weights:
+            return missing, None
+        size = true.square().mean(dim=1, keepdim=True)
+        return missing, torch.where(size > 0, size, torch.inf).rsqrt()
+
+    def _seen(self, i: int, hidden: torch.Tensor, wanted: Wanted) -> Seen:
         """What the original layer reads and writes on a window; more than was asked for, if that is kept."""
-        hidden = brought(self.passage.originals[i], self.passage.compute)
         if self._kept is None:
-            return _watch(self.layer, hidden, inputs, outputs)
+            return watch(self.layer, hidden, wanted)
         if i == len(self._kept):
-            self._kept.append(_watch(self.layer, hidden, self._inputs, self.writers, to_the_end=True))
+            self._kept.append(watch(self.layer, hidden, self._all, to_the_end=True))
         return self._kept[i]
 
 
-class _Sums:
-    """Sums over windows for one group of matrices."""
-
-    def __init__(self, linear: nn.Linear, writes: bool, passage: Passage) -> None:
-        device = passage.compute.device
-        self.writes = writes
-        self.gram = GramSum(linear.in_features, device)
-        rows = linear.out_features if writes else linear.in_features
-        self.lost = ProductSum(rows, linear.in_features, device)
-
-    def add_inputs(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        """Add a window by the inputs in both models."""
-        x = _rows(ours)
-        self.gram.add(x)
-        self.lost.add(_rows(theirs).float() - x.float(), x)
-
-    def add_stream(
-        self, ours: torch.Tensor, stream: torch.Tensor, true_stream: torch.Tensor, weighted: bool
-    ) -> None:
-        """Add a window by the inputs, and the residual streams of both models after the matrix."""
-        x, lost = _rows(ours), true_stream - stream
-        if weighted:
-            size = true_stream.square().mean(dim=1, keepdim=True)
-            root = torch.where(size > 0, size, torch.inf).rsqrt()
-            x, lost = root * x, root * lost
-        self.gram.add(x)
-        self.lost.add(lost, x)
-
-    def finish(self) -> Statistics:
-        return Statistics(self.gram.finish(), self.gram.rows, self.lost.finish(), self.writes)
-
-
-@torch.no_grad()
-def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]]) -> list[str]:
-    """Find the matrices whose outputs are added to the residual stream as they are.
-
-    A matrix is one of them if the stream before it and its output add up to the input of a later module, or
-    to the output of the layer, within `ADDED` of the output's size. Where a norm or a factor stands between,
-    they do not. The layer runs in float32: in 16 bits, one large channel of the stream would hide the output.
-
-    Returns
-    -------
-    list of str
-        Their names in the layer, in the order of their use.
-    """
-    compute = replace(passage.compute, dtype=torch.float32)
-    module = passage.decoder.working_copy(layer.index, compute)
-    call = passage.calls[layer.index].to(compute)
-    hidden = brought(passage.hidden[0], compute)
-    stream = _rows(hidden)
-    seen: list[torch.Tensor] = []
-    made: dict[str, tuple[int, torch.Tensor]] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.extend(_rows(t) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim > 1)
-
-    with ExitStack() as hooks:
-        for name, part in module.named_modules():
-            if name:
-                hooks.callback(part.register_forward_pre_hook(note, with_kwargs=True).remove)
-        for name in layer.linears:
-
-            def keep(module: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
-                made[name] = (len(seen), _rows(output))
-
-            hooks.callback(module.get_submodule(name).register_forward_hook(keep).remove)
-        seen.append(_rows(call(module, hidden)))
-
-    writers = []
-    alone = {group[0] for group in groups if len(group) == 1}
-    for name, (first, output) in sorted(made.items(), key=lambda item: item[1][0]):
-        if name not in alone or output.shape != stream.shape:
-            continue
-        wanted = stream + output
-        later = (states for states in seen[first:] if states.shape == wanted.shape)
-        if any((states - wanted).norm() <= ADDED * output.norm() for states in later):
-            writers.append(name)
-            stream = wanted
-    return writers
-
-
-@dataclass
-class _Seen:
-    """Inputs and outputs of matrices on one window, and the output of the layer if it ran to the end."""
-
-    inputs: dict[str, torch.Tensor]
-    outputs: dict[str, torch.Tensor]
-    output: torch.Tensor | None = None
-
-    def stream(self, start: torch.Tensor, writers: list[str]) -> torch.Tensor:
-        """The residual stream after these matrices, (tokens, width) float32."""
-        return _rows(start).float() + sum(_rows(self.outputs[name]).float() for name in writers)
-
-
-@torch.no_grad()
-def _watch(
-    layer: WorkingLayer,
-    hidden: torch.Tensor,
-    inputs: list[str],
-    outputs: list[str],
-    to_the_end: bool = False,
-) -> _Seen:
-    """Run a layer until these matrices have been used, or to its end."""
-    seen = _Seen({}, {})
-
-    def done() -> None:
-        if not to_the_end and len(seen.inputs) == len(inputs) and len(seen.outputs) == len(outputs):
-            raise _Done
-
-    with ExitStack() as hooks:
-        for name in inputs:
-
-            def before(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                seen.inputs[name] = args[0]
-                done()
-
-            hooks.callback(layer.linears[name].register_forward_pre_hook(before).remove)
-        for name in outputs:
-
-            def after(module: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
-                seen.outputs[name] = output
-                done()
-
-            hooks.callback(layer.linears[name].register_forward_hook(after).remove)
-        with suppress(_Done):
-            seen.output = layer.call(layer.module, hidden)
-    return seen
-
-
-class _Done(Exception):
-    """Ends a pass through a layer once everything needed was seen."""
-
-
-def _rows(states: torch.Tensor) -> torch.Tensor:
-    """Tokens as rows, (tokens, width)."""
-    return states.reshape(-1, states.shape[-1])
+def _experts(layer: WorkingLayer, name: str) -> Experts:
+    return cast(Experts, layer.module.get_submodule(name))

@@ -7,7 +7,7 @@ tokens with, ``3.down_proj`` what it writes with.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -76,26 +76,46 @@ class Experts(nn.Module):
         `top_k_index` and `top_k_weights` are (tokens, k). An index beyond the experts stands for none. Sums
         are over k in order, whatever experts there are, as in transformers' batched implementations.
         """
-        chosen = top_k_index.reshape(-1)
-        counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
-        order = chosen.argsort(stable=True)[: sum(counts)]
-        used = [number for number, count in enumerate(counts) if count or self.every]
-        rows = order.split([counts[number] for number in used])
-        experts = [getattr(self, str(number)) for number in used]
-        # All experts read before the first writes: matrices of a kind share a pass in calibration.
-        inner = [
-            getattr(expert, up_name(self))(hidden_states[pairs // top_k_index.shape[-1]])
-            for expert, pairs in zip(experts, rows, strict=True)
-        ]
-        inner = [self.kind._apply_gate(self, x) if self.has_gate else self.act_fn(x) for x in inner]
-        outputs = [expert.down_proj(x) for expert, x in zip(experts, inner, strict=True)]
-        outer = hidden_states.new_zeros(len(chosen), hidden_states.shape[-1])
+        pairs = self.routed(top_k_index)
+        used = [number for number, own in enumerate(pairs) if len(own) or self.every]
+        inner = self.inner(hidden_states, top_k_index.shape[-1], {number: pairs[number] for number in used})
+        outputs = [self.matrix(number, DOWN)(x) for number, x in inner.items()]
+        outer = hidden_states.new_zeros(top_k_index.numel(), hidden_states.shape[-1])
         if outputs:
-            outer[order] = torch.cat(outputs).to(outer.dtype)
+            outer[torch.cat([pairs[number] for number in used])] = torch.cat(outputs).to(outer.dtype)
         if getattr(self, "has_post_expert_norm", False):
             outer = self.post_expert_norm(outer)
         weighted = outer * top_k_weights.reshape(-1, 1)
         return weighted.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def routed(self, top_k_index: torch.Tensor) -> list[torch.Tensor]:
+        """Places in `top_k_index`, read row by row, of each expert's tokens, in the order of the tokens."""
+        chosen = top_k_index.reshape(-1)
+        counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
+        return list(chosen.argsort(stable=True)[: sum(counts)].split(counts))
+
+    def inner(
+        self, hidden_states: torch.Tensor, k: int, pairs: dict[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """What some experts pass to ``down_proj``, (tokens of the expert, columns), by their numbers.
+
+        Parameters
+        ----------
+        hidden_states : (tokens, width) tensor
+            What the experts read.
+        k : int
+            Experts of a token.
+        pairs : dict of int to tensor
+            The tokens of these experts, as `routed` gives them.
+        """
+        # All experts read before the first writes: matrices of a kind share a pass in calibration.
+        read = {n: self.matrix(n, up_name(self))(hidden_states[own // k]) for n, own in pairs.items()}
+        between = self.kind._apply_gate if self.has_gate else lambda self, x: self.act_fn(x)
+        return {number: between(self, x) for number, x in read.items()}
+
+    def matrix(self, number: int, part: str) -> nn.Linear:
+        """A matrix of an expert."""
+        return cast(nn.Linear, self.get_submodule(f"{number}.{part}"))
 
     def fuse(self) -> nn.Module:
         """Make the module of transformers again, with copies of the weights."""
@@ -114,11 +134,27 @@ class Experts(nn.Module):
         return fused.train(self.training)
 
 
+class Place(NamedTuple):
+    """Where a matrix of an expert is: name of the `Experts` in the layer, number of the expert, own name."""
+
+    experts: str
+    number: int
+    part: str
+
+
+def place_of(layer: nn.Module, name: str) -> Place | None:
+    """Find the expert that a matrix of a layer belongs to; None for a matrix of no expert."""
+    expert, _, part = name.rpartition(".")
+    experts, _, number = expert.rpartition(".")
+    if not experts or not isinstance(layer.get_submodule(experts), Experts):
+        return None
+    return Place(experts, int(number), part) if number.isdigit() else None
+
+
 def family(layer: nn.Module, name: str) -> str | None:
     """Name that the matrices of one kind of all experts share; None for a matrix of no expert."""
-    expert, _, own = name.rpartition(".")
-    experts = expert.rpartition(".")[0]
-    return f"{experts}.*.{own}" if experts and isinstance(layer.get_submodule(experts), Experts) else None
+    place = place_of(layer, name)
+    return None if place is None else f"{place.experts}.*.{place.part}"
 
 
 def _take_over(source: nn.Module, target: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from harness.calibration.capture import capture_inputs
 from harness.calibration.experts import batches, fill_up
 from harness.calibration.passage import Passage
-from harness.calibration.targets import Statistics
+from harness.calibration.sums import Statistics
 from harness.models.decoder import find_decoder_layers
 from harness.models.linearize import linearize
 from reference.ternarize import ternarize

@@ -1,0 +1,100 @@
+"""What fits need to know about the inputs of matrices, and the sums over windows that it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from harness.calibration.gram import GramSum, ProductSum
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a fit needs to know about the inputs of one group of matrices.
+
+    Attributes
+    ----------
+    gram : (m, m) float64 tensor
+        Gram matrix of the inputs.
+    tokens : int
+        Number of inputs.
+    lost : tensor, optional
+        (n, m): the lost products (`reference.targets.lost_products`) of the only matrix of the group.
+        Or (m, m): products of the inputs' differences with the inputs, which weights turn into lost products.
+        None for matrices that are fitted to their own weights.
+    of_outputs : bool
+        Whether `lost` is of the first kind.
+    """
+
+    gram: torch.Tensor
+    tokens: int
+    lost: torch.Tensor | None = None
+    of_outputs: bool = False
+
+    @classmethod
+    def of(cls, total: GramSum) -> Statistics:
+        """Return the statistics of matrices that are fitted to their own weights."""
+        return cls(total.finish(), total.rows)
+
+    def lost_products(self, weight: torch.Tensor) -> torch.Tensor:
+        """Lost products of a matrix of the group, (n, m) float64; `lost` must not be None."""
+        assert self.lost is not None
+        return self.lost if self.of_outputs else weight.to(self.lost.dtype) @ self.lost
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one window adds to the sums of a group of matrices.
+
+    Attributes
+    ----------
+    inputs : (rows, m) tensor
+        Inputs in the ternary model.
+    lost : tensor, optional
+        (rows, n): outputs that are wanted beyond those of the original weights; or (rows, m): the original
+        model's inputs less these.
+    root : (rows, 1) tensor, optional
+        Roots of the rows' weights; 1 if left out.
+    """
+
+    inputs: torch.Tensor
+    lost: torch.Tensor | None = None
+    root: torch.Tensor | None = None
+
+
+class Sums:
+    """Sums over windows for one group of matrices.
+
+    Parameters
+    ----------
+    columns : int
+        Width m of the inputs.
+    rows : int
+        Rows of the lost products; 0 to sum none.
+    device : torch.device
+        Device of the inputs and of the sums.
+    gram : bool
+        Whether to sum the Gram matrix.
+    """
+
+    def __init__(self, columns: int, rows: int, device: torch.device, gram: bool = True) -> None:
+        self._gram = GramSum(columns, device) if gram else None
+        self._lost = ProductSum(rows, columns, device) if rows else None
+
+    def add(self, rows: Rows) -> None:
+        """Add a window."""
+        x = rows.inputs if rows.root is None else rows.root * rows.inputs
+        if self._gram is not None:
+            self._gram.add(x)
+        if self._lost is not None and rows.lost is not None:
+            self._lost.add(rows.lost if rows.root is None else rows.root * rows.lost, x)
+
+    def lost(self) -> torch.Tensor | None:
+        """The lost products; None if they are not summed."""
+        return None if self._lost is None else self._lost.finish()
+
+    def finish(self, of_outputs: bool) -> Statistics:
+        """Return the statistics; more windows may be added afterwards."""
+        assert self._gram is not None
+        return Statistics(self._gram.finish(), self._gram.rows, self.lost(), of_outputs)
