@@ -141,8 +141,8 @@ def measure_on(
     """Measure the perplexity of a model on a text by the text's protocol, with a progress bar.
 
     The processes of `compute` share the windows. A model that fits on the device is moved there and back.
-    Otherwise, or if its decoder layers are on disk, it runs one decoder layer at a time. `bos` is the choice of
-    `harness.windows.bos_of`.
+    Otherwise, or if its decoder layers are on disk, it runs one decoder layer at a time. `bos` is the choice
+    of `harness.windows.bos_of`.
 
     Raises
     ------

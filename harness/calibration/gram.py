@@ -56,9 +56,7 @@ class ProductSum:
         Whether A is B. Then only what lies on and below the diagonal counts.
     """
 
-    def __init__(
-        self, rows: int, columns: int, device: torch.device = HOST, symmetric: bool = False
-    ) -> None:
+    def __init__(self, rows: int, columns: int, device: torch.device = HOST, symmetric: bool = False) -> None:
         self.columns, self.symmetric = columns, symmetric
         self._total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self._rest = torch.zeros_like(self._total)
@@ -84,10 +82,10 @@ class ProductSum:
             self._rows = 0
 
     def panels(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The pair in parts of `PANEL_ROWS` rows, as contiguous copies; of symmetric sums, what counts."""
+        """The pair in panels of `PANEL_ROWS` rows; of symmetric sums, what counts."""
         self.end_shard()
         for part in self._parts():
-            yield self._total[part].contiguous(), self._rest[part].contiguous()
+            yield self._total[part], self._rest[part]
 
     def merge(self, panels: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add the panels of another sum of the same shape, exactly."""
@@ -96,15 +94,26 @@ class ProductSum:
             self._put(self._total[part], self._rest[part], total)
             self._rest[part] += rest
 
+    def replace(self, panels: Iterator[torch.Tensor]) -> None:
+        """Take the panels of another sum, rounded, in place of this one's."""
+        for part, rounded in zip(self._parts(), panels, strict=True):
+            self._total[part] = rounded
+        self._rest.zero_()
+
     def _parts(self) -> Iterator[tuple[slice, slice]]:
         for first in range(0, len(self._total), PANEL_ROWS):
             last = min(first + PANEL_ROWS, len(self._total))
             yield slice(first, last), slice(0, last if self.symmetric else self.columns)
 
-    def finish(self) -> torch.Tensor:
-        """Round the sum to float64 and return it; nothing may be added afterwards."""
+    def round(self) -> None:
+        """Round the sum to float64."""
         self.end_shard()
         self._total += self._rest
+        self._rest.zero_()
+
+    def finish(self) -> torch.Tensor:
+        """Round the sum to float64 and return it; nothing may be added afterwards."""
+        self.round()
         del self._rest, self._chunk
         if self.symmetric:
             # XᵀX is computed symmetric only up to rounding; copy the lower half to the upper.
@@ -140,12 +149,14 @@ class GramSum:
     ----------
     rows : int
         Number of rows added.
+    device : torch.device
+        Device of the sum.
     products : ProductSum
         The sum.
     """
 
     def __init__(self, columns: int, device: torch.device = HOST) -> None:
-        self.columns, self.rows = columns, 0
+        self.columns, self.rows, self.device = columns, 0, device
         self.products = ProductSum(columns, columns, device, symmetric=True)
 
     def add(self, X: torch.Tensor) -> None:

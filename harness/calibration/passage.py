@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from harness.calibration.gram import GramSum, windows_per_shard
+from harness.calibration.gram import windows_per_shard
+from harness.calibration.sums import Rows, Sums
 from harness.compute import Compute
 from harness.distributed.ranks import Ranks
 from harness.errors import UserError
@@ -226,14 +227,14 @@ class Passage:
     @torch.no_grad()
     def collect(
         self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = _no_step
-    ) -> list[GramSum]:
-        """Sum the Gram matrix of each group's inputs over all windows."""
+    ) -> list[Sums]:
+        """Sum the Gram matrix of each group's inputs over all windows of this process."""
         linears = layer.linears
         first = [linears[group[0]] for group in groups]
-        sums = [GramSum(linear.in_features, self.compute.device) for linear in first]
+        sums = [Sums(linear.in_features, device=self.compute.device) for linear in first]
 
-        def add(total: GramSum) -> Callable[..., None]:
-            return lambda module, args: total.add(args[0].reshape(-1, total.columns))
+        def add(total: Sums) -> Callable[..., None]:
+            return lambda module, args: total.add(Rows(args[0].reshape(-1, args[0].shape[-1])))
 
         with _pre_hooks({linear: add(total) for linear, total in zip(first, sums, strict=True)}):
             for i, states in enumerate(self.hidden):

@@ -57,7 +57,7 @@ class Watch:
         )
         self._who = ranks.gather(f"rank {ranks.rank} on {socket.gethostname()} (process {os.getpid()})")
         self._run = ranks.share(os.urandom(8).hex())  # a restarted run has the store of the one before
-        self._ended = "" # how this process ended
+        self._ended = ""  # how this process ended
         self._lock = threading.Lock()
         self._counts = [(-1, "", time.monotonic()) for _ in range(ranks.size)]
         self._heard = time.monotonic()  # from the store
