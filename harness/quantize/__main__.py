@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from harness.cli import HelpFormatter, add_verbose, run
+from harness.distributed.launch import joined
 from harness.quantize.options import add_options, from_arguments
 from harness.quantize.run import quantize
 
@@ -35,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the command line."""
-    quantize(from_arguments(parser().parse_args()))
+    with joined():
+        quantize(from_arguments(parser().parse_args()))
     return 0
 
 

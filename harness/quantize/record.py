@@ -43,6 +43,8 @@ class Record:
         SHA-256 of the text that perplexity is measured on.
     versions, machine, cores, device
         Software and hardware, which can change results.
+    processes : int
+        Processes that shared the work.
     plan : dict, optional
         The estimate of the run, if its method has one.
     perplexity : dict
@@ -54,7 +56,7 @@ class Record:
     resumed_after : list of int
         Number of finished layers at each resume.
     mean_relative_output_error, peak_memory_bytes, peak_device_bytes
-        Known at the end.
+        Known at the end; memory is that of the process that used most.
     """
 
     created: str
@@ -72,6 +74,7 @@ class Record:
     machine: str
     cores: int | None
     device: str
+    processes: int
     evaluation_checksum: str | None
     perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -119,6 +122,7 @@ class Record:
             },
             device=passage.compute.describe(),
             evaluation_checksum=None if evaluation_text is None else evaluation_text.checksum(),
+            processes=passage.compute.ranks.size,
             **environment(),
             **computed,
         )

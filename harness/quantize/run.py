@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from harness.calibration.layerwise import fit_layers
-from harness.compute import compute_for
+from harness.calibration.passage import Passage
+from harness.compute import Compute, compute_for
+from harness.distributed.launch import current
 from harness.errors import UserError
 from harness.files import write_json
 from harness.machine import duration, host_memory, peak_memory
@@ -22,7 +25,7 @@ from harness.quantize.options import Options
 from harness.quantize.prepare import Ready, choose_backend, prepare, read_texts, take_all_windows
 from harness.quantize.record import Record
 from harness.quantize.report import mean_layer_error, table
-from harness.quantize.resume import continue_from
+from harness.quantize.resume import continue_from, require_same
 from harness.quantize.sink import Sink, sink_for
 from harness.ternary.embedding import unrounded
 from harness.text import AnyText
@@ -63,8 +66,9 @@ def quantize(
     UserError
         If the input cannot be used; as early as the error can be detected.
     """
-    sink = sink_for(options)
-    earlier = sink.require_folder(say)
+    ranks = current()
+    sink = sink_for(options, ranks)
+    earlier = ranks.share(sink.require_folder(say))
     backend = choose_backend(options, say)
     calibration_text, evaluation_text = read_texts(options, say)
     compute = compute_for(backend)
@@ -76,18 +80,19 @@ def quantize(
     sink.require_space(ready.plan)
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
-    take_all_windows(ready, options, say)
+    take_all_windows(ready, options, compute, say)
     record = Record.of(options, ready, calibration_text, evaluation_text, sink.computed(ready, say))
+    require_same(record, ranks)
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
     record.spent("load", began)
 
-    def measure(when: str, model: Original) -> None:
+    def measure(when: str, model: Original, where: Compute = compute) -> None:
         if evaluation_text is not None:
             seqlen, windows = options.evaluation_seqlen, options.evaluation_windows
             with record.time(f"perplexity {when}"):
                 what = f"perplexity {when} quantization"
-                record.measured(when, measure_on(model, evaluation_text, seqlen, windows, compute, what, say))
+                record.measured(when, measure_on(model, evaluation_text, seqlen, windows, where, what, say))
 
     if options.measure_original and "before" not in record.perplexity:
         with unrounded(ready.coded):
@@ -95,14 +100,19 @@ def quantize(
     with sink.open(ready, record, say):
         quantize_layers(options, sink, ready, record, say)
         sink.finish(record)
+    streamed = ready.original.read is not None
     del ready  # the original and the quantized model need not fit in memory together
     quantized = sink.quantized(say)
-    measure("after", quantized)
+    if not streamed:
+        measure("after", quantized)
+    elif ranks.first:  # the others have no layers of the quantized model
+        measure("after", quantized, compute.alone())
     examine(quantized)
     del quantized
-    record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
+    peaks = ranks.gather([peak_memory(), compute.peak_memory()])
+    record.peak_memory_bytes, record.peak_device_bytes = map(max, zip(*peaks, strict=True))
     try:
-        if options.out is not None:
+        if options.out is not None and ranks.first:
             write_report(options.out, sink, record)
     finally:
         for line in result_lines(sink, record):
@@ -158,6 +168,7 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
             true_sequential=options.true_sequential,
             targets=ready.targets(options),
             own=sink.own_methods(ready),
+            adopt=ready.backend.to_device,
             progress=progress,
         )
         while record.done < count:
@@ -181,7 +192,7 @@ def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
     UserError
         If the outputs of a layer differ from those of the interrupted run.
     """
-    weights = (sink.stored(index) for index in range(record.done))
+    weights = (stored_everywhere(sink, ready.passage, index) for index in range(record.done))
     with Progress("finished layers", record.done, "layer", say) as step:
         for row, _ in zip(record.layers, ready.passage.again(weights), strict=True):
             if ready.passage.checksum() != row["outputs_checksum"]:
@@ -193,12 +204,24 @@ def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
             step()
 
 
+def stored_everywhere(sink: Sink, passage: Passage, index: int) -> dict[str, torch.Tensor]:
+    """Dense weights of a finished layer, which the first process reads and sends to the others."""
+    compute, linears = passage.compute, passage.decoder.linears[index]
+    weights = sink.stored(index) if compute.ranks.first else {}
+    for name, linear in linears.items():
+        empty = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=compute.device)
+        weights[name] = compute.ranks.share_tensor(weights.get(name, empty))
+    return weights
+
+
 def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[str]:
     """Format the figures of a finished layer, and warnings: more damping, alpha too small for its type."""
     lines = [
         f"layer {row['layer'] + 1:3d}/{count}  {len(row['matrices'])} matrices  "
         f"relative output error {row['relative_output_error']:.4f}  {sum(row['seconds'].values()):.1f} s"
     ]
+    if sent := row.get("bytes_between_processes"):
+        lines.append(f"  {sent / 1e6:.1f} MB between processes")
     if experts := row.get("experts"):
         lines.append(
             f"  experts: {experts['matrices']} matrices, fewest tokens {experts['fewest_tokens']}; "
