@@ -10,8 +10,10 @@ that are left names it (`watch`). torchrun adds a summary of its own to stderr, 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,8 +24,9 @@ import torch
 from torch import distributed
 
 from harness.distributed.ranks import ALONE, Ranks
-from harness.distributed.watch import Watch
+from harness.distributed.watch import DONE, EXIT_FAILED, FAILED, STOPPED, Watch
 from harness.errors import LostProcess, UserError
+from harness.signals import WORDS
 
 # What torchrun, or whoever starts processes in its way, tells each of them.
 REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -31,7 +34,8 @@ REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # `watch` notices a process that has died; one that fits a large matrix may keep the others waiting for hours.
 PATIENCE = timedelta(days=30)
 
-FAILED = 2
+# Seconds in which another process fails with the same error, if it does.
+SAME_ERROR = 3.0
 
 _current = ALONE
 
@@ -67,7 +71,7 @@ def joined() -> Iterator[Ranks]:
         watch = Watch(ranks)
         _current = ranks
         yield ranks
-        watch.leave("done")
+        watch.leave(DONE)
     except BaseException as error:
         _leave(rank, watch, error)
         raise
@@ -111,29 +115,35 @@ def _join(rank: int, size: int) -> Ranks:
 
 
 def _leave(rank: int, watch: Watch | None, error: BaseException) -> None:
-    """Say why this process ends, unless another one does; end at once if nobody waits for a message of it."""
-    own = not isinstance(error, LostProcess | KeyboardInterrupt)
-    if watch is not None:
-        watch.leave("failed" if own else "stopped")
+    """Return to let an error be reported as in a process that is alone; else report it here, and end."""
+    if isinstance(error, SystemExit):  # of argparse, in all processes
+        return
+    if watch is None:
+        if rank > 0:
+            _print(f"rank {rank} on {socket.gethostname()}: error: {error}")
+        return
+    for number in WORDS if threading.current_thread() is threading.main_thread() else ():
+        signal.signal(number, signal.SIG_IGN)  # of torchrun, as soon as it knows of the other's end
+    forced = isinstance(error, LostProcess | KeyboardInterrupt)
+    watch.leave(STOPPED if forced else FAILED)
+    if not torch.cuda.is_available():  # NCCL would wait for what it has begun
         # Others that wait for this process notice its end by their connections to it.
         with suppress(RuntimeError):
             distributed.destroy_process_group()
-    if own:
-        if rank == 0 or isinstance(error, SystemExit):
+    if forced:
+        found = watch.verdict()
+        if found is None and rank == 0 and isinstance(error, KeyboardInterrupt):
             return
-        if isinstance(error, UserError):
-            _print(f"rank {rank} on {socket.gethostname()}: error: {error}")
-        else:
-            _print(f"rank {rank} on {socket.gethostname()}:\n{traceback.format_exc().rstrip()}")
-        os._exit(FAILED)
-    found = watch.blame() if watch is not None else None
-    if found is not None and found.speaker == rank:
-        if rank == 0:
-            raise LostProcess(found.message) from None
-        _print(f"error: {found.message}")
-    elif rank == 0 and isinstance(error, KeyboardInterrupt) and found is None:
+        if found is not None and found.message and found.speaker == rank:
+            if rank == 0:
+                raise LostProcess(found.message) from None
+            _print(f"error: {found.message}")
+    elif rank == 0:
         return
-    os._exit(FAILED)
+    elif not watch.lower_failed(SAME_ERROR):
+        what = f"error: {error}" if isinstance(error, UserError) else traceback.format_exc().rstrip()
+        _print(f"rank {rank} on {socket.gethostname()}: {what}")
+    os._exit(EXIT_FAILED)
 
 
 def _print(line: str) -> None:
