@@ -19,6 +19,7 @@ from harness.hf import open_model
 from harness.inspect import describe
 from harness.models.folder import REPORT, read_config
 from harness.models.loading import load_original
+from harness.perplexity import Perplexity
 
 DESCRIPTION = """\
 Show ternary checkpoints side by side: sizes, bits per weight, the settings that differ, and the relative
@@ -49,8 +50,10 @@ class Checkpoint:
         Bits per weight of the ternary layers, with alpha, mu and permutations.
     report : dict, optional
         Its report.json; None if the folder has none.
+    perplexity : Perplexity, optional
+        If an original model was given.
     divergence : Divergence, optional
-        From the original model, if one was given.
+        From that model.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Checkpoint:
     bytes_on_disk: int
     bits: float
     report: dict[str, Any] | None
+    perplexity: Perplexity | None = None
     divergence: Divergence | None = None
 
     @property
@@ -89,7 +93,9 @@ class Checkpoint:
             "bits_per_weight": self.bits,
             "layer_errors": self.layer_errors,
         }
-        return found | ({"divergence": asdict(self.divergence)} if self.divergence else {})
+        if self.perplexity is not None and self.divergence is not None:
+            found |= {"perplexity": asdict(self.perplexity), "divergence": asdict(self.divergence)}
+        return found
 
 
 def read_checkpoint(folder: Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -131,7 +137,7 @@ def table(checkpoints: list[Checkpoint]) -> list[str]:
     rows.append(["alpha and mu in", *(c.grid for c in checkpoints)])
     if checkpoints[0].divergence is not None:
         figures = [c.divergence for c in checkpoints if c.divergence is not None]
-        rows.append(["perplexity", *(f"{d.perplexity:.4g}" for d in figures)])
+        rows.append(["perplexity", *(f"{c.perplexity.value:.4g}" for c in checkpoints if c.perplexity)])
         rows.append(["KL divergence, mean", *(f"{d.mean:.4g}" for d in figures)])
         rows.append(["KL divergence, 99th percentile", *(f"{d.percentile_99:.4g}" for d in figures)])
         rows.append(["same most likely token", *(f"{d.agreement:.1%}" for d in figures)])
@@ -196,10 +202,10 @@ def main() -> int:
         compute = Compute() if arguments.cpu else default_compute()
         for index, checkpoint in enumerate(checkpoints):
             model = open_model(checkpoint.name, dense=True, trust_remote_code=trusted)
-            found = divergence_on(
+            perplexity, found = divergence_on(
                 original, model, stream, arguments.seqlen, arguments.windows, compute, bos=arguments.bos
             )
-            checkpoints[index] = replace(checkpoint, divergence=found)
+            checkpoints[index] = replace(checkpoint, perplexity=perplexity, divergence=found)
     if arguments.json:
         differing = differing_settings(checkpoints)
         print(json_text({"checkpoints": [c.to_json() for c in checkpoints], "differing_settings": differing}))

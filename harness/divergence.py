@@ -12,10 +12,10 @@ from harness.compute import HOST, Compute
 from harness.distributed.ranks import ALONE, Ranks
 from harness.errors import UserError
 from harness.models.original import Original, require_fits
-from harness.perplexity import LOGIT_ROWS, exponential, mean_loss
+from harness.perplexity import LOGIT_ROWS, Perplexity, cut_windows, from_losses, mean_loss
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
-from harness.windows import AUTO, bos_of, evaluation_windows, tokenize
+from harness.windows import AUTO
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,6 @@ class Divergence:
 
     Attributes
     ----------
-    perplexity : float
-        Perplexity of the quantized model, as `harness.perplexity.measure` defines it.
     mean : float
         Mean over tokens of KL(original ‖ quantized) in nats.
     percentile_99 : float
@@ -36,7 +34,6 @@ class Divergence:
         Number of predictions.
     """
 
-    perplexity: float
     mean: float
     percentile_99: float
     agreement: float
@@ -50,7 +47,7 @@ def divergence(
     windows: torch.Tensor,
     progress: Callable[[], object] = lambda: None,
     ranks: Ranks = ALONE,
-) -> Divergence:
+) -> tuple[list[float], Divergence]:
     """Measure the divergence over all predictions inside the windows.
 
     Parameters
@@ -66,7 +63,10 @@ def divergence(
 
     Returns
     -------
-    Divergence
+    losses : list of float
+        Mean cross-entropy of the quantized model in each window.
+    found : Divergence
+        The divergence.
 
     Notes
     -----
@@ -85,14 +85,8 @@ def divergence(
         progress()
     losses = ranks.gather_numbers(torch.tensor(losses, dtype=torch.float64)).tolist()
     every = ranks.gather_numbers(torch.cat(divergences)).double()
-    agreed = ranks.total([agreed])[0]
-    return Divergence(
-        exponential(sum(losses) / len(losses)),
-        float(every.mean()),
-        float(every.quantile(0.99)),
-        agreed / len(every),
-        len(every),
-    )
+    share = ranks.total([agreed])[0] / len(every)
+    return losses, Divergence(float(every.mean()), float(every.quantile(0.99)), share, len(every))
 
 
 def divergence_on(
@@ -104,11 +98,11 @@ def divergence_on(
     compute: Compute,
     say: Say = say_on_stderr,
     bos: str = AUTO,
-) -> Divergence:
-    """Measure the divergence on a text, on the windows that perplexity is measured on.
+) -> tuple[Perplexity, Divergence]:
+    """Measure the perplexity of a quantized model on a text, and its divergence, in one pass of each model.
 
-    The processes of `compute` share the windows. Both models are moved to the device if it holds them, and
-    back.
+    The windows are those of `harness.perplexity.measure_on`; the processes of `compute` share them. Both
+    models are moved to the device if it holds them, and back.
 
     Raises
     ------
@@ -117,13 +111,9 @@ def divergence_on(
     """
     require_comparable(original, quantized)
     models = (original.model, quantized.model)
-    tokens = tokenize(stream, original.tokenizer)
-    for model in models:
-        require_fits(model, tokens.all(), seqlen)
-    limit = min(filter(None, (windows, stream.windows)), default=None)
-    first = bos_of(original.model, original.tokenizer, bos)
-    chosen = evaluation_windows(tokens, seqlen, limit, first)
     ranks = compute.ranks
+    chosen, tokens, source = cut_windows(original, stream, seqlen, windows, bos)
+    require_fits(quantized.model, chosen, seqlen)
     fits = compute.memory is None or all(
         replace(compute, memory=compute.memory // 2).holds(m, seqlen) for m in models
     )
@@ -131,10 +121,11 @@ def divergence_on(
         model.to(compute.device if fits else HOST)
     try:
         with Progress("divergence from the original", len(ranks.own(len(chosen))), "window", say) as step:
-            return divergence(*models, chosen, step, ranks)
+            losses, found = divergence(*models, chosen, step, ranks)
     finally:
         for model in models:
             model.to(HOST)
+    return from_losses(losses, chosen, tokens, source, quantized.model.dtype), found
 
 
 def require_comparable(original: Original, quantized: Original) -> None:

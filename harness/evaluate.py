@@ -222,9 +222,10 @@ def _measure(
     if stream is not None:
         _require_causal(model, stream)
         windows = (arguments.seqlen, arguments.windows, compute)
-        perplexity = measure_on(model, stream, *windows, bos=arguments.bos)
-        if other is not None:
-            compared = divergence_on(other, model, stream, *windows, bos=arguments.bos)
+        if other is None:
+            perplexity = measure_on(model, stream, *windows, bos=arguments.bos)
+        else:
+            perplexity, compared = divergence_on(other, model, stream, *windows, bos=arguments.bos)
     if tasks is not None:
         from harness.zeroshot.measure import measure_tasks  # imports lm-eval
 

@@ -86,7 +86,7 @@ def measure(
         window = window.to(model.device)
         losses.append(mean_loss(model(window[None], use_cache=False).logits, window))
         progress()
-    return _perplexity(_of_all(losses, ranks), windows, tokens, source, model.dtype)
+    return from_losses(_of_all(losses, ranks), windows, tokens, source, model.dtype)
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def measure_by_layers(
                 mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
                 for window, states in zip(windows[own], passage.hidden, strict=True)
             ]
-    return _perplexity(_of_all(losses, ranks), windows, tokens, source, model.dtype)
+    return from_losses(_of_all(losses, ranks), windows, tokens, source, model.dtype)
 
 
 def measure_on(
@@ -150,13 +150,8 @@ def measure_on(
         If the text is shorter than one window, or a window is longer than the model's context.
     """
     model = original.model
-    tokens = tokenize(stream, original.tokenizer)
-    require_fits(model, tokens.all(), seqlen)
-    limit = min(filter(None, (windows, stream.windows)), default=None)
-    first = bos_of(model, original.tokenizer, bos)
-    chosen = evaluation_windows(tokens, seqlen, limit, first)
-    source = f"{stream.protocol}; {beginning(tokens, original.tokenizer, first)}"
-    arguments = (chosen, len(tokens), source)
+    arguments = cut_windows(original, stream, seqlen, windows, bos)
+    chosen = arguments[0]
     if original.read is not None or not compute.holds(model, seqlen):
         decoder = locate_layers(model, original.read)
         with Progress(what, len(decoder.layers), "layer", say) as step:
@@ -167,6 +162,33 @@ def measure_on(
             return measure(model, *arguments, step, compute.ranks)
     finally:
         model.to(HOST)
+
+
+def cut_windows(
+    original: Original, stream: AnyText, seqlen: int, windows: int | None, bos: str = AUTO
+) -> tuple[torch.Tensor, int, str]:
+    """Cut a text into the windows that a model is measured on.
+
+    Returns
+    -------
+    chosen : (count, seqlen) int64 tensor
+        Token ids.
+    tokens : int
+        Tokens in the whole text.
+    source : str
+        Description of the text and of how windows begin, for the protocol.
+
+    Raises
+    ------
+    UserError
+        If the text is shorter than one window, or a window is longer than the model's context.
+    """
+    tokens = tokenize(stream, original.tokenizer)
+    require_fits(original.model, tokens.all(), seqlen)
+    limit = min(filter(None, (windows, stream.windows)), default=None)
+    first = bos_of(original.model, original.tokenizer, bos)
+    chosen = evaluation_windows(tokens, seqlen, limit, first)
+    return chosen, len(tokens), f"{stream.protocol}; {beginning(tokens, original.tokenizer, first)}"
 
 
 def mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
@@ -188,12 +210,12 @@ def _of_all(losses: list[float], ranks: Ranks) -> list[float]:
     return ranks.gather_numbers(torch.tensor(losses, dtype=torch.float64)).tolist()
 
 
-def _perplexity(
+def from_losses(
     losses: list[float], windows: torch.Tensor, tokens: int, source: str, dtype: torch.dtype
 ) -> Perplexity:
+    """Turn the mean loss of every window into a perplexity; the arguments are those of `measure`."""
     count, seqlen = windows.shape
-    mean = sum(losses) / count
-    value = exponential(mean)
+    value = exponential(sum(losses) / count)
     protocol = (
         f"{source}; {tokens} tokens, {count} of {tokens // seqlen} windows of {seqlen} without overlap, "
         f"computed in {dtype_name(dtype)}"

@@ -42,6 +42,17 @@ settings, or else at 1; temperature 0 is greedy. The text of "stop" is part of t
 Ctrl-C ends the server.
 """
 
+# Fields that would change the answer and that the handlers ignore, each with the value that asks for nothing.
+IGNORED = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+}
+
 
 class PinnedModel(ModelManager):
     """Gives transformers' request handlers one model that is loaded already, and no other."""
@@ -132,8 +143,10 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
     -------
     fastapi.FastAPI
     """
-    from fastapi import FastAPI, HTTPException
+    from fastapi import FastAPI
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
 
@@ -152,7 +165,13 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
     async def explain(request: Any, error: HTTPException) -> Any:
         return JSONResponse({"error": {"message": error.detail}}, status_code=error.status_code)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: Any, error: RequestValidationError) -> Any:
+        reason = f"the request is not a JSON object: {error.errors()[0]['msg']}"
+        return JSONResponse({"error": {"message": reason}}, status_code=400)
+
     async def answer(handler: Any, body: dict[str, Any], kind: str) -> Any:
+        require_answerable(body)
         try:
             return await handler.handle_request(body, f"{kind}-{uuid.uuid4().hex}")
         except (AttributeError, KeyError, TypeError, ValueError, TemplateError) as error:
@@ -174,6 +193,23 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
         return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "local"}]}
 
     return app
+
+
+def require_answerable(body: dict[str, Any]) -> None:
+    """Refuse a request that asks for something that the handlers would ignore, or sample wrongly by.
+
+    Raises
+    ------
+    UserError
+        The message names the field.
+    """
+    for field, nothing in IGNORED.items():
+        value = body.get(field)
+        if value is not None and value != nothing:
+            raise UserError(f"{field} is not supported; drop it from the request")
+    share = body.get("top_p")
+    if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+        raise UserError(f"top_p must be above 0 and at most 1, got {share!r}")
 
 
 def run_server(app: Any, bound: socket.socket, generator: Generator) -> None:

@@ -99,7 +99,7 @@ class TernaryConfig:
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"damping must be finite and not negative, got {self.damping}")
         if self.symmetric and self.aga == "printed":
-            raise ValueError("Eq. 13 as printed fits a shift; take another aga, or shift='free'")
+            raise ValueError("aga printed (Eq. 13) fits a shift, and shift none has none; change one")
 
     @property
     def symmetric(self) -> bool:

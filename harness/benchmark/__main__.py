@@ -19,6 +19,7 @@ from harness import text
 from harness.backends import load_backend
 from harness.benchmark import figures
 from harness.benchmark.busy import busy_cost
+from harness.benchmark.evaluation import evaluation_speed
 from harness.benchmark.fits import fit_speed
 from harness.benchmark.generation import Lengths, generation_speed
 from harness.benchmark.methods import METHODS, compare_methods, summarize
@@ -40,6 +41,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
   run      time every stage of a quantization, and two plain forward passes of the same tokens
   busy     compare the CPU time of a quantization with that beside busy processes
   methods  compare the paper's ablations and 2-bit baselines on the same text
+  evaluate time perplexity and divergence beside bare forward passes
   fits     time fits of single matrices, by recipe, beside the reference
   quantize quantize random weights in the shapes of large models
   matmul   time products with matrices of large models, packed and dense
@@ -50,6 +52,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
   python -m harness.benchmark busy benchmarks/busy.json --nsamples 4 --seqlen 256
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
+  python -m harness.benchmark evaluate benchmarks/evaluate.json --data wikitext2
   python -m harness.benchmark fits benchmarks/fits.json --matrix 1536x576 4096x4096
   python -m harness.benchmark quantize benchmarks/quantize.json --shape llama-7b llama-65b --layers 2
   python -m harness.benchmark matmul benchmarks/matmul.json --shape llama-7b llama-65b
@@ -118,6 +121,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens per evaluation window")
     sub.add_argument("--eval-windows", type=positive, default=8, help="evaluation windows")
     sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="run only these methods")
+
+    sub = kind("evaluate", "time perplexity and divergence beside bare forward passes of the same windows")
+    sub.add_argument("--model", type=model_name, metavar="MODEL", help="as for harness.quantize")
+    sub.add_argument("--data", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
+    sub.add_argument("--seqlen", type=window_length, default=2048, help="tokens per window")
+    sub.add_argument("--windows", type=positive, default=4, help="windows")
+    sub.add_argument("--rounds", type=positive, default=3, help="measurements of each kind")
 
     sub = kind("fits", "time fits of single matrices, by recipe, beside the reference")
     sub.add_argument(
@@ -192,6 +202,10 @@ def main() -> int:
         size = ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen)]
         model = [] if arguments.model is None else ["--model", arguments.model]
         results = busy_cost([*size, *model], arguments.busy)
+    elif arguments.kind == "evaluate":
+        window = arguments.seqlen, arguments.windows
+        measured = arguments.model, arguments.data, *window
+        results = evaluation_speed(*measured, default_compute(), arguments.rounds)
     elif arguments.kind == "fits":
         backend = load_backend(arguments.backend)
         results = fit_speed(arguments.matrix, backend, load_backend("reference"), compute_for(backend), save)

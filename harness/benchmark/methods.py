@@ -164,9 +164,10 @@ def compare_methods(
     compute = default_compute()
 
     def measure(model: Original) -> dict[str, dict[str, Any]]:
+        found = (divergence_on(original, model, stream, *window, compute) for stream in streams.values())
         return {
-            label: asdict(divergence_on(original, model, stream, *window, compute))
-            for label, stream in zip(labels, streams.values(), strict=True)
+            label: {"perplexity": perplexity.value, **asdict(divergence)}
+            for label, (perplexity, divergence) in zip(labels, found, strict=True)
         }
 
     before = [measure_on(original, stream, *window, compute) for stream in streams.values()]

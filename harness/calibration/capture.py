@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.calibration.calls import LayerCall, differ, marked, merged
 from harness.calibration.gram import windows_per_shard
-from harness.calibration.passage import LayerCall, Passage, brought, own_windows
+from harness.calibration.passage import Passage, brought, own_windows
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers
@@ -48,31 +49,47 @@ def capture_inputs(
     Returns
     -------
     Passage
-        Its calls, one per layer, come from the first window: all windows have the same length and no
-        padding, so they share masks and positions.
+        Its calls, one per layer. All windows have the same length and no padding, so they share masks and
+        positions; arguments that depend on the text are kept for every window.
 
     Raises
     ------
     UserError
-        If the model does more than pass hidden states from layer to layer, or attends to later tokens; or if
-        there are more processes than can share the windows.
+        If the model does more than pass hidden states from layer to layer, or attends to later tokens, or
+        arguments of a layer depend on what earlier layers computed; or if there are more processes than can
+        share the windows.
     """
     hidden = []
     count, seqlen = windows.shape
-    for window in windows[own_windows(count, seqlen, compute.ranks)]:
+    own = windows[own_windows(count, seqlen, compute.ranks)]
+    for window in own:
         hidden.append(_enter_layers(model, decoder, window)[0])
         step()
-    extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute)
+    extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute, windows.shape[1])
     calls = _record_pass(model, decoder, windows[0], extra)
-    if len(windows) > 1:
-        others = _record_pass(model, decoder, windows[-1], extra)
-        for index, (call, other) in enumerate(zip(calls, others, strict=True)):
-            if not _same((call.args, call.kwargs), (other.args, other.kwargs)):
-                raise UserError(
-                    f"decoder layer {index} of {type(model).__name__} takes arguments that depend on the "
-                    "text, other than the hidden states; such models cannot be calibrated layer by layer"
-                )
+    if len(windows) > 1 and any(map(differ, calls, _record_pass(model, decoder, windows[-1], extra))):
+        _require_only_text(model, decoder, windows[0], calls, extra)
+        recorded = [_record_pass(model, decoder, window, extra) for window in own]
+        calls = [merged(iter(of_windows)) for of_windows in zip(*recorded, strict=True)]
     return Passage(decoder, hidden, calls, compute, windows_per_shard(count, seqlen))
+
+
+def _require_only_text(
+    model: nn.Module,
+    decoder: DecoderLayers,
+    window: torch.Tensor,
+    calls: list[LayerCall],
+    extra: int | None,
+) -> None:
+    """Refuse a model whose layers take arguments that change with the hidden states."""
+    others = _record_pass(model, decoder, window, extra, torch.neg)
+    for index, (call, other) in enumerate(zip(calls, others, strict=True)):
+        if differ(call, other):
+            raise UserError(
+                f"decoder layer {index} of {type(model).__name__} takes arguments that depend on what "
+                "earlier layers computed, other than the hidden states; such models cannot be calibrated "
+                "layer by layer"
+            )
 
 
 @torch.no_grad()
@@ -121,11 +138,11 @@ def _enter_layers(
             "layers; such models cannot be calibrated layer by layer"
         )
     hidden = seen[0][0]
-    if hidden.shape[:-1] != (1, len(window)):
+    if len(window) not in hidden.shape[:-1]:
         raise UserError(
             f"{type(model).__name__} passes hidden states of shape {tuple(hidden.shape)} through its decoder "
-            f"layers for {len(window)} tokens, not one vector a token; such models cannot be calibrated "
-            "layer by layer"
+            f"layers for {len(window)} tokens, not one or several vectors a token; such models cannot be "
+            "calibrated layer by layer"
         )
     return seen[0]
 
@@ -139,11 +156,11 @@ def require_causal(model: nn.Module, decoder: DecoderLayers, window: torch.Tenso
     UserError
         If the output of the first layer for a token depends on later tokens.
     """
-    _extra_output(*_enter_layers(model, decoder, window), decoder, Compute())
+    _extra_output(*_enter_layers(model, decoder, window), decoder, Compute(), len(window))
 
 
 def _extra_output(
-    hidden: torch.Tensor, call: LayerCall, decoder: DecoderLayers, compute: Compute
+    hidden: torch.Tensor, call: LayerCall, decoder: DecoderLayers, compute: Compute, tokens: int
 ) -> int | None:
     """Count the values that layers return after the hidden states; None if they return no tuple.
 
@@ -155,11 +172,13 @@ def _extra_output(
     call = call.to(compute)
     layer = decoder.working_copy(0, compute)
     hidden = brought(hidden, compute)
-    half = hidden.shape[1] // 2
-    other_end = torch.cat([hidden[:, :half], -hidden[:, half:]], dim=1)
+    # Some models have several vectors a token: (1, tokens, 4, width), or (4, 1, tokens, width).
+    axis = hidden.shape[:-1].index(tokens)
+    half = tokens // 2
+    begin, end = hidden.split([half, tokens - half], axis)
     output = layer(hidden, *call.args, **call.kwargs)
-    first = (output[0] if isinstance(output, tuple | list) else output)[:, :half].float()
-    changed = call(layer, other_end)[:, :half].float()
+    first = (output[0] if isinstance(output, tuple | list) else output).narrow(axis, 0, half).float()
+    changed = call(layer, torch.cat([begin, -end], axis), 0, {}).narrow(axis, 0, half).float()
     # Masked positions contribute zeros, so a causal layer differs at most by rounding.
     if (first - changed).abs().max() > 16 * torch.finfo(hidden.dtype).eps * first.abs().max():
         raise UserError(
@@ -170,17 +189,24 @@ def _extra_output(
 
 
 def _record_pass(
-    model: nn.Module, decoder: DecoderLayers, window: torch.Tensor, extra: int | None
+    model: nn.Module,
+    decoder: DecoderLayers,
+    window: torch.Tensor,
+    extra: int | None,
+    stand_in: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
 ) -> list[LayerCall]:
-    """Record the call of every layer in a forward pass of the whole model."""
+    """Record the call of every layer in a forward pass of the whole model, with stand-ins for the layers."""
     layers = decoder.layers
     calls: list[LayerCall] = []
-    inputs: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
+    passed_on = True
 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal passed_on
         states, call = _split(args, kwargs)
-        inputs.append(states)
-        calls.append(replace(call, extra=extra))
+        passed_on &= not expected or torch.equal(expected.pop(), states)
+        expected.append(stand_in(states))
+        calls.append(replace(call, extra=extra, args=marked(call.args), kwargs=marked(call.kwargs)))
 
     def leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         raise _Captured
@@ -188,13 +214,12 @@ def _record_pass(
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     handles.append(layers[-1].register_forward_hook(leave))
     try:
-        with _replaced(layers, lambda states: states, extra):
+        with _replaced(layers, stand_in, extra):
             _run(model, window)
     finally:
         for handle in handles:
             handle.remove()
-    # Stand-ins return their input, so every layer must receive the same hidden states.
-    if len(calls) != len(layers) or not all(torch.equal(inputs[0], states) for states in inputs[1:]):
+    if len(calls) != len(layers) or not passed_on:
         raise UserError(
             f"{type(model).__name__} does more between its decoder layers than pass on the hidden states; "
             "such models cannot be calibrated layer by layer"
@@ -244,14 +269,3 @@ def _run(model: nn.Module, window: torch.Tensor) -> None:
 
 class _Captured(Exception):
     """Ends a forward pass once everything needed is recorded."""
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two calls pass the same tensors; arguments without tensors count as equal."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor))

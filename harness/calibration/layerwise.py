@@ -7,6 +7,7 @@ processes share the work: each runs every layer on its own windows and fits its 
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import torch
 from harness.calibration.experts import batches
 from harness.calibration.fits import Adopt, Fit, FittedMatrix, fit_matrices
 from harness.calibration.methods import Method
-from harness.calibration.owners import deal, own_statistics, with_lost
-from harness.calibration.passage import Passage
+from harness.calibration.owners import Owners, deal, own_statistics, with_lost
+from harness.calibration.passage import Passage, WorkingLayer
 from harness.calibration.sums import Statistics
 from harness.calibration.targets import Beside, Targets
 from harness.compute import Compute
@@ -39,8 +40,8 @@ class FittedLayer:
         Its matrices, in the order in which the layer uses them.
     groups : list of lists of str
         Full names of the matrices that read the same input.
-    experts : list of str
-        Full names of the matrices of experts.
+    experts : dict of str to str
+        Families of the matrices of experts, by the full names of both.
     seconds : dict of str to float
         Time by stage: load, inputs, fits, outputs.
     sent : int
@@ -49,7 +50,7 @@ class FittedLayer:
 
     matrices: list[FittedMatrix]
     groups: list[list[str]]
-    experts: list[str]
+    experts: dict[str, str]
     seconds: dict[str, float]
     sent: int = 0
 
@@ -111,31 +112,49 @@ def fit_layers(
         beside = Beside(passage, layer, groups, targets) if targets is not None else None
         matrices: list[FittedMatrix] = []
         for batch in batches(layer, groups) if true_sequential else [groups]:
-            turns = [batch] if beside is None else beside.turns(batch)
-            owners = {name: rank for turn in turns for name, rank in deal(layer, turn, ranks).items()}
-            counted = partial(progress, 1, "inputs")
-            with clock("inputs"):
-                collect = passage.collect if beside is None else beside.collect
-                known = own_statistics(layer, batch, collect(layer, batch, counted), owners, ranks)
-            for turn in turns:
-                if beside is not None and turn is not turns[0]:
-                    with clock("inputs"):
-                        with_lost(known, turn, beside.collect_lost(layer, turn, counted), owners, ranks)
+            turns = _turns(passage, layer, batch, beside, partial(progress, 1, "inputs"))
+            for turn, owners, known in clock.through("inputs", turns):
                 with clock("fits"):
                     names = dict.fromkeys(name.rpartition(".")[2] for group in turn for name in group)
                     progress(0, ", ".join(names))
                     matrices += fit_matrices(layer, turn, known, fit_of, owners, compute, adopt)
-            del known
+            del turns, known
         with clock("outputs"):
             if beside is not None:
                 beside.advance()
             passage.advance(layer, partial(progress, 1, "outputs"))
         full_names = [[layer.full_name(name) for name in group] for group in groups]
-        experts = [layer.full_name(name) for name in layer.linears if family(layer.module, name)]
+        families = {name: family(layer.module, name) for name in layer.linears}
+        experts = {layer.full_name(n): layer.full_name(of) for n, of in families.items() if of}
         volume = ranks.total([ranks.sent - sent])[0]
         yield FittedLayer(matrices, full_names, experts, clock.seconds, volume)
         # Free the weights and Gram matrices of this layer before those of the next are allocated.
         del matrices, layer, beside
+
+
+# Groups of matrices that are fitted together, who fits each of them, and what is known about the inputs of
+# those of this process.
+_Turn = tuple[list[list[str]], Owners, dict[str, Statistics]]
+
+
+def _turns(
+    passage: Passage,
+    layer: WorkingLayer,
+    batch: list[list[str]],
+    beside: Beside | None,
+    step: Callable[[], object],
+) -> Iterator[_Turn]:
+    """Collect what is known about the inputs of a batch, for those groups that are fitted next."""
+    ranks = passage.compute.ranks
+    turns = [batch] if beside is None else beside.turns(batch)
+    owners = [deal(layer, turn, ranks) for turn in turns]
+    sums = passage.collect(layer, batch, step) if beside is None else beside.collect(layer, batch, step)
+    known = own_statistics(layer, batch, sums, dict(ChainMap(*owners)), ranks)
+    for turn, own in zip(turns, owners, strict=True):
+        if beside is not None and turn is not turns[0]:
+            with_lost(known, turn, beside.collect_lost(layer, turn, step), own, ranks)
+        # Given away, to be freed once they are fitted.
+        yield turn, own, {name: known.pop(name) for name in own if name in known}
 
 
 def _towards(targets: Targets | None, method: Method) -> Fit:
@@ -162,3 +181,12 @@ class _Clock:
         yield
         self.compute.wait()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+
+    def through(self, stage: str, turns: Iterator[_Turn]) -> Iterator[_Turn]:
+        """Pass on turns, and count the time that it takes to compute each."""
+        while True:
+            with self(stage):
+                turn = next(turns, None)
+            if turn is None:
+                return
+            yield turn

@@ -6,14 +6,15 @@ model's dtype, on the device if they fit and in host memory if not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from harness.calibration.calls import LayerCall
 from harness.calibration.gram import windows_per_shard
 from harness.calibration.sums import Rows, Sums
 from harness.compute import Compute
@@ -26,29 +27,6 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _no_step() -> None:
     """The default of `step`: count nothing."""
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """Arguments of a decoder layer other than the hidden states, and the form of its output.
-
-    `extra` counts the values that the layer returns in a tuple after the hidden states; None if it returns
-    the hidden states alone.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    extra: int | None = None
-
-    def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the layer on hidden states; they must have its device and dtype."""
-        output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple | list) else output
-
-    def to(self, compute: Compute) -> LayerCall:
-        """Move the arguments to a device; cast floating-point ones (masks, rotary tables) to its dtype."""
-        args, kwargs = _moved((self.args, self.kwargs), compute)
-        return replace(self, args=args, kwargs=kwargs)
 
 
 def brought(states: torch.Tensor, compute: Compute) -> torch.Tensor:
@@ -70,12 +48,19 @@ class WorkingLayer:
         Its index among the model's decoder layers.
     decoder : DecoderLayers
         The layers of the model.
+    handed : list of mappings
+        What earlier layers left for this one, for every window.
     """
 
     module: nn.Module
     call: LayerCall
     index: int
     decoder: DecoderLayers
+    handed: list[MutableMapping[Any, Any]]
+
+    def run(self, hidden: torch.Tensor, window: int) -> torch.Tensor:
+        """Run the layer on the hidden states of a window; they must have its device and dtype."""
+        return self.call(self.module, hidden, window, self.handed[window])
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -115,6 +100,8 @@ class Passage:
         Windows of a shard, the part of a sum that is not divided among processes (`calibration.gram`).
     originals : list of (1, seqlen, width) tensors
         Inputs of the original model's next layer, after `keep_original`; empty before.
+    handed, originals_handed : list of mappings
+        What layers leave for later ones, in either model, for every window.
     """
 
     decoder: DecoderLayers
@@ -123,6 +110,11 @@ class Passage:
     compute: Compute
     shard: int = 1
     originals: list[torch.Tensor] = field(default_factory=list)
+    handed: list[MutableMapping[Any, Any]] = field(init=False)
+    originals_handed: list[MutableMapping[Any, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.handed, self.originals_handed = ([self.calls[0].mapping() for _ in self.hidden] for _ in "12")
 
     def ends_shard(self, window: int) -> bool:
         """Whether the window with this index among the hidden states is the last of its shard."""
@@ -143,8 +135,8 @@ class Passage:
         self.hidden, self.originals = placed[: len(self.hidden)], placed[len(self.hidden) :]
 
     @torch.no_grad()
-    def enter(self, index: int) -> WorkingLayer:
-        """Copy a layer to the device.
+    def enter(self, index: int, original: bool = False) -> WorkingLayer:
+        """Copy a layer to the device, to run on the hidden states of the quantized or the original model.
 
         Raises
         ------
@@ -152,7 +144,8 @@ class Passage:
             If the layer was read from disk and a weight is not finite; the message names it.
         """
         module = self.decoder.working_copy(index, self.compute)
-        layer = WorkingLayer(module, self.calls[index].to(self.compute), index, self.decoder)
+        handed = self.originals_handed if original else self.handed
+        layer = WorkingLayer(module, self.calls[index].to(self.compute), index, self.decoder, handed)
         if self.decoder.read is not None:
             for name, parameter in module.named_parameters():
                 require_finite(layer.full_name(name), parameter)
@@ -161,13 +154,13 @@ class Passage:
     @torch.no_grad()
     def advance(self, layer: WorkingLayer, step: Callable[[], object] = _no_step) -> None:
         """Run a layer on every window; its outputs overwrite the hidden states. `step` counts windows."""
-        for states in self.hidden:
-            self.overwrite(states, layer)
+        for window, states in enumerate(self.hidden):
+            self.overwrite(states, layer, window)
             step()
 
-    def overwrite(self, states: torch.Tensor, layer: WorkingLayer) -> None:
+    def overwrite(self, states: torch.Tensor, layer: WorkingLayer, window: int) -> None:
         """Replace the hidden states of one window by a layer's outputs."""
-        states.copy_(layer.call(layer.module, brought(states, self.compute)), non_blocking=True)
+        states.copy_(layer.run(brought(states, self.compute), window), non_blocking=True)
 
     @torch.no_grad()
     def again(self, weights: Iterable[dict[str, torch.Tensor]]) -> Iterator[None]:
@@ -180,9 +173,9 @@ class Passage:
         """
         for index, layer_weights in enumerate(weights):
             if self.originals:
-                original = self.enter(index)
-                for states in self.originals:
-                    self.overwrite(states, original)
+                original = self.enter(index, original=True)
+                for window, states in enumerate(self.originals):
+                    self.overwrite(states, original, window)
             layer = self.enter(index)
             for name, dense in layer_weights.items():
                 layer.put(name, dense)
@@ -211,7 +204,7 @@ class Passage:
             return hook
 
         with _pre_hooks({linears[name]: note(name) for name in linears}):
-            layer.call(layer.module, brought(self.hidden[0], self.compute))
+            layer.run(brought(self.hidden[0], self.compute), 0)
         groups = list(readers.values())
         names = [name for group in groups for name in group]
         idle = sorted(set(linears) - set(names))
@@ -237,9 +230,9 @@ class Passage:
             return lambda module, args: total.add(Rows(args[0].reshape(-1, args[0].shape[-1])))
 
         with _pre_hooks({linear: add(total) for linear, total in zip(first, sums, strict=True)}):
-            for i, states in enumerate(self.hidden):
-                layer.call(layer.module, brought(states, self.compute))
-                if self.ends_shard(i):
+            for window, states in enumerate(self.hidden):
+                layer.run(brought(states, self.compute), window)
+                if self.ends_shard(window):
                     for total in sums:
                         total.end_shard()
                 step()
@@ -278,13 +271,3 @@ def _pre_hooks(hooks: dict[nn.Linear, Callable[..., None]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _moved(value: Any, compute: Compute) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(compute.device, compute.dtype if value.is_floating_point() else None)
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(v, compute) for v in value)
-    if isinstance(value, dict):
-        return {k: _moved(v, compute) for k, v in value.items()}
-    return value

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.calibration.calls import moved
 from harness.calibration.passage import Passage, WorkingLayer, brought
 from harness.models.experts import DOWN, place_of
 
@@ -67,8 +68,10 @@ class Wanted:
 
 
 @torch.no_grad()
-def watch(layer: WorkingLayer, hidden: torch.Tensor, wanted: Wanted, to_the_end: bool = False) -> Seen:
-    """Run a layer until these modules have been used, or to its end."""
+def watch(
+    layer: WorkingLayer, hidden: torch.Tensor, window: int, wanted: Wanted, to_the_end: bool = False
+) -> Seen:
+    """Run a layer on a window until these modules have been used, or to its end."""
     seen = Seen()
     count = len(wanted.inputs) + len(wanted.mixtures) + len(wanted.outputs)
 
@@ -98,7 +101,7 @@ def watch(layer: WorkingLayer, hidden: torch.Tensor, wanted: Wanted, to_the_end:
 
             hooks.callback(module(name).register_forward_hook(leave).remove)
         with suppress(_Done):
-            seen.output = layer.call(layer.module, hidden)
+            seen.output = layer.run(hidden, window)
     return seen
 
 
@@ -124,7 +127,7 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
     compute = replace(passage.compute, dtype=torch.float32)
     module = passage.decoder.working_copy(layer.index, compute)
     call = passage.calls[layer.index].to(compute)
-    hidden = brought(passage.hidden[0], compute)
+    hidden, handed = brought(passage.hidden[0], compute), moved(passage.handed[0], compute)
     alone = [group[0] for group in groups if len(group) == 1]
     places = {name: place_of(module, name) for name in alone}
     mixtures = {place.experts for place in places.values() if place is not None and place.part == DOWN}
@@ -152,7 +155,7 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
                 made[name] = (len(seen), rows_of(first_of(output)))
 
             hooks.callback(module.get_submodule(name).register_forward_hook(keep).remove)
-        seen.append(rows_of(call(module, hidden)))
+        seen.append(rows_of(call(module, hidden, 0, handed)))
 
     writers: list[Writer] = []
     for name, (first, output) in sorted(made.items(), key=lambda item: item[1][0]):

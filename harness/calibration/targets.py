@@ -86,7 +86,7 @@ class Beside:
         self, passage: Passage, layer: WorkingLayer, groups: list[list[str]], targets: Targets
     ) -> None:
         self.passage, self.targets = passage, targets
-        self.layer = passage.enter(layer.index)
+        self.layer = passage.enter(layer.index, original=True)
         writers = self._writers(passage, layer, groups) if targets.stream else []
         # Every writer, and what must have run before the stream holds its output.
         blocks = list(dict.fromkeys(writer.block for writer in writers))
@@ -151,7 +151,7 @@ class Beside:
             if output is not None:
                 states.copy_(output, non_blocking=True)
             else:
-                self.passage.overwrite(states, self.layer)
+                self.passage.overwrite(states, self.layer, i)
 
     def _writer(self, name: str) -> str:
         """The matrix or mixture that would add the output of a matrix to the stream."""
@@ -179,7 +179,7 @@ class Beside:
         beside = [name for name in aimed if name not in self._places and not self._adds(name)]
         for i, states in enumerate(self.passage.hidden):
             here, there = (brought(s, self.passage.compute) for s in (states, self.passage.originals[i]))
-            ours = watch(layer, here, Wanted(list(sums), mixtures, blocks))
+            ours = watch(layer, here, i, Wanted(list(sums), mixtures, blocks))
             theirs = self._seen(i, there, Wanted(beside, mixtures, blocks))
             for name, rows in self._rows(layer, (here, ours), (there, theirs), list(sums), aimed):
                 sums[name].add(rows)
@@ -243,9 +243,9 @@ class Beside:
     def _seen(self, i: int, hidden: torch.Tensor, wanted: Wanted) -> Seen:
         """What the original layer reads and writes on a window; more than was asked for, if that is kept."""
         if self._kept is None:
-            return watch(self.layer, hidden, wanted)
+            return watch(self.layer, hidden, i, wanted)
         if i == len(self._kept):
-            self._kept.append(watch(self.layer, hidden, self._all, to_the_end=True))
+            self._kept.append(watch(self.layer, hidden, i, self._all, to_the_end=True))
         return self._kept[i]
 
 

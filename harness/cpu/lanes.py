@@ -123,11 +123,15 @@ def number(typing: Any, bits: Any) -> Any:
 
     def from_half(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         # By integers, because only some processors convert float16. Exponents of float16 are 112 less than
-        # those of float32; the product is exact, also for subnormal numbers.
+        # those of float32. A subnormal number is an integer times 2^-24, and as a float32 it must never be
+        # one itself: threads may treat those as zero.
         integer, real = ir.IntType(32), ir.FloatType()
         half = builder.zext(arguments[0], integer)
-        magnitude = builder.shl(builder.and_(half, integer(0x7FFF)), integer(13))
-        size = builder.bitcast(builder.fmul(builder.bitcast(magnitude, real), real(2.0**112)), integer)
+        magnitude = builder.and_(half, integer(0x7FFF))
+        small = builder.fmul(builder.uitofp(magnitude, real), real(2.0**-24))
+        normal = builder.add(builder.shl(magnitude, integer(13)), integer(112 << 23))
+        is_small = builder.icmp_unsigned("<", magnitude, integer(0x400))
+        size = builder.select(is_small, builder.bitcast(small, integer), normal)
         sign = builder.shl(builder.and_(half, integer(0x8000)), integer(16))
         return builder.bitcast(builder.or_(size, sign), real)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from harness.generate.decode import Settings, Speed, context_length, decode, req
 from harness.hf import open_model
 from harness.models.loading import MODEL_HELP
 from harness.models.original import Original
+from harness.ternary.format import is_ternary
 from harness.text import require_unicode
 
 # Dividing logits by a smaller temperature could overflow float32.
@@ -103,7 +105,14 @@ def main() -> int:
         parser.error("--stop must not be empty")
     prompt = _prompt(arguments.prompt, arguments.chat)
 
-    device = "cpu" if arguments.cpu else default_compute().device
+    device = torch.device("cpu") if arguments.cpu else default_compute().device
+    if arguments.compile and device.type == "cpu":
+        raise UserError("--compile is for a CUDA GPU, and this runs on the CPU; drop it")
+    if arguments.dense and not (arguments.model and is_ternary(Path(arguments.model))):
+        raise UserError(
+            f"{arguments.model or 'the embedded model'} is not a ternary checkpoint: its weights are dense "
+            "already; drop --dense"
+        )
     original = open_model(
         arguments.model,
         device,

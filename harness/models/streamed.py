@@ -11,6 +11,7 @@ from safetensors import safe_open
 from harness.compute import HOST
 from harness.errors import UserError
 from harness.machine import host_memory
+from harness.models.conversion import Conversion
 from harness.models.decoder import DecoderLayers, Reader, locate_layers
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
@@ -47,7 +48,7 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     Raises
     ------
     UserError
-        If the files lack a tensor of the model, or store it under another name.
+        If the files lack a tensor of the model.
     """
     transformers = quiet_transformers()
 
@@ -62,15 +63,11 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     decoder = attach_empty_layers(model, depth, trust_remote_code)
     files = files_of_tensors(folder)
     expected = {f"{decoder.prefix}.{name}" for name in decoder.layers.state_dict()}
-    lacking = sorted(expected - files.keys())
-    if lacking:
-        raise UserError(
-            f"{folder} is too large to load as a whole, and cannot be read layer by layer: "
-            f"its files have no tensor {lacking[0]}"
-        )
+    conversion = Conversion(model, files)
+    conversion.require(expected, folder)
     info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
     ignored = require_all_found(info, str(folder))
-    return Original(model.eval(), tokenizer, str(folder), _reader(folder, files), ignored)
+    return Original(model.eval(), tokenizer, str(folder), conversion.reader(_reader(folder, files)), ignored)
 
 
 def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False) -> DecoderLayers:

@@ -11,7 +11,7 @@ from harness.backends import Backend
 from harness.calibration.gram import GramSum
 from harness.calibration.methods import ternarizer
 from harness.calibration.passage import Passage, brought
-from harness.calibration.targets import KEPT_BYTES
+from harness.calibration.targets import KEPT_BYTES, TURNS
 from harness.compute import Compute, seconds_of
 from harness.machine import duration
 from harness.models.decoder import DecoderLayers, describe_parameters
@@ -121,9 +121,10 @@ def make_plan(
     seqlen = window.shape[1]
     beside = options.targets != WEIGHTS  # the original model runs beside the quantized one
     states = (2 if beside else 1) * windows * window.numel() * window.element_size()
+    states += windows * sum(call.bytes_of_windows() for call in passage.calls)
 
     # Gram matrices of a layer, in float64 with a float32 chunk; most layers have two or three of one width.
-    grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2 + _expert_grams(decoder)
+    grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
     in_memory = item * (total if original.read is None else total - weights + layer)
     device = compute.memory is not None
     fit = 8 * 3 * widest**2 + 20 * max(shape.numel() for shape in shapes)
@@ -133,6 +134,7 @@ def make_plan(
         layer, grams = 2 * layer, 2 * grams
         # Inputs and outputs of the original layer: some five tensors of the hidden width in float32.
         kept = min(KEPT_BYTES, 20 * windows * window.numel())
+    grams += _expert_sums(decoder, beside)
     host_layer = 12 * layer + kept + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
 
     forward, gram = _time_layer(passage)
@@ -141,6 +143,8 @@ def make_plan(
     if beside:
         # One pass of the original layer; passes of the other end as soon as the inputs are there.
         passes, gram = 4 if options.true_sequential else 3, 2 * gram
+        if options.true_sequential and any(family(decoder.layers[-1], name) for name in decoder.linears[-1]):
+            passes += TURNS - 1
     if device:
         fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
         fitting += _time_refinement(compute, config, shapes)
@@ -164,10 +168,15 @@ def make_plan(
     )
 
 
-def _expert_grams(decoder: DecoderLayers) -> int:
-    """Bytes of the Gram matrices of all experts of a layer, which one pass sums, and of their copies."""
+def _expert_sums(decoder: DecoderLayers, beside: bool) -> int:
+    """Bytes that one pass sums for all experts of a layer: Gram matrices, their copies, lost products."""
+
+    def size(linear: nn.Linear) -> int:
+        m, n = linear.in_features, linear.out_features
+        return 20 * m**2 + (12 * m * max(m, n) if beside else 0)
+
     return max(
-        sum(20 * linear.in_features**2 for name, linear in linears.items() if family(layer, name))
+        sum(size(linear) for name, linear in linears.items() if family(layer, name))
         for layer, linears in zip(decoder.layers, decoder.linears, strict=True)
     )
 
@@ -198,7 +207,7 @@ def _time_layer(passage: Passage) -> tuple[float, float]:
             total.add(rows[:, :width].contiguous())
 
     # q/k/v, o and gate/up each need a Gram matrix of the hidden width; only down needs one of the widest.
-    return seconds_of(lambda: layer.call(layer.module, hidden), compute), 2 * seconds_of(products, compute)
+    return seconds_of(lambda: layer.run(hidden, 0), compute), 2 * seconds_of(products, compute)
 
 
 def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:

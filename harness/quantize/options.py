@@ -240,8 +240,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     }
     groups[None] = parser
 
-    def add(name: str, group: str | None, flag: str | None, default: Any, argument: dict[str, Any]) -> None:
-        flags = (flag or f"--{name.replace('_', '-')}").split()
+    def add(name: str, group: str | None, default: Any, argument: dict[str, Any]) -> None:
+        flags = _flags(name)
         named = {"dest": name} if flags[0].startswith("--") else {}
         found = {recipe: _default(recipe, name) for recipe in RECIPES}
         if None not in found.values():  # from_arguments takes it from the recipe
@@ -254,11 +254,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         groups[group].add_argument(*flags, default=default, **named, **argument)
 
     for spec in _specified():
-        add(spec.name, spec.metadata["group"], spec.metadata["flag"], spec.default, spec.metadata["argument"])
+        add(spec.name, spec.metadata["group"], spec.default, spec.metadata["argument"])
     for name, argument in CONFIG_OPTIONS.items():
-        add(name, METHOD, "--order --reorder" if name == "reorder" else None, None, argument)
+        add(name, METHOD, None, argument)
     for name, words in REFINEMENT_SWITCHES.items():
-        add(name, METHOD, None, None, {**ON_OR_OFF, "help": words})
+        add(name, METHOD, None, {**ON_OR_OFF, "help": words})
 
 
 def from_arguments(arguments: argparse.Namespace) -> Options:
@@ -287,24 +287,51 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     named = {spec.name: value(spec.name) for spec in _specified()}
     given = tuple(name for name in CONFIG_OPTIONS if getattr(arguments, name) is not None)
     options = Options(**{**named, "recipe": recipe}, config=config, given=given)
-    for flag, why in _without_effect(arguments, options):
-        raise UserError(f"{flag} has no effect {why}; drop one of them")
+    for name, cause in _without_effect(arguments, options):
+        reason = f"{_flag(name, getattr(arguments, name))} has no effect with {_flag(cause, value(cause))}"
+        if getattr(arguments, cause) is not None:
+            raise UserError(f"{reason}; drop one of them")
+        raise UserError(f"{reason}, which recipe {recipe} has; drop it, or give {_flag(cause)} as well")
     return options
 
 
 def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator[tuple[str, str]]:
-    """Switches of a command line that would change nothing, and the setting that is why."""
-    if options.strength != 1 and options.targets == WEIGHTS:
-        yield "--strength", "with --targets weights"
-    if arguments.token_weights and options.targets != STREAM:
-        yield "--token-weights", f"with --targets {options.targets}"
-    if arguments.rounds is not None and options.config.refinement == "none":
-        yield "--rounds", "with --no-joint-grid"
+    """Settings of a command line that would change nothing, each with the setting that is why."""
+    config = options.config
+    idle = [
+        ("strength", options.strength != 1 and options.targets == WEIGHTS, "targets"),
+        ("token_weights", arguments.token_weights and options.targets != STREAM, "targets"),
+        (
+            "rounds",
+            config.refinement != "descent",
+            "joint_grid" if arguments.joint_grid is False else "descent",
+        ),
+        ("max_iterations", not config.itf, "itf"),
+        ("start", config.symmetric, "shift"),
+        ("evaluation_windows", options.evaluation == NO_EVALUATION, "evaluation"),
+    ]
     if options.method != PT2_LLM:
         used = {"block_size", "seed"} | (set() if options.method == RTN else {"damping"})
-        for name in (*CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
-            if getattr(arguments, name) is not None and name not in used:
-                yield f"--{name.replace('_', '-')}", f"with --method {options.method}"
+        idle.append(("foldable", options.foldable, "method"))
+        for name in ("target", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
+            idle.append((name, name not in used, "method"))
+    for name, changes_nothing, cause in idle:
+        if changes_nothing and getattr(arguments, name) is not None:
+            yield name, cause
+
+
+def _flags(name: str) -> list[str]:
+    """The flags of a setting on the command line."""
+    flags = {"reorder": "--order --reorder"} | {spec.name: spec.metadata["flag"] for spec in _specified()}
+    return (flags.get(name) or f"--{name.replace('_', '-')}").split()
+
+
+def _flag(name: str, value: Any = None) -> str:
+    """A setting as one types it, with its value if that is a word."""
+    flag = _flags(name)[0]
+    if value is False:
+        return flag.replace("--", "--no-", 1)
+    return f"{flag} {value}" if isinstance(value, str) else flag
 
 
 _RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES)

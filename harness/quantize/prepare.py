@@ -133,7 +133,7 @@ def prepare(
         evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
         require_fits(original.model, evaluated.all(), options.evaluation_seqlen)
     coded = round_embeddings(original.model) if options.embedding == INT8 else {}
-    passage = capture_inputs(original.model, decoder, windows[:1], compute.alone())
+    passage = capture_inputs(original.model, decoder, windows[:2], compute.alone())
     plan = make_plan(
         options,
         original,

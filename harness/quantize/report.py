@@ -26,6 +26,9 @@ def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
 def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
     """Report one layer; its relative output error is ΣE_x / Σtr(W C Wᵀ) over its matrices."""
     rows = [matrix_row(matrix) for matrix in layer.matrices]
+    for row in rows:
+        if row["name"] in layer.experts:
+            row["family"] = layer.experts[row["name"]]
     power = sum(r["output_power"] for r in rows)
     error = sum(r["relative_output_error"] * r["output_power"] for r in rows)
     return {
@@ -34,14 +37,14 @@ def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
         "seconds": layer.seconds,
         "shared_inputs": [group for group in layer.groups if len(group) > 1],
         **({"bytes_between_processes": layer.sent} if layer.sent else {}),
-        **({"experts": experts_row(rows, set(layer.experts))} if layer.experts else {}),
+        **({"experts": experts_row(rows)} if layer.experts else {}),
         "matrices": rows,
     }
 
 
-def experts_row(rows: list[dict[str, Any]], experts: set[str]) -> dict[str, int]:
+def experts_row(rows: list[dict[str, Any]]) -> dict[str, int]:
     """Count the matrices of experts that were fitted to average tokens too (`calibration.experts`)."""
-    tokens = [(row["tokens"], row["shape"][1]) for row in rows if row["name"] in experts]
+    tokens = [(row["tokens"], row["shape"][1]) for row in rows if "family" in row]
     return {
         "matrices": len(tokens),
         "fewest_tokens": min(count for count, _ in tokens),
@@ -56,18 +59,24 @@ def mean_layer_error(layers: list[dict[str, Any]]) -> float:
 
 
 def table(layers: list[dict[str, Any]]) -> list[str]:
-    """Format one line per matrix: errors after each stage, variance in blocks, error of the whole matrix."""
-    rows = [row for layer in layers for row in layer["matrices"]]
+    """Format errors after each stage, variance in blocks, and the error of the whole matrix.
+
+    Every matrix has a line, but the matrices of one kind of a layer's experts share one.
+    """
+    rows = [row for layer in layers for row in _with_families(layer["matrices"])]
     width = max(len(row["name"]) for row in rows)
+    grouped = any("others" in row for row in rows)
+    families = ["experts (*): medians, and the seconds of all; report.json has each"] if grouped else []
     if "output_errors" not in rows[0]:
         lines = [f"{'matrix':{width}}  {'whole':>9}  {'s':>5}"]
         for r in rows:
-            lines.append(f"{r['name']:{width}}  {r['relative_output_error']:9.5f}  {r['seconds']:5.1f}")
-        return [*lines, "whole: E_x / tr(WCWᵀ) of the whole matrix"]
+            figures = f"{r['relative_output_error']:9.5f}  {r['seconds']:5.1f}"
+            lines.append(f"{r['name']:{width}}  {figures}{r.get('others', '')}")
+        return [*lines, "whole: E_x / tr(WCWᵀ) of the whole matrix", *families]
     lines = [
         f"{'':{width}}  {'E_w / ‖W‖²':^26}  {'E_x / tr(WCWᵀ)':^26}  {'variance in blocks':^20}  {'':9}",
         f"{'matrix':{width}}  {'init':>8} {'ITF':>8} {'AGA':>8}  {'init':>8} {'ITF':>8} {'AGA':>8}  "
-        f"{'before':>9} {'after':>9}   {'whole':>8} {'rounds':>6} {'s':>5}",
+        f"{'before':>9} {'after':>9}   {'whole':>8} {'ITF rounds':>10} {'s':>5}",
     ]
     for r in rows:
         weight, output = r["weight_errors"], r["output_errors"]
@@ -75,11 +84,40 @@ def table(layers: list[dict[str, Any]]) -> list[str]:
             f"{r['name']:{width}}  {weight[0]:8.5f} {weight[-1]:8.5f} {r['aligned_weight_error']:8.5f}  "
             f"{output['init']:8.5f} {output['itf']:8.5f} {output['aga']:8.5f}  "
             f"{r['variance_before']:9.3g} {r['variance_after']:9.3g}   "
-            f"{r['relative_output_error']:8.5f} {r['iterations']:6d} {r['seconds']:5.1f}"
+            f"{r['relative_output_error']:8.5f} {r['iterations']:10d} {r['seconds']:5.1f}"
+            f"{r.get('others', '')}"
         )
     return [
         *lines,
         "E_w, E_x: sums over blocks, relative to the weights that each block was fitted to (compensated for",
         "earlier blocks); whole: stored matrix relative to what it was fitted to, its target if it has one;",
-        "rounds: maximum rounds of ITF",
+        "ITF rounds: the most of any block",
+        *families,
     ]
+
+
+def _with_families(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put one row in the place of those of a family: medians, and the worst error and the tokens in words."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.get("family", row["name"]), []).append(row)
+    return [_family_row(name, own) if "family" in own[0] else own[0] for name, own in found.items()]
+
+
+def _family_row(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    worst = max(row["relative_output_error"] for row in rows)
+    tokens = [row["tokens"] for row in rows]
+    others = f"  {len(rows)} experts, worst {worst:.5f}, tokens {min(tokens)}-{max(tokens)}"
+    merged = {"name": name, "others": others, "seconds": sum(row["seconds"] for row in rows)}
+    single = ("aligned_weight_error", "variance_before", "variance_after", "relative_output_error")
+    merged |= {key: float(np.median([row[key] for row in rows])) for key in single if key in rows[0]}
+    if "output_errors" in rows[0]:
+        merged["weight_errors"] = [
+            float(np.median([row["weight_errors"][place] for row in rows])) for place in (0, -1)
+        ]
+        merged["output_errors"] = {
+            key: float(np.median([row["output_errors"][key] for row in rows]))
+            for key in rows[0]["output_errors"]
+        }
+        merged["iterations"] = max(row["iterations"] for row in rows)
+    return merged

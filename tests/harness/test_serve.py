@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,10 @@ def test_the_model_s_name_is_listed(server: Any) -> None:
             "the request cannot be answered: ValueError: Cannot apply chat template to an empty",
         ),
         ({"messages": [{"content": "x"}]}, "the request cannot be answered: KeyError: 'role'"),
+        ({"prompt": "x", "n": 2}, "n is not supported; drop it from the request"),
+        ({"prompt": "x", "echo": True}, "echo is not supported"),
+        ({"messages": MESSAGES, "logprobs": True}, "logprobs is not supported"),
+        ({"messages": MESSAGES, "top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_requests_that_cannot_be_answered_say_why(server: Any, request_: Any, message: str) -> None:
@@ -126,6 +133,27 @@ def test_requests_that_cannot_be_answered_say_why(server: Any, request_: Any, me
     with pytest.raises(openai.BadRequestError) as error:
         client.create(**{"model": "tiny-ternary", **request_})
     assert message in str(error.value)
+
+
+def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(server: Any) -> None:
+    chat = server[0].chat.completions
+    given = chat.create(model="tiny-ternary", messages=MESSAGES, max_tokens=2, n=1, logprobs=False, top_p=1)
+    assert len(given.choices) == 1
+
+
+def test_every_error_has_the_form_of_openai_s(server: Any) -> None:
+    url = str(server[0].base_url)
+    json_ = {"Content-Type": "application/json"}
+    for path, body in (
+        ("completions", b"no json"),
+        ("completions", b"[]"),
+        ("completions", None),
+        ("no", None),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(urllib.request.Request(url + path, body, json_), timeout=60)
+        assert 400 <= error.value.code < 500
+        assert json.load(error.value)["error"]["message"]
 
 
 def test_an_answer_ends_where_the_context_does(server: Any) -> None:

@@ -224,21 +224,6 @@ def test_recording_leaves_the_layers_as_they_were() -> None:
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in decoder.layers)
 
 
-def test_a_model_that_tells_its_layers_about_the_tokens_is_refused() -> None:
-    """Only one window's arguments are kept; a mask made from the tokens would be wrong for the others."""
-    model = tiny.make_model("llama", torch.float32)
-    decoder = find_decoder_layers(model)
-    seen = []
-    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    decoder.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "tokens": seen[-1]}), with_kwargs=True
-    )
-    with pytest.raises(
-        UserError, match="decoder layer 0 of LlamaForCausalLM takes arguments that depend on the text"
-    ):
-        capture_inputs(model, decoder, windows())
-
-
 def test_after_a_failure_the_matrices_that_have_not_begun_are_not_begun() -> None:
     model = tiny.make_model("llama", torch.float32)
     decoder = find_decoder_layers(model)
@@ -286,27 +271,3 @@ def whole_model_gram(model: Any, linear: torch.nn.Linear) -> np.ndarray:
     handle.remove()
     X = torch.cat(rows).numpy()
     return X.T @ X
-
-
-def test_several_vectors_a_token_are_refused() -> None:
-    """As in Gemma 3n, whose layers predict and correct several versions of the hidden states."""
-    config = transformers.Gemma3nTextConfig(
-        vocab_size=tiny.VOCABULARY,
-        vocab_size_per_layer_input=tiny.VOCABULARY,
-        hidden_size=32,
-        hidden_size_per_layer_input=8,
-        intermediate_size=[32, 32],
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_kv_shared_layers=0,
-        laurel_rank=4,
-        activation_sparsity_pattern=[0.0, 0.0],
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(
-        UserError, match=r"hidden states of shape \(4, 1, 24, 32\) through its decoder layers"
-    ):
-        capture_inputs(model, find_decoder_layers(model), windows())

@@ -79,9 +79,15 @@ def test_a_prompt_is_read_from_a_pipe(
         (b"w5 \xff", (), "the prompt on standard input is not UTF-8 text: invalid start byte at byte 3"),
         (None, (), "there is no prompt; pass --prompt TEXT, pipe it in, or talk to the model with --chat"),
         (b"w5", ("--stop", ""), "--stop must not be empty"),
+        (b"w5", ("--compile",), "--compile is for a CUDA GPU, and this runs on the CPU; drop it"),
+        (
+            b"w5",
+            ("--dense",),
+            "the embedded model is not a ternary checkpoint: its weights are dense already",
+        ),
     ],
 )
-def test_prompts_that_are_missing_are_asked_for(
+def test_what_cannot_be_answered_is_told_before_a_model_is_loaded(
     text: bytes | None,
     arguments: tuple[str, ...],
     message: str,

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from harness.architectures.configs import small_config
 from harness.compute import Compute
+from harness.errors import UserError
 from harness.models.decoder import find_decoder_layers
 from harness.models.experts import Experts, family
+from harness.models.folder import SINGLE, files_of_tensors
 from harness.models.linearize import linearize, put
 from harness.models.loading import load_original
 from tests.harness import tiny
@@ -101,12 +105,27 @@ def test_a_conv1d_becomes_a_linear_layer_and_small_ones_stay() -> None:
     assert type(model.transformer.h[1].attn.router) is transformers.pytorch_utils.Conv1D
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
+def mixture(kind: str) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(small_config(kind), dtype=torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [
+        ("gpt2", "transformer.h.1.attn.c_attn.weight"),
+        ("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.3.gate_proj.weight"),
+        ("deepseek_v3", "model.layers.1.mlp.experts.3.gate_proj.weight"),
+    ],
+)
 def test_rewritten_layers_are_read_from_the_files(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = gpt2() if kind == "gpt2" else tiny.make_mixture(kind, ternary=False)
-    tiny.save(model, tmp_path)
+    tiny.save(gpt2() if kind == "gpt2" else mixture(kind), tmp_path)
+    assert stored in files_of_tensors(tmp_path)
+    model = load_original(str(tmp_path)).model
     monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
     original = load_original(str(tmp_path))
     decoder = find_decoder_layers(original.model, linearize(original.model, original.read))
@@ -116,3 +135,15 @@ def test_rewritten_layers_are_read_from_the_files(
         assert copy.keys() == layer.state_dict().keys()
         for name, tensor in layer.state_dict().items():
             assert torch.equal(copy[name], tensor), name
+
+
+def test_a_folder_that_lacks_a_tensor_of_one_expert_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny.save(mixture("qwen3_moe"), tmp_path) / SINGLE
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
+    with pytest.raises(UserError, match=r"layers.1.mlp.experts.gate_up_proj is merged from 4 .*have 3 of"):
+        load_original(str(tmp_path))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -81,7 +82,8 @@ def test_tokens_of_every_expert_are_reported_and_one_without_is_fitted_too(
     source, out = tiny.save(model, tmp_path / "original"), tmp_path / "out"
     text = ("--calibration", words_file, "--block-size", tiny.BLOCK)
     assert run_main(quantize_main, source, "--out", out, *text, *SMALL) == 0
-    assert "2 without tokens to those alone" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 without tokens to those alone" in printed
     report = json.loads((out / REPORT).read_text())["layers"][0]
     assert report["experts"]["without_tokens"] == 2
     assert report["experts"]["fewest_tokens"] == 0
@@ -92,3 +94,13 @@ def test_tokens_of_every_expert_are_reported_and_one_without_is_fitted_too(
     assert sum(tokens.values()) == 2 * 2 * 8 * 24  # two matrices, two experts a token
     weight = harness.load(out).get_submodule("model.layers.0.mlp.experts.3.down_proj").weight
     assert torch.equal(weight, before)
+
+    lines = [line for line in printed.splitlines() if line.startswith("model.layers.0.mlp.experts")]
+    assert len(lines) == 2  # one a kind
+    name, *figures = lines[1].split()
+    rows = [row for row in report["matrices"] if row.get("family") == name]
+    assert [row["name"] for row in rows] == [name.replace("*", str(number)) for number in range(4)]
+    errors = [row["relative_output_error"] for row in rows]
+    assert float(figures[8]) == pytest.approx(np.median(errors), abs=6e-6)
+    worst, fewest, most = f"{max(errors):.5f}", *(f(tokens.values()) for f in (min, max))
+    assert lines[1].endswith(f"  4 experts, worst {worst}, tokens {fewest}-{most}")

@@ -79,7 +79,18 @@ def test_descent_without_the_joint_grid_is_refused(run_main: Run, capsys: pytest
         ("--no-joint-grid --rounds 2", "--rounds has no effect with --no-joint-grid"),
         ("--method rtn-2bit --damping 0.2", "--damping has no effect with --method rtn-2bit"),
         ("--method gptq-2bit --feed-forward", "--feed-forward has no effect with --method gptq-2bit"),
-        ("--method gptq-2bit --no-descent", "--descent has no effect with --method gptq-2bit"),
+        ("--method gptq-2bit --no-descent", "--no-descent has no effect with --method gptq-2bit"),
+        ("--method gptq-2bit --foldable", "--foldable has no effect with --method gptq-2bit"),
+        ("--method gptq-2bit --for gguf", "--for gguf has no effect with --method gptq-2bit"),
+        ("--no-descent --rounds 2", "--rounds has no effect with --no-descent; drop one of them"),
+        (
+            "--recipe paper --rounds 2",
+            "--rounds has no effect with --no-descent, which recipe paper has; drop it, or give --descent",
+        ),
+        ("--no-itf --max-iterations 9", "--max-iterations has no effect with --no-itf; drop one of them"),
+        ("--start twn --shift none", "--start twn has no effect with --shift none; drop one of them"),
+        ("--eval none --eval-windows 3", "--eval-windows has no effect with --eval none; drop one of them"),
+        ("--recipe paper --token-weights", "--targets weights, which recipe paper has"),
     ],
 )
 def test_a_switch_that_would_change_nothing_is_refused(
@@ -118,7 +129,7 @@ def test_best_is_nearer_to_the_original_than_the_paper(
         out = tmp_path / f"{recipe}-{backend}"
         where = (model, "--out", out, "--calibration", words_file, *SMALL, "--nsamples", "24")
         assert run_main(quantize_main, *where, "--recipe", recipe, "--backend", backend) == 0
-        found[recipe, backend] = divergence(original, harness.load(out), windows).mean
+        found[recipe, backend] = divergence(original, harness.load(out), windows)[1].mean
         report = json.loads((out / REPORT).read_text())
         assert report["options"]["recipe"] == recipe
         assert report["calibration"]["targets"] == ("stream" if recipe == "best" else "weights")

@@ -1,0 +1,117 @@
+"""Layers that take more than hidden states, or several vectors a token, run one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from harness.architectures import configs
+from harness.calibration.calls import LayerCall, Varying, merged
+from harness.calibration.capture import capture_inputs
+from harness.calibration.layerwise import fit_layers
+from harness.calibration.targets import Targets
+from harness.errors import UserError
+from harness.models.decoder import find_decoder_layers
+from harness.models.linearize import linearize
+from tests.harness import tiny
+
+WINDOWS = torch.randint(3, tiny.VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
+
+# The first two pass parts of the embeddings to every layer, and the last two layers of each read the keys and
+# values that earlier layers left. Zamba2 passes the embeddings, DeepSeek-V4 has several vectors a token.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [160] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "zamba2": {},
+    "deepseek_v4": {},
+}
+
+
+def model_of(kind: str) -> Any:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configs._SPECIAL, kind, {**configs._SPECIAL.get(kind, {}), **CONFIGS[kind]})
+        config = configs.small_config(kind)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def outputs_of(model: Any) -> list[torch.Tensor]:
+    """Output of the last layer for every window, from passes through the whole model."""
+    found = []
+    layers = find_decoder_layers(model).layers
+    handle = layers[-1].register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        for window in WINDOWS:
+            model(window[None], use_cache=False)
+    handle.remove()
+    return [output[0] if isinstance(output, tuple) else output for output in found]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_both_models_give_what_they_give_as_a_whole(kind: str) -> None:
+    model = model_of(kind)
+    linearize(model)
+    expected = outputs_of(model)
+    passage = capture_inputs(model, find_decoder_layers(model), WINDOWS)
+    passage.keep_original()
+    targets = Targets(lambda W, C, D: W)
+    for _ in fit_layers(passage, lambda W, C: W.numpy() / 2, true_sequential=True, targets=targets):
+        pass
+    for original, states, theirs, ours in zip(
+        passage.originals, passage.hidden, expected, outputs_of(model), strict=True
+    ):
+        torch.testing.assert_close(original, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states, ours, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(states, original, rtol=0.1, atol=0.01)
+
+
+def test_arguments_that_differ_are_kept_for_every_window() -> None:
+    mask = torch.ones(2, 2)
+    calls = [LayerCall((mask.clone(),), {"parts": [torch.tensor([i // 2]), i]}) for i in range(4)]
+    found = merged(iter(calls))
+    assert torch.equal(found.args[0], mask)
+    parts = found.kwargs["parts"][0]
+    assert isinstance(parts, Varying)
+    assert [int(value) for value in parts.values] == [0, 0, 1, 1]
+    assert found.bytes_of_windows() == 8
+    seen = []
+    layer = torch.nn.Identity()
+    layer.forward = lambda hidden, mask, parts: seen.append(int(parts[0])) or hidden
+    for window in (3, 1):
+        found(layer, torch.zeros(1), window, {})
+    assert seen == [1, 0]
+
+
+def test_arguments_that_depend_on_earlier_layers_are_refused() -> None:
+    model = tiny.make_model("llama", torch.float32)
+    decoder = find_decoder_layers(model)
+    decoder.layers[1].register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "size": args[0].sum()}), with_kwargs=True
+    )
+    with pytest.raises(
+        UserError, match="decoder layer 1 of LlamaForCausalLM takes arguments that depend on what earlier"
+    ):
+        capture_inputs(model, decoder, WINDOWS)
+
+
+def test_hidden_states_of_no_token_are_refused() -> None:
+    model = model_of("deepseek_v4")
+    decoder = find_decoder_layers(model)
+    decoder.layers[0].register_forward_pre_hook(
+        lambda module, args: (args[0].repeat(1, 2, 1, 1), *args[1:]), prepend=True
+    )
+    with pytest.raises(UserError, match="for 24 tokens, not one or several vectors a token"):
+        capture_inputs(model, decoder, WINDOWS)
