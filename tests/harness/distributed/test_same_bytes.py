@@ -88,7 +88,7 @@ def measure_all(models: Folders, words: Path) -> list[Any]:
         decoder = locate_layers(both[0].model)
         chosen = evaluation_windows(tokenize(stream, both[0].tokenizer), 24, windows)
         found.append(asdict(measure_by_layers(both[0].model, decoder, chosen, 400, "", compute)))
-        found.append(asdict(divergence_on(*both, stream, 24, windows, compute)))
+        found += map(asdict, divergence_on(*both, stream, 24, windows, compute))
     return found
 
 
@@ -148,7 +148,7 @@ def test_perplexity_and_divergence_are_the_same_in_every_process(
 ) -> None:
     size, out = shared
     expected = read_json(alone / "measured.json")
-    assert len(expected["found"]) == 6
+    assert len(expected["found"]) == 8
     for rank in range(size):
         assert read_json(out / f"measured-{rank}.json") == expected
 
