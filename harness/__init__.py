@@ -10,15 +10,17 @@ Reading order, bottom-up; a module imports only modules listed above it:
     cpu/                          the backend for CPUs
     progress                      progress bars, or lines where there is no terminal
     distributed/                  several processes that share a run
+    page/                         the report of a run as a page
     backends, compute             which package fits matrices; which device runs layers
     models/                       the original model: its folder, loading, decoder layers
     text/, windows                calibration and evaluation text, and the windows cut from it
     calibration/                  from text to fitted matrices, layer by layer
+    runtimes/                     what llama.cpp and mlx_lm compute, and their formats hold
     ternary/                      a ternary model in torch and on disk
     perplexity, divergence        measure a model on text
     zeroshot/, hf                 measure it on tasks; load checkpoints in transformers
     vllm/                         load checkpoints in vLLM, which imports this by itself
-    evaluate, inspect             single-file programs
+    evaluate, inspect, report     single-file programs
     quantize/, export/, verify/   programs with a folder
     generate/, serve              text from a model: at a terminal, over HTTP
     compare                       checkpoints side by side

@@ -93,8 +93,10 @@ class Checkpoint:
             "bits_per_weight": self.bits,
             "layer_errors": self.layer_errors,
         }
-        if self.perplexity is not None and self.divergence is not None:
-            found |= {"perplexity": asdict(self.perplexity), "divergence": asdict(self.divergence)}
+        if self.perplexity is not None:
+            found["perplexity"] = asdict(self.perplexity)
+        if self.divergence is not None:
+            found["divergence"] = asdict(self.divergence)
         return found
 
 
@@ -137,10 +139,11 @@ def table(checkpoints: list[Checkpoint]) -> list[str]:
     rows.append(["alpha and mu in", *(c.grid for c in checkpoints)])
     if checkpoints[0].divergence is not None:
         figures = [c.divergence for c in checkpoints if c.divergence is not None]
-        rows.append(["perplexity", *(f"{c.perplexity.value:.4g}" for c in checkpoints if c.perplexity)])
+        if any(c.perplexity for c in checkpoints):
+            rows.append(["perplexity", *(f"{c.perplexity.value:.4g}" for c in checkpoints if c.perplexity)])
         rows.append(["KL divergence, mean", *(f"{d.mean:.4g}" for d in figures)])
         rows.append(["KL divergence, 99th percentile", *(f"{d.percentile_99:.4g}" for d in figures)])
-        rows.append(["same most likely token", *(f"{d.agreement:.1%}" for d in figures)])
+        rows.append(["same most likely token or label", *(f"{d.agreement:.1%}" for d in figures)])
     for name, values in differing_settings(checkpoints).items():
         rows.append([name, *("" if value is None else str(value) for value in values)])
     errors = [c.layer_errors for c in checkpoints]

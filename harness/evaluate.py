@@ -184,8 +184,8 @@ class _Result:
         if self.divergence is not None:
             yield (
                 f"KL divergence from {self.original}: mean {self.divergence.mean:.4g}, 99th percentile "
-                f"{self.divergence.percentile_99:.4g}; the same most likely token for "
-                f"{self.divergence.agreement:.1%} of {self.divergence.tokens} tokens"
+                f"{self.divergence.percentile_99:.4g}; the same most likely token or label in "
+                f"{self.divergence.agreement:.1%} of {self.divergence.tokens} predictions"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -24,7 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from harness.compute import dtype_name
 from harness.errors import UserError
 from harness.files import read_json
-from harness.models.experts import Experts, is_fused
+from harness.models.classes import auto_class
+from harness.models.experts import DOWN, Experts, is_fused, up_name
 from harness.models.folder import CONFIG, GENERATION, read_config
 from harness.models.linearize import put
 from harness.models.loading import load_original
@@ -111,7 +112,8 @@ class TernaryQuantizer(HfQuantizer):
         for name in stored.modules:
             swap(model, name, stored, dtype)
             # The `_init_weights` of a model fills tables that no file holds, and may initialize weights by
-            # name: until all tensors are loaded, it finds here a weight that takes no memory.
+            # name, those of fused experts too: until all tensors are loaded, it finds here one that takes no
+            # memory.
             layer = model.get_submodule(name)
             vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         for name in stored.coded:
@@ -137,8 +139,12 @@ class TernaryQuantizer(HfQuantizer):
         layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
         on_host = all(layer.device.type == "cpu" for layer in layers)
         dense = self.quantization_config.dense
+        for module in model.modules():  # drop what stood in for weights while tensors were loaded
+            if isinstance(module, Experts):
+                for part in (up_name(module), DOWN):
+                    vars(module).pop(part, None)
         for layer in layers:
-            layer.__dict__.pop("weight", None)  # what stood in for it while tensors were loaded
+            vars(layer).pop("weight", None)
             layer.keep_dense(not on_host if dense is None else dense)
         if dense is None and on_host:
             use_kernels(model)
@@ -215,8 +221,9 @@ def _require_class(model: Any) -> None:
     """Refuse to load a checkpoint into a model of another class, such as the body alone."""
     classes = model.config.architectures
     if classes and not any(kind.__name__ in classes for kind in type(model).__mro__):
+        auto = auto_class(model.config, model.name_or_path).__name__
         raise UserError(
-            f"the checkpoint is for {classes[0]} (load it by AutoModelForCausalLM), not for "
+            f"the checkpoint is for {classes[0]} (load it by {auto}), not for "
             f"{type(model).__name__}; that can be loaded from the plain model that "
             "dequantize() and save_pretrained() of the loaded model write"
         )
@@ -227,7 +234,10 @@ def _separate_experts(model: nn.Module, names: list[str]) -> None:
     inside = {name.rsplit(".", 2)[0] for name in names if name.count(".") > 1}
     for name, module in list(model.named_modules()):
         if name in inside and is_fused(module):
-            put(model, name, Experts(module))
+            experts = Experts(module)
+            for part in (up_name(module), DOWN):
+                vars(experts)[part] = torch.empty(0, device="meta")
+            put(model, name, experts)
 
 
 def swap(model: nn.Module, name: str, stored: StoredLayers, dtype: torch.dtype) -> None:
@@ -344,7 +354,7 @@ def load_stored(path: str | Path, dense: bool = False, trust_remote_code: bool =
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config.quantization_config = {**quantization, "dense": dense}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config, str(folder)).from_pretrained(
             folder,
             config=config,
             dtype="auto",

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from harness.calibration.capture import capture_inputs, logits_after
-from harness.calibration.passage import brought
+from harness.calibration.passage import Passage, brought
 from harness.compute import HOST, Compute, dtype_name
 from harness.distributed.ranks import ALONE, Ranks
-from harness.models.decoder import DecoderLayers, locate_layers
+from harness.models.classes import require_vocabulary
+from harness.models.decoder import DecoderLayers, as_text, locate_layers
 from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
@@ -84,9 +85,9 @@ def measure(
     losses = []
     for window in windows[ranks.own(len(windows))]:
         window = window.to(model.device)
-        losses.append(mean_loss(model(window[None], use_cache=False).logits, window))
+        losses.append(mean_loss(model(**as_text(model, window[None]), use_cache=False).logits, window))
         progress()
-    return from_losses(_of_all(losses, ranks), windows, tokens, source, model.dtype)
+    return from_losses(of_all(losses, ranks), windows, tokens, source, model.dtype)
 
 
 @torch.no_grad()
@@ -112,20 +113,41 @@ def measure_by_layers(
     progress : callable
         Called after every layer.
     """
-    ranks, compute = compute.ranks, replace(compute.alone(), dtype=None)
-    losses: list[float] = []
-    if own := ranks.own(len(windows)):
-        passage = capture_inputs(model, decoder, windows[own], compute)
-        passage.place()
-        for index in range(len(passage.calls)):
-            passage.advance(passage.enter(index))
-            progress()
-        with decoder.outside_on(model, compute.device):
-            losses = [
-                mean_loss(logits_after(model, passage, window, brought(states, compute)), window)
-                for window, states in zip(windows[own], passage.hidden, strict=True)
-            ]
-    return from_losses(_of_all(losses, ranks), windows, tokens, source, model.dtype)
+    passage = run_through(model, decoder, windows, compute, progress)
+    own = windows[compute.ranks.own(len(windows))]
+    with decoder.outside_on(model, compute.device):
+        losses = [
+            mean_loss(logits_after(model, passage, window, brought(states, passage.compute)), window)
+            for window, states in zip(own, passage.hidden, strict=True)
+        ]
+    return from_losses(of_all(losses, compute.ranks), windows, tokens, source, model.dtype)
+
+
+@torch.no_grad()
+def run_through(
+    model: Any,
+    decoder: DecoderLayers,
+    windows: torch.Tensor,
+    compute: Compute,
+    progress: Callable[[], object] = lambda: None,
+) -> Passage:
+    """Run windows through all decoder layers, one layer on the device at a time; the rest as above.
+
+    Returns
+    -------
+    Passage
+        Its hidden states are the outputs of the last layer for this process's windows, if it has any, in the
+        dtype of the model.
+    """
+    own = compute.ranks.own(len(windows))
+    some = windows[own] if own else windows[:1]
+    passage = capture_inputs(model, decoder, some, replace(compute.alone(), dtype=None))
+    passage.hidden = passage.hidden[: len(own)]
+    passage.place()
+    for index in range(len(passage.calls)):
+        passage.advance(passage.enter(index))
+        progress()
+    return passage
 
 
 def measure_on(
@@ -147,9 +169,11 @@ def measure_on(
     Raises
     ------
     UserError
-        If the text is shorter than one window, or a window is longer than the model's context.
+        If the text is shorter than one window, a window is longer than the model's context, or the model is a
+        classifier.
     """
     model = original.model
+    require_vocabulary(model, original.name, "has no perplexity")
     arguments = cut_windows(original, stream, seqlen, windows, bos)
     chosen = arguments[0]
     if original.read is not None or not compute.holds(model, seqlen):
@@ -205,7 +229,7 @@ def exponential(mean: float) -> float:
     return math.inf if mean >= 700 else math.exp(mean)
 
 
-def _of_all(losses: list[float], ranks: Ranks) -> list[float]:
+def of_all(losses: list[float], ranks: Ranks) -> list[float]:
     """The losses of all windows in their order, each process having those of its own."""
     return ranks.gather_numbers(torch.tensor(losses, dtype=torch.float64)).tolist()
 

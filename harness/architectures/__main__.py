@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from harness.architectures.check import DONE, FAILED, MODEL_TYPES, NOT_BUILT, Outcome, check
+from harness.architectures.check import CAUSAL, DONE, FAILED, NOT_BUILT, TABLES, Outcome, check
 from harness.cli import EXIT_MISS, HelpFormatter, add_verbose, path, run
 from harness.files import write_json
 from harness.machine import environment
@@ -21,8 +21,10 @@ DESCRIPTION = """\
 Build each architecture of AutoModelForCausalLM at a small size with random weights, ternarize it by the
 paper's recipe, write it and read it back, compare its logits with those that calibration left, save it once
 more and generate a few tokens. Prints what became of each, and fails if one was neither done nor refused.
+With --auto AutoModelForImageTextToText, the same for models of images and text, which read text alone.
 
   python -m harness.architectures benchmarks/architectures.json
+  python -m harness.architectures --auto AutoModelForImageTextToText
   python -m harness.architectures --only llama mixtral
 """
 
@@ -42,11 +44,12 @@ def totals(outcomes: list[Outcome]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) + share
 
 
-def write(file: Path, outcomes: list[Outcome]) -> None:
+def write(file: Path, auto: str, outcomes: list[Outcome]) -> None:
     """Write the outcomes, with the command, the date and the versions that they hold for."""
     rows = [{key: value for key, value in asdict(o).items() if value not in ("", None)} for o in outcomes]
-    some = "" if len(outcomes) == len(MODEL_TYPES) else " --only ..."
-    described = {"command": f"python -m harness.architectures {file.name}{some}", **environment()}
+    table = "" if auto == CAUSAL else f" --auto {auto}"
+    some = "" if len(outcomes) == len(TABLES[auto]) else " --only ..."
+    described = {"command": f"python -m harness.architectures {file.name}{table}{some}", **environment()}
     date = datetime.now(UTC).date().isoformat()
     write_json(file, {**described, "date": date, "totals": totals(outcomes), "architectures": rows})
 
@@ -57,18 +60,23 @@ def main() -> int:
         prog="python -m harness.architectures", description=DESCRIPTION, formatter_class=HelpFormatter
     )
     parser.add_argument("file", nargs="?", type=path, metavar="FILE", help="JSON file for the outcomes")
-    parser.add_argument("--only", nargs="+", choices=MODEL_TYPES, metavar="TYPE", help="only these types")
+    parser.add_argument("--auto", choices=TABLES, default=CAUSAL, help="whose table is walked")
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="only these types")
     add_verbose(parser)
     arguments = parser.parse_args()
+    types = arguments.only or list(TABLES[arguments.auto])
+    for model_type in types:
+        if model_type not in TABLES[arguments.auto]:
+            parser.error(f"{model_type} is not in the table of {arguments.auto}")
     quiet_transformers()
     torch.set_num_threads(1)  # the matrices are done before a second thread has woken up
     outcomes = []
-    for model_type in tqdm(arguments.only or MODEL_TYPES, disable=None, leave=False):
-        outcomes.append(check(model_type))
+    for model_type in tqdm(types, disable=None, leave=False):
+        outcomes.append(check(model_type, arguments.auto))
         tqdm.write(line(outcomes[-1]))
     print(totals(outcomes))
     if arguments.file is not None:
-        write(arguments.file, outcomes)
+        write(arguments.file, arguments.auto, outcomes)
     return EXIT_MISS if any(outcome.outcome == FAILED for outcome in outcomes) else 0
 
 

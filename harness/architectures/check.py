@@ -12,12 +12,16 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 import harness
 from harness.architectures.configs import VOCABULARY, small_config
 from harness.compute import compute_for
 from harness.errors import UserError
+from harness.models.decoder import as_text
 from harness.models.original import summary
 from harness.quantize.options import NO_EVALUATION, Options
 from harness.quantize.prepare import choose_backend, prepare, read_texts, take_all_windows
@@ -29,6 +33,9 @@ from reference.types import TernaryConfig
 
 DONE, REFUSED, NOT_BUILT, FAILED = "done", "refused", "not built", "failed"
 
+# The tables that are walked: classes by type of model.
+CAUSAL, VISION = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+TABLES = {CAUSAL: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, VISION: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 # Enough tokens for routers to choose every expert, few enough to be quick.
@@ -69,13 +76,21 @@ class Different(Exception):
     """A model that is not the same when it is read back."""
 
 
-def check(model_type: str) -> Outcome:
-    """Build a small model, quantize it, write it and read it back, and say what became of it."""
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+def check(model_type: str, auto: str = CAUSAL) -> Outcome:
+    """Build a small model, quantize it, write it and read it back, and say what became of it.
+
+    Parameters
+    ----------
+    model_type : str
+        The type, of those in the table of `auto`.
+    auto : {"AutoModelForCausalLM", "AutoModelForImageTextToText"}
+        The Auto class of transformers that makes the model. All of them read text alone here.
+    """
+    name = TABLES[auto][model_type]
     name = name if isinstance(name, str) else name[0]
     with TemporaryDirectory() as folder:
         try:
-            _build(model_type, Path(folder) / "original")
+            _build(model_type, auto, Path(folder) / "original")
         except Exception as error:  # transformers fails in many ways on sizes that it does not expect
             return Outcome(model_type, name, NOT_BUILT, _brief(error))
         try:
@@ -88,16 +103,17 @@ def check(model_type: str) -> Outcome:
 
 
 @torch.no_grad()
-def _build(model_type: str, folder: Path) -> None:
+def _build(model_type: str, auto: str, folder: Path) -> None:
     """Write a small random model with a tokenizer, and run it once."""
     config = small_config(model_type)
+    kind = getattr(transformers, auto)
     with torch.device("meta"):
-        empty = transformers.AutoModelForCausalLM.from_config(config)
+        empty = kind.from_config(config)
     weights = sum(parameter.numel() for parameter in empty.parameters())
     if weights > MOST_WEIGHTS:
         raise ValueError(f"the smallest configuration found has {weights / 1e6:.0f} M weights")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = kind.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -105,8 +121,8 @@ def _build(model_type: str, folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     ).save_pretrained(folder)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    if not torch.isfinite(loaded(_tokens(), use_cache=False).logits).all():
+    loaded = kind.from_pretrained(folder, dtype="auto").eval()
+    if not torch.isfinite(loaded(**as_text(loaded, _tokens()), use_cache=False).logits).all():
         raise ValueError("the logits of the small model are not finite")
 
 
@@ -143,9 +159,10 @@ def _quantize(folder: Path) -> tuple[float, str]:
     with sink.open(ready, record, _silent):
         quantize_layers(options, sink, ready, record, _silent)
         sink.finish(record)
-    tokens, original = _tokens(), ready.original.model
+    original = ready.original.model
     loaded = harness.load(folder / "ternary", dense=True)
-    found, expected = (model(tokens, use_cache=False).logits for model in (loaded, original))
+    inputs = as_text(original, _tokens())
+    found, expected = (model(**inputs, use_cache=False).logits for model in (loaded, original))
     _require_same("logits", found, expected)
     packed = harness.load(folder / "ternary")
     packed.save_pretrained(folder / "again")

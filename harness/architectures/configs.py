@@ -58,19 +58,41 @@ _SIZES: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "sliding_window": 8,
+    # Vision towers, and what lies between them and the decoder.
+    "image_size": 28,
+    "patch_size": 14,
+    **dict.fromkeys(("depth", "resampler_depth"), 2),
+    **dict.fromkeys(("out_hidden_size", "projection_dim", "text_hidden_size", "output_hidden_size"), WIDTH),
+    **dict.fromkeys(("image_token_id", "image_token_index", "boi_token_id", "eoi_token_id"), VOCABULARY - 1),
+    **dict.fromkeys(("video_token_id", "video_token_index", "audio_token_id"), VOCABULARY - 2),
+    **dict.fromkeys(("vision_start_token_id", "boi_token_index"), VOCABULARY - 3),
+    **dict.fromkeys(("vision_end_token_id", "eoi_token_index"), VOCABULARY - 4),
 }
+
+
+def _rotary(*sections: int) -> dict[str, Any]:
+    """Rotary positions in time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}
+    return {"rope_parameters": rope}
+
 
 # What some architectures need beside or instead of that; None takes a setting away.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "axk2": {"num_key_value_heads": 4},
+    "cohere2_vision": {"alignment_intermediate_size": 192},
+    "cosmos3_edge_text": _rotary(6, 5, 5),
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
     "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
     "gemma4_unified_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text", "paddleocr_vl_text"), _rotary(4, 6, 6)),
+    "glm4v_moe_text": _rotary(2, 3, 3),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"), _rotary(4, 6, 6)),
+    "qwen2_vl_vision": {"embed_dim": WIDTH},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
@@ -94,6 +116,9 @@ def _small(kind: Any, special: dict[str, Any]) -> Any:
     fields = set(getattr(kind, "__dataclass_fields__", {}))
     sizes = {name: size for name, size in {**_SIZES, **special}.items() if name in fields or name in special}
     for name, part in kind.sub_configs.items():
-        if name not in special and hasattr(part, "model_type"):  # AutoConfig has none
-            sizes[name] = _small(part, _SPECIAL.get(part.model_type, {})).to_dict()
+        if not hasattr(part, "model_type"):  # AutoConfig: the parts may be of several types
+            part = type(getattr(kind(), name))
+        if name not in special and hasattr(part, "model_type"):
+            small = _small(part, _SPECIAL.get(part.model_type, {}))
+            sizes[name] = {**small.to_dict(), "model_type": part.model_type}
     return kind(**{name: size for name, size in sizes.items() if size is not None})

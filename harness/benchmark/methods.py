@@ -168,6 +168,7 @@ def compare_methods(
         return {
             label: {"perplexity": perplexity.value, **asdict(divergence)}
             for label, (perplexity, divergence) in zip(labels, found, strict=True)
+            if perplexity is not None  # as it is of a language model, which `measure_on` has seen to
         }
 
     before = [measure_on(original, stream, *window, compute) for stream in streams.values()]

@@ -18,7 +18,7 @@ from harness.calibration.gram import windows_per_shard
 from harness.calibration.passage import Passage, brought, own_windows
 from harness.compute import Compute
 from harness.errors import UserError
-from harness.models.decoder import DecoderLayers
+from harness.models.decoder import DecoderLayers, as_text
 
 
 @torch.no_grad()
@@ -55,9 +55,9 @@ def capture_inputs(
     Raises
     ------
     UserError
-        If the model does more than pass hidden states from layer to layer, or attends to later tokens, or
-        arguments of a layer depend on what earlier layers computed; or if there are more processes than can
-        share the windows.
+        If the model does more than pass hidden states from layer to layer and turn the last into logits, or
+        attends to later tokens, or arguments of a layer depend on what earlier layers computed; or if there
+        are more processes than can share the windows.
     """
     hidden = []
     count, seqlen = windows.shape
@@ -67,11 +67,14 @@ def capture_inputs(
         step()
     extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute, windows.shape[1])
     calls = _record_pass(model, decoder, windows[0], extra)
+    passage = Passage(decoder, hidden, calls, compute, windows_per_shard(count, seqlen))
     if len(windows) > 1 and any(map(differ, calls, _record_pass(model, decoder, windows[-1], extra))):
         _require_only_text(model, decoder, windows[0], calls, extra)
         recorded = [_record_pass(model, decoder, window, extra) for window in own]
         calls = [merged(iter(of_windows)) for of_windows in zip(*recorded, strict=True)]
-    return Passage(decoder, hidden, calls, compute, windows_per_shard(count, seqlen))
+        passage = replace(passage, calls=calls)
+    _require_heard(model, passage, own[0])
+    return passage
 
 
 def _require_only_text(
@@ -114,7 +117,7 @@ def logits_after(
     (1, seqlen, vocabulary) tensor
     """
     with _replaced(passage.decoder.layers, lambda states: hidden, passage.calls[0].extra):
-        return model(window[None].to(hidden.device), use_cache=False).logits
+        return model(**as_text(model, window[None].to(hidden.device)), use_cache=False).logits
 
 
 def _enter_layers(
@@ -134,8 +137,8 @@ def _enter_layers(
         handle.remove()
     if not seen:
         raise UserError(
-            f"text does not go through {decoder.prefix} of {type(model).__name__}, its heaviest list of "
-            "layers; such models cannot be calibrated layer by layer"
+            f"text does not go through {decoder.prefix} of {type(model).__name__}; such models cannot be "
+            "calibrated layer by layer"
         )
     hidden = seen[0][0]
     if len(window) not in hidden.shape[:-1]:
@@ -157,6 +160,18 @@ def require_causal(model: nn.Module, decoder: DecoderLayers, window: torch.Tenso
         If the output of the first layer for a token depends on later tokens.
     """
     _extra_output(*_enter_layers(model, decoder, window), decoder, Compute(), len(window))
+
+
+def _require_heard(model: nn.Module, passage: Passage, window: torch.Tensor) -> None:
+    """Refuse a model whose logits do not depend on what its decoder layers return."""
+    few = slice(min(len(window), 4))
+    states = passage.hidden[0][:, few]
+    first, other = (logits_after(model, passage, window[few], sign * states) for sign in (1, -1))
+    if torch.equal(first, other):
+        raise UserError(
+            f"the logits of {type(model).__name__} do not depend on {passage.decoder.prefix}, which its text "
+            "goes through; such models cannot be calibrated layer by layer"
+        )
 
 
 def _extra_output(
@@ -219,6 +234,11 @@ def _record_pass(
     finally:
         for handle in handles:
             handle.remove()
+    if len(calls) < len(layers):
+        raise UserError(
+            f"text skips {len(layers) - len(calls)} of the {len(layers)} decoder layers of "
+            f"{type(model).__name__}; such models cannot be calibrated layer by layer"
+        )
     if len(calls) != len(layers) or not passed_on:
         raise UserError(
             f"{type(model).__name__} does more between its decoder layers than pass on the hidden states; "
@@ -264,7 +284,7 @@ def _replaced(
 def _run(model: nn.Module, window: torch.Tensor) -> None:
     """Run a forward pass until a hook ends it."""
     with suppress(_Captured):
-        model(window[None], use_cache=False)
+        model(**as_text(model, window[None]), use_cache=False)
 
 
 class _Captured(Exception):

@@ -85,8 +85,8 @@ def lost_share(name: str, weight: torch.Tensor, gram: torch.Tensor, matrix: Tern
     # Repeat the last column, which changes neither extreme.
     ordered = torch.cat([ordered, ordered[:, -1:].expand(-1, filled)], dim=1)
     low, high = ordered.unflatten(1, (-1, matrix.block_size)).aminmax(dim=2)
-    alpha = _values(matrix.scale).abs()
-    mu = torch.zeros_like(alpha) if matrix.shift is None else _values(matrix.shift).abs()
+    alpha = grid_values(matrix.scale).abs()
+    mu = torch.zeros_like(alpha) if matrix.shift is None else grid_values(matrix.shift).abs()
     if not alpha.any() and not mu.any() and live.any():
         raise vanished(name, float(live.abs().max()))
     least = 0.0 if isinstance(matrix.scale, CodedGrid) else COARSE
@@ -98,6 +98,7 @@ def lost_share(name: str, weight: torch.Tensor, gram: torch.Tensor, matrix: Tern
     return float(lost.double().mean())
 
 
-def _values(grid: Any) -> torch.Tensor:
+def grid_values(grid: Any) -> torch.Tensor:
+    """Return alpha or mu of every block, (n, blocks) float32, as they are stored."""
     values = grid.decode() if isinstance(grid, CodedGrid) else grid.astype(np.float32)
     return torch.from_dlpack(values)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.export.features import head_width, require
-from harness.ternary.containers import FOLDABLE, FOLDABLE_MODELS
+from harness.runtimes.containers import FOLDABLE, FOLDABLE_MODELS
+from harness.runtimes.features import head_width, require
 from harness.ternary.linear import TernaryLinear
 
 Order = NDArray[np.intp]

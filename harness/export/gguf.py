@@ -21,11 +21,7 @@ from gguf.gguf_writer import TensorInfo
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.export.features import Refused, refusals_of, require_biases, row_of
-from harness.export.gguf_architectures import ARCHITECTURES, Architecture, add_settings
 from harness.export.gguf_embedding import round_rows
-from harness.export.gguf_rope import add_rope
-from harness.export.gguf_tokenizer import add_tokenizer
 from harness.export.gguf_types import EMBEDDING, PLAIN, TERNARY, DataType, pack
 from harness.export.source import (
     AS_IT_IS,
@@ -35,11 +31,14 @@ from harness.export.source import (
     read_exportable,
     require_outside,
 )
+from harness.export.tensors import TernaryTensor, ternary_tensors
 from harness.models.folder import require_free, require_space
 from harness.progress import Progress, say_on_stdout
-from harness.ternary.containers import GGUF_TYPES, smallest
+from harness.runtimes.containers import GGUF_TYPES, smallest
+from harness.runtimes.features import Refused, refusals_of
+from harness.runtimes.gguf_architectures import Architecture
+from harness.runtimes.gguf_header import Header, describe, plain_type
 
-_PLAIN = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -108,20 +107,16 @@ def export_gguf(
     stored = read_exportable(folder, trust_remote_code)
     rounding = Rounding()
     with refusals_of(folder):
-        architecture = row_of(stored.model, ARCHITECTURES, "GGUF")
-        require_biases([*stored.tensors], architecture.biases)
+        header = describe(stored.model, stored.tokenizer, stored.tensors)
         types, lacking = _types(stored, kind)
-        writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.arch])
-        notes = add_settings(writer, architecture, stored.config)
-        factors = add_rope(writer, architecture, stored.config)
+    writer = header.writer
     # transformers would take the bare name "mistral" for another architecture.
     writer.add_name(f"{folder.resolve().name} PT²-LLM")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_main_type(stored, types).file_type)
-    add_tokenizer(writer, stored.tokenizer, stored.config)
+    writer.add_file_type(_main_type(types).file_type)
     entries = [
-        *_plain_entries(stored, architecture, factors, embedding),
-        *_ternary_entries(stored, architecture, types, rounding),
+        *_plain_entries(stored, header, embedding),
+        *_ternary_entries(stored, header, types, rounding),
     ]
     require_space(out, sum(entry.size for entry in entries))
 
@@ -145,7 +140,7 @@ def export_gguf(
         sum(int(np.prod(entry.shape)) for entry in ternary),
         sum(entry.size for entry in ternary),
         rounding,
-        (*_type_lines(types, lacking), *notes),
+        (*_type_lines(types, lacking), *header.notes),
     )
 
 
@@ -154,38 +149,45 @@ def interleave(rows: Any, heads: int) -> Any:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _types(stored: Stored, kind: str | None) -> tuple[dict[str, DataType], dict[str, dict[str, str]]]:
-    """Choose the type of each matrix; also say, by type, what smaller ones lack for its first matrix."""
+def _types(
+    stored: Stored, kind: str | None
+) -> tuple[dict[TernaryTensor, DataType], dict[str, dict[str, str]]]:
+    """Choose the type of each tensor; also say, by type, what smaller ones lack for its first tensor."""
+    tensors = ternary_tensors(stored)
     if kind == "F32":
-        return dict.fromkeys(stored.layers, PLAIN["F32"]), {}
+        return dict.fromkeys(tensors, PLAIN["F32"]), {}
     candidates = [held for held in GGUF_TYPES if kind in (None, held.name)]
-    types: dict[str, DataType] = {}
+    types: dict[TernaryTensor, DataType] = {}
     lacking: dict[str, dict[str, str]] = {}
-    for module, layer in stored.layers.items():
-        matrix = (layer.in_features, layer.block_size, stored.symmetric(module))
+    for tensor in tensors:
+        symmetric = all(stored.symmetric(module) for module in tensor.modules)
+        matrix = (tensor.shape[-1], stored.layers[tensor.modules[0]].block_size, symmetric)
         held, lacks = smallest(candidates, *matrix)
         if held is None:
             others = [other.name for other in GGUF_TYPES if other.misfit(*matrix) is None]
             name, lack = list(lacks.items())[-1]
             can = f"; {' or '.join(others)} can" if others else ""
-            raise Refused(f"GGUF's {name} cannot hold {module}, as it {lack}{can}")
-        types[module] = TERNARY[held.name]
+            raise Refused(f"GGUF's {name} cannot hold {tensor.name}, as it {lack}{can}")
+        types[tensor] = TERNARY[held.name]
         lacking.setdefault(held.name, lacks)
     return types, lacking
 
 
-def _main_type(stored: Stored, types: dict[str, DataType]) -> DataType:
+def _main_type(types: dict[TernaryTensor, DataType]) -> DataType:
     """The type that holds most weights."""
     weights: Counter[DataType] = Counter()
-    for module, kind in types.items():
-        weights[kind] += stored.layers[module].in_features * stored.layers[module].out_features
+    for tensor, kind in types.items():
+        weights[kind] += int(np.prod(tensor.shape))
     return weights.most_common(1)[0][0]
 
 
-def _type_lines(types: dict[str, DataType], lacking: dict[str, dict[str, str]]) -> list[str]:
+def _type_lines(types: dict[TernaryTensor, DataType], lacking: dict[str, dict[str, str]]) -> list[str]:
     """Say which types were chosen and why."""
+    counts: Counter[DataType] = Counter()
+    for tensor, kind in types.items():
+        counts[kind] += len(tensor.modules)
     lines = []
-    for kind, count in Counter(types.values()).items():
+    for kind, count in counts.items():
         line = f"{kind.name}, {8 * kind.size / kind.columns:.4g} bits per weight, holds {count} matrices"
         by_reason: dict[str, list[str]] = {}
         for name, reason in lacking.get(kind.name, {}).items():
@@ -193,15 +195,6 @@ def _type_lines(types: dict[str, DataType], lacking: dict[str, dict[str, str]]) 
         reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         lines.append(line + (f"; smaller types do not ({reasons})" if reasons else ""))
     return lines
-
-
-def _renamed(stored: Stored, architecture: Architecture, name: str) -> str:
-    """The name of a tensor in GGUF."""
-    names = gguf.get_tensor_name_map(architecture.arch, stored.config.num_hidden_layers)
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        raise UserError(f"{stored.folder} cannot be exported: GGUF has no name for the tensor {name}")
-    return found
 
 
 def _ordered(stored: Stored, architecture: Architecture, name: str, rows: Any) -> Any:
@@ -212,37 +205,29 @@ def _ordered(stored: Stored, architecture: Architecture, name: str, rows: Any) -
 
 
 def _ternary_entries(
-    stored: Stored, architecture: Architecture, types: dict[str, DataType], rounding: Rounding
+    stored: Stored, header: Header, types: dict[TernaryTensor, DataType], rounding: Rounding
 ) -> list[_Entry]:
-    """List the ternary matrices; making one adds its error to `rounding`."""
+    """List the ternary tensors; making one adds its error to `rounding`."""
 
-    def entry(module: str, kind: DataType) -> _Entry:
-        layer = stored.layers[module]
-
+    def entry(tensor: TernaryTensor, kind: DataType) -> _Entry:
         def make() -> NDArray[Any]:
-            packed = pack(stored.matrix(module), kind.name, module, rounding)
-            return _ordered(stored, architecture, module, packed)
+            packed = [
+                _ordered(stored, header.architecture, tensor.name, pack(matrix, kind.name, module, rounding))
+                for module, matrix in zip(tensor.modules, tensor.matrices(stored), strict=True)
+            ]
+            return np.concatenate(packed)
 
-        name = _renamed(stored, architecture, f"{module}.weight")
-        return _Entry(name, kind, (layer.out_features, layer.in_features), make)
+        return _Entry(header.name_of(f"{tensor.name}.weight"), kind, tensor.shape, make)
 
-    return [entry(module, kind) for module, kind in types.items()]
+    return [entry(tensor, kind) for tensor, kind in types.items()]
 
 
-def _plain_entries(
-    stored: Stored,
-    architecture: Architecture,
-    factors: dict[str, NDArray[np.float32]],
-    embedding: str,
-) -> list[_Entry]:
-    """List all other tensors: embedding, head, norms, biases, and factors of rotary frequencies."""
+def _plain_entries(stored: Stored, header: Header, embedding: str) -> list[_Entry]:
+    """List all other tensors: embedding, head, norms, biases, routers, factors of rotary frequencies."""
 
     def entry(name: str, tensor: torch.Tensor) -> _Entry:
-        own = "F32" if tensor.ndim == 1 else _PLAIN.get(tensor.dtype)
-        if own is None:
-            raise UserError(f"{name} is {tensor.dtype}, which GGUF does not support".replace("torch.", ""))
         rounded = embedding != AS_IT_IS and name.endswith(_EMBEDDINGS)
-        kind = EMBEDDING[embedding] if rounded else PLAIN[own]
+        kind = EMBEDDING[embedding] if rounded else PLAIN[plain_type(name, tensor)]
         if tensor.shape[-1] % kind.columns:
             raise UserError(
                 f"{name} has rows of {tensor.shape[-1]} columns, but {kind.name} needs a multiple of "
@@ -254,17 +239,19 @@ def _plain_entries(
                 return round_rows(tensor.float().numpy(), embedding)
             values = tensor.float() if kind.name == "F32" else tensor
             if name.endswith("norm.weight"):
-                values = values + architecture.norm_shift
-            ordered = _ordered(stored, architecture, name, values)
+                values = values + header.architecture.norm_shift
+            ordered = _ordered(stored, header.architecture, name, values)
             return ordered.contiguous().view(torch.uint8).numpy()
 
-        return _Entry(_renamed(stored, architecture, name), kind, tuple(tensor.shape), make)
+        # llama.cpp reads the gate of a shared expert as a vector.
+        shape = tensor.shape[-1:] if name.endswith("shared_expert_gate.weight") else tensor.shape
+        return _Entry(header.name_of(name), kind, tuple(shape), make)
 
     def constant(name: str, values: NDArray[np.float32]) -> _Entry:
         return _Entry(f"{name}.weight", PLAIN["F32"], values.shape, lambda: values.view(np.uint8))
 
     return [
-        *(constant(name, values) for name, values in factors.items()),
+        *(constant(name, values) for name, values in header.factors.items()),
         *(entry(name, tensor) for name, tensor in stored.tensors.items()),
     ]
 

@@ -30,7 +30,7 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from harness.export.source import Rounding, rounded_offset
-from harness.ternary.containers import GGUF_TYPES
+from harness.runtimes.containers import GGUF_TYPES
 from reference.types import TernaryMatrix
 
 Bytes = NDArray[np.uint8]

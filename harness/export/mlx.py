@@ -25,9 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.export.features import Refused, refusals_of
 from harness.export.folder import require_no_other_model, write_folder
-from harness.export.mlx_architectures import settings_of
 from harness.export.source import (
     AS_IT_IS,
     Exported,
@@ -37,9 +35,12 @@ from harness.export.source import (
     require_outside,
     rounded_offset,
 )
+from harness.export.tensors import TernaryTensor, ternary_tensors
 from harness.models.folder import CONFIG, read_config, require_free, require_space
 from harness.progress import Progress, say_on_stdout
-from harness.ternary.containers import MLX_GROUPS, Container, smallest
+from harness.runtimes.containers import MLX_GROUPS, Container, smallest
+from harness.runtimes.features import Refused, refusals_of
+from harness.runtimes.mlx_architectures import architecture_of, settings_of
 from reference.types import TernaryMatrix
 
 WEIGHTS = "model.safetensors"
@@ -87,12 +88,14 @@ def export_mlx(
     require_no_other_model(out, WEIGHTS if _is_export(out) else None)
     stored = read_exportable(folder, trust_remote_code)
     with refusals_of(folder):
-        settings = settings_of(stored)
-        groups = {module: _group(stored, module) for module in stored.layers}
+        architecture = architecture_of(stored.model)
+        settings = settings_of(stored.model, stored.tensors)
+        groups = {tensor: _group(stored, tensor) for tensor in ternary_tensors(stored)}
     rounding = Rounding()
     tensors: dict[str, torch.Tensor] = {}
     quantized: dict[str, dict[str, Any]] = {}
-    for name, tensor in stored.tensors.items():
+    for stored_name, tensor in stored.tensors.items():
+        name = architecture.name_of(stored_name)
         if embedding == EIGHT_BITS and name.endswith(_EMBEDDINGS):
             module = name.removesuffix(".weight")
             parts, group = pack_8_bits(tensor, name)
@@ -102,15 +105,22 @@ def export_mlx(
             tensors[name] = tensor.contiguous()
     weights = weight_bytes = 0
     with Progress("export", len(groups), "tensor", say_on_stdout) as step:
-        for module, held in groups.items():
-            packed = pack_mlx(stored.matrix(module), held.columns, module, rounding)
-            for part, values in packed.items():
-                tensors[f"{module}.{part}"] = torch.from_numpy(np.ascontiguousarray(values))
+        for ternary, held in groups.items():
+            name = architecture.name_of(ternary.name)
+            packed = [
+                pack_mlx(matrix, held.columns, module, rounding)
+                for module, matrix in zip(ternary.modules, ternary.matrices(stored), strict=True)
+            ]
+            for part in packed[0]:
+                values = np.ascontiguousarray(np.concatenate([one[part] for one in packed]))
+                tensors[f"{name}.{part}"] = torch.from_numpy(values.reshape(*ternary.shape[:-1], -1))
                 weight_bytes += values.nbytes
-            weights += stored.layers[module].out_features * stored.layers[module].in_features
-            quantized[module] = {"group_size": held.columns, "bits": BITS, "mode": "affine"}
+            weights += int(np.prod(ternary.shape))
+            quantized[name] = {"group_size": held.columns, "bits": BITS, "mode": "affine"}
             step()
-    counts = Counter(held.columns for held in groups.values())
+    counts: Counter[int] = Counter()
+    for ternary, held in groups.items():
+        counts[held.columns] += len(ternary.modules)
     common = {"group_size": counts.most_common(1)[0][0], "bits": BITS, "mode": "affine"}
     settings[QUANTIZATION] = common | {name: own for name, own in quantized.items() if own != common}
     require_space(out, sum(tensor.nbytes for tensor in tensors.values()))
@@ -183,12 +193,12 @@ def _words(digits: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
     return np.bitwise_or.reduce(held << shifts, axis=-1)
 
 
-def _group(stored: Stored, module: str) -> Container:
-    """The largest group that holds a layer."""
-    layer = stored.layers[module]
-    held, lacking = smallest(MLX_GROUPS, layer.in_features, layer.block_size, symmetric=False)
+def _group(stored: Stored, tensor: TernaryTensor) -> Container:
+    """The largest group that holds a tensor."""
+    block_size = stored.layers[tensor.modules[0]].block_size
+    held, lacking = smallest(MLX_GROUPS, tensor.shape[-1], block_size, symmetric=False)
     if held is None:
-        raise Refused(f"MLX cannot hold {module}, as it {list(lacking.values())[-1]}")
+        raise Refused(f"MLX cannot hold {tensor.name}, as it {list(lacking.values())[-1]}")
     return held
 
 

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.export.features import refusals_of
 from harness.export.fold import fold
 from harness.hf import load_stored
 from harness.models.tokenizer import load_tokenizer
+from harness.runtimes.features import refusals_of
 from harness.ternary.format import unpack_base3
 from harness.ternary.linear import TernaryLinear
 from harness.ternary.notice import drop_notice

@@ -11,12 +11,17 @@ import torch
 from transformers import TextStreamer
 
 from harness.errors import UserError
+from harness.models.classes import require_vocabulary
 from harness.models.folder import GENERATION
 from harness.models.original import Original, require_fits, summary
 
 
 def require_whole(original: Original) -> None:
-    """Refuse a model that is read layer by layer, as every new token needs all layers."""
+    """Refuse a model that cannot write: a classifier, or one that is read layer by layer.
+
+    Every new token needs all layers.
+    """
+    require_vocabulary(original.model, original.name, "cannot generate text")
     if original.read is not None:
         raise UserError(
             f"{original.name} is too large for the memory of this machine, and generation needs the whole "

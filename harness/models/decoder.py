@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import nn
 from harness.compute import HOST, Compute
 from harness.errors import UserError
 from harness.models.matrices import not_understood, ternarized
+
+# How many texts show which layers read text. Images have no axis of this length, as of their three colours.
+TEXTS = 5
 
 # Maps tensor names in the whole model to tensors.
 Reader = Callable[[list[str]], dict[str, torch.Tensor]]
@@ -108,6 +111,16 @@ class DecoderLayers:
         }
 
 
+def as_text(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the arguments with which a model reads (texts, tokens) ids as text, causally.
+
+    PaliGemma reads in both directions whatever its token types do not mark as an answer.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) == "paligemma":
+        return {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}
+    return {"input_ids": ids}
+
+
 def describe_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     """List the first few parameters with the class of their module and their shape."""
     described = []
@@ -119,19 +132,19 @@ def describe_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -
 
 
 def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers:
-    """Find the decoder layers: of the outermost ModuleLists that text goes through, the heaviest.
+    """Find the decoder layers: the ModuleList that text goes through, whatever else a model holds.
 
     Parameters
     ----------
     model : nn.Module
-        A causal language model; it may have a vision tower as well.
+        A causal language model, alone or inside a wrapper that adds a vision tower or another head.
     read : callable, optional
         Reads tensors of the layers from disk, if the layers are on torch's meta device.
 
     Raises
     ------
     UserError
-        If the model has no ModuleList.
+        If the model has no ModuleList, or text goes through none.
     """
     candidates: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -143,23 +156,34 @@ def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers
         raise UserError(
             f"{type(model).__name__} has no ModuleList of decoder layers, so there is nothing to quantize"
         )
-    prefix = _heaviest_with_text(model, candidates)
+    prefix = _list_with_text(model, candidates)
     layers = candidates[prefix]
     linears = [ternarized(layer) for layer in layers]
     return DecoderLayers(prefix, layers, linears, read)
 
 
 @torch.no_grad()
-def _heaviest_with_text(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> str:
-    """Name the heaviest list of layers that two tokens go through; the heaviest of all if none do.
+def _list_with_text(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> str:
+    """Name the list of layers whose inputs are others for another text.
 
-    The forward pass ends where its outcome is known: for most models, in front of the first layer.
+    Of several (there may be a list of projections before the decoder) it is the heaviest. The forward pass
+    ends where its outcome is known: for most models, in front of the first layer.
+
+    Raises
+    ------
+    UserError
+        If there is none.
     """
     by_weight = sorted(candidates, key=lambda name: _weights_in(candidates[name]), reverse=True)
+    device = next(model.parameters()).device
+    texts = torch.arange(TEXTS, device=device)[:, None] + torch.arange(2, device=device)
     entered: set[str] = set()
 
     def watch(name: str) -> Callable[..., None]:
-        def enter(*arguments: Any) -> None:
+        def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(states, torch.Tensor) or not _differ(states):
+                return
             entered.add(name)
             # Only decoder layers are ever left on disk, and they cannot run here.
             if name == by_weight[0] or any(p.is_meta for p in candidates[name].parameters()):
@@ -168,17 +192,33 @@ def _heaviest_with_text(model: nn.Module, candidates: dict[str, nn.ModuleList]) 
         return enter
 
     handles = [
-        layer.register_forward_pre_hook(watch(name))
+        layer.register_forward_pre_hook(watch(name), with_kwargs=True)
         for name, layers in candidates.items()
         for layer in layers
     ]
-    # A model may fail on two tokens alone; layers before the failure have been entered.
-    with suppress(Exception):
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-        model(tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return next((name for name in by_weight if name in entered), by_weight[0])
+    reason = ""
+    try:
+        model(**as_text(model, texts), use_cache=False)
+    except _Found:
+        pass
+    except Exception as error:  # a model may want more than text; layers before the failure have been entered
+        reason = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in by_weight:
+        if name in entered:
+            return name
+    raise UserError(
+        f"text alone does not go through any list of layers of {type(model).__name__}, so there is nothing "
+        f"to quantize{reason}"
+    )
+
+
+def _differ(states: torch.Tensor) -> bool:
+    """Whether hidden states have an axis of texts, along which they are not the same."""
+    texts = [states.movedim(axis, 0) for axis, size in enumerate(states.shape) if size == TEXTS]
+    return any(states.is_meta or not torch.equal(along[0], along[1]) for along in texts)
 
 
 class _Found(Exception):

@@ -24,6 +24,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Weights of torch's own format, which transformers reads where there are no safetensors files.
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 CONFIG, GENERATION, REPORT = "config.json", "generation_config.json", "report.json"
+# The report as a page; drawn from REPORT once that is complete.
+PAGE = "report.html"
 
 STAGING = ".incomplete"
 
@@ -45,6 +47,15 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 # transformers reads chat templates from these, and writes them only for a tokenizer that has templates.
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
+
+# What a processor (of images, video, sound) reads beside the files of the tokenizer.
+PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template.json",  # where templates were before TEMPLATES
+)
 
 
 def require_no_pointer(file: Path) -> None:
@@ -166,7 +177,8 @@ def staged(out: Path, resumed: bool = False, check: Callable[[], None] = lambda:
 def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
     """Move the files of `folder` to `out`, replacing an earlier model there; config.json moves last.
 
-    Files of the earlier model that match the patterns in `stale`, and its chat templates, are deleted.
+    Files of the earlier model that match the patterns in `stale`, its chat templates and its processor, are
+    deleted.
     """
     # Without config.json the folder no longer holds a model while files are replaced.
     (out / CONFIG).unlink(missing_ok=True)
@@ -176,7 +188,7 @@ def move_into(folder: Path, out: Path, stale: tuple[str, ...] = ()) -> None:
     for name in {*TEMPLATES, *(file.name for file in arrived)}:
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    for name in TEMPLATES:
+    for name in (*TEMPLATES, *PROCESSOR):
         (out / name).unlink(missing_ok=True)
     for file in arrived:
         os.replace(file, out / file.name)

@@ -7,12 +7,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from harness.errors import UserError
+from harness.models.classes import auto_class
 from harness.models.folder import read_config, require_no_pointer, weight_files
 from harness.models.gguf import GGUF_DTYPES, embedded_gguf, load_gguf
 from harness.models.original import Original, quiet_transformers, require_all_found, summary
 from harness.models.streamed import is_larger_than_memory, load_streamed
 from harness.models.tables import compute_tables
-from harness.models.tokenizer import load_tokenizer
+from harness.models.tokenizer import load_tokenizer, read_processor
 
 # What tells peft and transformers of an adapter.
 ADAPTER = "adapter_config.json"
@@ -70,9 +71,11 @@ def load_original(
     try:
         if path.is_dir() and is_larger_than_memory(path):
             return load_streamed(path, trust_remote_code)
-        transformers.AutoConfig.from_pretrained(source, **options)  # an unknown kind of model is said first
+        # The kind of model is looked at first, and its weights last.
+        auto = auto_class(transformers.AutoConfig.from_pretrained(source, **options), source)
         tokenizer = load_tokenizer(source, trust_remote_code)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        processor = read_processor(source)
+        model, info = auto.from_pretrained(
             source,
             dtype="auto",
             output_loading_info=True,
@@ -84,13 +87,13 @@ def load_original(
     except Exception as error:  # errors of transformers and of the hub share no base class
         elsewhere = "" if path.is_dir() else " (and no folder has this name)"
         raise UserError(
-            f"{source} could not be loaded as a causal language model{elsewhere}: {summary(error)}"
+            f"{source} could not be loaded as a language model{elsewhere}: {summary(error)}"
         ) from None
     if getattr(model, "_hf_peft_config_loaded", False):  # an adapter's id on a hub
         raise UserError(f"{source} is an adapter; merge it into its base model first, and pass the result")
     ignored = require_all_found(info, source)
     compute_tables(model)
-    return Original(model.eval(), tokenizer, source, ignored=ignored)
+    return Original(model.eval(), tokenizer, source, ignored=ignored, processor=processor)
 
 
 def _require_no_adapter(folder: Path) -> None:

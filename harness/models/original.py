@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ class Original:
 
     If the decoder layers are not in memory, `read` reads their tensors from disk by name. `ignored` names
     the tensors in its files that the model does not use, such as layers for multi-token prediction.
+    `processor` holds the files, by their names, that AutoProcessor reads beside those of the tokenizer.
     """
 
     model: Any
@@ -24,6 +25,7 @@ class Original:
     name: str
     read: Reader | None = None
     ignored: tuple[str, ...] = ()
+    processor: dict[str, bytes] = field(default_factory=dict)
 
 
 def quiet_transformers() -> Any:

@@ -11,12 +11,13 @@ from safetensors import safe_open
 from harness.compute import HOST
 from harness.errors import UserError
 from harness.machine import host_memory
+from harness.models.classes import auto_class
 from harness.models.conversion import Conversion
 from harness.models.decoder import DecoderLayers, Reader, locate_layers
 from harness.models.folder import INDEX, SINGLE, files_of_tensors
 from harness.models.original import Original, quiet_transformers, require_all_found
 from harness.models.tables import compute_tables
-from harness.models.tokenizer import load_tokenizer
+from harness.models.tokenizer import load_tokenizer, read_processor
 
 # Share of the memory that weights may take; the rest is for hidden states and working memory.
 MEMORY_SHARE = 0.6
@@ -53,11 +54,12 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     transformers = quiet_transformers()
 
     options = {"trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(folder, trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(folder, **options)
+    auto = auto_class(config, str(folder))
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     depth = config.get_text_config().num_hidden_layers
     config.get_text_config().num_hidden_layers = 1
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = auto.from_pretrained(
         folder, config=config, dtype="auto", output_loading_info=True, **options
     )
     decoder = attach_empty_layers(model, depth, trust_remote_code)
@@ -67,7 +69,8 @@ def load_streamed(folder: Path, trust_remote_code: bool = False) -> Original:
     conversion.require(expected, folder)
     info["unexpected_keys"] = set(info["unexpected_keys"]) - expected
     ignored = require_all_found(info, str(folder))
-    return Original(model.eval(), tokenizer, str(folder), conversion.reader(_reader(folder, files)), ignored)
+    read = conversion.reader(_reader(folder, files))
+    return Original(model.eval(), tokenizer, str(folder), read, ignored, read_processor(folder))
 
 
 def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False) -> DecoderLayers:
@@ -78,7 +81,7 @@ def attach_empty_layers(model: Any, depth: int, trust_remote_code: bool = False)
     prefix = locate_layers(model).prefix
     model.config.get_text_config().num_hidden_layers = depth
     with torch.device("meta"):
-        shapes = quiet_transformers().AutoModelForCausalLM.from_config(
+        shapes = auto_class(model.config, model.name_or_path).from_config(
             model.config, dtype=model.dtype, trust_remote_code=trust_remote_code
         )
     layers = shapes.get_submodule(prefix).eval()

@@ -1,4 +1,4 @@
-"""Load the tokenizer of a model folder or id, and refuse one without a vocabulary."""
+"""Load the tokenizer of a model folder or id, refuse one without a vocabulary; read a processor's files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.files import read_json
-from harness.models.folder import require_no_pointer
+from harness.models.folder import PROCESSOR, require_no_pointer
 from harness.models.original import quiet_transformers, summary
 
 # Files that hold a vocabulary, as far as tokenizers have names in common.
@@ -49,6 +49,16 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _lacking(source)
     return tokenizer
+
+
+def read_processor(source: str | Path) -> dict[str, bytes]:
+    """Read the files of a model folder or id that its processor needs beside those of the tokenizer."""
+    find = quiet_transformers().utils.hub.cached_file
+    found = {name: find(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR}
+    files = {name: Path(file) for name, file in found.items() if file is not None}
+    for file in files.values():
+        require_no_pointer(file)
+    return {name: file.read_bytes() for name, file in files.items()}
 
 
 def _lacking(source: str | Path) -> UserError:

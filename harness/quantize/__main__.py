@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+from dataclasses import replace
 
 from harness.cli import HelpFormatter, add_verbose, run
 from harness.distributed.launch import joined
@@ -14,8 +17,8 @@ Ternarize the linear layers of a language model with PT²-LLM and write a packed
 
 Layer by layer, calibration text runs through the layers ternarized so far, and each weight matrix is
 fitted to the inputs it really gets. Embeddings, norms and lm_head stay as they are, unless
---embedding says otherwise. The result is a Hugging Face folder with a report.json; read it back with
-harness.load(DIR).
+--embedding says otherwise. The result is a Hugging Face folder with a report: report.html to look at,
+report.json with all figures. Read the model back with harness.load(DIR).
 
   python -m harness.quantize --out smollm2-ternary
   python -m harness.quantize meta-llama/Llama-2-7b-hf --out llama2-ternary
@@ -37,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command line."""
     with joined():
-        quantize(from_arguments(parser().parse_args()))
+        options = from_arguments(parser().parse_args())
+        command = shlex.join(["python", "-m", "harness.quantize", *sys.argv[1:]])
+        quantize(replace(options, command=command))
     return 0
 
 

@@ -17,7 +17,7 @@ from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
 from harness.models.loading import MODEL_HELP
-from harness.ternary.containers import FOLDABLE
+from harness.runtimes.containers import FOLDABLE
 from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, SHIFTS, STARTS, TernaryConfig
 
 PT2_LLM = "pt2-llm"
@@ -172,6 +172,8 @@ class Options:
     config: TernaryConfig = field(default_factory=TernaryConfig)
     # The settings of `config` that the command line names.
     given: tuple[str, ...] = field(default=(), compare=False)
+    # The command line that they come from, for the report.
+    command: str | None = field(default=None, compare=False)
 
     evaluation: str | None = option(
         None,
@@ -313,7 +315,7 @@ def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator
     if options.method != PT2_LLM:
         used = {"block_size", "seed"} | (set() if options.method == RTN else {"damping"})
         idle.append(("foldable", options.foldable, "method"))
-        for name in ("target", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
+        for name in (*CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
             idle.append((name, name not in used, "method"))
     for name, changes_nothing, cause in idle:
         if changes_nothing and getattr(arguments, name) is not None:

@@ -41,6 +41,10 @@ class Record:
         Text, windows and arithmetic of the calibration.
     evaluation_checksum : str, optional
         SHA-256 of the text that perplexity is measured on.
+    original_bytes : int
+        Size of all weights of the original.
+    command : str, optional
+        The command line, if the run was started by one.
     versions, machine, cores, device
         Software and hardware, which can change results.
     processes : int
@@ -49,14 +53,17 @@ class Record:
         The estimate of the run, if its method has one.
     perplexity : dict
         Results "before" and "after".
+    divergence : dict, optional
+        `harness.divergence.Divergence` from the original, on the first windows of the evaluation text.
     seconds : dict of str to float
         Time by stage.
     layers : list of dict
         One row per finished layer, which holds one row per matrix.
     resumed_after : list of int
         Number of finished layers at each resume.
-    mean_relative_output_error, peak_memory_bytes, peak_device_bytes
-        Known at the end; memory is that of the process that used most.
+    mean_relative_output_error, peak_memory_bytes, peak_device_bytes, checkpoint_bytes
+        Known at the end; memory is that of the process that used most, the last is the size of all weights as
+        stored.
     """
 
     created: str
@@ -76,13 +83,17 @@ class Record:
     device: str
     processes: int
     evaluation_checksum: str | None
+    original_bytes: int
+    command: str | None
     perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    divergence: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     resumed_after: list[int] = field(default_factory=list)
     mean_relative_output_error: float | None = None
     peak_memory_bytes: int | None = None
     peak_device_bytes: int | None = None
+    checkpoint_bytes: int | None = None
 
     @classmethod
     def of(
@@ -101,7 +112,9 @@ class Record:
             dtype=dtype_name(model.dtype),
             method=options.method,
             options={
-                name: value for name, value in asdict(options).items() if name not in ("config", "given")
+                name: value
+                for name, value in asdict(options).items()
+                if name not in ("config", "given", "command")
             },
             calibration={
                 "text": calibration_text.protocol,
@@ -121,6 +134,8 @@ class Record:
                 "inputs_checksum": passage.checksum(),
             },
             device=passage.compute.describe(),
+            original_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            command=options.command,
             evaluation_checksum=None if evaluation_text is None else evaluation_text.checksum(),
             processes=passage.compute.ranks.size,
             **environment(),

@@ -8,6 +8,8 @@ import numpy as np
 
 from harness.calibration.fits import FittedMatrix
 from harness.calibration.layerwise import FittedLayer
+from harness.quantize.histograms import count_trits, grid_histograms
+from reference.types import TernaryMatrix
 
 
 def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
@@ -19,6 +21,7 @@ def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
         "dead_inputs": fitted.dead_inputs,
         "lost_blocks": fitted.lost,
         "seconds": fitted.seconds,
+        **({"trits": count_trits(fitted.result)} if isinstance(fitted.result, TernaryMatrix) else {}),
         **fitted.figures,
     }
 
@@ -38,6 +41,7 @@ def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
         "shared_inputs": [group for group in layer.groups if len(group) > 1],
         **({"bytes_between_processes": layer.sent} if layer.sent else {}),
         **({"experts": experts_row(rows)} if layer.experts else {}),
+        **({"grid": grid} if (grid := grid_histograms(layer.matrices)) else {}),
         "matrices": rows,
     }
 

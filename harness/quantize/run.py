@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from harness.calibration.layerwise import fit_layers
 from harness.calibration.passage import Passage
 from harness.compute import Compute, compute_for
 from harness.distributed.launch import current
+from harness.divergence import Reference
 from harness.errors import UserError
 from harness.files import write_json
 from harness.machine import duration, host_memory, peak_memory
-from harness.models.folder import REPORT
+from harness.models.classes import is_classifier
+from harness.models.folder import PAGE, REPORT
 from harness.models.original import Original
-from harness.perplexity import measure_on
+from harness.page.page import write_page
+from harness.page.tally import LOST_SHARE
+from harness.perplexity import cut_windows, measure_on
 from harness.progress import Progress, Say, say_on_stdout
 from harness.quantize.options import Options
 from harness.quantize.prepare import Ready, choose_backend, prepare, read_texts, take_all_windows
@@ -31,8 +36,9 @@ from harness.ternary.embedding import unrounded
 from harness.text import AnyText
 from reference.types import TernaryConfig
 
-# Warn of a matrix if alpha is too small in more than this share of the blocks of its rows.
-LOST_SHARE = 0.01
+# Windows that the divergence from the original is measured on: the first of those for perplexity. It tells
+# models apart on fewer tokens.
+DIVERGENCE_WINDOWS = 4
 
 _BAR = "{percentage:3.0f}% |{bar}| {n:.1f}/{total} layers [{elapsed}<{remaining}, {postfix}]"
 
@@ -81,43 +87,69 @@ def quantize(
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
     take_all_windows(ready, options, compute, say)
+    classifier = is_classifier(ready.original.model)
+    if classifier:
+        evaluation_text = None
     record = Record.of(options, ready, calibration_text, evaluation_text, sink.computed(ready, say))
     require_same(record, ranks)
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
     record.spent("load", began)
 
-    def measure(when: str, model: Original, where: Compute = compute) -> None:
+    # Of a model that is read from disk, only the first process has the quantized layers.
+    where = compute if ready.original.read is None else compute.alone()
+
+    def measure(when: str, model: Original) -> None:
         if evaluation_text is not None:
             seqlen, windows = options.evaluation_seqlen, options.evaluation_windows
             with record.time(f"perplexity {when}"):
                 what = f"perplexity {when} quantization"
                 record.measured(when, measure_on(model, evaluation_text, seqlen, windows, where, what, say))
 
-    if options.measure_original and "before" not in record.perplexity:
-        with unrounded(ready.coded):
-            measure("before", ready.original)
+    reference = None
+    if where is compute or ranks.first:
+        if options.measure_original and "before" not in record.perplexity:
+            with unrounded(ready.coded):
+                measure("before", ready.original)
+        with record.time("divergence"):
+            reference = keep_reference(options, ready, evaluation_text, where, say)
     with sink.open(ready, record, say):
         quantize_layers(options, sink, ready, record, say)
         sink.finish(record)
-    streamed = ready.original.read is not None
     del ready  # the original and the quantized model need not fit in memory together
     quantized = sink.quantized(say)
-    if not streamed:
+    if where is compute or ranks.first:
         measure("after", quantized)
-    elif ranks.first:  # the others have no layers of the quantized model
-        measure("after", quantized, compute.alone())
+        if reference is not None:
+            with record.time("divergence"):
+                record.divergence = asdict(reference.divergence_of(quantized, where, say))
     examine(quantized)
     del quantized
     peaks = ranks.gather([peak_memory(), compute.peak_memory()])
     record.peak_memory_bytes, record.peak_device_bytes = map(max, zip(*peaks, strict=True))
+    record.checkpoint_bytes = sink.weight_bytes()
     try:
         if options.out is not None and ranks.first:
             write_report(options.out, sink, record)
+            write_page_beside(options.out, record, say)
     finally:
-        for line in result_lines(sink, record):
+        for line in result_lines(sink, record, classifier):
             (say_result or say)(line)
     return record.to_json()
+
+
+def keep_reference(
+    options: Options, ready: Ready, evaluation_text: AnyText | None, compute: Compute, say: Say
+) -> Reference | None:
+    """Keep what the divergence from the original is measured by; None if the run cannot or need not.
+
+    Codes of embedding and head change the head, which the original's logits need.
+    """
+    if evaluation_text is None or not options.measure_original or ready.coded:
+        return None
+    count = min(DIVERGENCE_WINDOWS, options.evaluation_windows or DIVERGENCE_WINDOWS)
+    windows, *_ = cut_windows(ready.original, evaluation_text, options.evaluation_seqlen, count)
+    return Reference.of(ready.original, windows, compute, say)
 
 
 def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: AnyText) -> list[str]:
@@ -241,15 +273,29 @@ def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[
     return lines
 
 
-def result_lines(sink: Sink, record: Record) -> list[str]:
+def result_lines(sink: Sink, record: Record, classifier: bool = False) -> list[str]:
     """Return the lines printed after a run."""
     lines = ["", *table(record.layers), ""]
     lines.append(f"mean relative output error of layers {record.mean_relative_output_error:.4f}")
-    if not record.perplexity:
+    if classifier:
+        lines.append(
+            "a classification head has no perplexity; harness.compare --original MODEL --data TEXT measures "
+            "how far its labels are from the original's"
+        )
+    elif not record.perplexity:
         lines.append("perplexity not measured: name a text with --eval")
     for when, result in record.perplexity.items():
         lines.append(f"perplexity {when:6} {result['value']:.4g}   {result['protocol']}")
-    lines += sink.result_lines()
+    if record.divergence is not None:
+        lines.append(
+            f"KL divergence from the original {record.divergence['mean']:.4g} nats, same most likely token "
+            f"{record.divergence['agreement']:.1%}, over {record.divergence['tokens']} tokens"
+        )
+    out = sink.options.out
+    if record.checkpoint_bytes is not None:
+        lines.append(f"{out}: {record.checkpoint_bytes / 1e6:.1f} MB of weights")
+    if out is not None and (out / PAGE).is_file():
+        lines.append(f"report: {out / PAGE}")
     host, device = (bytes_ or 0 for bytes_ in (record.peak_memory_bytes, record.peak_device_bytes))
     memory = f"{host / 1e9:.1f} GB" + (f", on the device {device / 1e9:.1f} GB" if device else "")
     return [*lines, f"{duration(sum(record.seconds.values()))}, peak memory {memory}"]
@@ -269,3 +315,11 @@ def write_report(out: Path, sink: Sink, record: Record) -> None:
     except OSError as error:
         reason = f"{out / REPORT} could not be written: {error.strerror}"
         raise UserError(reason + sink.without_report) from None
+
+
+def write_page_beside(out: Path, record: Record, say: Say) -> None:
+    """Draw report.html beside report.json; a failure is printed only, as all results are saved."""
+    try:
+        write_page(record.to_json(), out / PAGE)
+    except Exception as error:  # the results may have taken hours
+        say(f"{out / PAGE} could not be drawn: {error}")

@@ -32,7 +32,7 @@ from harness.quantize.options import PT2_LLM, Options
 from harness.quantize.prepare import Ready, require_other_folder
 from harness.quantize.record import Record
 from harness.quantize.resume import stored_weights
-from harness.quantize.target import choose, require_foldable
+from harness.quantize.target import choose, require_foldable, require_supported
 from harness.ternary.format import is_ternary
 from harness.ternary.writing import CheckpointWriter
 
@@ -109,9 +109,9 @@ class Sink(ABC):
     def quantized(self, say: Say) -> Original:
         """Return the quantized model for measurement."""
 
-    def result_lines(self) -> list[str]:
-        """Return the lines printed at the end."""
-        return []
+    def weight_bytes(self) -> int | None:
+        """Return the size of the stored weights; None if none are stored."""
+        return None
 
 
 class CheckpointSink(Sink):
@@ -135,8 +135,10 @@ class CheckpointSink(Sink):
 
     def settle(self, original: Original) -> Options:
         decoder = locate_layers(original.model, original.read)
+        notes = require_supported(self.options.target, original, decoder)
         columns = {linear.in_features for linear in decoder.named_linears().values()}
-        self.options, self._chosen = choose(self.options, columns)
+        self.options, chosen = choose(self.options, columns)
+        self._chosen = chosen + notes
         require_foldable(self.options, original.model.config)
         require_in_range(decoder, self.options.config)
         return self.options
@@ -228,10 +230,9 @@ class CheckpointSink(Sink):
         model = load_stored(self.out, dense=not self._streamed, trust_remote_code=trusted)
         return Original(model, self._tokenizer, str(self.out))
 
-    def result_lines(self) -> list[str]:
+    def weight_bytes(self) -> int | None:
         weights = [file for pattern in WEIGHT_FILES for file in self.out.glob(pattern)]
-        size = sum(file.stat().st_size for file in weights)
-        return [f"{self.out}: {size / 1e6:.1f} MB of weights"]
+        return sum(file.stat().st_size for file in weights)
 
 
 class BaselineSink(Sink):

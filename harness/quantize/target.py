@@ -1,4 +1,4 @@
-"""Settings of a fit that the format of another program can hold: --for."""
+"""What a checkpoint for another program needs: --for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,58 @@ from dataclasses import replace
 from typing import Any
 
 from harness.errors import UserError
+from harness.models.decoder import DecoderLayers
+from harness.models.original import Original
 from harness.quantize.options import AS_IT_IS, GGUF, MLX, Options
-from harness.ternary.containers import FOLDABLE_MODELS, GGUF_TYPES, MLX_GROUPS, Container
+from harness.runtimes.containers import FOLDABLE_MODELS, GGUF_TYPES, MLX_GROUPS, Container, smallest
+from harness.runtimes.features import refusals_of
+from harness.runtimes.mlx_architectures import settings_of
 from reference.types import TernaryConfig
 
 TYPES: dict[str, Sequence[Container]] = {GGUF: GGUF_TYPES, MLX: MLX_GROUPS}
+
+# A type that holds the recipe's blocks may take as many bits more than one that needs larger blocks.
+WORTH = 0.5
+# What larger blocks cost: perplexity of SmolLM2-135M on WikiText-2, by --shift (benchmarks/recipe.json,
+# ladder.json and symmetric.json).
+PERPLEXITY = {"free": {64: 87.2, 128: 99.2, 256: 118}, "none": {64: 93.6, 128: 121, 256: 116}}
+
+
+def require_supported(target: str | None, original: Original, decoder: DecoderLayers) -> list[str]:
+    """Refuse a model that its export for a program would refuse, in the same words.
+
+    Parameters
+    ----------
+    target : str or None
+        The program.
+    original : Original
+        The model; its weights are not read.
+    decoder : DecoderLayers
+        Its decoder layers.
+
+    Returns
+    -------
+    list of str
+        Lines that say what will differ from the model.
+
+    Raises
+    ------
+    UserError
+        If the program would compute something else than the model, or its format has no place for a part.
+    """
+    if target not in TYPES:
+        return []
+    model = original.model
+    ternary = {f"{name}.weight" for name in decoder.named_linears()}
+    left_out = ternary | getattr(model, "all_tied_weights_keys", {}).keys()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    with refusals_of(f"--for {target}: {original.name}"):
+        if target == MLX:
+            settings_of(model, tensors)
+            return []
+        from harness.runtimes.gguf_header import describe  # needs gguf
+
+        return describe(model, original.tokenizer, tensors).notes
 
 
 def choose(options: Options, columns: Collection[int]) -> tuple[Options, list[str]]:
@@ -50,15 +97,19 @@ def choose(options: Options, columns: Collection[int]) -> tuple[Options, list[st
     if options.embedding != AS_IT_IS:
         raise UserError(f"--for {target} needs the embedding as it is; drop --embedding {options.embedding}")
     config = _with(options, grid="float16", **order)
-    found = _held(options, config, TYPES[target], sorted(columns))
-    if found is None:
-        raise UserError(_refusal(options, sorted(columns)))
-    held, block_size = found
-    line = (
-        f"for {target}: {columns_are}, blocks of {block_size}, alpha and mu in float16; "
-        f"{held.name} holds them in {held.bits:.4g} bits per weight"
-    )
-    return replace(options, config=replace(config, block_size=block_size)), [line]
+    rows = sorted(set(columns))
+    own = _first(TYPES[target], config, rows)
+    small = None if "block_size" in options.given else _smallest(TYPES[target], config, rows)
+    lines = []
+    if small is not None and (own is None or own.bits - small.bits > WORTH):
+        if own is not None:
+            lines.append(_alternative(config, small.columns, own))
+        config = replace(config, block_size=small.columns)
+    elif own is None:
+        raise UserError(_refusal(options, rows))
+    what = f"for {target}: {columns_are}, blocks of {config.block_size}, alpha and mu in float16; "
+    lines.insert(0, what + _held(TYPES[target], config, rows))
+    return replace(options, config=config), lines
 
 
 def require_foldable(options: Options, config: Any) -> None:
@@ -83,23 +134,51 @@ def _with(options: Options, **settings: Any) -> TernaryConfig:
     return replace(options.config, **settings)
 
 
-def _held(
-    options: Options, config: TernaryConfig, types: Sequence[Container], columns: Sequence[int]
-) -> tuple[Container, int] | None:
-    """Find the first type that holds all matrices, with the block size nearest to the recipe's."""
+def _first(types: Sequence[Container], config: TernaryConfig, rows: Sequence[int]) -> Container | None:
+    """The first type that holds all matrices."""
     for held in types:
-        block_size = config.block_size
-        if block_size % held.columns and "block_size" not in options.given:
-            block_size = held.columns
-        if all(held.misfit(count, block_size, config.symmetric) is None for count in columns):
-            return held, block_size
+        if all(held.misfit(count, config.block_size, config.symmetric) is None for count in rows):
+            return held
     return None
+
+
+def _smallest(types: Sequence[Container], config: TernaryConfig, rows: Sequence[int]) -> Container | None:
+    """The first type that holds all matrices with some block size."""
+    fitting = (held for held in types if _first([held], replace(config, block_size=held.columns), rows))
+    return next(fitting, None)
+
+
+def _held(types: Sequence[Container], config: TernaryConfig, rows: Sequence[int]) -> str:
+    """Say which types the export will choose."""
+    by_type: dict[Container, list[int]] = {}
+    for count in rows:
+        held, _ = smallest(types, count, config.block_size, config.symmetric)
+        assert held is not None  # as one type holds all
+        by_type.setdefault(held, []).append(count)
+    kinds = {f"{held.name} ({held.bits:.4g} bits per weight)": counts for held, counts in by_type.items()}
+    if len(kinds) == 1:
+        return f"stored in {next(iter(kinds))}"
+    return ", ".join(f"rows of {_listed(counts)} columns stored in {kind}" for kind, counts in kinds.items())
+
+
+def _alternative(config: TernaryConfig, larger: int, own: Container) -> str:
+    """Say what larger blocks than the recipe's cost, and how to keep those."""
+    size, known = config.block_size, PERPLEXITY[config.shift]
+    return (
+        f"blocks of {larger} gave SmolLM2-135M a perplexity of {known[larger]:.3g} on WikiText-2, blocks "
+        f"of {size} one of {known[size]:.3g}; --block-size {size} keeps these, in {own.name} "
+        f"({own.bits:.4g} bits per weight)"
+    )
+
+
+def _listed(counts: Sequence[int]) -> str:
+    return " and ".join(map(str, counts))
 
 
 def _refusal(options: Options, columns: Sequence[int]) -> str:
     """Say why no type holds the matrices, and with which block sizes one would."""
     types = TYPES[str(options.target)]
-    rows = " and ".join(map(str, dict.fromkeys(columns)))
+    rows = _listed(columns)
     sizes = [held.columns for held in types if not any(count % held.columns for count in columns)]
     if not sizes:
         least = min(held.columns for held in types)

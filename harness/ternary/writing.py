@@ -24,6 +24,7 @@ from harness.models.folder import (
     CONFIG,
     GENERATION,
     INDEX,
+    PAGE,
     PROGRESS,
     REPORT,
     WEIGHT_FILES,
@@ -148,11 +149,13 @@ class CheckpointWriter:
         coded: list[str],
         report: dict[str, Any],
     ) -> None:
-        """Write index, tokenizer, code, report and config; move all files into place, config last."""
+        """Write index, tokenizer, processor, code, report and config; move all into place, config last."""
         try:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(self._files.items()))}
             write_json(self.folder / INDEX, index)
             original.tokenizer.save_pretrained(self.folder)
+            for name, content in original.processor.items():
+                (self.folder / name).write_bytes(content)
             if getattr(original.model, "generation_config", None) is not None:
                 write_json(self.folder / GENERATION, original.model.generation_config.to_dict())
             save_code(original.model, original.model.config, self.folder)
@@ -177,7 +180,7 @@ class CheckpointWriter:
                 "weight_dtype": dtype_name(original.model.dtype),
             }
             write_json(self.folder / CONFIG, config)
-            move_into(self.folder, self.out, stale=(*WEIGHT_FILES, INDEX))
+            move_into(self.folder, self.out, stale=(*WEIGHT_FILES, INDEX, PAGE))
         except Exception as error:  # the tokenizer raises plain Exception if the disk is full
             raise UserError(
                 f"{self.out} could not be written: {reason_of_failure(error, self.folder)}"

@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from harness.compute import HOST, Compute, dtype_name
 from harness.errors import UserError
+from harness.models.classes import require_vocabulary
 from harness.models.original import Original
 from harness.progress import Progress, Say, say_on_stderr
 from harness.windows import AUTO, bos_of
@@ -139,9 +140,10 @@ def measure_tasks(
     Raises
     ------
     UserError
-        If the model does not fit in memory.
+        If the model is a classifier, or does not fit in memory.
     """
     model = original.model
+    require_vocabulary(model, original.name, "cannot be asked the questions of tasks")
     if original.read is not None or not compute.holds(model, PROMPT_TOKENS * batch_size):
         raise UserError(
             f"{original.name} does not fit into the memory of "

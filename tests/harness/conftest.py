@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from harness import cli
+from harness.page import figures
 from harness.quantize.__main__ import main as quantize_main
 from tests.harness import tiny
 from tests.harness.export import checkpoints
@@ -23,6 +24,23 @@ SMALL = (
     *("--recipe", "paper", "--backend", "reference"),
     *("--nsamples", "8", "--seqlen", "24", "--eval-seqlen", "24"),
 )
+
+
+PLOTS = figures.plots
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_plots() -> Iterator[None]:
+    """Let runs draw their pages without plots, which would take two seconds of each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "plots", lambda record: {})
+        yield
+
+
+@pytest.fixture
+def with_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw pages as they are drawn outside tests."""
+    monkeypatch.setattr(figures, "plots", PLOTS)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,15 @@ import torch
 
 from harness import evaluate
 from harness.cli import EXIT_USAGE
-from harness.divergence import divergence
+from harness.compute import Compute
+from harness.divergence import Reference, divergence
+from harness.models.folder import REPORT
+from harness.models.original import Original
 from harness.perplexity import LOGIT_ROWS, from_losses, measure
+from harness.quantize.__main__ import main as quantize_main
+from harness.quantize.run import DIVERGENCE_WINDOWS
 from tests.harness import tiny
+from tests.harness.conftest import SMALL
 
 Run = Callable[..., int]
 
@@ -48,6 +55,55 @@ def test_a_model_does_not_diverge_from_itself() -> None:
     model = tiny.make_model("llama", torch.float32)
     _, found = divergence(model, model, torch.randint(3, tiny.VOCABULARY, (2, 20)))
     assert (found.mean, found.agreement) == (0, 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "opt"])
+def test_a_reference_gives_what_both_models_together_give(kind: str) -> None:
+    original = tiny.make_model(kind, torch.float32, ternary=False)
+    quantized = deepcopy(original)
+    with torch.no_grad():
+        for name, parameter in quantized.named_parameters():
+            if "layers" in name and parameter.ndim == 2:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    windows = torch.randint(3, tiny.VOCABULARY, (3, 20))
+    _, expected = divergence(original, quantized, windows)
+    both = [Original(model, tiny.make_tokenizer(), "tiny") for model in (original, quantized)]
+    reference = Reference.of(both.pop(0), windows, Compute(), print)
+    del original  # as in a run
+    found = reference.divergence_of(*both, Compute(), print)
+    assert 0 < expected.mean == pytest.approx(found.mean, rel=1e-5)
+    assert found.percentile_99 == pytest.approx(expected.percentile_99, rel=1e-5)
+    assert (found.agreement, found.tokens) == (expected.agreement, expected.tokens)
+
+
+@pytest.mark.parametrize("switches", [(), ("--eval-windows", "2")])
+def test_a_run_reports_the_divergence_that_evaluate_measures(
+    switches: tuple[str, ...],
+    words_file: Path,
+    tmp_path: Path,
+    run_main: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tiny.save(tiny.make_model("llama", ternary=False), tmp_path / "original")
+    text = ("--calibration", words_file, "--eval", words_file)
+    assert run_main(quantize_main, source, "--out", tmp_path / "out", *text, *SMALL, *switches) == 0
+    assert "KL divergence from the original" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / REPORT).read_text())["divergence"]
+    windows = int(switches[1]) if switches else DIVERGENCE_WINDOWS
+    size = ("--data", words_file, "--seqlen", "24", "--windows", windows)
+    assert run_main(evaluate.main, tmp_path / "out", "--original", source, "--json", *size) == 0
+    measured = json.loads(capsys.readouterr().out)["divergence"]
+    assert report["tokens"] == windows * 23
+    assert report["mean"] == pytest.approx(measured["mean"], rel=1e-3)
+    assert report["agreement"] == measured["agreement"]
+
+
+def test_a_run_that_changes_the_head_measures_no_divergence(
+    llama: Path, words_file: Path, tmp_path: Path, run_main: Run
+) -> None:
+    text = ("--calibration", words_file, "--eval", words_file, "--embedding", "int8")
+    assert run_main(quantize_main, llama, "--out", tmp_path / "out", *text, *SMALL) == 0
+    assert "divergence" not in json.loads((tmp_path / "out" / REPORT).read_text())
 
 
 def test_evaluate_compares_with_the_original(

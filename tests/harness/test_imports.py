@@ -14,15 +14,15 @@ ROOT = Path(harness.__file__).parent
 STOREYS = [
     {"errors", "signals", "streams"},
     {"files", "cli", "machine", "cpu"},
-    {"backends", "distributed", "progress"},
+    {"backends", "distributed", "page", "progress"},
     {"compute"},
     {"models"},
     {"text"},
     {"windows"},
-    {"calibration", "ternary"},
+    {"calibration", "runtimes", "ternary"},
     {"perplexity"},
     {"divergence", "hf", "vllm", "zeroshot"},
-    {"evaluate", "generate", "inspect", "quantize", "export", "verify"},
+    {"evaluate", "generate", "inspect", "quantize", "export", "report", "verify"},
     {"architectures", "benchmark", "compare", "hardware", "serve"},
 ]
 PROGRAMS = {*STOREYS[-1], *STOREYS[-2]}

@@ -29,6 +29,8 @@ LONG = {
     "short_factor": _FACTORS[1],
     "original_max_position_embeddings": 384,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
+NARROW = {"moe_intermediate_size": 256}
 BASES = {
     "full_attention": {**LINEAR, "rope_theta": 1e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
@@ -61,6 +63,10 @@ CONFIGS = {
     "mistral": _of(transformers.MistralConfig, sliding_window=None),
     "qwen2": _of(transformers.Qwen2Config, rope_parameters=YARN),
     "qwen3": _of(transformers.Qwen3Config, head_dim=128, tie_word_embeddings=True),
+    "mixtral": _of(transformers.MixtralConfig, **EXPERTS),
+    "qwen3_moe": _of(transformers.Qwen3MoeConfig, **EXPERTS, **NARROW, head_dim=128, norm_topk_prob=True),
+    "qwen2_moe": _of(transformers.Qwen2MoeConfig, **EXPERTS, **NARROW, shared_expert_intermediate_size=512),
+    "olmoe": _of(transformers.OlmoeConfig, **EXPERTS, num_key_value_heads=4, rope_parameters=LINEAR),
     "smollm3": _of(transformers.SmolLM3Config, layers=5),
     "phi3": _of(transformers.Phi3Config),
     "phi3, partial": _of(transformers.Phi3Config, rope_parameters=PARTIAL),
@@ -70,6 +76,9 @@ CONFIGS = {
 
 # Only llama.cpp computes these.
 LLAMA_CPP = {
+    "mixtral, yarn": _of(transformers.MixtralConfig, **EXPERTS, head_dim=64, rope_parameters=YARN),
+    # Whatever its router gives: rounded inputs would choose other experts.
+    "mixtral, all experts": _of(transformers.MixtralConfig, num_experts=3, num_experts_per_tok=3),
     "llama, yarn and its factor": _of(
         transformers.LlamaConfig, rope_parameters={**YARN, "attention_factor": 1.3}
     ),
@@ -84,5 +93,11 @@ LLAMA_CPP = {
 
 # Only mlx_lm computes these.
 MLX = {
+    "qwen3_moe, weights as they are": _of(
+        transformers.Qwen3MoeConfig, **EXPERTS, **NARROW, head_dim=64, norm_topk_prob=False
+    ),
+    "qwen3_moe, a layer without experts": _of(
+        transformers.Qwen3MoeConfig, **EXPERTS, **NARROW, norm_topk_prob=True, mlp_only_layers=[0]
+    ),
     "smollm3, biases": _of(transformers.SmolLM3Config, layers=4, attention_bias=True, mlp_bias=True),
 }

@@ -65,10 +65,14 @@ def test_a_window_becomes_the_context_where_llama_cpp_has_no_windows(config: typ
     assert difference(folder, tmp_path / "a.gguf", PROMPT[:4]) < FLOAT32
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral, all experts"])
 @pytest.mark.parametrize("kind", TERNARY)
-def test_every_type_costs_no_more_than_rounding_inputs_to_8_bits(kind: str, tmp_path: Path) -> None:
+def test_every_type_costs_no_more_than_rounding_inputs_to_8_bits(
+    kind: str, name: str, tmp_path: Path
+) -> None:
     change = (lambda scale, shift: None) if TERNARY[kind].shift else without_shift
-    folder = write(tmp_path / "checkpoint", models.CONFIGS["llama"](), block_size=256, change=change)
+    config = (models.CONFIGS | models.LLAMA_CPP)[name]()
+    folder = write(tmp_path / "checkpoint", config, block_size=256, change=change)
     export_gguf(folder, tmp_path / "dense.gguf", kind="F32")
     export_gguf(folder, tmp_path / "packed.gguf", kind=kind)
     assert difference(folder, tmp_path / "dense.gguf") < FLOAT32

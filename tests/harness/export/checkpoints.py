@@ -16,10 +16,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import nn
 from transformers import dynamic_module_utils
 
 from harness.backends import load_backend
+from harness.models.decoder import locate_layers
+from harness.models.linearize import linearize
 from harness.models.original import Original
 from harness.ternary.writing import CheckpointWriter
 from reference.types import TernaryConfig, TernaryMatrix
@@ -139,12 +140,9 @@ def write(
     """A checkpoint of random trits, with negative alphas, constant rows and mu beyond alpha."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linearize(model)
     random = np.random.default_rng(0)
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "layers." in name
-    }
+    linears = locate_layers(model).named_linears()
     matrices = {}
     for name, module in linears.items():
         n, m = module.weight.shape

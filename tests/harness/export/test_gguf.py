@@ -20,10 +20,10 @@ import harness
 from harness.cli import EXIT_USAGE
 from harness.errors import UserError
 from harness.export.__main__ import main as export_main
-from harness.export.gguf_tokenizer import add_tokenizer
 from harness.models.gguf_tokenizer import read_tokenizer
 from harness.models.word_splits import RULES, Rule, pre_tokenizer
 from harness.perplexity import measure
+from harness.runtimes.gguf_tokenizer import add_tokenizer
 from tests.harness import tiny
 from tests.harness.export.checkpoints import (
     KINDS,
@@ -273,7 +273,7 @@ def dynamic_rope() -> Any:
             "GGUF export does not support opt models, only llama, mistral",
         ),
         (
-            tiny.CONFIGS["llama"],
+            lambda: transformers.LlamaConfig(**{**SIZES, "intermediate_size": 176}),
             {},
             "cannot hold model.layers.0.mlp.down_proj, as it needs rows of a multiple of 32 columns, not 176",
         ),
@@ -300,7 +300,7 @@ def dynamic_rope() -> Any:
         (
             lambda: transformers.LlamaConfig(**{**SIZES, "vocab_size": 300}),
             {},
-            "the tokenizer has token 389, but the model has only 300 tokens",
+            "its tokenizer has token 389, but the model has only 300 tokens",
         ),
     ],
 )

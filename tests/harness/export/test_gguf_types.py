@@ -13,7 +13,7 @@ from harness.errors import UserError
 from harness.export.gguf_embedding import round_rows
 from harness.export.gguf_types import TERNARY, pack
 from harness.export.source import Rounding
-from harness.ternary.containers import GGUF_TYPES, smallest
+from harness.runtimes.containers import GGUF_TYPES, smallest
 from reference.types import TernaryMatrix
 
 ROWS, COLUMNS = 24, 768

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from harness.models.decoder import DecoderLayers, locate_layers
 from harness.models.loading import load_original
 from harness.ternary.reading import tensors_of
 from reference.types import TernaryConfig
-from tests.harness import tiny
+from tests.harness import tiny, wrappers
 from tests.harness.quantize.test_quantize import run_workflow
 
 LAYERS = {
@@ -26,49 +25,6 @@ LAYERS = {
     "opt": "model.decoder.layers",
     **dict.fromkeys(("codegen", "gptj", "gpt_neo"), "transformer.h"),
 }
-# Larger than the decoders below.
-VISION = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
-MULTIMODAL: dict[str, tuple[str, Callable[[], Any]]] = {
-    "gemma3": (
-        "model.language_model.layers",
-        lambda: transformers.Gemma3Config(
-            text_config=tiny.CONFIGS["gemma3"]().to_dict(),
-            vision_config=VISION,
-            mm_tokens_per_image=4,
-            image_token_index=95,
-            boi_token_index=94,
-            eoi_token_index=93,
-        ),
-    ),
-    "git": (
-        "git.encoder.layer",
-        lambda: transformers.GitConfig(
-            vision_config=VISION,
-            vocab_size=tiny.VOCABULARY,
-            hidden_size=tiny.WIDTH,
-            intermediate_size=tiny.INNER,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
-    ),
-}
-
-
-def multimodal(kind: str) -> Any:
-    torch.manual_seed(0)
-    config = MULTIMODAL[kind][1]()
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def size(module: nn.Module) -> int:
@@ -86,23 +42,22 @@ def test_layers_of_text_models_are_found_without_running_one(kind: str) -> None:
     assert decoder.layers is layers
 
 
-@pytest.mark.parametrize("kind", MULTIMODAL)
+@pytest.mark.parametrize("kind", wrappers.WITH_VISION)
 def test_a_vision_tower_heavier_than_the_decoder_is_not_the_decoder(kind: str) -> None:
-    model = multimodal(kind)
-    prefix = MULTIMODAL[kind][0]
-    decoder = model.get_submodule(prefix)
+    model = wrappers.with_vision(kind)
+    decoder = model.get_submodule(wrappers.WITH_VISION[kind])
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     assert max(map(size, lists)) > size(decoder)
     assert locate_layers(model).layers is decoder
 
 
 def test_a_multimodal_model_is_ternarized(words_file: Path, tmp_path: Path) -> None:
-    model = multimodal("git")
+    model = wrappers.with_vision("git")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run_workflow(model, tmp_path / "out", words_file, TernaryConfig(block_size=tiny.BLOCK))
     stored = dict(tensors_of(tmp_path / "out"))
     packed = {name.removesuffix(".trits") for name in stored if name.endswith(".trits")}
-    assert len(packed) == 3 * 6
+    assert len(packed) == 2 * 6
     assert all(name.startswith("git.encoder.layer.") for name in packed)
     for name, tensor in before.items():
         if name.removesuffix(".weight") not in packed:
@@ -112,12 +67,12 @@ def test_a_multimodal_model_is_ternarized(words_file: Path, tmp_path: Path) -> N
 
 
 def test_a_multimodal_model_is_read_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.save(multimodal("git"), tmp_path)
+    tiny.save(wrappers.with_vision("git"), tmp_path)
     monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
     original = load_original(str(tmp_path))
     decoder = locate_layers(original.model, original.read)
     assert decoder.prefix == "git.encoder.layer"
-    assert len(decoder.layers) == 3
+    assert len(decoder.layers) == 2
     on_disk = {name for name, parameter in original.model.named_parameters() if parameter.is_meta}
     assert on_disk == {f"git.encoder.layer.{name}" for name, _ in decoder.layers.named_parameters()}
 
@@ -131,8 +86,8 @@ class TwoLists(nn.Module):
         self.large = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
         self.small = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
 
-    def forward(self, tokens: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
-        states = self.embedding(tokens)
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+        states = self.embedding(input_ids)
         for layer in self.small:
             states = layer(states)
         return states
@@ -141,25 +96,51 @@ class TwoLists(nn.Module):
 class FailsAfterwards(TwoLists):
     """Wants an image as well, once it has seen the text."""
 
-    def forward(self, tokens: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
-        super().forward(tokens)
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+        super().forward(input_ids)
         raise ValueError("pixel_values are missing")
 
 
 class FailsAtOnce(TwoLists):
-    def forward(self, tokens: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
         raise ValueError("pixel_values are missing")
 
 
-@pytest.mark.parametrize(
-    ("kind", "prefix"), [(TwoLists, "small"), (FailsAfterwards, "small"), (FailsAtOnce, "large")]
-)
-def test_of_two_lists_the_one_with_text_is_chosen_or_the_heavier_if_that_is_unknown(
-    kind: type[nn.Module], prefix: str
-) -> None:
+class LooksAnyway(TwoLists):
+    """Runs a blank image where there is none."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+        for layer in self.large:
+            layer(torch.zeros(1, 7, 32))
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("kind", [TwoLists, FailsAfterwards, LooksAnyway])
+def test_of_two_lists_the_one_with_text_is_chosen(kind: type[nn.Module]) -> None:
     model = kind()
-    assert locate_layers(model).prefix == prefix
+    assert locate_layers(model).prefix == "small"
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_that_reads_no_text_alone_is_refused_with_its_reason() -> None:
+    with pytest.raises(UserError, match=r"any list of layers of FailsAtOnce.*pixel_values are missing"):
+        locate_layers(FailsAtOnce())
+
+
+class Ignores(transformers.LlamaForCausalLM):
+    """Its layers read text; its logits do not depend on them."""
+
+    def forward(self, **inputs: Any) -> Any:
+        found = super().forward(**inputs)
+        found.logits = torch.zeros_like(found.logits)
+        return found
+
+
+def test_layers_whose_output_is_in_no_logit_are_refused() -> None:
+    model = Ignores(tiny.CONFIGS["llama"]())
+    decoder = locate_layers(model)
+    with pytest.raises(UserError, match=r"the logits of Ignores do not depend on model.layers"):
+        capture_inputs(model, decoder, torch.tensor([[1, 2, 3]]))
 
 
 def test_layers_that_text_does_not_reach_are_refused() -> None:

@@ -15,11 +15,11 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from harness.errors import UserError
-from harness.export.gguf_tokenizer import add_tokenizer
 from harness.models.gguf import build_model
 from harness.models.gguf_config import ARCHITECTURES, HARMLESS, NEUTRAL, describe
 from harness.models.gguf_file import GgufFile
 from harness.models.loading import load_original
+from harness.runtimes.gguf_tokenizer import add_tokenizer
 from tests.harness.export.checkpoints import byte_level
 from tests.harness.models.gguf_cases import CASES, llama
 from tests.harness.models.gguf_files import Content, logits, part_paths, tensors_of

@@ -105,7 +105,11 @@ def test_a_model_with_nothing_to_quantize_is_refused() -> None:
 
         def __init__(self) -> None:
             super().__init__()
+            self.embedding = nn.Embedding(8, 4)
             self.layers = nn.ModuleList([nn.LayerNorm(4)])
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            return self.layers[0](self.embedding(input_ids))
 
     with pytest.raises(UserError, match=r"Norms has nothing to quantize: no matrices in layers"):
         find_decoder_layers(Norms())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import EXIT_INTERRUPTED
-from harness.models.folder import REPORT
+from harness.models.folder import PAGE, REPORT
 from harness.quantize.__main__ import main as quantize_main
 from harness.ternary.writing import CheckpointWriter
 
@@ -37,5 +37,5 @@ def stopped_after(layers: int, run_main: Run, *arguments: object) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files but the report."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != REPORT}
+    """All files but the report, which holds times."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name not in (REPORT, PAGE)}

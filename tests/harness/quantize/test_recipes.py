@@ -81,7 +81,6 @@ def test_descent_without_the_joint_grid_is_refused(run_main: Run, capsys: pytest
         ("--method gptq-2bit --feed-forward", "--feed-forward has no effect with --method gptq-2bit"),
         ("--method gptq-2bit --no-descent", "--no-descent has no effect with --method gptq-2bit"),
         ("--method gptq-2bit --foldable", "--foldable has no effect with --method gptq-2bit"),
-        ("--method gptq-2bit --for gguf", "--for gguf has no effect with --method gptq-2bit"),
         ("--no-descent --rounds 2", "--rounds has no effect with --no-descent; drop one of them"),
         (
             "--recipe paper --rounds 2",

@@ -18,7 +18,7 @@ from harness.backends import Backend
 from harness.cli import EXIT_INTERRUPTED, EXIT_USAGE
 from harness.errors import UserError
 from harness.files import write_json
-from harness.models.folder import REPORT
+from harness.models.folder import PROCESSOR, REPORT
 from harness.models.tokenizer import load_tokenizer
 from harness.quantize.__main__ import main as quantize_main
 from tests.harness import tiny
@@ -214,16 +214,19 @@ def test_folders_of_the_tokenizer_are_replaced_too(
     assert (damaged / "additional_chat_templates").is_dir()
 
 
-def test_no_chat_template_is_left_over_of_an_earlier_checkpoint(
+def test_no_template_and_no_processor_is_left_over_of_an_earlier_checkpoint(
     damaged: Path, llama: Path, words_file: Path, run_main: Run
 ) -> None:
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
     tokenizer.save_pretrained(damaged)
     assert load_tokenizer(damaged).chat_template
+    for name in PROCESSOR:
+        (damaged / name).write_text("{}")
     arguments = (llama, "--out", damaged, "--force", "--calibration", words_file, *SMALL)
     assert run_main(quantize_main, *arguments) == 0
     assert load_tokenizer(damaged).chat_template is None
+    assert not any((damaged / name).exists() for name in PROCESSOR)
 
 
 def test_a_report_that_cannot_be_written_at_the_end_is_said_after_the_result(

@@ -44,8 +44,8 @@ def figures_of(folder: Path) -> dict[str, object]:
         del layer["seconds"]
         for matrix in layer["matrices"]:
             del matrix["seconds"]
-    kept = ("layers", "perplexity", "mean_relative_output_error", "calibration", "config")
-    return {name: report[name] for name in kept}
+    kept = ("layers", "perplexity", "divergence", "mean_relative_output_error", "calibration", "config")
+    return {name: report.get(name) for name in kept}
 
 
 @pytest.mark.parametrize("layers", range(1, LAYERS + 1))

@@ -15,8 +15,8 @@ import gguf
 from gguf import Keys, TokenType
 from tokenizers import Tokenizer
 
-from harness.errors import UserError
 from harness.models.word_splits import RULES, splits_of
+from harness.runtimes.features import Refused
 
 SPACE = "\u2581"  # SentencePiece's symbol for a space
 
@@ -35,7 +35,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any) -> None:
 
     Raises
     ------
-    UserError
+    Refused
         If GGUF has no name for the tokenizer's rules, or the tokenizer has more tokens than the model.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -101,9 +101,9 @@ def _key(name: str) -> str:
     return re.sub("[^A-Za-z0-9]", "_", name)
 
 
-def _unknown(what: str) -> UserError:
-    return UserError(
-        f"the checkpoint's tokenizer {what}, for which GGUF has no name; without a tokenizer the file would "
+def _unknown(what: str) -> Refused:
+    return Refused(
+        f"its tokenizer {what}, for which GGUF has no name; without a tokenizer the file would "
         "not run. Supported are SentencePiece BPE with byte fallback, and byte-level BPE with a word split "
         "that has a name"
     )
@@ -168,8 +168,8 @@ def _tokens(tokenizer: Any, model: dict[str, Any], size: int) -> tuple[list[str]
     """List all tokens of the model's vocabulary, and their types."""
     vocabulary = {**model["vocab"], **tokenizer.get_added_vocab()}
     if max(vocabulary.values()) >= size:
-        raise UserError(
-            f"the tokenizer has token {max(vocabulary.values())}, but the model has only {size} tokens; "
+        raise Refused(
+            f"its tokenizer has token {max(vocabulary.values())}, but the model has only {size} tokens; "
             "they do not belong together"
         )
     tokens, types = [f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size

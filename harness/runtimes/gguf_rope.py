@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from harness.export.features import head_width, require, require_scaling, rotary
-from harness.export.gguf_architectures import Architecture
+from harness.runtimes.features import head_width, require, require_scaling, rotary
+from harness.runtimes.gguf_architectures import Architecture
 
 Factors = dict[str, NDArray[np.float32]]
 

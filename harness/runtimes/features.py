@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.errors import UserError
+from harness.models.classes import is_classifier
 
 Row = TypeVar("Row")
 
@@ -32,12 +33,12 @@ def require(holds: bool, what: str) -> None:
 
 
 @contextmanager
-def refusals_of(folder: Path) -> Iterator[None]:
-    """Turn the reason of a refusal into an error that names the checkpoint."""
+def refusals_of(name: str | Path) -> Iterator[None]:
+    """Turn the reason of a refusal into an error that names the checkpoint or the model."""
     try:
         yield
     except Refused as refused:
-        raise UserError(f"{folder} cannot be exported: {refused}") from None
+        raise UserError(f"{name} cannot be exported: {refused}") from None
 
 
 def row_of(model: Any, table: dict[str, Row], program: str) -> Row:
@@ -46,10 +47,11 @@ def row_of(model: Any, table: dict[str, Row], program: str) -> Row:
     Raises
     ------
     Refused
-        If the table has no such architecture, or the model has Python code of its own.
+        If the table has no such architecture, the model is a classifier, or it has Python code of its own.
     """
     kind = model.config.model_type
     require(kind in table, f"{program} export does not support {kind} models, only {', '.join(table)}")
+    require(not is_classifier(model), f"the classification head of {type(model).__name__} would be lost")
     code = getattr(model, "_auto_class", None)
     require(code is None, "the Python code shipped with it would be lost")
     return table[kind]
@@ -65,6 +67,18 @@ def require_biases(tensors: list[str], biases: tuple[str, ...]) -> None:
     """Refuse biases that a runtime does not read."""
     lost = [name for name in tensors if name.endswith(".bias") and not name.endswith(biases)]
     require(not lost, f"{lost and lost[0]} would be lost")
+
+
+def require_separate_experts(tensors: list[str]) -> None:
+    """Refuse experts that were left as they are, which no format stores as the checkpoint does."""
+    fused = [name for name in tensors if ".experts." in name]
+    require(not fused, f"its experts were not ternarized ({fused and fused[0]})")
+
+
+def require_experts_everywhere(config: Any, program: str) -> None:
+    """Refuse layers without experts among layers with experts."""
+    dense = getattr(config, "mlp_only_layers", []) or getattr(config, "decoder_sparse_step", 1) != 1
+    require(not dense, f"some of its layers have no experts, which {program} expects in every layer")
 
 
 def head_width(config: Any) -> int:

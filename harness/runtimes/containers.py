@@ -10,7 +10,19 @@ from dataclasses import dataclass
 
 # Models in which nothing but gate(x) * up(x) lies before down_proj, and nothing but attention between v_proj
 # and o_proj: where the order of those columns can be moved into the rows of the matrices before.
-FOLDABLE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3", "phi3")
+FOLDABLE_MODELS = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "olmoe",
+    "gemma3_text",
+    "smollm3",
+    "phi3",
+)
 # The matrix whose columns may have any order there.
 FOLDABLE = "down_proj"
 

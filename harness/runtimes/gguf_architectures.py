@@ -12,13 +12,14 @@ from typing import Any
 
 import gguf
 
-from harness.export.features import (
+from harness.runtimes.features import (
     ALL_BIASES,
     QKV_BIASES,
     head_width,
     require,
     require_activation,
     require_even_heads,
+    require_experts_everywhere,
     window_of,
     window_period,
 )
@@ -98,13 +99,49 @@ def _phi3(writer: gguf.GGUFWriter, config: Any) -> None:
     require_even_heads(config)
 
 
+def _experts(writer: gguf.GGUFWriter, config: Any, normalized: bool) -> None:
+    """Keys of experts; `normalized`: whether llama.cpp makes the weights of a token's experts add up to 1."""
+    does = getattr(config, "norm_topk_prob", True)  # Mixtral always does
+    require(does == normalized, f"its norm_topk_prob is {does}; llama.cpp computes with {normalized}")
+    require_experts_everywhere(config, "llama.cpp")
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def _mixture(writer: gguf.GGUFWriter, config: Any) -> None:
+    _experts(writer, config, normalized=True)
+
+
+def _qwen2_moe(writer: gguf.GGUFWriter, config: Any) -> None:
+    require(not config.tie_word_embeddings, "llama.cpp expects a head of its own, and this model has none")
+    require_even_heads(config)
+    _experts(writer, config, normalized=False)
+
+
+def _olmoe(writer: gguf.GGUFWriter, config: Any) -> None:
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    require(heads == shared, f"it has {shared} heads of keys, and llama.cpp expects {heads}")
+    require(config.clip_qkv is None, "its clip_qkv would be lost")
+    _qwen2_moe(writer, config)
+
+
 ARCHITECTURES = {
     "llama": Architecture(
         gguf.MODEL_ARCH.LLAMA, interleaved=True, biases=ALL_BIASES, scalings=(*SCALED, "llama3")
     ),
     "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True, scalings=(*SCALED, "llama3")),
+    "mixtral": Architecture(
+        gguf.MODEL_ARCH.LLAMA, interleaved=True, scalings=(*SCALED, "llama3"), own=_mixture
+    ),
     "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, biases=QKV_BIASES),
     "qwen3": Architecture(gguf.MODEL_ARCH.QWEN3),
+    "qwen2_moe": Architecture(gguf.MODEL_ARCH.QWEN2MOE, biases=QKV_BIASES, own=_qwen2_moe),
+    "qwen3_moe": Architecture(gguf.MODEL_ARCH.QWEN3MOE, own=_mixture),
+    "olmoe": Architecture(gguf.MODEL_ARCH.OLMOE, own=_olmoe),
     "gemma3_text": Architecture(
         gguf.MODEL_ARCH.GEMMA3,
         activation="gelu_pytorch_tanh",

@@ -6,24 +6,26 @@ than transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from harness.export.features import (
+from harness.runtimes.features import (
     ALL_BIASES,
     QKV_BIASES,
+    head_width,
     require,
     require_activation,
     require_biases,
     require_even_heads,
+    require_experts_everywhere,
     require_scaling,
+    require_separate_experts,
     rotary,
     row_of,
     window_of,
     window_period,
 )
-from harness.export.source import Stored
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Architecture:
         Whether a part of each head may be rotated.
     windows : bool
         Whether attention has sliding windows.
+    renamed : tuple of (str, str)
+        Parts of names in transformers, and those of mlx_lm in their place.
     own : callable
         From the model's config to entries of config.json under mlx_lm's names; refuses what mlx_lm would
         compute otherwise.
@@ -52,7 +56,14 @@ class Architecture:
     activation: str = "silu"
     partial: bool = False
     windows: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
     own: Callable[[Any], dict[str, Any]] = lambda config: {}
+
+    def name_of(self, name: str) -> str:
+        """Name of a tensor or module in mlx_lm."""
+        for old, new in self.renamed:
+            name = name.replace(old, new)
+        return name
 
 
 def _llama(config: Any) -> dict[str, Any]:
@@ -81,11 +92,42 @@ def _gemma3(config: Any) -> dict[str, Any]:
     return {"sliding_window_pattern": window_period(config), "rope_local_base_freq": local["rope_theta"]}
 
 
+def _qwen2_moe(config: Any) -> dict[str, Any]:
+    require_even_heads(config)
+    require(not config.norm_topk_prob, "its norm_topk_prob would be lost")
+    require_experts_everywhere(config, "mlx_lm")
+    return {}
+
+
+def _qwen3_moe(config: Any) -> dict[str, Any]:
+    # transformers writes the number of experts under another name.
+    return {"num_experts": config.num_experts, "head_dim": head_width(config)}
+
+
+def _olmoe(config: Any) -> dict[str, Any]:
+    require(config.clip_qkv is None, "its clip_qkv would be lost")
+    return {}
+
+
+_EXPERTS = (".mlp.experts.", ".mlp.switch_mlp.")
+
 ARCHITECTURES = {
     "llama": Architecture(ALL_BIASES, own=_llama),
     "mistral": Architecture(windows=True, own=_llama),
+    # mlx_lm reads no scaling of Mixtral and of mixtures of Qwen.
+    "mixtral": Architecture(
+        scalings=("default",),
+        renamed=(
+            (".mlp.experts.", ".block_sparse_moe.switch_mlp."),
+            (".mlp.gate.", ".block_sparse_moe.gate."),
+        ),
+        own=_even,
+    ),
     "qwen2": Architecture(QKV_BIASES, own=_even),
+    "qwen2_moe": Architecture(QKV_BIASES, scalings=("default",), renamed=(_EXPERTS,), own=_qwen2_moe),
     "qwen3": Architecture(),
+    "qwen3_moe": Architecture(scalings=("default",), renamed=(_EXPERTS,), own=_qwen3_moe),
+    "olmoe": Architecture(renamed=(_EXPERTS,), own=_olmoe),
     "gemma3_text": Architecture(
         scalings=("default", "linear"), activation="gelu_pytorch_tanh", windows=True, own=_gemma3
     ),
@@ -95,12 +137,30 @@ ARCHITECTURES = {
 }
 
 
-def settings_of(stored: Stored) -> dict[str, Any]:
-    """Entries of config.json under the names that mlx_lm reads; refuse what it would compute otherwise."""
-    config = stored.config
-    architecture = row_of(stored.model, ARCHITECTURES, "MLX")
+def architecture_of(model: Any) -> Architecture:
+    """Look up a model's architecture; refuse one that mlx_lm or this table does not have."""
+    return row_of(model, ARCHITECTURES, "MLX")
+
+
+def settings_of(model: Any, tensors: Iterable[str]) -> dict[str, Any]:
+    """Entries of config.json under the names that mlx_lm reads.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model, ternary or original.
+    tensors : iterable of str
+        Names of its tensors that are not ternary.
+
+    Raises
+    ------
+    Refused
+        If mlx_lm would compute something else than the model.
+    """
+    architecture, config, names = architecture_of(model), model.config, list(tensors)
     require_activation(config, architecture.activation)
-    require_biases([*stored.tensors], architecture.biases)
+    require_biases(names, architecture.biases)
+    require_separate_experts(names)
     window = window_of(config)
     require(
         architecture.windows or window is None, f"its attention in windows of {window} tokens would be lost"
