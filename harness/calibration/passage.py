@@ -6,7 +6,7 @@ model's dtype, on the device if they fit and in host memory if not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -239,9 +239,18 @@ class Passage:
         return sums
 
     def checksum(self) -> int:
-        """Sum the bit patterns of the hidden states of all processes, read as integers."""
-        sums = [states.view(_BITS[states.element_size()]).sum(dtype=torch.int64) for states in self.hidden]
-        return self.compute.ranks.total([int(torch.stack(sums).sum())])[0]
+        """Sum the bit patterns of the hidden states of all processes."""
+        return self.compute.ranks.total([sum_bits(self.hidden)])[0]
+
+    def checksum_of_originals(self) -> int:
+        """The same for the hidden states of the original model."""
+        return self.compute.ranks.total([sum_bits(self.originals)])[0]
+
+
+def sum_bits(tensors: Sequence[torch.Tensor]) -> int:
+    """Sum the bit patterns of tensors, read as integers; sums wrap around at 64 bits."""
+    sums = [tensor.view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0
 
 
 def own_windows(count: int, seqlen: int, ranks: Ranks) -> range:

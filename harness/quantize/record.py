@@ -158,9 +158,9 @@ class Record:
         """Add the time since `began`, a value of `time.perf_counter`, to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
-    def add(self, layer: FittedLayer, checksum: int) -> None:
-        """Add a finished layer; `checksum` is the checksum of its outputs."""
-        self.layers.append({**layer_row(self.done, layer), "outputs_checksum": checksum})
+    def add(self, layer: FittedLayer, checksums: dict[str, int]) -> None:
+        """Add a finished layer; `checksums` are those of its outputs."""
+        self.layers.append({**layer_row(self.done, layer), **checksums})
 
     def measured(self, when: str, result: Perplexity) -> None:
         """Add a perplexity, "before" or "after"."""

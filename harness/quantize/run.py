@@ -32,6 +32,7 @@ from harness.quantize.record import Record
 from harness.quantize.report import mean_layer_error, table
 from harness.quantize.resume import continue_from, require_same
 from harness.quantize.sink import Sink, sink_for
+from harness.quantize.states import KeptStates
 from harness.ternary.embedding import unrounded
 from harness.text import AnyText
 from reference.types import TernaryConfig
@@ -95,6 +96,10 @@ def quantize(
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
     record.spent("load", began)
+    kept = None
+    if options.keep_states is not None:
+        kept = KeptStates(options.keep_states, ready.passage, *ready.windows.shape)
+        say(f"  hidden states of finished layers: up to {kept.require_space() / 1e9:.2f} GB in {kept.folder}")
 
     # Of a model that is read from disk, only the first process has the quantized layers.
     where = compute if ready.original.read is None else compute.alone()
@@ -114,7 +119,7 @@ def quantize(
         with record.time("divergence"):
             reference = keep_reference(options, ready, evaluation_text, where, say)
     with sink.open(ready, record, say):
-        quantize_layers(options, sink, ready, record, say)
+        quantize_layers(options, sink, ready, record, say, kept)
         sink.finish(record)
     del ready  # the original and the quantized model need not fit in memory together
     quantized = sink.quantized(say)
@@ -180,12 +185,19 @@ def _named(options: Options) -> str:
     return f"{options.method}, recipe {options.recipe}" if options.recipe else options.method
 
 
-def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, say: Say) -> None:
+def quantize_layers(
+    options: Options,
+    sink: Sink,
+    ready: Ready,
+    record: Record,
+    say: Say,
+    kept: KeptStates | None = None,
+) -> None:
     """Quantize every unfinished layer; pass it to the sink, record it, and print its figures."""
     passage, count = ready.passage, len(ready.passage.calls)
-    if 0 < record.done < count:
+    if record.done:
         with record.time("layers"):
-            run_again(sink, ready, record, say)
+            go_on(sink, ready, record, kept, say)
     with tqdm(total=count, initial=record.done, disable=None, leave=False, bar_format=_BAR) as bar:
 
         def progress(steps: int, stage: str) -> None:
@@ -207,13 +219,46 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
             with record.time("layers"):
                 layer = next(layers)
                 sink.add(layer, record.done)
-                record.add(layer, passage.checksum())
+                checksums = {"outputs_checksum": passage.checksum()}
+                if kept is not None and passage.originals:
+                    checksums["originals_checksum"] = passage.checksum_of_originals()
+                record.add(layer, checksums)
                 del layer  # free its float64 matrices before those of the next are allocated
+                if kept is not None:
+                    kept.save(record.done)
             sink.note(record)
+            if kept is not None:
+                passage.compute.ranks.total([0])  # until the layer is noted, that before it must stay
+                kept.forget(but=record.done)
             bar.update(record.done - bar.n)
             for line in layer_lines(record.layers[-1], count, options.config):
                 say(line)
+    if kept is not None:
+        kept.forget()
     record.mean_relative_output_error = mean_layer_error(record.layers)
+
+
+def go_on(sink: Sink, ready: Ready, record: Record, kept: KeptStates | None, say: Say) -> None:
+    """Bring hidden states and model to where an interrupted run was."""
+    passage, count = ready.passage, len(ready.passage.calls)
+    if 0 < record.done < count:
+        row = record.layers[-1]
+        names = {
+            "hidden": "outputs_checksum",
+            **({"originals": "originals_checksum"} if passage.originals else {}),
+        }
+        if kept is None:
+            return run_again(sink, ready, record, say)
+        if not kept.load(record.done, {name: row.get(entry, 0) for name, entry in names.items()}):
+            say(
+                f"{kept.folder} does not hold the hidden states of layer {record.done} for every process: "
+                "running the finished layers again"
+            )
+            return run_again(sink, ready, record, say)
+    if passage.compute.ranks.size > 1:  # only the first process can read the result back
+        for index in range(record.done):
+            for name, dense in stored_everywhere(sink, passage, index).items():
+                passage.decoder.replace(index, name, dense)
 
 
 def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:

@@ -332,8 +332,8 @@ class FollowingSink(CheckpointSink):
     def quantized(self, say: Say) -> Original:
         return self._original
 
-    def result_lines(self) -> list[str]:
-        return []
+    def weight_bytes(self) -> int | None:
+        return None
 
 
 def sink_for(options: Options, ranks: Ranks = ALONE) -> Sink:
