@@ -24,7 +24,9 @@ Reading order, bottom-up; a module imports only modules listed above it:
     quantize/, export/, verify/   programs with a folder
     generate/, serve              text from a model: at a terminal, over HTTP
     compare                       checkpoints side by side
+    comparison/                   what methods make of one model, on the same texts
     benchmark/, hardware          programs that measure the others
+    reproduce/                    the paper's tables and figures on any model
     architectures/                every architecture of transformers at a small size
 
 Words used throughout:

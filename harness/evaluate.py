@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tasks",
-        type=_tasks,
+        type=task_names,
         metavar="TASKS",
         help=f"measure accuracy on these tasks, separated by commas: {', '.join(TASKS)}; or {ALL}. "
         "Requires the package lm-eval",
@@ -126,7 +126,7 @@ def add_text_options(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
 
 
-def _tasks(value: str) -> list[str]:
+def task_names(value: str) -> list[str]:
     """An argparse type for names of tasks separated by commas."""
     names = list(TASKS) if value == ALL else [name.strip() for name in value.split(",")]
     for name in names:

@@ -35,6 +35,7 @@ from harness.models.tokenizer import load_tokenizer
 from harness.ternary.embedding import correct_config, expect_codes, kept_codes, take_codes
 from harness.ternary.format import QUANT_METHOD, StoredLayers, is_ternary, named_dtype, stored_layers
 from harness.ternary.kernels.launches import use_kernels
+from harness.ternary.kernels.together import together
 from harness.ternary.linear import TernaryLinear
 from harness.ternary.notice import add_notice, drop_notice, read_past_notices
 from harness.ternary.reading import verify, weight_map
@@ -234,7 +235,7 @@ def _separate_experts(model: nn.Module, names: list[str]) -> None:
     inside = {name.rsplit(".", 2)[0] for name in names if name.count(".") > 1}
     for name, module in list(model.named_modules()):
         if name in inside and is_fused(module):
-            experts = Experts(module)
+            experts = Experts(module, together)
             for part in (up_name(module), DOWN):
                 vars(experts)[part] = torch.empty(0, device="meta")
             put(model, name, experts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,21 @@ def machine() -> dict[str, Any]:
         ]
         name = models[0].partition(":")[2].strip() if models else name
     return {"cpu": name, "memory_gb": round(host_memory() / 1e9, 1), **environment()}
+
+
+def provenance(program: str) -> dict[str, Any]:
+    """Return the command of a program in this process, the date and the machine, for a file of results."""
+
+    def without_folders(word: str) -> str:
+        name, colon, path = word.rpartition(":")
+        return f"{name}{colon}{Path(path).name}" if Path(path).is_absolute() else word
+
+    words = [word for word in sys.argv[1:] if word != "--resume"]  # the command that was interrupted
+    return {
+        "command": f"python -m {program} {shlex.join(map(without_folders, words))}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+    }
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from harness.errors import UserError
 from harness.models.original import summary
+from harness.models.tokenizer import chat_writer
 from harness.text import AnyText, Chat, Mixture, Text
 
 # Which windows begin with a BOS token.
@@ -69,7 +70,8 @@ def _stream(text: Text | Chat, tokenizer: Any) -> torch.Tensor:
             f"{text.protocol}: the model has no chat template; use its instruct variant, or plain text"
         )
     try:
-        written = [tokenizer.apply_chat_template(list(c), tokenize=False) for c in text.conversations]
+        write = chat_writer(tokenizer)
+        written = [write(list(c)) for c in text.conversations]
     except Exception as error:  # a template is a program: it can raise anything
         raise UserError(f"{text.protocol}: the template failed: {summary(error)}") from None
     # The template writes the special tokens; the tokenizer must not add them again.

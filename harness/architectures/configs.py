@@ -69,6 +69,13 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vision_end_token_id", "eoi_token_index"), VOCABULARY - 4),
 }
 
+# The last two layers read keys and values of earlier ones.
+_SHARED_KEYS: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
 
 def _rotary(*sections: int) -> dict[str, Any]:
     """Rotary positions in time, height and width."""
@@ -81,20 +88,35 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "axk2": {"num_key_value_heads": 4},
     "cohere2_vision": {"alignment_intermediate_size": 192},
     "cosmos3_edge_text": _rotary(6, 5, 5),
+    "deepseek_v32": {"num_key_value_heads": 4},
+    "deepseek_v4": {"o_lora_rank": 32},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
-    "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
-    "gemma4_unified_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
+    "gemma3n_text": {
+        **_SHARED_KEYS,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "intermediate_size": [160] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {**_SHARED_KEYS, "vocab_size_per_layer_input": VOCABULARY},
+    "gemma4_unified_text": {**_SHARED_KEYS, "vocab_size_per_layer_input": VOCABULARY},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "paddleocr_vl_text"), _rotary(4, 6, 6)),
     "glm4v_moe_text": _rotary(2, 3, 3),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "longcat_flash": {"head_dim": 16, "zero_expert_num": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"), _rotary(4, 6, 6)),
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "qwen2_vl_vision": {"embed_dim": WIDTH},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    # Two layers share their attention.
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "num_mem_blocks": 1,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

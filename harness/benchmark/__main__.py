@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,20 +18,23 @@ from harness.benchmark import figures
 from harness.benchmark.busy import busy_cost
 from harness.benchmark.evaluation import evaluation_speed
 from harness.benchmark.fits import fit_speed
-from harness.benchmark.generation import Lengths, generation_speed
-from harness.benchmark.methods import METHODS, compare_methods, summarize
+from harness.benchmark.generation import generation_speed
+from harness.benchmark.methods import compare_methods, summarize
+from harness.benchmark.mixture import PARTS, RUNS, compare_mixtures
 from harness.benchmark.products import product_speed
 from harness.benchmark.quantization import Scale, quantize_shape
 from harness.benchmark.shapes import SHAPES
 from harness.cli import HelpFormatter, add_verbose, model_name, path, positive, run, window_length
+from harness.comparison.methods import METHODS
+from harness.comparison.speed import Lengths
 from harness.compute import compute_for, default_compute
 from harness.distributed.launch import joined
 from harness.distributed.ranks import Ranks
 from harness.errors import UserError
-from harness.files import json_text, write_json
-from harness.machine import machine
+from harness.files import json_text, read_json, write_json
+from harness.machine import provenance
 from harness.progress import say_on_stdout
-from harness.quantize.options import NO_EVALUATION, RECIPES, Options
+from harness.quantize.options import NO_EVALUATION, PT2_LLM, RECIPES, Options
 from harness.quantize.run import quantize
 
 DESCRIPTION = """\
@@ -43,6 +43,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
   run      time every stage of a quantization, and two plain forward passes of the same tokens
   busy     compare the CPU time of a quantization with that beside busy processes
   methods  compare the paper's ablations and 2-bit baselines on the same text; processes of torchrun share it
+  mixture  compare mixtures of experts, made of slices of a dense model's MLPs, with that model
   evaluate time perplexity and divergence beside bare forward passes
   fits     time fits of single matrices, by recipe, beside the reference
   quantize quantize random weights in the shapes of large models
@@ -54,6 +55,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json
   python -m harness.benchmark busy benchmarks/busy.json --nsamples 4 --seqlen 256
   python -m harness.benchmark methods benchmarks/methods.json --calibration FILE --eval FILE
+  python -m harness.benchmark mixture benchmarks/mixture.json --calibration FILE --eval FILE
   python -m harness.benchmark evaluate benchmarks/evaluate.json --data wikitext2
   python -m harness.benchmark fits benchmarks/fits.json --matrix 1536x576 4096x4096
   python -m harness.benchmark quantize benchmarks/quantize.json --shape llama-7b llama-65b --layers 2
@@ -114,15 +116,29 @@ def parser() -> argparse.ArgumentParser:
     sub = kind("methods", "compare the paper's ablations and 2-bit baselines on the same text")
     listed = "\n".join(f"  {key:16} {method.words}" for key, method in METHODS.items())
     sub.epilog = f"methods, and their names in the results:\n{listed}"
-    sub.add_argument("--model", type=model_name, metavar="MODEL", help="as for harness.quantize")
-    sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
-    sub.add_argument("--eval", nargs="+", default=[text.BUILTIN], metavar="TEXT", help="texts to measure on")
-    sub.add_argument("--text-column", metavar="NAME", help="as for harness.quantize")
-    sub.add_argument("--nsamples", type=positive, default=16, help="calibration windows")
-    sub.add_argument("--seqlen", type=window_length, default=1024, help="tokens per calibration window")
-    sub.add_argument("--eval-seqlen", type=window_length, default=2048, help="tokens per evaluation window")
-    sub.add_argument("--eval-windows", type=positive, default=8, help="evaluation windows")
+    _add_comparison(sub, seqlen=1024, eval_seqlen=2048, eval_windows=8)
     sub.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help="run only these methods")
+
+    sub = kind("mixture", "compare mixtures of experts, made of slices of a dense model, with that model")
+    listed = "\n".join(f"  {part:16} {words}" for part, words in PARTS.items())
+    sub.epilog = f"parts, and what they are:\n{listed}"
+    _add_comparison(sub, seqlen=512, eval_seqlen=1024, eval_windows=4)
+    sub.add_argument(
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="measure only these"
+    )
+    sub.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[key for key, method in METHODS.items() if method.method == PT2_LLM],
+        default=list(RUNS),
+        metavar="METHOD",
+        help="methods to run, of those of the benchmark methods that ternarize",
+    )
+    sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an interrupted comparison: what FILE holds is not measured again",
+    )
 
     sub = kind("evaluate", "time perplexity and divergence beside bare forward passes of the same windows")
     sub.add_argument("--model", type=model_name, metavar="MODEL", help="as for harness.quantize")
@@ -180,6 +196,24 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_comparison(
+    parser: argparse.ArgumentParser, seqlen: int, eval_seqlen: int, eval_windows: int
+) -> None:
+    """Add the options of comparisons on the same text."""
+    parser.add_argument("--model", type=model_name, metavar="MODEL", help="as for harness.quantize")
+    parser.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
+    parser.add_argument(
+        "--eval", nargs="+", default=[text.BUILTIN], metavar="TEXT", help="texts to measure on"
+    )
+    parser.add_argument("--text-column", metavar="NAME", help="as for harness.quantize")
+    parser.add_argument("--nsamples", type=positive, default=16, help="calibration windows")
+    parser.add_argument("--seqlen", type=window_length, default=seqlen, help="tokens per calibration window")
+    parser.add_argument(
+        "--eval-seqlen", type=window_length, default=eval_seqlen, help="tokens per evaluation window"
+    )
+    parser.add_argument("--eval-windows", type=positive, default=eval_windows, help="evaluation windows")
+
+
 def main() -> int:
     """Run the command line."""
     with joined() as ranks:
@@ -195,11 +229,7 @@ def _measure(arguments: argparse.Namespace, ranks: Ranks) -> int:
     writes = arguments.file is not None and ranks.first
     if writes:
         _require_writable(arguments.file)
-    described = {
-        "command": f"python -m harness.benchmark {shlex.join(map(_without_folders, sys.argv[1:]))}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-    }
+    described = provenance("harness.benchmark")
 
     def save(results: dict[str, Any]) -> None:
         if writes:
@@ -244,7 +274,17 @@ def _measure(arguments: argparse.Namespace, ranks: Ranks) -> int:
             evaluation_seqlen=arguments.eval_seqlen,
             evaluation_windows=arguments.eval_windows,
         )
-        results = compare_methods(options, arguments.only or list(METHODS), arguments.eval, save)
+        if arguments.kind == "methods":
+            results = compare_methods(options, arguments.only or list(METHODS), arguments.eval, save)
+        else:
+            results = compare_mixtures(
+                options,
+                arguments.only,
+                arguments.methods,
+                arguments.eval,
+                save,
+                _earlier(arguments.file, described) if arguments.resume else {},
+            )
     save(results)
     say_on_stdout(json_text(results))
     if arguments.kind in ("methods", "matmul", "generate") and writes:
@@ -266,6 +306,21 @@ def _require_writable(file: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def _earlier(file: Path | None, described: dict[str, Any]) -> dict[str, Any]:
+    """Read the results of an interrupted benchmark; refuse those of another command or machine."""
+    if file is None:
+        raise UserError("--resume continues the results in a file; name it as FILE")
+    if not file.exists():
+        return {}
+    earlier = read_json(file)
+    for name, value in described.items():
+        if name != "date" and earlier.get(name) != value:
+            raise UserError(
+                f"{file} cannot be resumed: its {name} is not that of this run; drop --resume to start over"
+            )
+    return earlier.get("results", {})
 
 
 def _quantize_shapes(
@@ -307,12 +362,6 @@ def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     return {**summarize(record), "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
-
-
-def _without_folders(word: str) -> str:
-    """Remove the folders of this machine from a command-line argument."""
-    name, colon, path = word.rpartition(":")
-    return f"{name}{colon}{Path(path).name}" if Path(path).is_absolute() else word
 
 
 if __name__ == "__main__":

@@ -1,47 +1,21 @@
-"""Draw results of harness.benchmark as SVG; every run writes the same bytes, so plots can be committed."""
+"""Draw results of harness.benchmark as SVG."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.comparison.plots import COLOURS, GREY, MARKERS, STAGES, svg_of, write_svg
 from harness.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, distinguishable with any kind of colour blindness, and markers for print without
-# colour. A layer has at most six kinds of products.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-GREY = "#595959"
-
-STAGES = {"prefill": "reading the prompt", "decode": "writing after it", "both": "end to end"}
-
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # bundled with matplotlib
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.edgecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E3E3E3",
-    "lines.markersize": 4,
-    "text.parse_math": False,  # a dollar sign in a name is literal
-    "svg.fonttype": "path",  # readers may lack the font
-    "svg.hashsalt": "pt2-llm",  # without a salt, ids in the file are random
-}
 
 
 def draw(file: Path, target: Path | None = None) -> Path:
@@ -73,18 +47,12 @@ def draw(file: Path, target: Path | None = None) -> Path:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is missing or damaged: {error}") from None
-    svg = io.BytesIO()
     try:
-        with style():
-            figure_of(record).savefig(svg, format="svg", metadata={"Date": None})
+        svg = svg_of(lambda: figure_of(record))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{file} cannot be drawn: {what}") from None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(svg.getvalue())
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    write_svg(target, svg)
     return target
 
 
@@ -271,16 +239,3 @@ def _positive(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{value!r} is not a positive number")
     return float(value)
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Use matplotlib's defaults and `STYLE`, independent of the user's settings."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install matplotlib") from None
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.generation.streamers import BaseStreamer
 
 from harness.benchmark.shapes import SHAPES, make_model
+from harness.comparison.speed import Lengths, fill, generation_rates, make_ternary, rounded
 from harness.compute import Compute, dtype_name
-from harness.hf import swap
 from harness.models.streamed import attach_empty_layers
 from harness.quantize.options import RECIPES
-from harness.ternary.format import StoredLayers
 from harness.ternary.kernels.launches import use_kernels
-from harness.ternary.linear import TernaryLinear
 
 DTYPE = torch.bfloat16
-REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of prefill and decoding, by default as in the paper's Fig. 4."""
-
-    prefill: int = 128
-    decode: int = 256
 
 
 def generation_speed(
@@ -64,7 +48,7 @@ def generation_speed(
         ``both``, and bytes of the model; and the ratios of the two.
     """
     figures = {
-        kind: _speed(random_network(shape, layers, stored, compute), compute, lengths)
+        kind: generation_rates(random_network(shape, layers, stored, compute), compute, lengths)
         for kind, stored in (("dense", None), ("ternary", recipe))
     }
     dense, ternary = figures["dense"], figures["ternary"]
@@ -77,7 +61,7 @@ def generation_speed(
         "device": compute.describe(),
         "recipe": recipe,
         **figures,
-        "ternary_over_dense": {figure: _rounded(ternary[figure] / dense[figure]) for figure in dense},
+        "ternary_over_dense": {figure: rounded(ternary[figure] / dense[figure]) for figure in dense},
     }
 
 
@@ -87,11 +71,7 @@ def random_network(shape: str, layers: int | None, recipe: str | None, compute: 
     model = make_model(shape, depth, DTYPE)
     decoder = attach_empty_layers(model, depth)
     if recipe is not None:
-        names, config = list(decoder.named_linears()), RECIPES[recipe].config
-        unpermuted = names if config.reorder == "none" else []
-        stored = StoredLayers(config.block_size, config.grid, names, unpermuted, None, coded=[])
-        for name in names:
-            swap(model, name, stored, DTYPE)
+        make_ternary(model, list(decoder.named_linears()), RECIPES[recipe].config, DTYPE)
     for layer in decoder.layers:
         layer.to_empty(device=compute.device)
         for module in layer.modules():
@@ -100,87 +80,3 @@ def random_network(shape: str, layers: int | None, recipe: str | None, compute: 
     if recipe is not None:
         use_kernels(model)
     return model
-
-
-@torch.no_grad()
-def fill(module: nn.Module) -> None:
-    """Fill a module with random weights, scaled so that activations stay finite."""
-    if isinstance(module, TernaryLinear):
-        m = module.in_features
-        module.trits.random_(0, 3**5)
-        # The last byte is padded with t = 0: digit 1 in every position beyond the row.
-        used = m - 5 * (module.trits.shape[1] - 1)
-        module.trits[:, -1] = module.trits[:, -1] % 3**used + (3**5 - 3**used) // 2
-        if module.row_factor is None or module.scale_factor is None:
-            module.scale.fill_(m**-0.5)
-            if module.shift is not None:
-                module.shift.normal_(std=0.1 * m**-0.5)
-        else:
-            module.row_factor.fill_(m**-0.5)
-            module.scale.fill_(100)
-            module.scale_factor.fill_(0.01)
-            if module.shift is not None and module.shift_factor is not None:
-                module.shift.random_(-20, 21)
-                module.shift_factor.fill_(0.01)
-        if module.permutation is not None:
-            module.permutation.copy_(torch.randperm(m, device=module.trits.device))
-    elif isinstance(module, nn.Linear):
-        module.weight.normal_(std=module.in_features**-0.5)
-    else:  # norms
-        for parameter in module.parameters(recurse=False):
-            parameter.fill_(1)
-
-
-class _Stamps(BaseStreamer):
-    """Record the times of the prompt and of every new token.
-
-    Decoding is timed within a run. The difference between a long and a short run would be mostly noise for
-    few tokens, and could be negative.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take tokens; they are on the host already, so the device has finished them."""
-        self.seconds.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Do nothing: no output is buffered."""
-
-
-def _speed(model: Any, compute: Compute, lengths: Lengths) -> dict[str, float]:
-    prompt = torch.randint(0, model.config.vocab_size, (1, lengths.prefill), device=compute.device)
-    tokens = lengths.decode + 1  # prefill yields the first one
-    prefill, decode, both = [], [], []
-    for _ in range(REPEATS + 1):  # the first run compiles
-        compute.wait()
-        stamps = _Stamps()
-        begin = time.perf_counter()
-        with torch.no_grad():
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-                do_sample=False,
-                cache_implementation="static",
-                pad_token_id=0,
-                streamer=stamps,
-            )
-        compute.wait()
-        both.append(time.perf_counter() - begin)
-        _, first, *_, last = stamps.seconds
-        prefill.append(first - begin)
-        decode.append(last - first)
-    tensors = (*model.parameters(), *model.buffers())
-    return {
-        "prefill": _rounded(lengths.prefill / median(prefill[1:])),
-        "decode": _rounded(lengths.decode / median(decode[1:])),
-        "both": _rounded((lengths.prefill + lengths.decode) / median(both[1:])),
-        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-    }
-
-
-def _rounded(figure: float) -> float:
-    return float(f"{figure:.5g}")

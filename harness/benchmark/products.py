@@ -16,8 +16,8 @@ from torch import nn
 
 from harness.backends import load_backend
 from harness.benchmark import ggml
-from harness.benchmark.generation import fill
 from harness.benchmark.shapes import SHAPES
+from harness.comparison.speed import fill
 from harness.compute import Compute, dtype_name, share_memory
 from harness.quantize.options import RECIPES
 from harness.ternary.kernels.launches import share_launch, share_on_host

@@ -67,12 +67,11 @@ def capture_inputs(
         step()
     extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute, windows.shape[1])
     calls = _record_pass(model, decoder, windows[0], extra)
-    passage = Passage(decoder, hidden, calls, compute, windows_per_shard(count, seqlen))
     if len(windows) > 1 and any(map(differ, calls, _record_pass(model, decoder, windows[-1], extra))):
         _require_only_text(model, decoder, windows[0], calls, extra)
         recorded = [_record_pass(model, decoder, window, extra) for window in own]
         calls = [merged(iter(of_windows)) for of_windows in zip(*recorded, strict=True)]
-        passage = replace(passage, calls=calls)
+    passage = Passage(decoder, hidden, calls, compute, windows_per_shard(count, seqlen))
     _require_heard(model, passage, own[0])
     return passage
 
@@ -164,14 +163,20 @@ def require_causal(model: nn.Module, decoder: DecoderLayers, window: torch.Tenso
 
 def _require_heard(model: nn.Module, passage: Passage, window: torch.Tensor) -> None:
     """Refuse a model whose logits do not depend on what its decoder layers return."""
-    few = slice(min(len(window), 4))
-    states = passage.hidden[0][:, few]
-    first, other = (logits_after(model, passage, window[few], sign * states) for sign in (1, -1))
+    few = min(len(window), 4)
+    states = passage.hidden[0].narrow(_token_axis(passage.hidden[0], len(window)), 0, few)
+    first, other = (logits_after(model, passage, window[:few], sign * states) for sign in (1, -1))
     if torch.equal(first, other):
         raise UserError(
             f"the logits of {type(model).__name__} do not depend on {passage.decoder.prefix}, which its text "
             "goes through; such models cannot be calibrated layer by layer"
         )
+
+
+def _token_axis(hidden: torch.Tensor, tokens: int) -> int:
+    """Axis of the tokens: some models have several vectors for each, (1, tokens, 4, width) or
+    (4, 1, tokens, width)."""
+    return hidden.shape[:-1].index(tokens)
 
 
 def _extra_output(
@@ -187,8 +192,7 @@ def _extra_output(
     call = call.to(compute)
     layer = decoder.working_copy(0, compute)
     hidden = brought(hidden, compute)
-    # Some models have several vectors a token: (1, tokens, 4, width), or (4, 1, tokens, width).
-    axis = hidden.shape[:-1].index(tokens)
+    axis = _token_axis(hidden, tokens)
     half = tokens // 2
     begin, end = hidden.split([half, tokens - half], axis)
     output = layer(hidden, *call.args, **call.kwargs)

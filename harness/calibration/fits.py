@@ -72,6 +72,7 @@ class FittedMatrix:
 def fit_matrices(
     layer: WorkingLayer,
     groups: list[list[str]],
+    weights: Mapping[str, torch.Tensor],
     known: Mapping[str, Statistics],
     fit_of: Callable[[str], Fit],
     owners: Owners,
@@ -86,6 +87,8 @@ def fit_matrices(
         The layer.
     groups : list of lists of str
         Matrices that share an input; all are fitted at the same time.
+    weights : mapping of str to tensor
+        The original weights, by their names in the layer: a matrix that is fitted again no longer has them.
     known : mapping of str to Statistics
         What is known about the inputs of this process's matrices, by their names in the layer.
     fit_of : callable
@@ -102,17 +105,17 @@ def fit_matrices(
     FitError
         In all processes, if a matrix cannot be quantized or its inputs are not finite.
     """
-    linears, ranks = layer.linears, compute.ranks
+    ranks = compute.ranks
     names = [name for group in groups for name in group]
     fitted: dict[str, FittedMatrix] = {}
     failure = None
     try:
         jobs = {}
         for name in (name for name in names if owners[name] == ranks.rank):
-            full_name, weight = layer.full_name(name), linears[name].weight.detach()
+            full_name = layer.full_name(name)
             if not torch.isfinite(known[name].gram).all():
                 raise FitError(f"{full_name}: its inputs on the calibration text are not finite")
-            jobs[name] = (full_name, weight, known[name], fit_of(full_name))
+            jobs[name] = (full_name, weights[name], known[name], fit_of(full_name))
         fitted = _quantize_together(jobs, len(names), compute)
     except FitError as error:
         if ranks.size == 1:
@@ -126,7 +129,9 @@ def fit_matrices(
     for name in names:
         matrix = fitted.get(name)
         if ranks.size > 1:
-            matrix = _exchanged(layer, name, matrix, told[name], owners[name], compute, adopt)
+            matrix = _exchanged(
+                layer.full_name(name), weights[name], matrix, told[name], owners[name], compute, adopt
+            )
         assert matrix is not None
         result = matrix.result
         layer.put(
@@ -200,8 +205,8 @@ def _described(matrix: FittedMatrix) -> dict[str, Any]:
 
 
 def _exchanged(
-    layer: WorkingLayer,
     name: str,
+    weight: torch.Tensor,
     matrix: FittedMatrix | None,
     told: dict[str, Any],
     owner: int,
@@ -220,8 +225,7 @@ def _exchanged(
         return matrix
     result = arrays[""] if "" in arrays else _rebuilt(arrays, told["block_size"])
     named = ("seconds", "tokens", "dead_inputs", "figures", "lost")
-    weight = layer.linears[name].weight.detach()
-    return FittedMatrix(layer.full_name(name), weight, result, **{key: told[key] for key in named})
+    return FittedMatrix(name, weight, result, **{key: told[key] for key in named})
 
 
 def _arrays(result: Any) -> dict[str, Any]:

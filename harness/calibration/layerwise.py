@@ -7,7 +7,6 @@ processes share the work: each runs every layer on its own windows and fits its 
 from __future__ import annotations
 
 import time
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from harness.calibration.experts import batches
 from harness.calibration.fits import Adopt, Fit, FittedMatrix, fit_matrices
 from harness.calibration.methods import Method
-from harness.calibration.owners import Owners, deal, own_statistics, with_lost
+from harness.calibration.owners import Owners, deal, own_lost, own_statistics
 from harness.calibration.passage import Passage, WorkingLayer
 from harness.calibration.sums import Statistics
 from harness.calibration.targets import Beside, Targets
@@ -110,15 +109,17 @@ def fit_layers(
             layer = passage.enter(index)
         groups = ranks.share(passage.input_groups(layer))
         beside = Beside(passage, layer, groups, targets) if targets is not None else None
-        matrices: list[FittedMatrix] = []
+        matrices: dict[str, FittedMatrix] = {}
         for batch in batches(layer, groups) if true_sequential else [groups]:
+            weights = {name: layer.linears[name].weight.detach() for group in batch for name in group}
             turns = _turns(passage, layer, batch, beside, partial(progress, 1, "inputs"))
             for turn, owners, known in clock.through("inputs", turns):
                 with clock("fits"):
                     names = dict.fromkeys(name.rpartition(".")[2] for group in turn for name in group)
                     progress(0, ", ".join(names))
-                    matrices += fit_matrices(layer, turn, known, fit_of, owners, compute, adopt)
-            del turns, known
+                    for matrix in fit_matrices(layer, turn, weights, known, fit_of, owners, compute, adopt):
+                        matrices[matrix.name] = matrix  # the last of several fits
+            del turns, known, weights
         with clock("outputs"):
             if beside is not None:
                 beside.advance()
@@ -127,7 +128,7 @@ def fit_layers(
         families = {name: family(layer.module, name) for name in layer.linears}
         experts = {layer.full_name(n): layer.full_name(of) for n, of in families.items() if of}
         volume = ranks.total([ranks.sent - sent])[0]
-        yield FittedLayer(matrices, full_names, experts, clock.seconds, volume)
+        yield FittedLayer(list(matrices.values()), full_names, experts, clock.seconds, volume)
         # Free the weights and Gram matrices of this layer before those of the next are allocated.
         del matrices, layer, beside
 
@@ -147,14 +148,15 @@ def _turns(
     """Collect what is known about the inputs of a batch, for those groups that are fitted next."""
     ranks = passage.compute.ranks
     turns = [batch] if beside is None else beside.turns(batch)
-    owners = [deal(layer, turn, ranks) for turn in turns]
+    owners = {name: rank for turn in turns for name, rank in deal(layer, turn, ranks).items()}
     sums = passage.collect(layer, batch, step) if beside is None else beside.collect(layer, batch, step)
-    known = own_statistics(layer, batch, sums, dict(ChainMap(*owners)), ranks)
-    for turn, own in zip(turns, owners, strict=True):
-        if beside is not None and turn is not turns[0]:
-            with_lost(known, turn, beside.collect_lost(layer, turn, step), own, ranks)
-        # Given away, to be freed once they are fitted.
-        yield turn, own, {name: known.pop(name) for name in own if name in known}
+    known = own_statistics(layer, batch, sums, owners, ranks)
+    for place, turn in enumerate(turns):
+        if beside is not None and place:
+            lost = beside.collect_lost(layer, turn, step)
+            for name, own in own_lost(turn, lost, owners, ranks).items():
+                known[name] = beside.aim_again(layer, name, known[name], own)
+        yield turn, owners, known
 
 
 def _towards(targets: Targets | None, method: Method) -> Fit:

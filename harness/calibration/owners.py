@@ -17,7 +17,6 @@ and, with targets, of the (r, m) lost products ``(N - 1) * 16 * r * m + (k - 1) 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -80,28 +79,25 @@ def own_statistics(
         lost = None if total.lost is None else _at_owners(total.lost, places, ranks)
         if gram is None:
             continue
-        missing = len(gram) - count
+        missing, filled = len(gram) - count, gram
         if missing > 0 and (average := averages.get(family(layer.module, group[0]))) is not None:
-            gram += missing * average
-        statistics = Statistics(gram, count, lost, total.of_outputs)
+            filled = gram + missing * average
+        statistics = Statistics(filled, gram, count, lost, total.of_outputs)
         known |= {name: statistics for name in group if owners[name] == ranks.rank}
     return known
 
 
-def with_lost(
-    known: dict[str, Statistics],
-    groups: list[list[str]],
-    sums: list[Sums],
-    owners: Owners,
-    ranks: Ranks,
-) -> None:
-    """Bring lost products that were summed later to the owners of the matrices, into `known`."""
+def own_lost(
+    groups: list[list[str]], sums: list[Sums], owners: Owners, ranks: Ranks
+) -> dict[str, torch.Tensor]:
+    """Bring lost products that were summed alone to the owners of the matrices; return this process's."""
+    found: dict[str, torch.Tensor] = {}
     for group, total in zip(groups, sums, strict=True):
         assert total.lost is not None
         lost = _at_owners(total.lost, [owners[name] for name in group], ranks)
-        for name in group:
-            if name in known:
-                known[name] = replace(known[name], lost=lost)
+        if lost is not None:
+            found |= {name: lost for name in group if owners[name] == ranks.rank}
+    return found
 
 
 def _averages(

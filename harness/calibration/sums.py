@@ -17,7 +17,9 @@ class Statistics:
     Attributes
     ----------
     gram : (m, m) float64 tensor
-        Gram matrix of the inputs.
+        Gram matrix of the inputs, filled up with average ones where they are few (`calibration.experts`).
+    seen : (m, m) float64 tensor
+        Gram matrix of the inputs alone.
     tokens : int
         Number of inputs.
     lost : tensor, optional
@@ -29,6 +31,7 @@ class Statistics:
     """
 
     gram: torch.Tensor
+    seen: torch.Tensor
     tokens: int
     lost: torch.Tensor | None = None
     of_outputs: bool = False

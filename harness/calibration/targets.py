@@ -8,7 +8,7 @@ model's; see `reference.targets`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from harness.calibration.experts import Routing
 from harness.calibration.passage import Passage, WorkingLayer, brought
 from harness.calibration.stream import Seen, Wanted, Writer, rows_of, stream_writers, watch
-from harness.calibration.sums import Rows, Sums
+from harness.calibration.sums import Rows, Statistics, Sums
 from harness.models.experts import DOWN, Experts, place_of
 
 # Maps weights (n, m), the Gram matrix (m, m) of their inputs and the lost products (n, m) to the weights to
@@ -27,8 +27,9 @@ Shift = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 KEPT_BYTES = 2e9
 
 # Turns in which the experts that add to the residual stream are fitted: those of a later turn make up for
-# what the earlier ones left. Every turn takes a pass over all windows.
-TURNS = 4
+# what the earlier ones left. All turns are taken `SWEEPS` times, so that the first ones make up for the last
+# ones too. Every turn takes a pass over all windows.
+TURNS, SWEEPS = 4, 2
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ class Beside:
     ternary one, with the experts that are not ternary yet as they were. It is divided among the token's
     experts f of a turn, so that Y_t = D_e h_te + w_te r_t / sum_f w_tf^2 is wanted; of all moves of their
     outputs that move the weighted sum by r_t, these are the smallest. Experts of later turns are then fitted
-    to what is left. Where the mixture does not add to the stream as it is, wanted is D_e h with the inner
-    states h of the original expert, on the original model's input of the token.
+    to what is left. When all have been, each is fitted again: wanted is what its ternary form gives, and what
+    is lacking now, while damping still draws it to its own weights. Where the mixture does not add to the
+    stream as it is, wanted is D_e h with the inner states h of the original expert, on the original model's
+    input of the token.
     """
 
     def __init__(
@@ -109,10 +112,10 @@ class Beside:
         return [Writer(**writer) for writer in ranks.share([asdict(writer) for writer in found])]
 
     def turns(self, groups: list[list[str]]) -> list[list[list[str]]]:
-        """Divide a batch of matrices into those that are fitted one after the other."""
+        """Divide a batch of matrices into those that are fitted one after the other, some more than once."""
         if any(group[0] not in self._places or not self._adds(group[0]) for group in groups):
             return [groups]
-        return [groups[first::TURNS] for first in range(min(TURNS, len(groups)))]
+        return [groups[first::TURNS] for first in range(min(TURNS, len(groups)))] * SWEEPS
 
     def collect(
         self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = lambda: None
@@ -134,14 +137,23 @@ class Beside:
         self._pass(layer, sums, first, step)
         return list(sums.values())
 
+    @torch.no_grad()
     def collect_lost(
         self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = lambda: None
     ) -> list[Sums]:
-        """Sum `Statistics.lost` alone for a later turn."""
+        """Sum lost products alone for a later turn; the arguments are those of `collect`."""
         names = [group[0] for group in groups]
         sums = {name: self._sums(layer, name, True, gram=False) for name in names}
         self._pass(layer, sums, names, step)
         return list(sums.values())
+
+    def aim_again(self, layer: WorkingLayer, name: str, known: Statistics, lost: torch.Tensor) -> Statistics:
+        """What is known of a matrix in a later turn, with what the stream lacks now.
+
+        That is lost beyond the outputs of the weights as they are now.
+        """
+        now, own = (linears[name].weight.double() for linears in (layer.linears, self.layer.linears))
+        return replace(known, lost=lost + (now - own) @ known.seen)
 
     @torch.no_grad()
     def advance(self) -> None:

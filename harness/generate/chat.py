@@ -14,14 +14,13 @@ from transformers.cache_utils import DynamicLayer
 from harness.errors import UserError
 from harness.generate.decode import Generated, Settings, context_length, decode
 from harness.models.original import Original, summary
+from harness.models.tokenizer import PROBE, chat_writer
 from harness.signals import noted
 from harness.text import require_unicode
 
 Message = dict[str, str]
 
 EXIT = "/exit"
-# An answer by which the template's end of a turn is found.
-PROBE = "probe-of-the-template"
 
 
 def apply_template(original: Original, messages: list[Message]) -> list[int]:
@@ -36,7 +35,7 @@ def apply_template(original: Original, messages: list[Message]) -> list[int]:
     if not tokenizer.chat_template:
         raise UserError(f"{original.name} has no chat template; drop --chat")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = chat_writer(tokenizer)(messages, add_generation_prompt=True)
     except Exception as error:  # a template is a program: it can raise anything
         raise UserError(
             f"the chat template of {original.name} failed; fix it, or drop --chat: {summary(error)}"
@@ -58,7 +57,7 @@ def end_tokens(original: Original) -> set[int]:
         return ends
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = chat_writer(tokenizer)(turns)
     except Exception:  # a template for single questions, or a broken one, which `apply_template` reports
         return ends
     _, found, after = text.rpartition(PROBE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class DecoderLayers:
     layers : nn.ModuleList
         The layers, in order.
     linears : list of dict
-        For every layer, the nn.Linear modules to ternarize, by their name in the layer.
+        For every layer, the nn.Linear modules to ternarize, by their name in the layer. What several layers
+        share is not among them: it would have to be fitted to the inputs of all of them.
     read : callable, optional
         Reads tensors from disk by their names in the whole model. If given, `layers` and `linears` are on
         torch's meta device: they have shapes but no weights.
@@ -103,12 +105,17 @@ class DecoderLayers:
         }
 
     def not_understood(self) -> dict[str, nn.Parameter]:
-        """Parameters that stay as they are because they are not understood, by name in the whole model."""
-        return {
-            self.full_name(i, name): parameter
-            for i, layer in enumerate(self.layers)
-            for name, parameter in not_understood(layer).items()
-        }
+        """Parameters that stay as they are because they are not understood, by name in the whole model.
+
+        Matrices that several layers share are among them.
+        """
+        found: dict[str, nn.Parameter] = {}
+        for i, layer in enumerate(self.layers):
+            shared = ternarized(layer).keys() - self.linears[i].keys()
+            parts = {f"{name}.weight": layer.get_parameter(f"{name}.weight") for name in sorted(shared)}
+            parts |= not_understood(layer)
+            found |= {self.full_name(i, name): parameter for name, parameter in parts.items()}
+        return found
 
 
 def as_text(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -159,6 +166,10 @@ def locate_layers(model: nn.Module, read: Reader | None = None) -> DecoderLayers
     prefix = _list_with_text(model, candidates)
     layers = candidates[prefix]
     linears = [ternarized(layer) for layer in layers]
+    uses = Counter(id(linear.weight) for own in linears for linear in own.values())
+    linears = [
+        {name: linear for name, linear in own.items() if uses[id(linear.weight)] == 1} for own in linears
+    ]
     return DecoderLayers(prefix, layers, linears, read)
 
 
@@ -248,7 +259,7 @@ def find_decoder_layers(model: nn.Module, read: Reader | None = None, strict: bo
     found = locate_layers(model, read)
     if strict and (unknown := found.not_understood()):
         raise UserError(
-            f"{type(model).__name__} has matrices that are not understood: "
+            f"{type(model).__name__} has matrices that are not understood, or shared by layers: "
             f"{describe_parameters(model, unknown)}; without --strict they stay as they are"
         )
     if not found.named_linears():

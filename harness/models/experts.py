@@ -7,12 +7,16 @@ tokens with, ``3.down_proj`` what it writes with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 DOWN = "down_proj"
+
+# Multiplies the inputs of some matrices, each by its own.
+Multiply = Callable[[list[nn.Module], list[torch.Tensor]], list[torch.Tensor]]
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -32,6 +36,11 @@ class Expert(nn.Module):
     """One expert: the matrix that reads tokens, and ``down_proj``. `Experts` computes what is in between."""
 
 
+def one_by_one(matrices: list[nn.Module], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Multiply by one matrix after the other."""
+    return [matrix(x) for matrix, x in zip(matrices, inputs, strict=True)]
+
+
 class Experts(nn.Module):
     """Experts of a layer, each with matrices of its own.
 
@@ -39,6 +48,8 @@ class Experts(nn.Module):
     ----------
     fused : nn.Module
         The module of transformers, for which `is_fused` holds. Its weights are shared, not copied.
+    multiply : callable
+        Multiplies by the matrices of one kind of several experts.
 
     Attributes
     ----------
@@ -55,9 +66,10 @@ class Experts(nn.Module):
     act_fn: Any
     post_expert_norm: Any
 
-    def __init__(self, fused: Any) -> None:
+    def __init__(self, fused: Any, multiply: Multiply = one_by_one) -> None:
         super().__init__()
         self.kind: Any = type(fused)
+        self.multiply = multiply
         self.every = False
         _take_over(fused, self)
         transposed = bool(getattr(fused, "is_transposed", False))
@@ -79,7 +91,7 @@ class Experts(nn.Module):
         pairs = self.routed(top_k_index)
         used = [number for number, own in enumerate(pairs) if len(own) or self.every]
         inner = self.inner(hidden_states, top_k_index.shape[-1], {number: pairs[number] for number in used})
-        outputs = [self.matrix(number, DOWN)(x) for number, x in inner.items()]
+        outputs = [*self.products(DOWN, inner).values()]
         outer = hidden_states.new_zeros(top_k_index.numel(), hidden_states.shape[-1])
         if outputs:
             outer[torch.cat([pairs[number] for number in used])] = torch.cat(outputs).to(outer.dtype)
@@ -109,13 +121,19 @@ class Experts(nn.Module):
             The tokens of these experts, as `routed` gives them.
         """
         # All experts read before the first writes: matrices of a kind share a pass in calibration.
-        read = {n: self.matrix(n, up_name(self))(hidden_states[own // k]) for n, own in pairs.items()}
+        rows = {number: hidden_states[own // k] for number, own in pairs.items()}
+        read = self.products(up_name(self), rows)
         between = self.kind._apply_gate if self.has_gate else lambda self, x: self.act_fn(x)
         return {number: between(self, x) for number, x in read.items()}
 
+    def products(self, part: str, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Multiply rows by the matrices of one kind of some experts, by their numbers."""
+        matrices: list[nn.Module] = [self.matrix(number, part) for number in rows]
+        return dict(zip(rows, self.multiply(matrices, [*rows.values()]), strict=True))
+
     def matrix(self, number: int, part: str) -> nn.Linear:
         """A matrix of an expert."""
-        return cast(nn.Linear, self.get_submodule(f"{number}.{part}"))
+        return cast(nn.Linear, getattr(getattr(self, str(number)), part))
 
     def fuse(self) -> nn.Module:
         """Make the module of transformers again, with copies of the weights."""
@@ -159,7 +177,7 @@ def family(layer: nn.Module, name: str) -> str | None:
 
 def _take_over(source: nn.Module, target: nn.Module) -> None:
     """Give a module the settings and the other modules of another one, but for the experts' matrices."""
-    own = vars(nn.Module()).keys() | {"kind", "every"}
+    own = vars(nn.Module()).keys() | {"kind", "every", "multiply"}
     for name, value in vars(source).items():
         if name not in own:
             setattr(target, name, value)

@@ -49,12 +49,13 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
 
 # What a processor (of images, video, sound) reads beside the files of the tokenizer.
+PROCESSOR_TEMPLATE = "chat_template.json"  # where its template was before TEMPLATES
 PROCESSOR = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
     "audio_tokenizer_config.json",
-    "chat_template.json",  # where templates were before TEMPLATES
+    PROCESSOR_TEMPLATE,
 )
 
 

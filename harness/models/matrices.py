@@ -3,7 +3,8 @@
 Ternarized are nn.Linear, and transformers' Conv1D and fused experts, which `harness.models.linearize` turns
 into nn.Linear. Left as they are: embeddings, convolutions, vectors, what `KEPT` names, and matrices with
 fewer than `SMALL` rows or columns; together they are few weights, and a model is sensitive to them. All other
-parameters are not understood: they stay as they are too, and a run says so.
+parameters are not understood: they stay as they are too, as do matrices that several layers share, and a run
+says so.
 """
 
 from __future__ import annotations

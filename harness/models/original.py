@@ -80,7 +80,7 @@ def require_fits(model: Any, tokens: torch.Tensor, seqlen: int) -> None:
     """Refuse windows longer than the model's context, and tokens outside its vocabulary."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions and seqlen > positions:
+    if positions and 0 < positions < seqlen:  # XLNet has -1: any number
         raise UserError(
             f"windows of {seqlen} tokens are longer than the {positions} positions of the model; "
             "use shorter windows"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
 from harness.files import read_json
-from harness.models.folder import PROCESSOR, require_no_pointer
+from harness.models.folder import PROCESSOR, PROCESSOR_TEMPLATE, require_no_pointer
 from harness.models.original import quiet_transformers, summary
 
 # Files that hold a vocabulary, as far as tokenizers have names in common.
@@ -15,6 +18,8 @@ VOCABULARIES = ("tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.js
 CONFIG = "tokenizer_config.json"
 # Classes of tokenizers whose rules are all in tokenizer.json, by their names now and before transformers 5.
 PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# A text that is looked for in what a chat template writes.
+PROBE = "probe-of-the-template"
 SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "*merges*")
 
 
@@ -48,17 +53,55 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     # Of files that are not there, transformers makes a tokenizer of special tokens for some models.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _lacking(source)
+    template = _found(source, PROCESSOR_TEMPLATE)
+    if template is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = read_json(template).get("chat_template")
     return tokenizer
+
+
+def chat_writer(tokenizer: Any) -> Callable[..., str]:
+    """Return what writes messages by the chat template of a tokenizer.
+
+    Templates of models of images and text want the content of a message as a list of parts. Of a text, many
+    write nothing, without a word; so it is tried here on a message of its own. The function that is returned
+    may raise anything, as a template is a program.
+    """
+
+    def written(messages: list[dict[str, Any]], parted: bool, **options: Any) -> str:
+        if parted:
+            messages = [{**m, "content": _parts(m["content"])} for m in messages]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def writes(parted: bool) -> bool:
+        with suppress(Exception):
+            return PROBE in written([{"role": "user", "content": PROBE}], parted)
+        return False
+
+    return partial(written, parted=not writes(parted=False) and writes(parted=True))
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def read_processor(source: str | Path) -> dict[str, bytes]:
     """Read the files of a model folder or id that its processor needs beside those of the tokenizer."""
-    find = quiet_transformers().utils.hub.cached_file
-    found = {name: find(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR}
-    files = {name: Path(file) for name, file in found.items() if file is not None}
-    for file in files.values():
-        require_no_pointer(file)
-    return {name: file.read_bytes() for name, file in files.items()}
+    files = {name: _found(source, name) for name in PROCESSOR}
+    return {name: file.read_bytes() for name, file in files.items() if file is not None}
+
+
+def _found(source: str | Path, name: str) -> Path | None:
+    """Find a file of a model folder or id; None if it has none, or none that was downloaded before."""
+    found = quiet_transformers().utils.hub.cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is None:
+        return None
+    require_no_pointer(Path(found))
+    return Path(found)
 
 
 def _lacking(source: str | Path) -> UserError:

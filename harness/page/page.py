@@ -18,8 +18,7 @@ from harness.page.kinds import short_names
 
 # What a page may have at most; the table of layers is left out before it gets larger.
 MOST_BYTES = 1_000_000
-# Cells of the table of layers, each of some 150 bytes.
-MOST_CELLS = 4000
+# Matrices in the list of the worst.
 WORST = 20
 
 
@@ -55,25 +54,26 @@ def page(record: dict[str, Any]) -> str:
         plots, missing = figures.plots(record), False
     except ImportError:
         plots, missing = {}, True
+    content = {
+        "record": record,
+        "plots": plots,
+        "matplotlib_missing": missing,
+        "title": f"{record['model']}, {'ternary' if is_ternary(record) else 'quantized'}",
+        "tiles": tiles(record),
+        "notes": notes(record),
+        "done": done(record),
+        "quality": quality(record),
+        "sizes": sizes(record),
+        "worst": tally.worst(record, WORST),
+        "matrices": len(tally.matrices(record)),
+        "seconds": tally.stage_seconds(record),
+        "total": sum(record["seconds"].values()),
+        "reordered": any(before != after for before, after in tally.variances(record).values()),
+        "shift_stored": record["config"].get("shift") != "none",
+    }
     template = _environment().get_template("template.html")
-    return template.render(
-        record=record,
-        plots=plots,
-        matplotlib_missing=missing,
-        title=f"{record['model']}, {'ternary' if is_ternary(record) else 'quantized'}",
-        tiles=tiles(record),
-        notes=notes(record),
-        done=done(record),
-        quality=quality(record),
-        sizes=sizes(record),
-        table=layer_table(record),
-        worst=tally.worst(record, WORST),
-        matrices=len(tally.matrices(record)),
-        seconds=tally.stage_seconds(record),
-        total=sum(record["seconds"].values()),
-        reordered=any(before != after for before, after in tally.variances(record).values()),
-        shift_stored=record["config"].get("shift") != "none",
-    )
+    html = template.render(content, table=layer_table(record))
+    return html if len(html.encode()) <= MOST_BYTES else template.render(content, table=({}, []))
 
 
 def write_page(record: dict[str, Any], file: Path) -> None:
@@ -225,12 +225,9 @@ def layer_table(record: dict[str, Any]) -> tuple[dict[str, str], list[tuple[int,
     kinds : dict of str to str
         Kinds of matrices and their short names, the columns.
     rows : list
-        Layer, its error, and a cell for every kind, or None if the layer has none. Empty if the table would
-        be too large for the page.
+        Layer, its error, and a cell for every kind, or None if the layer has none.
     """
     cells, kinds = tally.cells(record), tally.kinds(record)
-    if len(kinds) * len(record["layers"]) > MOST_CELLS:
-        return {}, []
     largest = max((cell.error for cell in cells.values() if math.isfinite(cell.error)), default=0.0)
     rows = [
         (

@@ -11,7 +11,7 @@ from harness.backends import Backend
 from harness.calibration.gram import GramSum
 from harness.calibration.methods import ternarizer
 from harness.calibration.passage import Passage, brought
-from harness.calibration.targets import KEPT_BYTES, TURNS
+from harness.calibration.targets import KEPT_BYTES, SWEEPS, TURNS
 from harness.compute import Compute, seconds_of
 from harness.machine import duration
 from harness.models.decoder import DecoderLayers, describe_parameters
@@ -144,7 +144,7 @@ def make_plan(
         # One pass of the original layer; passes of the other end as soon as the inputs are there.
         passes, gram = 4 if options.true_sequential else 3, 2 * gram
         if options.true_sequential and any(family(decoder.layers[-1], name) for name in decoder.linears[-1]):
-            passes += TURNS - 1
+            passes += SWEEPS * TURNS - 1
     if device:
         fitting = _time_block(backend, compute, config) * sum(-(-m // config.block_size) for _, m in shapes)
         fitting += _time_refinement(compute, config, shapes)
@@ -188,7 +188,8 @@ def _left(model: nn.Module, decoder: DecoderLayers) -> str:
         return ""
     weights = sum(parameter.numel() for parameter in unknown.values())
     return (
-        f"{weights / 1e6:.2f} M weights that are not understood (--strict refuses them): "
+        f"{weights / 1e6:.2f} M weights that are not understood, or shared by layers (--strict refuses "
+        f"them): "
         f"{describe_parameters(model, unknown)}"
     )
 

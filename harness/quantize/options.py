@@ -22,6 +22,7 @@ from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, SHIFTS, STARTS
 
 PT2_LLM = "pt2-llm"
 NO_EVALUATION = "none"
+BACKENDS = ("auto", "cpu", "gpu", "reference")
 AS_IT_IS, INT8 = "as-it-is", "int8"
 
 # Programs that a checkpoint can be meant for.
@@ -98,7 +99,7 @@ class Options:
     )
     backend: str = option(
         "auto",
-        choices=("auto", "cpu", "gpu", "reference"),
+        choices=BACKENDS,
         help="auto uses the GPU if there is a CUDA device with CuPy and numba-cuda, else the CPU, and prints "
         "its choice; reference is slow, and what both are held to",
     )

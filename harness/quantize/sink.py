@@ -6,7 +6,7 @@ A run treats both alike; this module holds all differences between PT²-LLM and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -207,7 +207,9 @@ class CheckpointSink(Sink):
 
     def add(self, layer: FittedLayer, index: int) -> None:
         results = {matrix.name: matrix.result for matrix in layer.matrices}
-        self._writer.add(self._ready.passage.decoder.other_tensors(index), results)
+        tied = _tied(self._ready)
+        others = self._ready.passage.decoder.other_tensors(index)
+        self._writer.add({name: tensor for name, tensor in others.items() if name not in tied}, results)
 
     def note(self, record: Record) -> None:
         self._writer.note(record.to_json())
@@ -350,10 +352,16 @@ def _shared_inputs(record: Record) -> list[list[str]] | None:
     return [group for row in record.layers for group in row["shared_inputs"]]
 
 
+def _tied(ready: Ready) -> Collection[str]:
+    """Names of the tensors that are tied to another, which alone is stored."""
+    tied: dict[str, str] = getattr(ready.original.model, "all_tied_weights_keys", {})
+    return tied.keys()
+
+
 def _outside_layers(ready: Ready) -> dict[str, torch.Tensor]:
     """Return the tensors outside the decoder layers, except those tied to another."""
     model, prefix = ready.original.model, ready.passage.decoder.prefix
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = _tied(ready)
     tensors = {
         name: value
         for name, value in model.state_dict().items()

@@ -2,7 +2,7 @@
 
 import torch
 
-from harness.benchmark.generation import fill
+from harness.comparison.speed import fill
 from harness.ternary.linear import TernaryLinear
 
 # Of the largest output: products and sums of the dense weights, rounded to this type, against exact ones.

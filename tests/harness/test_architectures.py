@@ -11,8 +11,17 @@ import transformers
 
 from harness.architectures import configs
 from harness.architectures.__main__ import main
-from harness.architectures.check import DONE, FAILED, MODEL_TYPES, NOT_BUILT, REFUSED, Outcome, check
-from harness.cli import EXIT_MISS
+from harness.architectures.check import (
+    DONE,
+    FAILED,
+    MODEL_TYPES,
+    NOT_BUILT,
+    REFUSED,
+    VISION,
+    Outcome,
+    check,
+)
+from harness.cli import EXIT_MISS, EXIT_USAGE
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "architectures.json"
 REPRESENTATIVE = (
@@ -28,6 +37,20 @@ def test_an_architecture_is_ternarized_and_read_back(model_type: str) -> None:
     assert outcome.left == ""
     assert outcome.ternarized
     assert outcome.ternarized > 0.9
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "qwen3_omni_moe_thinker"])
+def test_a_model_of_images_and_text_is_ternarized_and_read_back(model_type: str) -> None:
+    """The second one initializes its fused experts by their names."""
+    outcome = check(model_type, VISION)
+    assert outcome.outcome == DONE, outcome.reason
+
+
+def test_a_type_is_of_the_table_that_is_walked(
+    run_main: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(main, "--only", "idefics3") == EXIT_USAGE
+    assert "idefics3 is not in the table of AutoModelForCausalLM" in capsys.readouterr().err
 
 
 def test_an_encoder_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

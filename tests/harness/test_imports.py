@@ -23,9 +23,10 @@ STOREYS = [
     {"perplexity"},
     {"divergence", "hf", "vllm", "zeroshot"},
     {"evaluate", "generate", "inspect", "quantize", "export", "report", "verify"},
-    {"architectures", "benchmark", "compare", "hardware", "serve"},
+    {"comparison"},
+    {"architectures", "benchmark", "compare", "hardware", "reproduce", "serve"},
 ]
-PROGRAMS = {*STOREYS[-1], *STOREYS[-2]}
+PROGRAMS = {*STOREYS[-1], *STOREYS[-3]}
 
 
 def module_name(file: Path) -> str:

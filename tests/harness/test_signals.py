@@ -40,7 +40,7 @@ def programs() -> list[str]:
 
 def test_all_programs_are_known() -> None:
     assert {"harness.quantize", "harness.evaluate", "harness.hardware"} < set(programs())
-    assert len(programs()) == 11
+    assert len(programs()) == 13
 
 
 @BOTH

@@ -18,7 +18,10 @@ from harness import evaluate
 from harness.calibration import capture
 from harness.cli import EXIT_USAGE
 from harness.errors import UserError
+from harness.generate.chat import apply_template
 from harness.models.folder import REPORT
+from harness.models.original import Original
+from harness.models.tokenizer import load_tokenizer
 from harness.quantize import prepare
 from harness.quantize.__main__ import main as quantize_main
 from harness.text import Chat, Mixture, Text
@@ -85,6 +88,33 @@ def test_conversations_are_written_by_the_chat_template() -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"chat: the template failed: .*roles must alternate"):
         tokenize(chat, tokenizer)
+
+
+@pytest.mark.parametrize("takes_text", [False, True])
+def test_templates_of_images_and_text_get_the_content_of_messages_in_parts(takes_text: bool) -> None:
+    """As LLaVA's, which writes nothing of a text, and as Qwen2-VL's, which takes both."""
+    tokenizer = tiny.make_tokenizer()
+    text = "{% if m.content is string %}{{ m.content }}{% endif %}" if takes_text else ""
+    tokenizer.chat_template = (
+        "{% for m in messages %} {{ m.role }} "
+        "{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}"
+        f"{text}{{% endfor %}}"
+    )
+    chat = Chat((TURNS,), "chat")
+    assert tokenize(chat, tokenizer).all().tolist() == [7, 8, 9, 10, 11]
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]
+    expected = tokenizer.apply_chat_template(parts, tokenize=False)
+    original = Original(None, tokenizer, "the model")
+    assert apply_template(original, TURNS) == tokenizer(expected)["input_ids"]
+
+
+def test_the_template_of_a_processor_is_read_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    """As in models of images and text from before transformers wrote chat_template.jinja."""
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    assert load_tokenizer(tmp_path).chat_template == TEMPLATE
+    (tmp_path / "chat_template.jinja").write_text("w3")
+    assert load_tokenizer(tmp_path).chat_template == "w3"
 
 
 def test_a_mixture_gives_each_text_its_share_of_the_windows() -> None:

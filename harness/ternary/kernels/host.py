@@ -152,17 +152,72 @@ def multiply_on_host(x: torch.Tensor, packed: HostTensors) -> torch.Tensor:
     return y
 
 
-def _multiply_some(x: torch.Tensor, packed: HostTensors) -> torch.Tensor:
-    """Multiply tokens whose sums fit in a cache; (tokens, n) float32."""
-    tokens, rows = len(x), packed.ends[-1]
-    x = x.float()
+def multiply_each(products: list[tuple[torch.Tensor, HostTensors]]) -> list[torch.Tensor]:
+    """Compute several products as `multiply_on_host` does; threads share the small ones as wholes.
+
+    Parameters
+    ----------
+    products : list of ((tokens, m) tensor, HostTensors)
+        The factors of each, with the same number of columns.
+
+    Returns
+    -------
+    list of (tokens, n) tensor
+    """
+    small = [0 < _work(x, packed) < 2 * SHARED_WORK and len(x) <= TOKENS for x, packed in products]
+    jobs = [_job(*factors) if alone else None for factors, alone in zip(products, small, strict=True)]
+    shared = [job for job in jobs if job is not None]
+
+    def whole(begin: int, end: int) -> None:
+        for job in shared[begin:end]:
+            multiply(job.bundles, job.weights, job.products, 0, job.products.shape[1])
+
+    work = sum(_work(*factors) for factors, alone in zip(products, small, strict=True) if alone)
+    share(whole, len(shared), _threads(work))
+    return [
+        multiply_on_host(x, packed) if job is None else _product(job, len(x)).to(x.dtype)
+        for (x, packed), job in zip(products, jobs, strict=True)
+    ]
+
+
+class _Job(NamedTuple):
+    """A product as the kernel takes it: bundles of tokens, weights, and a place for the products."""
+
+    bundles: Any
+    weights: Weights
+    products: Any
+
+
+def _work(x: torch.Tensor, packed: HostTensors) -> int:
+    """Weights times tokens."""
+    return len(x) * packed.ends[-1] * packed.columns
+
+
+def _threads(work: int) -> int:
+    return min(torch.get_num_threads(), max(1, work // SHARED_WORK))
+
+
+def _job(x: torch.Tensor, packed: HostTensors) -> _Job:
+    tokens, x = len(x), x.detach().float()
     if len(packed.permutation):
         x = x[:, packed.permutation]
     if tokens > 1:
         x = pad(x, (0, 0, 0, -tokens % LANES)).view(-1, LANES, packed.columns).transpose(1, 2)
     bundles = x.contiguous().numpy()
-    products = np.empty((len(bundles), rows, *bundles.shape[2:]), np.float32)
-    weights = _weights_of(packed)
+    products = np.empty((len(bundles), packed.ends[-1], *bundles.shape[2:]), np.float32)
+    return _Job(bundles, _weights_of(packed), products)
+
+
+def _product(job: _Job, tokens: int) -> torch.Tensor:
+    y = torch.from_numpy(job.products)
+    # Of a single bundle the reshape is a view, with strides that nobody expects of a product.
+    return y.transpose(1, 2).reshape(-1, y.shape[1])[:tokens].contiguous() if tokens > 1 else y
+
+
+def _multiply_some(x: torch.Tensor, packed: HostTensors) -> torch.Tensor:
+    """Multiply tokens whose sums fit in a cache; (tokens, n) float32."""
+    rows, job = packed.ends[-1], _job(x, packed)
+    bundles, weights, products = job
 
     def rows_of_all(begin: int, end: int) -> None:
         multiply(bundles, weights, products, begin, end)
@@ -170,14 +225,12 @@ def _multiply_some(x: torch.Tensor, packed: HostTensors) -> torch.Tensor:
     def all_rows_of(begin: int, end: int) -> None:
         multiply(bundles[begin:end], weights, products[begin:end], 0, rows)
 
-    threads = min(torch.get_num_threads(), max(1, tokens * rows * packed.columns // SHARED_WORK))
+    threads = _threads(_work(x, packed))
     if len(bundles) < 2 * threads:
         share(rows_of_all, rows, threads)
     else:  # which makes the tables of a bundle once
         share(all_rows_of, len(bundles), threads)
-    y = torch.from_numpy(products)
-    # Of a single bundle the reshape is a view, with strides that nobody expects of a product.
-    return y.transpose(1, 2).reshape(-1, rows)[:tokens].contiguous() if tokens > 1 else y
+    return _product(job, len(x))
 
 
 # The arrays of a layout by its words: to make them takes longer than the product of a small matrix.

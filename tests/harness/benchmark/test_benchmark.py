@@ -17,13 +17,15 @@ import torch
 
 from harness.benchmark import busy, figures, generation
 from harness.benchmark.__main__ import main as benchmark_main
-from harness.benchmark.generation import Lengths, fill, generation_speed, random_network
-from harness.benchmark.methods import METHODS, Method
+from harness.benchmark.generation import generation_speed, random_network
 from harness.benchmark.products import gemlite_product
 from harness.benchmark.quantization import Scale, column_gptq, random_model
 from harness.benchmark.shapes import SHAPES, Shape
 from harness.calibration.methods import FitError
 from harness.cli import EXIT_USAGE
+from harness.comparison import speed
+from harness.comparison.methods import METHODS, Method
+from harness.comparison.speed import Lengths, fill
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.files import write_json
@@ -126,7 +128,7 @@ def test_methods_are_compared_and_one_that_diverges_is_a_result(
             raise FitError("layer 0: beyond what float16 holds")
         return quantize(options, **rest)
 
-    monkeypatch.setattr("harness.benchmark.methods.quantize", fail)
+    monkeypatch.setattr("harness.comparison.measure.quantize", fail)
     text = ("--calibration", words_file, "--eval", words_file, "--nsamples", "8", "--seqlen", "24")
     size = ("--eval-seqlen", "24", "--eval-windows", "2", "--model", llama)
     saved: list[set[str]] = []
@@ -157,7 +159,7 @@ def test_methods_are_not_compared_without_a_text(
     llama: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "harness.benchmark.methods.quantize", lambda *arguments, **options: pytest.fail("quantized")
+        "harness.comparison.measure.quantize", lambda *arguments, **options: pytest.fail("quantized")
     )
     assert run_main(benchmark_main, "methods", "--model", llama, "--eval", "none") == EXIT_USAGE
     assert "compared by perplexity, which needs a text; pass one with --eval" in capsys.readouterr().err
@@ -244,7 +246,7 @@ def test_writing_is_timed_by_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> 
         buffers=lambda: [],
     )
     monkeypatch.setattr(generation, "random_network", lambda *arguments: model)
-    monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     # Dense runs start after 7, 1, 4, 90 and 7 seconds, ternary ones after 4, 90, 7, 1 and 4.
     result = generation_speed("tiny", Compute(), lengths=Lengths(prefill=18, decode=8))
     assert (result["dense"]["prefill"], result["ternary"]["prefill"]) == (2.0, 3.0)

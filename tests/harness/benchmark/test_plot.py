@@ -21,9 +21,10 @@ from matplotlib.text import Text
 
 from harness.benchmark import figures
 from harness.benchmark.__main__ import main as benchmark_main
-from harness.benchmark.methods import METHODS
 from harness.benchmark.shapes import SHAPES
 from harness.cli import EXIT_USAGE
+from harness.comparison.methods import METHODS
+from harness.comparison.plots import style
 
 Run = Callable[..., int]
 
@@ -189,7 +190,7 @@ def test_labels_of_methods_do_not_touch_even_where_points_do(perplexity: float) 
         method.words: {"bits_per_weight": 1.9 + 0.01 * i, "perplexity": perplexity + 0.001 * i}
         for i, method in enumerate(METHODS.values())
     }
-    with figures.style():
+    with style():
         figure = figures.figure_of(methods(**results))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -204,12 +205,11 @@ def test_labels_of_methods_do_not_touch_even_where_points_do(perplexity: float) 
     assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
 
 
-@pytest.mark.parametrize("name", ["methods", "recipe"])
-def test_the_pictures_of_the_readme_show_the_figures_beside_them(name: str) -> None:
+def test_the_picture_of_the_readme_shows_the_figures_beside_it() -> None:
     """Its text is drawn as shapes, each after a comment with a line of it."""
     folder = Path(figures.__file__).parents[2] / "benchmarks"
-    written = " ".join(comments(folder / f"{name}.svg"))
-    for method, result in json.loads((folder / f"{name}.json").read_text())["results"].items():
+    written = " ".join(comments(folder / "recipe.svg"))
+    for method, result in json.loads((folder / "recipe.json").read_text())["results"].items():
         if method != "protocol":
             digits = 0 if result["perplexity"] > 100 else 1
             assert f"{method}: {result['perplexity']:,.{digits}f}" in written
@@ -246,7 +246,7 @@ def test_the_file_is_the_same_at_every_run_and_with_every_setting(
 
 def test_a_dollar_in_a_name_is_no_formula() -> None:
     record = methods(**{r"$\nosuch$": {"bits_per_weight": 2.0, "perplexity": 200.0}})
-    with figures.style():
+    with style():
         figures.figure_of(record).savefig(io.BytesIO(), format="svg")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import harness
 from harness.calibration.capture import capture_inputs
 from harness.errors import UserError
-from harness.models.decoder import DecoderLayers, locate_layers
+from harness.models.decoder import DecoderLayers, find_decoder_layers, locate_layers
 from harness.models.loading import load_original
 from harness.ternary.reading import tensors_of
 from reference.types import TernaryConfig
@@ -75,6 +75,20 @@ def test_a_multimodal_model_is_read_layer_by_layer(tmp_path: Path, monkeypatch: 
     assert len(decoder.layers) == 2
     on_disk = {name for name, parameter in original.model.named_parameters() if parameter.is_meta}
     assert on_disk == {f"git.encoder.layer.{name}" for name, _ in decoder.layers.named_parameters()}
+
+
+def test_matrices_that_layers_share_stay_as_they_are() -> None:
+    """As the blocks of Zamba2, which serve at several depths."""
+    model = tiny.make_model("llama")
+    layers = model.model.layers
+    layers[2].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    decoder = find_decoder_layers(model)
+    shared = {f"model.layers.{index}.mlp.down_proj" for index in (0, 2)}
+    assert not shared & decoder.named_linears().keys()
+    assert len(decoder.named_linears()) == 3 * 7 - 2
+    assert decoder.not_understood().keys() == {f"{name}.weight" for name in shared}
+    with pytest.raises(UserError, match=r"or shared by layers: model\.layers\.0\.mlp\.down_proj\.weight"):
+        find_decoder_layers(model, strict=True)
 
 
 class TwoLists(nn.Module):

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from harness.cpu import threads
+from harness.models.experts import one_by_one
 from harness.ternary.kernels import host
 from harness.ternary.kernels.host import HostTensors, lay_out
 from harness.ternary.kernels.launches import share_on_host, use_kernels
 from harness.ternary.kernels.operation import ternary_linear
+from harness.ternary.kernels.together import together
 from harness.ternary.linear import TernaryLinear
 from tests.gpu.packed_layers import TOLERANCE, layer_of, off
 
@@ -299,3 +301,40 @@ def test_several_threads_may_run_one_model():
     for worker in workers:
         worker.join()
     assert all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("shared_work", [1, 20000, 2**21], ids=["apart", "some together", "all together"])
+def test_products_of_several_matrices_have_the_bits_of_each(shared_work, monkeypatch):
+    """With threads for each product, for some of them, and for all as wholes; one has no tokens."""
+    layers = [layer_of(70, 130, 64, CPU, permuted=i == 2) for i in range(5)]
+    for layer in layers:
+        share_on_host([layer])
+    layers[3].bias = torch.nn.Parameter(torch.randn(70), requires_grad=False)
+    inputs = [torch.randn(tokens, 130).to(torch.bfloat16) for tokens in (1, 3, 0, 1, 200)]
+    expected = one_by_one(layers, inputs)
+    monkeypatch.setattr(host, "SHARED_WORK", shared_work)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(TernaryLinear, "forward", None)  # no layer is called by itself
+            products = together(layers, inputs)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(product, own) for product, own in zip(products, expected, strict=True))
+    assert all(product.dtype == torch.bfloat16 for product in products)
+
+
+def test_layers_that_are_watched_are_called():
+    layers = [layer_of(20, 60, 64, CPU) for _ in range(2)]
+    for layer in layers:
+        share_on_host([layer])
+    seen = []
+    layers[1].register_forward_hook(lambda *arguments: seen.append(arguments[0]))
+    together(layers, [torch.randn(1, 60)] * 2)
+    assert seen == [layers[1]]
+    x = torch.randn(2, 60, requires_grad=True)
+    sum(product.sum() for product in together(layers, [x, x])).backward()
+    assert x.grad.abs().min() > 0
+    layers[0].keep_dense(True)
+    assert together(layers, [x, x])[0].shape == (2, 20)
