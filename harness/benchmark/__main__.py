@@ -28,6 +28,8 @@ from harness.cli import HelpFormatter, add_verbose, model_name, path, positive, 
 from harness.comparison.methods import METHODS
 from harness.comparison.speed import Lengths
 from harness.compute import compute_for, default_compute
+from harness.distributed.launch import joined
+from harness.distributed.ranks import Ranks
 from harness.errors import UserError
 from harness.files import json_text, read_json, write_json
 from harness.machine import provenance
@@ -40,7 +42,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
 
   run      time every stage of a quantization, and two plain forward passes of the same tokens
   busy     compare the CPU time of a quantization with that beside busy processes
-  methods  compare the paper's ablations and 2-bit baselines on the same text
+  methods  compare the paper's ablations and 2-bit baselines on the same text; processes of torchrun share it
   mixture  compare mixtures of experts, made of slices of a dense model's MLPs, with that model
   evaluate time perplexity and divergence beside bare forward passes
   fits     time fits of single matrices, by recipe, beside the reference
@@ -214,16 +216,23 @@ def _add_comparison(
 
 def main() -> int:
     """Run the command line."""
-    arguments = parser().parse_args()
+    with joined() as ranks:
+        return _measure(parser().parse_args(), ranks)
+
+
+def _measure(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    if ranks.size > 1 and arguments.kind != "methods":
+        raise UserError(f"{arguments.kind} is measured in one process; start it without torchrun")
     if arguments.kind == "plot":
         print(figures.draw(arguments.file, arguments.svg))
         return 0
-    if arguments.file is not None:
+    writes = arguments.file is not None and ranks.first
+    if writes:
         _require_writable(arguments.file)
     described = provenance("harness.benchmark")
 
     def save(results: dict[str, Any]) -> None:
-        if arguments.file is not None:
+        if writes:
             write_json(arguments.file, {**described, "results": results})
 
     if arguments.kind == "run":
@@ -278,7 +287,7 @@ def main() -> int:
             )
     save(results)
     say_on_stdout(json_text(results))
-    if arguments.kind in ("methods", "matmul", "generate") and arguments.file is not None:
+    if arguments.kind in ("methods", "matmul", "generate") and writes:
         figures.draw_beside(arguments.file)
     return 0
 

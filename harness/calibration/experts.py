@@ -16,12 +16,9 @@ weights, to which one without tokens is fitted.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from harness.calibration.passage import WorkingLayer
-from harness.calibration.sums import Statistics
 from harness.models.experts import Experts, family
 
 
@@ -84,35 +81,3 @@ def batches(layer: WorkingLayer, groups: list[list[str]]) -> list[list[list[str]
     for group in groups:
         found.setdefault(family(layer.module, group[0]) or group[0], []).append(group)
     return list(found.values())
-
-
-def fill_up(layer: WorkingLayer, groups: list[list[str]], statistics: list[Statistics]) -> list[Statistics]:
-    """Add average tokens to the Gram matrices of experts with fewer tokens than columns.
-
-    Parameters
-    ----------
-    layer : WorkingLayer
-        The layer.
-    groups : list of lists of str
-        Matrices that share an input; those of all experts of the layer, or of none.
-    statistics : list of Statistics
-        What is known about their inputs.
-    """
-    families: dict[str, list[int]] = {}
-    for place, group in enumerate(groups):
-        if name := family(layer.module, group[0]):
-            families.setdefault(name, []).append(place)
-    filled = list(statistics)
-    for places in families.values():
-        if all(statistics[place].tokens >= len(statistics[place].gram) for place in places):
-            continue
-        average = torch.zeros_like(statistics[places[0]].gram)
-        for place in places:
-            average += statistics[place].gram
-        average /= max(sum(statistics[place].tokens for place in places), 1)
-        for place in places:
-            own = statistics[place]
-            missing = len(own.gram) - own.tokens
-            if missing > 0:
-                filled[place] = replace(own, gram=own.gram + missing * average)
-    return filled
