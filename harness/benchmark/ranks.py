@@ -89,8 +89,10 @@ def rank_counts(shape: str, recipe: str, nsamples: int, seqlen: int, sizes: Sequ
     model, settings = SHAPES[shape], RECIPES[recipe]
     return {
         str(size): {
-            "gigabytes_between_processes_a_layer": layer_bytes(model, settings, size) / 1e9,
-            "teraflops_a_layer_of_each": _flops(model, settings, -(-nsamples // size) * seqlen) / 1e12,
+            "gigabytes_between_processes_a_layer": round(layer_bytes(model, settings, size) / 1e9, 3),
+            "teraflops_a_layer_of_each": round(
+                _flops(model, settings, -(-nsamples // size) * seqlen) / 1e12, 1
+            ),
             "share_of_the_fits_of_the_busiest": _busiest(model, settings, size),
         }
         for size in sizes
