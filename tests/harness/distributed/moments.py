@@ -3,8 +3,8 @@
     python -m tests.harness.distributed.moments --moments 30
 
 At each moment, a run of two to four processes loses one of them, or all. Runs of other numbers of processes
-go on with it, and lose some again, until one reaches its end. The checkpoint must have the bytes of a run that
-nobody disturbs. Too slow for a test: ten seconds and more for a moment.
+go on with it, and lose some again, until one reaches its end. The checkpoint must have the bytes of a run
+that nobody disturbs. Too slow for a test: ten seconds and more for a moment.
 """
 
 from __future__ import annotations
