@@ -60,7 +60,7 @@ def test_finished_layers_do_not_run_again(
     monkeypatch.setattr(run, "run_again", refuse)
     assert run_main(quantize_main, *command, "--resume") == 0
     assert files_of(tmp_path / "out") == whole
-    assert not (tmp_path / "states").exists()
+    assert not list((tmp_path / "states").glob("*"))
 
 
 def test_another_number_of_processes_begins_there_too(
