@@ -35,6 +35,7 @@ def verify(files: list[Path], model: nn.Module) -> None:
     """
     ternary = {name: layer for name, layer in model.named_modules() if isinstance(layer, TernaryLinear)}
     expected, folder = model.state_dict(), files[0].parent
+    buffers = {name for name, _ in model.named_buffers()}
     seen = set()
     for name, tensor in _tensors_in(files):
         module, _, part = name.rpartition(".")
@@ -50,7 +51,7 @@ def verify(files: list[Path], model: nn.Module) -> None:
             codes = torch.empty_like(expected[name], dtype=torch.int8)
             require_packed(name, part, tensor, codes, columns=codes.shape[1])
         else:
-            _require_unquantized(name, tensor, expected[name])
+            _require_unquantized(name, tensor, expected[name], bound=name in buffers)
         seen.add(name)
     tied = getattr(model, "all_tied_weights_keys", {})
     for name in expected:
@@ -109,13 +110,16 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"{file} is missing or damaged: {error}") from None
 
 
-def _require_unquantized(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
-    """Refuse an unquantized tensor of the wrong shape or kind of dtype, or with non-finite values."""
+def _require_unquantized(name: str, tensor: torch.Tensor, expected: torch.Tensor, bound: bool) -> None:
+    """Refuse an unquantized tensor of the wrong shape or kind of dtype, or with non-finite values.
+
+    A buffer may be a `bound`, as in Gemma 4's audio tower: infinite where nothing is clipped.
+    """
     if tensor.shape != expected.shape:
         raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
     if tensor.is_floating_point() != expected.is_floating_point():
         raise UserError(f"{name} is {tensor.dtype}, expected {expected.dtype}".replace("torch.", ""))
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not (tensor.isfinite() | (bound & tensor.isinf())).all():
         raise UserError(f"{name} is damaged: it has a value that is not finite")
 
 
