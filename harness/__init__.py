@@ -9,6 +9,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     files, cli, machine           JSON, command lines, facts about this machine
     cpu/                          the backend for CPUs
     progress                      progress bars, or lines where there is no terminal
+    distributed/                  several processes that share a run
     page/                         the report of a run as a page
     backends, compute             which package fits matrices; which device runs layers
     models/                       the original model: its folder, loading, decoder layers
@@ -35,6 +36,7 @@ Words used throughout:
     grid           alpha and mu of a block, or the type that stores them (float16 or int8 codes)
     permutation    original column of each stored trit, if columns were reordered
     Gram matrix    C = XᵀX of a matrix's calibration inputs X
+    rank           one of several processes that share a run, or its number
     window         one sequence of calibration or evaluation tokens
     hidden states  output of one decoder layer and input of the next, kept for every window
     backend        a package that implements the functions of reference/: `reference`, `cpu` or `gpu`

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import LostProcess, UserError
 from harness.signals import WORDS, raised
 from harness.streams import discard, make_writable
 
@@ -156,7 +156,8 @@ def run(main: Callable[[], int]) -> None:
                 status = error.code
             sys.stdout.flush()
         except BaseException as error:
-            if arrived or isinstance(error, KeyboardInterrupt):
+            lost = isinstance(error, LostProcess)  # why the others had to be stopped by signals
+            if not lost and (arrived or isinstance(error, KeyboardInterrupt)):
                 status = _ended_by(arrived[0] if arrived else signal.SIGINT)
             else:
                 status = _explain(error)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from harness.backends import Backend
+from harness.distributed.launch import current
+from harness.distributed.ranks import ALONE, Ranks
 from harness.errors import UserError
 
 HOST = torch.device("cpu")
@@ -18,7 +20,7 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Compute:
-    """A device, with the dtype and memory to use on it.
+    """A device, with the dtype and memory to use on it, and the processes that share the work.
 
     Attributes
     ----------
@@ -28,12 +30,19 @@ class Compute:
         dtype that layers run in; None for the dtype of the model.
     memory : int or None
         Bytes of device memory that may be used; None on the host.
+    ranks : Ranks
+        This process and those that it shares the work with, each on a device of its own.
     """
 
     device: torch.device = HOST
     # On most CPUs, 16-bit arithmetic is no faster than float32, and it is less exact.
     dtype: torch.dtype | None = torch.float32
     memory: int | None = None
+    ranks: Ranks = ALONE
+
+    def alone(self) -> Compute:
+        """The same device, for work that every process does as a whole."""
+        return replace(self, ranks=ALONE)
 
     def describe(self) -> str:
         """Name of the device, for people."""
@@ -86,19 +95,19 @@ def default_compute(limit: int | None = None) -> Compute:
         Bytes of device memory to use at most; by default, all that is free now.
     """
     if not torch.cuda.is_available():
-        return Compute()
+        return Compute(ranks=current())
     device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     if limit is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
         free = min(free, limit)
-    return Compute(device, None, free)
+    return Compute(device, None, free, current())
 
 
 def compute_for(backend: Backend, limit: int | None = None) -> Compute:
     """Return the device that layers run on for a backend; from then on, torch allocates its memory."""
     if not backend.on_device:
-        return Compute()
+        return Compute(ranks=current())
     compute = default_compute(limit)
     if compute.device == HOST:
         raise UserError(

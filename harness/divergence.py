@@ -11,11 +11,20 @@ import torch
 from harness.calibration.capture import logits_after
 from harness.calibration.passage import brought
 from harness.compute import HOST, Compute
+from harness.distributed.ranks import ALONE, Ranks
 from harness.errors import UserError
 from harness.models.classes import is_classifier
 from harness.models.decoder import as_text, locate_layers
 from harness.models.original import Original, require_fits
-from harness.perplexity import LOGIT_ROWS, Perplexity, cut_windows, from_losses, mean_loss, run_through
+from harness.perplexity import (
+    LOGIT_ROWS,
+    Perplexity,
+    cut_windows,
+    from_losses,
+    mean_loss,
+    of_all,
+    run_through,
+)
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
 from harness.windows import AUTO
@@ -46,7 +55,11 @@ class Divergence:
 
 @torch.no_grad()
 def divergence(
-    original: Any, quantized: Any, windows: torch.Tensor, progress: Callable[[], object] = lambda: None
+    original: Any,
+    quantized: Any,
+    windows: torch.Tensor,
+    progress: Callable[[], object] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[float], Divergence]:
     """Measure the divergence over all predictions inside the windows.
 
@@ -58,6 +71,8 @@ def divergence(
         Token ids.
     progress : callable
         Called after every window.
+    ranks : Ranks
+        The processes that share the windows; each gets the result.
 
     Returns
     -------
@@ -73,7 +88,7 @@ def divergence(
     """
     losses, total = [], _Total()
     labels = is_classifier(original)
-    for window in windows:
+    for window in windows[ranks.own(len(windows))]:
         text = as_text(original, window[None].to(original.device))
         expected, got = (model(**text, use_cache=False).logits for model in (original, quantized))
         if labels:
@@ -82,14 +97,14 @@ def divergence(
             losses.append(mean_loss(got, window))
             total.add(expected[0, :-1], got[0, :-1])
         progress()
-    return losses, total.result()
+    return of_all(losses, ranks), total.result(ranks)
 
 
 class _Total:
     """Adds up divergences of predictions."""
 
     def __init__(self) -> None:
-        self.divergences: list[torch.Tensor] = []
+        self.divergences = [torch.zeros(0)]
         self.agreed = 0
 
     def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
@@ -99,10 +114,11 @@ class _Total:
             self.divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
             self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
 
-    def result(self) -> Divergence:
-        every = torch.cat(self.divergences).double()
+    def result(self, ranks: Ranks) -> Divergence:
+        """The divergence over the predictions of all processes."""
+        every = ranks.gather_numbers(torch.cat(self.divergences)).double()
         mean, percentile = float(every.mean()), float(every.quantile(0.99))
-        return Divergence(mean, percentile, self.agreed / len(every), len(every))
+        return Divergence(mean, percentile, ranks.total([self.agreed])[0] / len(every), len(every))
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,7 @@ class Reference:
     windows : (count, seqlen) int64 tensor
         Token ids.
     states : list of (1, seqlen, width) tensors
-        Output of the original's last decoder layer, in its dtype, on the host.
+        Output of the original's last decoder layer for this process's windows, in its dtype, on the host.
     """
 
     windows: torch.Tensor
@@ -137,11 +153,12 @@ class Reference:
         decoder = locate_layers(model, quantized.read)
         with Progress("divergence from the original", len(decoder.layers), "layer", say) as step:
             passage = run_through(model, decoder, self.windows, compute, step)
+        own = self.windows[compute.ranks.own(len(self.windows))]
         with decoder.outside_on(model, compute.device):
-            for window, *both in zip(self.windows, self.states, passage.hidden, strict=True):
+            for window, *both in zip(own, self.states, passage.hidden, strict=True):
                 states = (brought(s, passage.compute) for s in both)
                 total.add(*(logits_after(model, passage, window, s)[0, :-1] for s in states))
-        return total.result()
+        return total.result(compute.ranks)
 
 
 def divergence_on(
@@ -158,8 +175,8 @@ def divergence_on(
 
     A classifier has no perplexity.
 
-    The windows are those of `harness.perplexity.measure_on`. Both models are moved to the device if it holds
-    them, and back.
+    The windows are those of `harness.perplexity.measure_on`; the processes of `compute` share them. Both
+    models are moved to the device if it holds them, and back.
 
     Raises
     ------
@@ -168,6 +185,7 @@ def divergence_on(
     """
     require_comparable(original, quantized)
     models = (original.model, quantized.model)
+    ranks = compute.ranks
     chosen, tokens, source = cut_windows(original, stream, seqlen, windows, bos)
     require_fits(quantized.model, chosen, seqlen)
     fits = compute.memory is None or all(
@@ -176,8 +194,8 @@ def divergence_on(
     for model in models:
         model.to(compute.device if fits else HOST)
     try:
-        with Progress("divergence from the original", len(chosen), "window", say) as step:
-            losses, found = divergence(*models, chosen, step)
+        with Progress("divergence from the original", len(ranks.own(len(chosen))), "window", say) as step:
+            losses, found = divergence(*models, chosen, step, ranks)
     finally:
         for model in models:
             model.to(HOST)

@@ -23,6 +23,8 @@ from harness.cli import (
     window_length,
 )
 from harness.compute import Compute, default_compute
+from harness.distributed.launch import joined
+from harness.distributed.ranks import Ranks
 from harness.divergence import Divergence, divergence_on, require_comparable
 from harness.errors import UserError
 from harness.files import json_text
@@ -41,7 +43,8 @@ CAUSAL_TOKENS = 16
 DESCRIPTION = """\
 Measure perplexity as the GPTQ family does: split the text into consecutive windows of --seqlen tokens
 and take the exponential of the mean negative log-likelihood. The protocol is printed with the result,
-because perplexities by different protocols are not comparable.
+because perplexities by different protocols are not comparable. Processes that torchrun starts share the
+windows; --tasks are measured by the first of them.
 
   python -m harness.evaluate smollm2-ternary --data wikitext2
   python -m harness.evaluate smollm2-ternary --original HuggingFaceTB/SmolLM2-135M-Instruct --data wikitext2
@@ -134,7 +137,11 @@ def task_names(value: str) -> list[str]:
 
 def main() -> int:
     """Run the command line."""
-    arguments = parser().parse_args()
+    with joined() as ranks:
+        return _evaluate(parser().parse_args(), ranks)
+
+
+def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> int:
     stream = tasks = None
     if arguments.data is None and arguments.tasks is None:
         raise UserError("nothing to measure; pass --data for perplexity, --tasks for accuracy, or both")
@@ -147,7 +154,7 @@ def main() -> int:
         tasks = load_tasks(arguments.tasks, arguments.tasks_dir, arguments.limit)
     elif arguments.tasks_dir is not None or arguments.limit is not None:
         raise UserError("--tasks-dir and --limit apply only to --tasks; pass it as well, or drop them")
-    compute = Compute() if arguments.cpu else default_compute()
+    compute = Compute(ranks=ranks) if arguments.cpu else default_compute()
     other = None
     if arguments.original is not None:
         other = load_original(arguments.original, arguments.gguf_dtype, arguments.trust_remote_code)
@@ -160,7 +167,7 @@ def main() -> int:
     if arguments.json:
         found = [result.to_json() for result in results]
         print(json_text(found if len(found) > 1 else found[0]))
-    elif tasks is not None:
+    elif tasks is not None and ranks.first:
         from harness.zeroshot.measure import table
 
         print("\n".join(table([result.accuracies for result in results])))
@@ -226,7 +233,7 @@ def _measure(
             perplexity = measure_on(model, stream, *windows, bos=arguments.bos)
         else:
             perplexity, compared = divergence_on(other, model, stream, *windows, bos=arguments.bos)
-    if tasks is not None:
+    if tasks is not None and compute.ranks.first:
         from harness.zeroshot.measure import measure_tasks  # imports lm-eval
 
         _require_causal(model, example_of(tasks))

@@ -12,6 +12,7 @@ import torch
 from harness.calibration.capture import capture_inputs, logits_after
 from harness.calibration.passage import Passage, brought
 from harness.compute import HOST, Compute, dtype_name
+from harness.distributed.ranks import ALONE, Ranks
 from harness.models.classes import require_vocabulary
 from harness.models.decoder import DecoderLayers, as_text, locate_layers
 from harness.models.original import Original, require_fits
@@ -53,6 +54,7 @@ def measure(
     tokens: int,
     source: str,
     progress: Callable[[], object] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """Measure the perplexity over windows that do not overlap.
 
@@ -68,6 +70,8 @@ def measure(
         Description of the stream, for the protocol.
     progress : callable
         Called after every window.
+    ranks : Ranks
+        The processes that share the windows; each gets the result.
 
     Returns
     -------
@@ -79,11 +83,11 @@ def measure(
     seqlen; the result is exp(sum / (count · seqlen)). The model runs in its own dtype.
     """
     losses = []
-    for window in windows:
+    for window in windows[ranks.own(len(windows))]:
         window = window.to(model.device)
         losses.append(mean_loss(model(**as_text(model, window[None]), use_cache=False).logits, window))
         progress()
-    return from_losses(losses, windows, tokens, source, model.dtype)
+    return from_losses(of_all(losses, ranks), windows, tokens, source, model.dtype)
 
 
 @torch.no_grad()
@@ -105,17 +109,18 @@ def measure_by_layers(
     decoder : DecoderLayers
         The decoder layers.
     compute : Compute
-        Device that runs them, in the dtype of the model.
+        Device that runs them, in the dtype of the model, and the processes that share the windows.
     progress : callable
         Called after every layer.
     """
     passage = run_through(model, decoder, windows, compute, progress)
+    own = windows[compute.ranks.own(len(windows))]
     with decoder.outside_on(model, compute.device):
         losses = [
             mean_loss(logits_after(model, passage, window, brought(states, passage.compute)), window)
-            for window, states in zip(windows, passage.hidden, strict=True)
+            for window, states in zip(own, passage.hidden, strict=True)
         ]
-    return from_losses(losses, windows, tokens, source, model.dtype)
+    return from_losses(of_all(losses, compute.ranks), windows, tokens, source, model.dtype)
 
 
 @torch.no_grad()
@@ -131,9 +136,13 @@ def run_through(
     Returns
     -------
     Passage
-        Its hidden states are the outputs of the last layer, in the dtype of the model.
+        Its hidden states are the outputs of the last layer for this process's windows, if it has any, in the
+        dtype of the model.
     """
-    passage = capture_inputs(model, decoder, windows, replace(compute, dtype=None))
+    own = compute.ranks.own(len(windows))
+    some = windows[own] if own else windows[:1]
+    passage = capture_inputs(model, decoder, some, replace(compute.alone(), dtype=None))
+    passage.hidden = passage.hidden[: len(own)]
     passage.place()
     for index in range(len(passage.calls)):
         passage.advance(passage.enter(index))
@@ -153,8 +162,9 @@ def measure_on(
 ) -> Perplexity:
     """Measure the perplexity of a model on a text by the text's protocol, with a progress bar.
 
-    A model that fits on the device is moved there and back. Otherwise, or if its decoder layers are on
-    disk, it runs one decoder layer at a time. `bos` is the choice of `harness.windows.bos_of`.
+    The processes of `compute` share the windows. A model that fits on the device is moved there and back.
+    Otherwise, or if its decoder layers are on disk, it runs one decoder layer at a time. `bos` is the choice
+    of `harness.windows.bos_of`.
 
     Raises
     ------
@@ -172,8 +182,8 @@ def measure_on(
             return measure_by_layers(model, decoder, *arguments, compute, step)
     model.to(compute.device)
     try:
-        with Progress(what, len(chosen), "window", say) as step:
-            return measure(model, *arguments, step)
+        with Progress(what, len(compute.ranks.own(len(chosen))), "window", say) as step:
+            return measure(model, *arguments, step, compute.ranks)
     finally:
         model.to(HOST)
 
@@ -217,6 +227,11 @@ def mean_loss(logits: torch.Tensor, window: torch.Tensor) -> float:
 def exponential(mean: float) -> float:
     """Perplexity of a mean negative log-likelihood; infinite if that overflows."""
     return math.inf if mean >= 700 else math.exp(mean)
+
+
+def of_all(losses: list[float], ranks: Ranks) -> list[float]:
+    """The losses of all windows in their order, each process having those of its own."""
+    return ranks.gather_numbers(torch.tensor(losses, dtype=torch.float64)).tolist()
 
 
 def from_losses(

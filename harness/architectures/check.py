@@ -151,8 +151,9 @@ def _quantize(folder: Path) -> tuple[float, str]:
     sink.require_folder(_silent)
     backend = choose_backend(options, _silent)
     calibration, _ = read_texts(options, _silent)
-    ready = prepare(options, backend, compute_for(backend), calibration, None, sink.settle)
-    take_all_windows(ready, options, _silent)
+    compute = compute_for(backend)
+    ready = prepare(options, backend, compute, calibration, None, sink.settle)
+    take_all_windows(ready, options, compute, _silent)
     record = Record.of(options, ready, calibration, None, sink.computed(ready, _silent))
     with sink.open(ready, record, _silent):
         quantize_layers(options, sink, ready, record, _silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ import torch
 from harness.backends import load_backend
 from harness.benchmark.slices import Slicing, slice_mlps
 from harness.calibration.capture import capture_inputs
-from harness.calibration.experts import fill_up
 from harness.calibration.methods import Method, ternarizer
+from harness.calibration.owners import own_statistics
 from harness.calibration.sums import Statistics
 from harness.comparison.methods import METHODS
 from harness.compute import Compute, compute_for
+from harness.distributed.ranks import ALONE
 from harness.models.decoder import find_decoder_layers
 from harness.models.experts import family
 from harness.models.linearize import linearize
@@ -120,10 +122,10 @@ def _experts(dense: Original, mixture: Any, windows: torch.Tensor, compute: Comp
             layer = here.enter(index)
             names = [name for name in layer.linears if family(layer.module, name)]
             groups = [[name] for name in names]
-            own = [Statistics.of(total) for total in here.collect(layer, groups)]
-            filled = fill_up(layer, groups, own)
+            sums = here.collect(layer, groups)
+            filled = own_statistics(layer, groups, sums, dict.fromkeys(names, 0), ALONE)
             weights = {name: layer.linears[name].weight for name in names}
-            yield weights, dict(zip(names, own, strict=True)), dict(zip(names, filled, strict=True))
+            yield weights, {name: replace(known, gram=known.seen) for name, known in filled.items()}, filled
         there.advance(there.enter(index))
 
 

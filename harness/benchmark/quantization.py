@@ -16,7 +16,8 @@ import torch
 from harness.backends import Backend
 from harness.benchmark.shapes import SHAPES, make_model, random_reader
 from harness.calibration.capture import capture_inputs
-from harness.calibration.layerwise import FittedMatrix, fit_layers
+from harness.calibration.fits import FittedMatrix
+from harness.calibration.layerwise import fit_layers
 from harness.calibration.methods import ternarizer
 from harness.compute import Compute, seconds_of
 from harness.machine import peak_memory

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import Cache
 
 from harness.calibration.calls import LayerCall, differ, marked, merged
-from harness.calibration.passage import Passage, brought
+from harness.calibration.gram import windows_per_shard
+from harness.calibration.passage import Passage, brought, own_windows
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers, as_text
@@ -31,6 +32,8 @@ def capture_inputs(
 ) -> Passage:
     """Record the inputs of the first layer for every window, and the arguments of every layer.
 
+    Of several processes, each records its own windows.
+
     Parameters
     ----------
     model : nn.Module
@@ -42,7 +45,7 @@ def capture_inputs(
     compute : Compute
         Where to run the first layer, to learn the form of its output and whether it looks ahead.
     step : callable
-        Called after every window.
+        Called after every window that this process records.
 
     Returns
     -------
@@ -54,20 +57,23 @@ def capture_inputs(
     ------
     UserError
         If the model does more than pass hidden states from layer to layer and turn the last into logits, or
-        attends to later tokens, or arguments of a layer depend on what earlier layers computed.
+        attends to later tokens, or arguments of a layer depend on what earlier layers computed; or if there
+        are more processes than can share the windows.
     """
     hidden = []
-    for window in windows:
+    count, seqlen = windows.shape
+    own = windows[own_windows(count, seqlen, compute.ranks)]
+    for window in own:
         hidden.append(_enter_layers(model, decoder, window)[0])
         step()
     extra = _extra_output(*_enter_layers(model, decoder, windows[0]), decoder, compute, windows.shape[1])
     calls = _record_pass(model, decoder, windows[0], extra)
     if len(windows) > 1 and any(map(differ, calls, _record_pass(model, decoder, windows[-1], extra))):
         _require_only_text(model, decoder, windows[0], calls, extra)
-        recorded = [calls, *(_record_pass(model, decoder, window, extra) for window in windows[1:])]
+        recorded = [_record_pass(model, decoder, window, extra) for window in own]
         calls = [merged(iter(of_windows)) for of_windows in zip(*recorded, strict=True)]
-    passage = Passage(decoder, hidden, calls, compute)
-    _require_heard(model, passage, windows[0])
+    passage = Passage(decoder, hidden, calls, compute, windows_per_shard(count, seqlen))
+    _require_heard(model, passage, own[0])
     return passage
 
 

@@ -6,21 +6,19 @@ With fewer tokens than columns, it is fitted to
     C + (m - n) * P,        P = sum of C over the experts of a layer / sum of n over them
 
 which fills its tokens up to m with average ones. This is shrinkage of C/n towards P, by the weight 1 - n/m.
-An expert without tokens is fitted to m average ones. P sums what the experts' matrices really read: for the
-matrix that reads tokens, every token counts as often as it is routed; for the one that writes, it is what the
-experts that were chosen computed. The sums of all experts of a layer are taken in the same pass. Where there
-are targets (`calibration.targets`), average tokens lack nothing: they draw an expert to its own weights, to
-which one without tokens is fitted.
+An expert without tokens is fitted to m average ones. Other multiples of P are hardly better
+(``python -m harness.benchmark mixture --only few-tokens``). P sums what the experts' matrices really read:
+for the matrix that reads tokens, every token counts as often as it is routed; for the one that writes, it is
+what the experts that were chosen computed. The sums of all experts of a layer are taken in the same pass.
+Where there are targets (`calibration.targets`), average tokens lack nothing: they draw an expert to its own
+weights, to which one without tokens is fitted.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from harness.calibration.passage import WorkingLayer
-from harness.calibration.sums import Statistics
 from harness.models.experts import Experts, family
 
 
@@ -83,35 +81,3 @@ def batches(layer: WorkingLayer, groups: list[list[str]]) -> list[list[list[str]
     for group in groups:
         found.setdefault(family(layer.module, group[0]) or group[0], []).append(group)
     return list(found.values())
-
-
-def fill_up(layer: WorkingLayer, groups: list[list[str]], statistics: list[Statistics]) -> list[Statistics]:
-    """Add average tokens to the Gram matrices of experts with fewer tokens than columns.
-
-    Parameters
-    ----------
-    layer : WorkingLayer
-        The layer.
-    groups : list of lists of str
-        Matrices that share an input; those of all experts of the layer, or of none.
-    statistics : list of Statistics
-        What is known about their inputs.
-    """
-    families: dict[str, list[int]] = {}
-    for place, group in enumerate(groups):
-        if name := family(layer.module, group[0]):
-            families.setdefault(name, []).append(place)
-    filled = list(statistics)
-    for places in families.values():
-        if all(statistics[place].tokens >= len(statistics[place].gram) for place in places):
-            continue
-        average = torch.zeros_like(statistics[places[0]].gram)
-        for place in places:
-            average += statistics[place].gram
-        average /= max(sum(statistics[place].tokens for place in places), 1)
-        for place in places:
-            own = statistics[place]
-            missing = len(own.gram) - own.tokens
-            if missing > 0:
-                filled[place] = replace(own, gram=own.gram + missing * average)
-    return filled

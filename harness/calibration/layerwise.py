@@ -1,46 +1,32 @@
 """Calibrate layer by layer: collect inputs, sum Gram matrices, fit matrices, compute outputs.
 
-Every decoder layer is fitted to the outputs of the layers before it, which are already quantized.
+Every decoder layer is fitted to the outputs of the layers before it, which are already quantized. Several
+processes share the work: each runs every layer on its own windows and fits its own matrices.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits
 
-from harness.calibration.experts import batches, fill_up
-from harness.calibration.grid_range import lost_share
-from harness.calibration.methods import FitError, Method
+from harness.calibration.experts import batches
+from harness.calibration.fits import Adopt, Fit, FittedMatrix, fit_matrices
+from harness.calibration.methods import Method
+from harness.calibration.owners import Owners, deal, own_lost, own_statistics
 from harness.calibration.passage import Passage, WorkingLayer
 from harness.calibration.sums import Statistics
 from harness.calibration.targets import Beside, Targets
 from harness.compute import Compute
 from harness.models.experts import family
-from reference.types import TernaryMatrix
 
 # Called with the number of forward passes (of one window each) just finished, and their stage.
 Progress = Callable[[int, str], object]
-
-
-@dataclass(frozen=True)
-class FittedMatrix:
-    """One matrix of a layer after quantization."""
-
-    name: str  # in the whole model
-    weight: torch.Tensor  # the original
-    gram: torch.Tensor
-    result: Any  # TernaryMatrix, or for the baselines the dense (n, m) array
-    seconds: float
-    tokens: int  # inputs that were seen; for a matrix of an expert, those of the tokens routed to it
-    lost: float = 0.0  # share of blocks whose alpha is too small to be stored
 
 
 @dataclass(frozen=True)
@@ -57,12 +43,15 @@ class FittedLayer:
         Families of the matrices of experts, by the full names of both.
     seconds : dict of str to float
         Time by stage: load, inputs, fits, outputs.
+    sent : int
+        Bytes of tensors that processes have sent each other.
     """
 
     matrices: list[FittedMatrix]
     groups: list[list[str]]
     experts: dict[str, str]
     seconds: dict[str, float]
+    sent: int = 0
 
 
 @torch.no_grad()
@@ -74,6 +63,7 @@ def fit_layers(
     true_sequential: bool = False,
     targets: Targets | None = None,
     own: Mapping[str, Method] | None = None,
+    adopt: Adopt = torch.Tensor.numpy,
     progress: Progress = lambda steps, stage: None,
 ) -> Iterator[FittedLayer]:
     """Quantize the decoder layers in place, one after the other; yield each finished layer.
@@ -95,6 +85,8 @@ def fit_layers(
         original model (`Passage.keep_original`).
     own : mapping of str to callable, optional
         Methods of single matrices, by their full names.
+    adopt : callable
+        Makes an array of the library that fits matrices of a tensor that another process has sent.
     progress : callable
         Called with the number of forward passes (of one window each) just finished, and the stage.
 
@@ -106,26 +98,28 @@ def fit_layers(
         If a matrix is used more than once in its layer, or not at all.
     """
 
-    def fit_of(name: str) -> _Fit:
+    compute, ranks = passage.compute, passage.compute.ranks
+
+    def fit_of(name: str) -> Fit:
         return _towards(targets, (own or {}).get(name, method))
 
     for index in range(first, len(passage.calls)):
-        clock = _Clock(passage.compute)
+        clock, sent = _Clock(compute), ranks.sent
         with clock("load"):
             layer = passage.enter(index)
-        groups = passage.input_groups(layer)
+        groups = ranks.share(passage.input_groups(layer))
         beside = Beside(passage, layer, groups, targets) if targets is not None else None
         matrices: dict[str, FittedMatrix] = {}
         for batch in batches(layer, groups) if true_sequential else [groups]:
             weights = {name: layer.linears[name].weight.detach() for group in batch for name in group}
             turns = _turns(passage, layer, batch, beside, partial(progress, 1, "inputs"))
-            for turn, statistics in clock.through("inputs", turns):
+            for turn, owners, known in clock.through("inputs", turns):
                 with clock("fits"):
                     names = dict.fromkeys(name.rpartition(".")[2] for group in turn for name in group)
                     progress(0, ", ".join(names))
-                    for matrix in _fit(layer, turn, weights, statistics, fit_of, passage.compute):
+                    for matrix in fit_matrices(layer, turn, weights, known, fit_of, owners, compute, adopt):
                         matrices[matrix.name] = matrix  # the last of several fits
-            del turns, statistics, weights
+            del turns, known, weights
         with clock("outputs"):
             if beside is not None:
                 beside.advance()
@@ -133,13 +127,15 @@ def fit_layers(
         full_names = [[layer.full_name(name) for name in group] for group in groups]
         families = {name: family(layer.module, name) for name in layer.linears}
         experts = {layer.full_name(n): layer.full_name(of) for n, of in families.items() if of}
-        yield FittedLayer(list(matrices.values()), full_names, experts, clock.seconds)
+        volume = ranks.total([ranks.sent - sent])[0]
+        yield FittedLayer(list(matrices.values()), full_names, experts, clock.seconds, volume)
         # Free the weights and Gram matrices of this layer before those of the next are allocated.
         del matrices, layer, beside
 
 
-# Groups of matrices that are fitted together, and what is known about their inputs.
-_Turn = tuple[list[list[str]], list[Statistics]]
+# Groups of matrices that are fitted together, who fits each of them, and what is known about the inputs of
+# those of this process.
+_Turn = tuple[list[list[str]], Owners, dict[str, Statistics]]
 
 
 def _turns(
@@ -150,28 +146,23 @@ def _turns(
     step: Callable[[], object],
 ) -> Iterator[_Turn]:
     """Collect what is known about the inputs of a batch, for those groups that are fitted next."""
-    if beside is None:
-        statistics = [Statistics.of(total) for total in passage.collect(layer, batch, step)]
-        yield batch, fill_up(layer, batch, statistics)
-        return
-    own = beside.collect(layer, batch, step)
-    known = {group[0]: both for group, *both in zip(batch, own, fill_up(layer, batch, own), strict=True)}
-    for place, turn in enumerate(beside.turns(batch)):
-        statistics = [known[group[0]][1] for group in turn]
-        if place:
-            grams = [known[group[0]][0].gram for group in turn]
-            found = beside.collect_lost(layer, turn, grams, step)
-            statistics = [replace(s, lost=lost) for s, lost in zip(statistics, found, strict=True)]
-        yield turn, statistics
+    ranks = passage.compute.ranks
+    turns = [batch] if beside is None else beside.turns(batch)
+    shapes = {name: linear.weight.shape for name, linear in layer.linears.items()}
+    owners: Owners = {}
+    for turn in turns:
+        owners |= deal({name: shapes[name] for group in turn for name in group}, ranks.size)
+    sums = passage.collect(layer, batch, step) if beside is None else beside.collect(layer, batch, step)
+    known = own_statistics(layer, batch, sums, owners, ranks)
+    for place, turn in enumerate(turns):
+        if beside is not None and place:
+            lost = beside.collect_lost(layer, turn, step)
+            for name, own in own_lost(turn, lost, owners, ranks).items():
+                known[name] = beside.aim_again(layer, name, known[name], own)
+        yield turn, owners, known
 
 
-# Quantizes a matrix, given what is known about its inputs.
-_Fit = Callable[[torch.Tensor, Statistics], Any]
-# A matrix by its full name, its weights, its inputs, and how it is quantized.
-_Job = tuple[str, torch.Tensor, Statistics, _Fit]
-
-
-def _towards(targets: Targets | None, method: Method) -> _Fit:
+def _towards(targets: Targets | None, method: Method) -> Fit:
     """Fit a matrix to its target instead of its weights, if there is one."""
 
     def fit(weight: torch.Tensor, statistics: Statistics) -> Any:
@@ -180,70 +171,6 @@ def _towards(targets: Targets | None, method: Method) -> _Fit:
         return method(weight, statistics.gram)
 
     return fit
-
-
-def _fit(
-    layer: WorkingLayer,
-    groups: list[list[str]],
-    weights: Mapping[str, torch.Tensor],
-    statistics: list[Statistics],
-    fit_of: Callable[[str], _Fit],
-    compute: Compute,
-) -> Iterator[FittedMatrix]:
-    """Quantize matrices of a layer, and replace their weights by the dequantized ones.
-
-    `weights` holds the original ones: a matrix that is fitted again no longer has them.
-    """
-    jobs: list[_Job] = []
-    for group, known in zip(groups, statistics, strict=True):
-        if not torch.isfinite(known.gram).all():
-            name = layer.full_name(group[0])
-            raise FitError(f"{name}: its inputs on the calibration text are not finite")
-        full_names = {name: layer.full_name(name) for name in group}
-        jobs += [(full, weights[name], known, fit_of(full)) for name, full in full_names.items()]
-    names = [name for group in groups for name in group]
-    for name, (matrix, dense) in zip(names, _quantize_together(jobs, compute), strict=True):
-        layer.put(name, dense)
-        yield matrix
-
-
-def _quantize_together(jobs: list[_Job], compute: Compute) -> Iterator[tuple[FittedMatrix, torch.Tensor]]:
-    """Quantize matrices in parallel, to use all cores; each gets an equal share of the BLAS threads."""
-    if compute.device.type == "cuda":  # a single matrix saturates the GPU
-        yield from (_quantize(*job) for job in jobs)
-        return
-    cores = torch.get_num_threads()
-    workers = min(len(jobs), cores)
-    # Start the longest fit first; time grows with the cube of the columns.
-    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][2].gram), reverse=True)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        with threadpool_limits(max(1, cores // workers), "blas"):
-            running = {i: pool.submit(_quantize, *jobs[i]) for i in order}
-            for future in wait(running.values(), return_when=FIRST_EXCEPTION).done:
-                future.result()  # raise the first failure of any matrix
-            yield from (running[i].result() for i in range(len(jobs)))
-    finally:
-        # After Ctrl-C or a failure, start no further matrix.
-        pool.shutdown(cancel_futures=True)
-
-
-def _quantize(
-    name: str, weight: torch.Tensor, statistics: Statistics, method: _Fit
-) -> tuple[FittedMatrix, torch.Tensor]:
-    """Quantize one matrix; return it with its dense weights, float32 or wider."""
-    begin = time.perf_counter()
-    try:
-        result = method(weight, statistics)
-    except ValueError as error:  # numpy's LinAlgError is one
-        raise FitError(f"{name}: {error}") from None
-    seconds = time.perf_counter() - begin
-    gram, tokens = statistics.gram, statistics.tokens
-    if not isinstance(result, TernaryMatrix):
-        return FittedMatrix(name, weight, gram, result, seconds, tokens), torch.from_dlpack(result)
-    lost = lost_share(name, weight, gram, result)
-    fitted = FittedMatrix(name, weight, gram, result, seconds, tokens, lost)
-    return fitted, torch.from_dlpack(result.dequantize())
 
 
 class _Clock:

@@ -6,7 +6,7 @@ model's dtype, on the device if they fit and in host memory if not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from harness.calibration.calls import LayerCall
-from harness.calibration.gram import GramSum
+from harness.calibration.gram import windows_per_shard
+from harness.calibration.sums import Rows, Sums
 from harness.compute import Compute
+from harness.distributed.ranks import Ranks
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers, require_finite
 
@@ -88,11 +90,14 @@ class Passage:
     decoder : DecoderLayers
         The layers.
     hidden : list of (1, seqlen, width) tensors
-        Inputs of the next layer; every layer overwrites them with its outputs, in place.
+        Inputs of the next layer; every layer overwrites them with its outputs, in place. Of several
+        processes, each has those of its own windows.
     calls : list of LayerCall
         Arguments of each layer.
     compute : Compute
         Where layers run.
+    shard : int
+        Windows of a shard, the part of a sum that is not divided among processes (`calibration.gram`).
     originals : list of (1, seqlen, width) tensors
         Inputs of the original model's next layer, after `keep_original`; empty before.
     handed, originals_handed : list of mappings
@@ -103,12 +108,17 @@ class Passage:
     hidden: list[torch.Tensor]
     calls: list[LayerCall]
     compute: Compute
+    shard: int = 1
     originals: list[torch.Tensor] = field(default_factory=list)
     handed: list[MutableMapping[Any, Any]] = field(init=False)
     originals_handed: list[MutableMapping[Any, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.handed, self.originals_handed = ([self.calls[0].mapping() for _ in self.hidden] for _ in "12")
+
+    def ends_shard(self, window: int) -> bool:
+        """Whether the window with this index among the hidden states is the last of its shard."""
+        return window + 1 == len(self.hidden) or (window + 1) % self.shard == 0
 
     def keep_original(self) -> None:
         """Start to keep the hidden states of the original model beside those of the quantized one."""
@@ -210,25 +220,56 @@ class Passage:
     @torch.no_grad()
     def collect(
         self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = _no_step
-    ) -> list[GramSum]:
-        """Sum the Gram matrix of each group's inputs over all windows."""
+    ) -> list[Sums]:
+        """Sum the Gram matrix of each group's inputs over all windows of this process."""
         linears = layer.linears
         first = [linears[group[0]] for group in groups]
-        sums = [GramSum(linear.in_features, self.compute.device) for linear in first]
+        sums = [Sums(linear.in_features, device=self.compute.device) for linear in first]
 
-        def add(total: GramSum) -> Callable[..., None]:
-            return lambda module, args: total.add(args[0].reshape(-1, total.columns))
+        def add(total: Sums) -> Callable[..., None]:
+            return lambda module, args: total.add(Rows(args[0].reshape(-1, args[0].shape[-1])))
 
         with _pre_hooks({linear: add(total) for linear, total in zip(first, sums, strict=True)}):
             for window, states in enumerate(self.hidden):
                 layer.run(brought(states, self.compute), window)
+                if self.ends_shard(window):
+                    for total in sums:
+                        total.end_shard()
                 step()
         return sums
 
     def checksum(self) -> int:
-        """Sum the bit patterns of all hidden states, read as integers."""
-        sums = [states.view(_BITS[states.element_size()]).sum(dtype=torch.int64) for states in self.hidden]
-        return int(torch.stack(sums).sum())
+        """Sum the bit patterns of the hidden states of all processes."""
+        return self.compute.ranks.total([sum_bits(self.hidden)])[0]
+
+    def checksum_of_originals(self) -> int:
+        """The same for the hidden states of the original model."""
+        return self.compute.ranks.total([sum_bits(self.originals)])[0]
+
+
+def sum_bits(tensors: Sequence[torch.Tensor]) -> int:
+    """Sum the bit patterns of tensors, read as integers; sums wrap around at 64 bits."""
+    sums = [tensor.view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0
+
+
+def own_windows(count: int, seqlen: int, ranks: Ranks) -> range:
+    """Return which of the windows of a calibration are this process's: whole shards, neighbouring ones.
+
+    Raises
+    ------
+    UserError
+        If there are fewer shards than processes.
+    """
+    shard = windows_per_shard(count, seqlen)
+    shards = -(-count // shard)
+    if shards < ranks.size:
+        raise UserError(
+            f"{count} windows of {seqlen} tokens make {shards} shards, which {ranks.size} processes cannot "
+            "share; use fewer processes or more windows"
+        )
+    own = ranks.own(shards)
+    return range(shard * own.start, min(shard * own.stop, count))
 
 
 @contextmanager

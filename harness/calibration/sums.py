@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from harness.calibration.gram import GramSum, ProductSum
+from harness.compute import HOST
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,9 @@ class Statistics:
     Attributes
     ----------
     gram : (m, m) float64 tensor
-        Gram matrix of the inputs.
+        Gram matrix of the inputs, filled up with average ones where they are few (`calibration.experts`).
+    seen : (m, m) float64 tensor
+        Gram matrix of the inputs alone.
     tokens : int
         Number of inputs.
     lost : tensor, optional
@@ -28,14 +31,10 @@ class Statistics:
     """
 
     gram: torch.Tensor
+    seen: torch.Tensor
     tokens: int
     lost: torch.Tensor | None = None
     of_outputs: bool = False
-
-    @classmethod
-    def of(cls, total: GramSum) -> Statistics:
-        """Return the statistics of matrices that are fitted to their own weights."""
-        return cls(total.finish(), total.rows)
 
     def lost_products(self, weight: torch.Tensor) -> torch.Tensor:
         """Lost products of a matrix of the group, (n, m) float64; `lost` must not be None."""
@@ -74,27 +73,46 @@ class Sums:
         Rows of the lost products; 0 to sum none.
     device : torch.device
         Device of the inputs and of the sums.
+    of_outputs : bool
+        What the lost products are, as in `Statistics`.
     gram : bool
         Whether to sum the Gram matrix.
+
+    Attributes
+    ----------
+    lost : ProductSum, optional
+        Sum of the lost products.
     """
 
-    def __init__(self, columns: int, rows: int, device: torch.device, gram: bool = True) -> None:
+    def __init__(
+        self,
+        columns: int,
+        rows: int = 0,
+        device: torch.device = HOST,
+        of_outputs: bool = False,
+        gram: bool = True,
+    ) -> None:
         self._gram = GramSum(columns, device) if gram else None
-        self._lost = ProductSum(rows, columns, device) if rows else None
+        self.lost = ProductSum(rows, columns, device) if rows else None
+        self.of_outputs = of_outputs
+
+    @property
+    def gram(self) -> GramSum:
+        """Sum of the Gram matrix; there must be one."""
+        assert self._gram is not None
+        return self._gram
 
     def add(self, rows: Rows) -> None:
-        """Add a window."""
+        """Add inputs of a window."""
         x = rows.inputs if rows.root is None else rows.root * rows.inputs
         if self._gram is not None:
             self._gram.add(x)
-        if self._lost is not None and rows.lost is not None:
-            self._lost.add(rows.lost if rows.root is None else rows.root * rows.lost, x)
+        if self.lost is not None and rows.lost is not None:
+            self.lost.add(rows.lost if rows.root is None else rows.root * rows.lost, x)
 
-    def lost(self) -> torch.Tensor | None:
-        """The lost products; None if they are not summed."""
-        return None if self._lost is None else self._lost.finish()
-
-    def finish(self, of_outputs: bool) -> Statistics:
-        """Return the statistics; more windows may be added afterwards."""
-        assert self._gram is not None
-        return Statistics(self._gram.finish(), self._gram.rows, self.lost(), of_outputs)
+    def end_shard(self) -> None:
+        """Add what a shard of windows gave to the exact sums."""
+        if self._gram is not None:
+            self._gram.end_shard()
+        if self.lost is not None:
+            self.lost.end_shard()

@@ -8,14 +8,14 @@ model's; see `reference.targets`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from harness.calibration.experts import Routing
 from harness.calibration.passage import Passage, WorkingLayer, brought
-from harness.calibration.stream import Seen, Wanted, rows_of, stream_writers, watch
+from harness.calibration.stream import Seen, Wanted, Writer, rows_of, stream_writers, watch
 from harness.calibration.sums import Rows, Statistics, Sums
 from harness.models.experts import DOWN, Experts, place_of
 
@@ -90,7 +90,7 @@ class Beside:
     ) -> None:
         self.passage, self.targets = passage, targets
         self.layer = passage.enter(layer.index, original=True)
-        writers = stream_writers(passage, layer, groups) if targets.stream else []
+        writers = self._writers(passage, layer, groups) if targets.stream else []
         # Every writer, and what must have run before the stream holds its output.
         blocks = list(dict.fromkeys(writer.block for writer in writers))
         self.writers = {writer.name: blocks[: 1 + blocks.index(writer.block)] for writer in writers}
@@ -104,6 +104,13 @@ class Beside:
         width += sum(layer.linears[name].in_features for name in inputs)
         self._kept: list[Seen] | None = [] if 4 * tokens * width <= KEPT_BYTES else None
 
+    @staticmethod
+    def _writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]]) -> list[Writer]:
+        """What adds to the stream, as the first process finds it: its windows decide for all."""
+        ranks = passage.compute.ranks
+        found = stream_writers(passage, layer, groups) if ranks.first else []
+        return [Writer(**writer) for writer in ranks.share([asdict(writer) for writer in found])]
+
     def turns(self, groups: list[list[str]]) -> list[list[list[str]]]:
         """Divide a batch of matrices into those that are fitted one after the other, some more than once."""
         if any(group[0] not in self._places or not self._adds(group[0]) for group in groups):
@@ -112,8 +119,8 @@ class Beside:
 
     def collect(
         self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = lambda: None
-    ) -> list[Statistics]:
-        """Sum the statistics of some groups' inputs over all windows of both models.
+    ) -> list[Sums]:
+        """Sum what is to be known of some groups' inputs over this process's windows of both models.
 
         Parameters
         ----------
@@ -128,36 +135,25 @@ class Beside:
         first = [group[0] for group in self.turns(groups)[0]]
         sums = {name: self._sums(layer, name, name in first) for name in names}
         self._pass(layer, sums, first, step)
-        return [total.finish(self._adds(name)) for name, total in sums.items()]
+        return list(sums.values())
 
     @torch.no_grad()
     def collect_lost(
-        self,
-        layer: WorkingLayer,
-        groups: list[list[str]],
-        grams: list[torch.Tensor],
-        step: Callable[[], object] = lambda: None,
-    ) -> list[torch.Tensor]:
-        """Sum `Statistics.lost` alone for a later turn.
-
-        Parameters
-        ----------
-        layer, groups, step
-            As for `collect`.
-        grams : list of (m, m) float64 tensors
-            The Gram matrices that `collect` summed for these groups.
-        """
+        self, layer: WorkingLayer, groups: list[list[str]], step: Callable[[], object] = lambda: None
+    ) -> list[Sums]:
+        """Sum lost products alone for a later turn; the arguments are those of `collect`."""
         names = [group[0] for group in groups]
         sums = {name: self._sums(layer, name, True, gram=False) for name in names}
         self._pass(layer, sums, names, step)
-        found = []
-        for (name, total), gram in zip(sums.items(), grams, strict=True):
-            lost = total.lost()
-            assert lost is not None
-            # What the stream lacks is lost beyond the outputs of the weights as they are now.
-            now, own = (linears[name].weight.double() for linears in (layer.linears, self.layer.linears))
-            found.append(lost + (now - own) @ gram)
-        return found
+        return list(sums.values())
+
+    def aim_again(self, layer: WorkingLayer, name: str, known: Statistics, lost: torch.Tensor) -> Statistics:
+        """What is known of a matrix in a later turn, with what the stream lacks now.
+
+        That is lost beyond the outputs of the weights as they are now.
+        """
+        now, own = (linears[name].weight.double() for linears in (layer.linears, self.layer.linears))
+        return replace(known, lost=lost + (now - own) @ known.seen)
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -182,7 +178,8 @@ class Beside:
     def _sums(self, layer: WorkingLayer, name: str, lost: bool, gram: bool = True) -> Sums:
         linear = layer.linears[name]
         rows = linear.out_features if self._adds(name) else linear.in_features
-        return Sums(linear.in_features, rows if lost else 0, self.passage.compute.device, gram)
+        device = self.passage.compute.device
+        return Sums(linear.in_features, rows if lost else 0, device, self._adds(name), gram)
 
     @torch.no_grad()
     def _pass(
@@ -198,6 +195,9 @@ class Beside:
             theirs = self._seen(i, there, Wanted(beside, mixtures, blocks))
             for name, rows in self._rows(layer, (here, ours), (there, theirs), list(sums), aimed):
                 sums[name].add(rows)
+            if self.passage.ends_shard(i):
+                for total in sums.values():
+                    total.end_shard()
             step()
 
     def _rows(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from harness.distributed.ranks import ALONE, Ranks
 from harness.models.folder import CONFIG, TEMPLATES, weight_files
 from harness.models.gguf import embedded_gguf
 from harness.models.original import quiet_transformers
@@ -17,7 +20,7 @@ from harness.progress import Progress, Say
 PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*merges*", "*vocab*", "*.py", f"{TEMPLATES[1]}/*")
 
 
-def identify(source: str | None, say: Say) -> dict[str, str]:
+def identify(source: str | None, say: Say, ranks: Ranks = ALONE) -> dict[str, str]:
     """Identify an original by content, so that a moved or copied model is still the same.
 
     Samples of the tensors would be cheaper, but would miss a single changed weight. SHA-256 takes about a
@@ -29,6 +32,9 @@ def identify(source: str | None, say: Say) -> dict[str, str]:
         As for `harness.models.loading.load_original`.
     say : callable
         Prints a line for the user.
+    ranks : Ranks
+        Processes that do this at the same time, each with its own source. Of those that see the same files,
+        one reads them.
 
     Returns
     -------
@@ -43,7 +49,16 @@ def identify(source: str | None, say: Say) -> dict[str, str]:
         folder, files = path.parent, _parts(path)
     else:
         snapshot = quiet_transformers().utils.hub.cached_file(source, CONFIG)
-        return {"commit": Path(snapshot).parent.name}
+        folder, files = Path(snapshot).parent, []
+    seen = ranks.gather([socket.gethostname(), str(folder), *map(_state, files)])
+    reader = seen.index(seen[ranks.rank])
+    found: dict[str, str] | None = None
+    if reader == ranks.rank:
+        found = _checksums(folder, files, say) if files else {"commit": folder.name}
+    return ranks.gather(found)[reader]
+
+
+def _checksums(folder: Path, files: list[Path], say: Say) -> dict[str, str]:
     with (
         Progress("checksums of the original's files", len(files), "file", say) as step,
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -53,6 +68,12 @@ def identify(source: str | None, say: Say) -> dict[str, str]:
             found[file.relative_to(folder).as_posix()] = checksum
             step()
     return found
+
+
+def _state(file: Path) -> list[Any]:
+    """What tells a file from another one on the same machine, without reading it."""
+    found = file.stat()
+    return [str(file), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _files_of_folder(folder: Path) -> list[Path]:

@@ -18,8 +18,9 @@ from harness.page.kinds import short_names
 
 # What a page may have at most; the table of layers is left out before it gets larger.
 MOST_BYTES = 1_000_000
-# Cells of the table of layers, each of some 150 bytes.
-MOST_CELLS = 4000
+# How lone surrogates are written, which file names can have that are not Unicode.
+SURROGATES = "backslashreplace"
+# Matrices in the list of the worst.
 WORST = 20
 
 
@@ -55,32 +56,34 @@ def page(record: dict[str, Any]) -> str:
         plots, missing = figures.plots(record), False
     except ImportError:
         plots, missing = {}, True
+    content = {
+        "record": record,
+        "plots": plots,
+        "matplotlib_missing": missing,
+        "title": f"{record['model']}, {'ternary' if is_ternary(record) else 'quantized'}",
+        "tiles": tiles(record),
+        "notes": notes(record),
+        "done": done(record),
+        "quality": quality(record),
+        "sizes": sizes(record),
+        "worst": tally.worst(record, WORST),
+        "matrices": len(tally.matrices(record)),
+        "seconds": tally.stage_seconds(record),
+        "total": sum(record["seconds"].values()),
+        "reordered": any(before != after for before, after in tally.variances(record).values()),
+        "shift_stored": record["config"].get("shift") != "none",
+    }
     template = _environment().get_template("template.html")
-    return template.render(
-        record=record,
-        plots=plots,
-        matplotlib_missing=missing,
-        title=f"{record['model']}, {'ternary' if is_ternary(record) else 'quantized'}",
-        tiles=tiles(record),
-        notes=notes(record),
-        done=done(record),
-        quality=quality(record),
-        sizes=sizes(record),
-        table=layer_table(record),
-        worst=tally.worst(record, WORST),
-        matrices=len(tally.matrices(record)),
-        seconds=tally.stage_seconds(record),
-        total=sum(record["seconds"].values()),
-        reordered=any(before != after for before, after in tally.variances(record).values()),
-        shift_stored=record["config"].get("shift") != "none",
-    )
+    html = template.render(content, table=layer_table(record))
+    size = len(html.encode(errors=SURROGATES))
+    return html if size <= MOST_BYTES else template.render(content, table=({}, []))
 
 
 def write_page(record: dict[str, Any], file: Path) -> None:
     """Draw the report of a run into a file; it is either the old one or the complete new one."""
     partial = file.with_name(file.name + ".partial")
     try:
-        partial.write_text(page(record), encoding="utf-8", errors="backslashreplace", newline="\n")
+        partial.write_text(page(record), encoding="utf-8", errors=SURROGATES, newline="\n")
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
@@ -225,12 +228,9 @@ def layer_table(record: dict[str, Any]) -> tuple[dict[str, str], list[tuple[int,
     kinds : dict of str to str
         Kinds of matrices and their short names, the columns.
     rows : list
-        Layer, its error, and a cell for every kind, or None if the layer has none. Empty if the table would
-        be too large for the page.
+        Layer, its error, and a cell for every kind, or None if the layer has none.
     """
     cells, kinds = tally.cells(record), tally.kinds(record)
-    if len(kinds) * len(record["layers"]) > MOST_CELLS:
-        return {}, []
     largest = max((cell.error for cell in cells.values() if math.isfinite(cell.error)), default=0.0)
     rows = [
         (

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 from harness.cli import HelpFormatter, add_verbose, run
+from harness.distributed.launch import joined
 from harness.quantize.options import add_options, from_arguments
 from harness.quantize.run import quantize
 
@@ -38,9 +39,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the command line."""
-    options = from_arguments(parser().parse_args())
-    command = shlex.join(["python", "-m", "harness.quantize", *sys.argv[1:]])
-    quantize(replace(options, command=command))
+    with joined():
+        options = from_arguments(parser().parse_args())
+        command = shlex.join(["python", "-m", "harness.quantize", *sys.argv[1:]])
+        quantize(replace(options, command=command))
     return 0
 
 

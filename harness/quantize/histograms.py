@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness.calibration.fits import FittedMatrix
 from harness.calibration.grid_range import grid_values
-from harness.calibration.layerwise import FittedMatrix
 from harness.page.kinds import kind_of
 from reference.types import TernaryMatrix
 

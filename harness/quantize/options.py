@@ -90,6 +90,13 @@ class Options:
     resume: bool = option(
         False, **SWITCH, help="continue an interrupted run into DIR; repeat its command and add this"
     )
+    keep_states: Path | None = option(
+        None,
+        type=path,
+        metavar="DIR",
+        help="keep the hidden states of the last finished layer here, so that --resume need not run the "
+        "finished layers again",
+    )
     backend: str = option(
         "auto",
         choices=BACKENDS,
@@ -168,7 +175,8 @@ class Options:
         "--for",
         choices=(GGUF, MLX, VLLM),
         help="choose block size, order and grid so that this program's format can hold the checkpoint, and "
-        "print them; a setting that is given is kept, or refused",
+        "print them; a setting that is given is kept, or refused, and so is a model that the program would "
+        "compute otherwise",
     )
     config: TernaryConfig = field(default_factory=TernaryConfig)
     # The settings of `config` that the command line names.
@@ -315,7 +323,7 @@ def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator
     ]
     if options.method != PT2_LLM:
         used = {"block_size", "seed"} | (set() if options.method == RTN else {"damping"})
-        idle.append(("foldable", options.foldable, "method"))
+        idle += [("foldable", options.foldable, "method"), ("keep_states", True, "method")]
         for name in (*CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
             idle.append((name, name not in used, "method"))
     for name, changes_nothing, cause in idle:

@@ -12,7 +12,7 @@ from harness import text
 from harness.backends import Backend, load_backend
 from harness.calibration.capture import capture_inputs
 from harness.calibration.methods import target_shift
-from harness.calibration.passage import Passage
+from harness.calibration.passage import Passage, own_windows
 from harness.calibration.targets import Targets
 from harness.compute import Compute
 from harness.errors import UserError
@@ -133,7 +133,7 @@ def prepare(
         evaluation_windows(evaluated, options.evaluation_seqlen, options.evaluation_windows)
         require_fits(original.model, evaluated.all(), options.evaluation_seqlen)
     coded = round_embeddings(original.model) if options.embedding == INT8 else {}
-    passage = capture_inputs(original.model, decoder, windows[:2], compute)
+    passage = capture_inputs(original.model, decoder, windows[:2], compute.alone())
     plan = make_plan(
         options,
         original,
@@ -141,21 +141,24 @@ def prepare(
         passage,
         evaluated=evaluation_text is not None,
         saved_bytes=sum(matrix.saved_bytes for matrix in coded.values()),
+        ranks=compute.ranks,
     )
     words = beginning(tokens, original.tokenizer, bos)
     return Ready(original, backend, passage, len(tokens), words, windows, plan, coded)
 
 
-def take_all_windows(ready: Ready, options: Options, say: Say) -> None:
+def take_all_windows(ready: Ready, options: Options, compute: Compute, say: Say) -> None:
     """Record the inputs of the first layer for every window, and place them where they are kept.
+
+    Of several processes, each takes its own windows.
 
     With targets, the hidden states of the original model are kept beside those of the quantized one.
     """
-    with Progress("calibration windows through the embedding", len(ready.windows), "window", say) as step:
-        passage = ready.passage
-        ready.passage = capture_inputs(
-            ready.original.model, passage.decoder, ready.windows, passage.compute, step
-        )
+    windows, seqlen = ready.windows.shape
+    count = len(own_windows(windows, seqlen, compute.ranks))
+    with Progress("calibration windows through the embedding", count, "window", say) as step:
+        decoder = ready.passage.decoder
+        ready.passage = capture_inputs(ready.original.model, decoder, ready.windows, compute, step)
     if options.targets != WEIGHTS:
         ready.passage.keep_original()
     ready.passage.place(reserved=ready.plan.device_bytes)

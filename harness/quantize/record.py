@@ -47,6 +47,8 @@ class Record:
         The command line, if the run was started by one.
     versions, machine, cores, device
         Software and hardware, which can change results.
+    processes : int
+        Processes that shared the work.
     plan : dict, optional
         The estimate of the run, if its method has one.
     perplexity : dict
@@ -60,7 +62,8 @@ class Record:
     resumed_after : list of int
         Number of finished layers at each resume.
     mean_relative_output_error, peak_memory_bytes, peak_device_bytes, checkpoint_bytes
-        Known at the end; the last is the size of all weights as stored.
+        Known at the end; memory is that of the process that used most, the last is the size of all weights as
+        stored.
     """
 
     created: str
@@ -78,6 +81,7 @@ class Record:
     machine: str
     cores: int | None
     device: str
+    processes: int
     evaluation_checksum: str | None
     original_bytes: int
     command: str | None
@@ -133,6 +137,7 @@ class Record:
             original_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             command=options.command,
             evaluation_checksum=None if evaluation_text is None else evaluation_text.checksum(),
+            processes=passage.compute.ranks.size,
             **environment(),
             **computed,
         )
@@ -153,9 +158,9 @@ class Record:
         """Add the time since `began`, a value of `time.perf_counter`, to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
-    def add(self, layer: FittedLayer, checksum: int) -> None:
-        """Add a finished layer; `checksum` is the checksum of its outputs."""
-        self.layers.append({**layer_row(self.done, layer), "outputs_checksum": checksum})
+    def add(self, layer: FittedLayer, checksums: dict[str, int]) -> None:
+        """Add a finished layer; `checksums` are those of its outputs."""
+        self.layers.append({**layer_row(self.done, layer), **checksums})
 
     def measured(self, when: str, result: Perplexity) -> None:
         """Add a perplexity, "before" or "after"."""

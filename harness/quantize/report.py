@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from harness.calibration.layerwise import FittedLayer, FittedMatrix
+from harness.calibration.fits import FittedMatrix
+from harness.calibration.layerwise import FittedLayer
 from harness.quantize.histograms import count_trits, grid_histograms
-from reference.aga import output_error
 from reference.types import TernaryMatrix
 
 
 def matrix_row(fitted: FittedMatrix) -> dict[str, Any]:
     """Report one matrix: name, shape, what it lost, seconds, and the fit (for a baseline, only its error)."""
-    result = fitted.result
-    if isinstance(result, TernaryMatrix) and result.report is not None:
-        figures = asdict(result.report)
-    else:
-        dense = result.dequantize() if isinstance(result, TernaryMatrix) else result
-        weight, gram = (tensor.double().cpu().numpy() for tensor in (fitted.weight, fitted.gram))
-        power = output_error(weight, np.zeros_like(weight), gram)
-        error = output_error(weight, dense, gram)
-        figures = {"output_power": power, "relative_output_error": error / power if power > 0 else 0.0}
     return {
         "name": fitted.name,
         "shape": list(fitted.weight.shape),
         "tokens": fitted.tokens,
-        "dead_inputs": int((fitted.gram.diagonal() == 0).sum()),
+        "dead_inputs": fitted.dead_inputs,
         "lost_blocks": fitted.lost,
         "seconds": fitted.seconds,
-        **({"trits": count_trits(result)} if isinstance(result, TernaryMatrix) else {}),
-        **figures,
+        **({"trits": count_trits(fitted.result)} if isinstance(fitted.result, TernaryMatrix) else {}),
+        **fitted.figures,
     }
 
 
@@ -49,6 +39,7 @@ def layer_row(index: int, layer: FittedLayer) -> dict[str, Any]:
         "relative_output_error": error / power if power > 0 else 0.0,
         "seconds": layer.seconds,
         "shared_inputs": [group for group in layer.groups if len(group) > 1],
+        **({"bytes_between_processes": layer.sent} if layer.sent else {}),
         **({"experts": experts_row(rows)} if layer.experts else {}),
         **({"grid": grid} if (grid := grid_histograms(layer.matrices)) else {}),
         "matrices": rows,

@@ -9,12 +9,14 @@ each gives the same outputs as before. That the model is the same is told by the
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from harness.distributed.ranks import Ranks
 from harness.errors import UserError
 from harness.files import json_text
 from harness.models.decoder import DecoderLayers
@@ -48,9 +50,9 @@ def continue_from(earlier: dict[str, Any], record: Record, out: Path) -> None:
     UserError
         If model, text, settings, libraries or machine differ; the message names the difference.
     """
-    now = dict(_facts(json.loads(json_text(record.to_json()))))
+    now = dict(facts(json.loads(json_text(record.to_json()))))
     try:
-        was = dict(_facts(earlier))
+        was = dict(facts(earlier))
         checksums = [row["outputs_checksum"] for row in earlier["layers"]]
         resumed_after, created, seconds = (earlier[name] for name in ("resumed_after", "created", "seconds"))
         options, perplexity = earlier["options"], earlier["perplexity"]
@@ -68,6 +70,32 @@ def continue_from(earlier: dict[str, Any], record: Record, out: Path) -> None:
     same_text = record.evaluation_checksum == earlier.get("evaluation_checksum")
     if same_text and all(record.options[name] == options.get(name) for name in EVALUATION_OPTIONS):
         record.perplexity = perplexity
+
+
+def require_same(record: Record, ranks: Ranks) -> None:
+    """Refuse a run whose processes see different models, texts, settings, libraries or machines.
+
+    Raises
+    ------
+    UserError
+        If the record of a process differs from that of the first one; the message names both.
+    """
+    own = {
+        **dict(facts(record.to_json())),
+        **{f"original: {name}": checksum for name, checksum in (record.original or {}).items()},
+        "evaluation text": record.evaluation_checksum,
+        "threads": torch.get_num_threads(),
+    }
+    everyone = ranks.gather([socket.gethostname(), own])
+    first_host, first = everyone[0]
+    for rank, (host, other) in enumerate(everyone):
+        for name in [*first, *(name for name in other if name not in first)]:
+            if other.get(name) != first.get(name):
+                raise UserError(
+                    f"rank {rank} on {host} would compute something else than rank 0 on {first_host}: {name} "
+                    f"is {other.get(name)} there, and {first.get(name)} here; give all processes the same "
+                    "command, model, text and libraries"
+                )
 
 
 def _require_same_original(earlier: dict[str, Any], record: Record, out: Path) -> None:
@@ -88,7 +116,7 @@ def _require_same_original(earlier: dict[str, Any], record: Record, out: Path) -
             )
 
 
-def _facts(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def facts(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """List the entries that must agree in both runs, under names that a user knows."""
     options = {name: record["options"][name] for name in SAME_OPTIONS}
     for part, value in {"options": options, **{part: record[part] for part in SAME}}.items():

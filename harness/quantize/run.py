@@ -8,10 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from harness.calibration.layerwise import fit_layers
-from harness.compute import compute_for
+from harness.calibration.passage import Passage
+from harness.compute import Compute, compute_for
+from harness.distributed.launch import current
 from harness.divergence import Reference
 from harness.errors import UserError
 from harness.files import write_json
@@ -27,8 +30,9 @@ from harness.quantize.options import Options
 from harness.quantize.prepare import Ready, choose_backend, prepare, read_texts, take_all_windows
 from harness.quantize.record import Record
 from harness.quantize.report import mean_layer_error, table
-from harness.quantize.resume import continue_from
+from harness.quantize.resume import continue_from, require_same
 from harness.quantize.sink import Sink, sink_for
+from harness.quantize.states import KeptStates
 from harness.ternary.embedding import unrounded
 from harness.text import AnyText
 from reference.types import TernaryConfig
@@ -69,8 +73,9 @@ def quantize(
     UserError
         If the input cannot be used; as early as the error can be detected.
     """
-    sink = sink_for(options)
-    earlier = sink.require_folder(say)
+    ranks = current()
+    sink = sink_for(options, ranks)
+    earlier = ranks.share(sink.require_folder(say))
     backend = choose_backend(options, say)
     calibration_text, evaluation_text = read_texts(options, say)
     compute = compute_for(backend)
@@ -82,41 +87,54 @@ def quantize(
     sink.require_space(ready.plan)
     for line in announcement(options, sink, ready, calibration_text):
         say(line)
-    take_all_windows(ready, options, say)
+    take_all_windows(ready, options, compute, say)
     classifier = is_classifier(ready.original.model)
     if classifier:
         evaluation_text = None
     record = Record.of(options, ready, calibration_text, evaluation_text, sink.computed(ready, say))
+    require_same(record, ranks)
     if earlier is not None and options.out is not None:
         continue_from(earlier, record, options.out)
     record.spent("load", began)
+    kept = None
+    if options.keep_states is not None:
+        kept = KeptStates(options.keep_states, ready.passage, *ready.windows.shape)
+        say(f"  hidden states of finished layers: up to {kept.require_space() / 1e9:.2f} GB in {kept.folder}")
+
+    # Of a model that is read from disk, only the first process has the quantized layers.
+    where = compute if ready.original.read is None else compute.alone()
 
     def measure(when: str, model: Original) -> None:
         if evaluation_text is not None:
             seqlen, windows = options.evaluation_seqlen, options.evaluation_windows
             with record.time(f"perplexity {when}"):
                 what = f"perplexity {when} quantization"
-                record.measured(when, measure_on(model, evaluation_text, seqlen, windows, compute, what, say))
+                record.measured(when, measure_on(model, evaluation_text, seqlen, windows, where, what, say))
 
-    if options.measure_original and "before" not in record.perplexity:
-        with unrounded(ready.coded):
-            measure("before", ready.original)
-    reference = keep_reference(options, ready, evaluation_text, record, say)
+    reference = None
+    if where is compute or ranks.first:
+        if options.measure_original and "before" not in record.perplexity:
+            with unrounded(ready.coded):
+                measure("before", ready.original)
+        with record.time("divergence"):
+            reference = keep_reference(options, ready, evaluation_text, where, say)
     with sink.open(ready, record, say):
-        quantize_layers(options, sink, ready, record, say)
+        quantize_layers(options, sink, ready, record, say, kept)
         sink.finish(record)
     del ready  # the original and the quantized model need not fit in memory together
     quantized = sink.quantized(say)
-    measure("after", quantized)
-    if reference is not None:
-        with record.time("divergence"):
-            record.divergence = asdict(reference.divergence_of(quantized, compute, say))
+    if where is compute or ranks.first:
+        measure("after", quantized)
+        if reference is not None:
+            with record.time("divergence"):
+                record.divergence = asdict(reference.divergence_of(quantized, where, say))
     examine(quantized)
     del quantized
-    record.peak_memory_bytes, record.peak_device_bytes = peak_memory(), compute.peak_memory()
+    peaks = ranks.gather([peak_memory(), compute.peak_memory()])
+    record.peak_memory_bytes, record.peak_device_bytes = map(max, zip(*peaks, strict=True))
     record.checkpoint_bytes = sink.weight_bytes()
     try:
-        if options.out is not None:
+        if options.out is not None and ranks.first:
             write_report(options.out, sink, record)
             write_page_beside(options.out, record, say)
     finally:
@@ -126,7 +144,7 @@ def quantize(
 
 
 def keep_reference(
-    options: Options, ready: Ready, evaluation_text: AnyText | None, record: Record, say: Say
+    options: Options, ready: Ready, evaluation_text: AnyText | None, compute: Compute, say: Say
 ) -> Reference | None:
     """Keep what the divergence from the original is measured by; None if the run cannot or need not.
 
@@ -136,8 +154,7 @@ def keep_reference(
         return None
     count = min(DIVERGENCE_WINDOWS, options.evaluation_windows or DIVERGENCE_WINDOWS)
     windows, *_ = cut_windows(ready.original, evaluation_text, options.evaluation_seqlen, count)
-    with record.time("divergence"):
-        return Reference.of(ready.original, windows, ready.passage.compute, say)
+    return Reference.of(ready.original, windows, compute, say)
 
 
 def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: AnyText) -> list[str]:
@@ -168,12 +185,19 @@ def _named(options: Options) -> str:
     return f"{options.method}, recipe {options.recipe}" if options.recipe else options.method
 
 
-def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, say: Say) -> None:
+def quantize_layers(
+    options: Options,
+    sink: Sink,
+    ready: Ready,
+    record: Record,
+    say: Say,
+    kept: KeptStates | None = None,
+) -> None:
     """Quantize every unfinished layer; pass it to the sink, record it, and print its figures."""
     passage, count = ready.passage, len(ready.passage.calls)
-    if 0 < record.done < count:
+    if record.done:
         with record.time("layers"):
-            run_again(sink, ready, record, say)
+            go_on(sink, ready, record, kept, say)
     with tqdm(total=count, initial=record.done, disable=None, leave=False, bar_format=_BAR) as bar:
 
         def progress(steps: int, stage: str) -> None:
@@ -188,19 +212,53 @@ def quantize_layers(options: Options, sink: Sink, ready: Ready, record: Record, 
             true_sequential=options.true_sequential,
             targets=ready.targets(options),
             own=sink.own_methods(ready),
+            adopt=ready.backend.to_device,
             progress=progress,
         )
         while record.done < count:
             with record.time("layers"):
                 layer = next(layers)
                 sink.add(layer, record.done)
-                record.add(layer, passage.checksum())
+                checksums = {"outputs_checksum": passage.checksum()}
+                if kept is not None and passage.originals:
+                    checksums["originals_checksum"] = passage.checksum_of_originals()
+                record.add(layer, checksums)
                 del layer  # free its float64 matrices before those of the next are allocated
+                if kept is not None:
+                    kept.save(record.done)
             sink.note(record)
+            if kept is not None:
+                passage.compute.ranks.total([0])  # until the layer is noted, that before it must stay
+                kept.forget(but=record.done)
             bar.update(record.done - bar.n)
             for line in layer_lines(record.layers[-1], count, options.config):
                 say(line)
+    if kept is not None:
+        kept.forget()
     record.mean_relative_output_error = mean_layer_error(record.layers)
+
+
+def go_on(sink: Sink, ready: Ready, record: Record, kept: KeptStates | None, say: Say) -> None:
+    """Bring hidden states and model to where an interrupted run was."""
+    passage, count = ready.passage, len(ready.passage.calls)
+    if 0 < record.done < count:
+        row = record.layers[-1]
+        names = {
+            "hidden": "outputs_checksum",
+            **({"originals": "originals_checksum"} if passage.originals else {}),
+        }
+        if kept is None:
+            return run_again(sink, ready, record, say)
+        if not kept.load(record.done, {name: row.get(entry, 0) for name, entry in names.items()}):
+            say(
+                f"{kept.folder} does not hold the hidden states of layer {record.done} for every process: "
+                "running the finished layers again"
+            )
+            return run_again(sink, ready, record, say)
+    if passage.compute.ranks.size > 1:  # only the first process can read the result back
+        for index in range(record.done):
+            for name, dense in stored_everywhere(sink, passage, index).items():
+                passage.decoder.replace(index, name, dense)
 
 
 def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
@@ -211,7 +269,7 @@ def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
     UserError
         If the outputs of a layer differ from those of the interrupted run.
     """
-    weights = (sink.stored(index) for index in range(record.done))
+    weights = (stored_everywhere(sink, ready.passage, index) for index in range(record.done))
     with Progress("finished layers", record.done, "layer", say) as step:
         for row, _ in zip(record.layers, ready.passage.again(weights), strict=True):
             if ready.passage.checksum() != row["outputs_checksum"]:
@@ -223,12 +281,24 @@ def run_again(sink: Sink, ready: Ready, record: Record, say: Say) -> None:
             step()
 
 
+def stored_everywhere(sink: Sink, passage: Passage, index: int) -> dict[str, torch.Tensor]:
+    """Dense weights of a finished layer, which the first process reads and sends to the others."""
+    compute, linears = passage.compute, passage.decoder.linears[index]
+    weights = sink.stored(index) if compute.ranks.first else {}
+    for name, linear in linears.items():
+        empty = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=compute.device)
+        weights[name] = compute.ranks.share_tensor(weights.get(name, empty))
+    return weights
+
+
 def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[str]:
     """Format the figures of a finished layer, and warnings: more damping, alpha too small for its type."""
     lines = [
         f"layer {row['layer'] + 1:3d}/{count}  {len(row['matrices'])} matrices  "
         f"relative output error {row['relative_output_error']:.4f}  {sum(row['seconds'].values()):.1f} s"
     ]
+    if sent := row.get("bytes_between_processes"):
+        lines.append(f"  {sent / 1e6:.1f} MB between processes")
     if experts := row.get("experts"):
         lines.append(
             f"  experts: {experts['matrices']} matrices, fewest tokens {experts['fewest_tokens']}; "

@@ -19,6 +19,7 @@ from harness.backends import Backend
 from harness.calibration.grid_range import require_in_range
 from harness.calibration.layerwise import FittedLayer
 from harness.calibration.methods import FitError, Method, baseline, baseline_bits, ternarizer
+from harness.distributed.ranks import ALONE, Ranks
 from harness.errors import UserError
 from harness.hf import load_stored
 from harness.models.decoder import locate_layers
@@ -153,7 +154,7 @@ class CheckpointSink(Sink):
 
     def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
         return {
-            "original": identify(self.options.model, say),
+            "original": identify(self.options.model, say, ready.passage.compute.ranks),
             "backend": ready.backend.name,
             "config": asdict(self.options.config),
             "plan": asdict(ready.plan),
@@ -270,9 +271,10 @@ class BaselineSink(Sink):
         return []
 
     def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
-        config = self.options.config
+        config, ranks = self.options.config, ready.passage.compute.ranks
         return {
-            "original": None,
+            # A run of one process is not resumed, so nobody asks what the original was.
+            "original": identify(self.options.model, say, ranks) if ranks.size > 1 else None,
             "backend": self.fitted_by(ready.backend),
             "config": {"block_size": config.block_size, "damping": config.damping},
             "plan": None,
@@ -303,9 +305,44 @@ class BaselineSink(Sink):
         return self._original
 
 
-def sink_for(options: Options) -> Sink:
-    """Return the sink for the method of the options."""
-    return (CheckpointSink if options.method == PT2_LLM else BaselineSink)(options)
+class FollowingSink(CheckpointSink):
+    """PT²-LLM in a process that is not the first: needs no folder, and no disk."""
+
+    def require_folder(self, say: Say) -> dict[str, Any] | None:
+        return None
+
+    def require_space(self, plan: Plan) -> None:
+        """Nothing: the first process writes."""
+
+    @contextmanager
+    def open(self, ready: Ready, record: Record, say: Say) -> Iterator[None]:
+        self._original = ready.original
+        yield
+
+    def stored(self, index: int) -> dict[str, torch.Tensor]:
+        raise AssertionError("the first process reads finished layers")
+
+    def add(self, layer: FittedLayer, index: int) -> None:
+        """Do nothing: the layer is already in the model."""
+
+    def note(self, record: Record) -> None:
+        """Do nothing: the first process does."""
+
+    def finish(self, record: Record) -> None:
+        """Do nothing: the first process does."""
+
+    def quantized(self, say: Say) -> Original:
+        return self._original
+
+    def weight_bytes(self) -> int | None:
+        return None
+
+
+def sink_for(options: Options, ranks: Ranks = ALONE) -> Sink:
+    """Return the sink for the method of the options, in this process."""
+    if options.method != PT2_LLM:
+        return BaselineSink(options if ranks.first else replace(options, out=None))
+    return CheckpointSink(options) if ranks.first else FollowingSink(options)
 
 
 def _shared_inputs(record: Record) -> list[list[str]] | None:

@@ -12,6 +12,8 @@ from harness.reproduce.tables import QUALITY, RATES, SIZES, STAGES
 # Names of the paper's columns, and of those that are not named by a text or task.
 PAPER_COLUMNS = {"bits_per_weight": "bits", "gigabytes": "GB", "reduction": "times smaller"}
 
+FAILED = "failed"
+
 Value = str | float | int | None
 
 
@@ -28,7 +30,7 @@ def cells_of(table: dict[str, Any]) -> list[dict[str, Value]]:
 def _values(row: dict[str, Any], shows: str, original: int | None) -> Iterator[tuple[str, Value]]:
     yield "", row["label"]
     if "error" in row:
-        yield "failed", row["error"]
+        yield FAILED, row["error"]
     if shows in (QUALITY, SIZES):
         yield "bits per weight", row.get("bits_per_weight")
     if shows == SIZES and "bytes" in row:
@@ -85,8 +87,10 @@ def csv_of(table: dict[str, Any]) -> str:
 
 
 def markdown_table(table: dict[str, Any]) -> list[str]:
-    """Format the rows of a table as lines of Markdown."""
+    """Format the rows of a table as lines of Markdown; why a method failed is not in them."""
     rows = cells_of(table)
+    for row in rows:
+        row.pop(FAILED, None)
     header = [column.strip() for column in rows[0]]
     lines = [header, ["---"] * len(header), *([shown(value) for value in row.values()] for row in rows)]
     return [f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in lines]
@@ -105,6 +109,9 @@ def markdown_of(record: dict[str, Any]) -> str:
         lines += [f"Tokens of figure 4: {protocol['tokens']}.", ""]
     for name, table in record["results"].items():
         lines += [f"## {table['title']}", "", *markdown_table(table), ""]
+        for row in table["rows"]:
+            if "error" in row:
+                lines += [f"{row['label']} failed: {row['error']}.", ""]
         lines += [f"![{table['title']}]({name}.svg)", ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -113,13 +113,14 @@ def _opened(file: Path) -> Iterator[Any]:
 def _require_unquantized(name: str, tensor: torch.Tensor, expected: torch.Tensor, bound: bool) -> None:
     """Refuse an unquantized tensor of the wrong shape or kind of dtype, or with non-finite values.
 
-    A buffer may be a `bound`, as in Gemma 4's audio tower: infinite where nothing is clipped.
+    A `bound` may be infinite: Gemma 4's audio tower keeps the limits of activations in buffers.
     """
     if tensor.shape != expected.shape:
         raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
     if tensor.is_floating_point() != expected.is_floating_point():
         raise UserError(f"{name} is {tensor.dtype}, expected {expected.dtype}".replace("torch.", ""))
-    if tensor.is_floating_point() and not (tensor.isfinite() | (bound & tensor.isinf())).all():
+    allowed = ~torch.isnan(tensor) if bound else torch.isfinite(tensor)
+    if not allowed.all():
         raise UserError(f"{name} is damaged: it has a value that is not finite")
 
 

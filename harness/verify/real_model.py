@@ -11,7 +11,8 @@ import torch
 from harness import text
 from harness.backends import Backend, load_backend
 from harness.calibration.capture import capture_inputs
-from harness.calibration.layerwise import FittedMatrix, fit_layers
+from harness.calibration.fits import FittedMatrix
+from harness.calibration.layerwise import fit_layers
 from harness.calibration.methods import Method, ternarizer
 from harness.compute import Compute, compute_for
 from harness.models.decoder import find_decoder_layers

@@ -14,7 +14,7 @@ ROOT = Path(harness.__file__).parent
 STOREYS = [
     {"errors", "signals", "streams"},
     {"files", "cli", "machine", "cpu"},
-    {"backends", "page", "progress"},
+    {"backends", "distributed", "page", "progress"},
     {"compute"},
     {"models"},
     {"text"},

@@ -23,6 +23,7 @@ from harness.benchmark.mixture import (
 )
 from harness.benchmark.slices import FAINT, Slicing, slice_mlps
 from harness.cli import EXIT_USAGE
+from harness.comparison import measure
 from harness.models.original import Original
 from harness.text import CALIBRATION, EVALUATION, read_text
 from harness.windows import Tokens, calibration_windows
@@ -221,7 +222,7 @@ def test_mixtures_are_compared_with_the_dense_model_and_a_comparison_is_resumed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, quantized = tmp_path / "mixture.json", []
-    quantize = mixture.quantize
+    quantize = measure.quantize
 
     def stop_at_the_second(options: Any, **rest: Any) -> Any:
         quantized.append(options.model)
@@ -229,7 +230,7 @@ def test_mixtures_are_compared_with_the_dense_model_and_a_comparison_is_resumed(
             raise KeyboardInterrupt
         return quantize(options, **rest)
 
-    monkeypatch.setattr(mixture, "quantize", stop_at_the_second)
+    monkeypatch.setattr(measure, "quantize", stop_at_the_second)
     command = ("mixture", file, *arguments(llama, words_file))
     run_main(benchmark_main, *command)
     results = json.loads(file.read_text())["results"]
@@ -273,7 +274,7 @@ def test_a_mixture_that_is_not_the_dense_model_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("harness.benchmark.slices.FAINT", 1.0)  # weights of a token are not alike
-    monkeypatch.setattr(mixture, "quantize", lambda *arguments, **options: pytest.fail("quantized"))
+    monkeypatch.setattr(measure, "quantize", lambda *arguments, **options: pytest.fail("quantized"))
     command = ("mixture", *arguments(llama, words_file)[:-2], "halves-twice")
     assert run_main(benchmark_main, *command) == EXIT_USAGE
     assert "2 halves, each twice, top 2: logits differ from the dense model's by" in capsys.readouterr().err
@@ -286,3 +287,35 @@ def test_there_is_no_comparison_without_a_text(
     assert "compared by perplexity, which needs a text; pass one with --eval" in capsys.readouterr().err
     assert run_main(benchmark_main, "mixture", "--resume") == EXIT_USAGE
     assert "--resume continues the results in a file; name it as FILE" in capsys.readouterr().err
+
+
+# Rows of the README's table, and the runs that they show.
+ROWS = {
+    f"{words}, `{recipe}`": (words, mixture.METHODS[method].words)
+    for recipe, method in (("best", "best"), ("paper", "pt2-llm"))
+    for words in ("dense", *(slicing.words for slicing in MIXTURES.values() if slicing.is_whole))
+}
+
+
+def test_the_readme_shows_the_figures_of_the_file() -> None:
+    folder = Path(mixture.__file__).parents[2]
+    results = json.loads((folder / "benchmarks" / "mixture.json").read_text())["results"]
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    cells = {row[1]: row[2:-1] for row in ([c.strip() for c in line.split("|")] for line in lines) if row[1:]}
+    for name, (words, method) in ROWS.items():
+        found = results[words][method]
+        bits, error, *texts = map(float, cells[name])
+        assert [bits, error] == [round(found["bits_per_weight"], 2), round(found["mlp_error"], 3)]
+        for shown, on_text in zip((texts[:2], texts[2:]), found["texts"].values(), strict=True):
+            assert shown == [round(on_text["perplexity"]), round(on_text["mean"], 2)]
+
+
+def test_experts_of_the_committed_file_lose_what_the_dense_model_loses() -> None:
+    """All errors of four slices, every one of which a token passes, by the recipe best: at most 5 % more."""
+    folder = Path(mixture.__file__).parents[2]
+    results = json.loads((folder / "benchmarks" / "mixture.json").read_text())["results"]
+    ratios = results["4 slices, top 4"][mixture.METHODS["best"].words]["over_dense"]
+    assert len(ratios) == 7
+    assert max(ratios.values()) <= 1.05
+    for mixed in (slicing.words for slicing in MIXTURES.values() if slicing.is_whole):
+        assert results[mixed]["original"]["largest_difference_of_logits"] < 1e-5

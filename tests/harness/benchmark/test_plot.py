@@ -205,12 +205,11 @@ def test_labels_of_methods_do_not_touch_even_where_points_do(perplexity: float) 
     assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
 
 
-@pytest.mark.parametrize("name", ["methods", "recipe"])
-def test_the_pictures_of_the_readme_show_the_figures_beside_them(name: str) -> None:
+def test_the_picture_of_the_readme_shows_the_figures_beside_it() -> None:
     """Its text is drawn as shapes, each after a comment with a line of it."""
     folder = Path(figures.__file__).parents[2] / "benchmarks"
-    written = " ".join(comments(folder / f"{name}.svg"))
-    for method, result in json.loads((folder / f"{name}.json").read_text())["results"].items():
+    written = " ".join(comments(folder / "recipe.svg"))
+    for method, result in json.loads((folder / "recipe.json").read_text())["results"].items():
         if method != "protocol":
             digits = 0 if result["perplexity"] > 100 else 1
             assert f"{method}: {result['perplexity']:,.{digits}f}" in written

@@ -12,6 +12,7 @@ from harness.architectures.configs import small_config
 from harness.calibration.calls import LayerCall, Varying, merged
 from harness.calibration.capture import capture_inputs
 from harness.calibration.layerwise import fit_layers
+from harness.calibration.passage import Passage
 from harness.calibration.targets import Targets
 from harness.errors import UserError
 from harness.models.decoder import find_decoder_layers
@@ -43,13 +44,18 @@ def outputs_of(model: Any) -> list[torch.Tensor]:
     return [output[0] if isinstance(output, tuple) else output for output in found]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_both_models_give_what_they_give_as_a_whole(kind: str) -> None:
-    model = model_of(kind)
+def passage_of(model: Any) -> Passage:
     linearize(model)
-    expected = outputs_of(model)
     passage = capture_inputs(model, find_decoder_layers(model), WINDOWS)
     passage.keep_original()
+    return passage
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_models_give_what_they_give_as_a_whole_and_a_resumed_run_the_same(kind: str) -> None:
+    model = model_of(kind)
+    passage = passage_of(model)
+    expected = outputs_of(model)
     targets = Targets(lambda W, C, D: W)
     for _ in fit_layers(passage, lambda W, C: W.numpy() / 2, true_sequential=True, targets=targets):
         pass
@@ -59,6 +65,13 @@ def test_both_models_give_what_they_give_as_a_whole(kind: str) -> None:
         torch.testing.assert_close(original, theirs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(states, ours, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(states, original, rtol=0.1, atol=1e-4)
+
+    stored = [{name: linear.weight for name, linear in own.items()} for own in passage.decoder.linears]
+    again = passage_of(model_of(kind))
+    for _ in again.again(stored):
+        pass
+    assert all(map(torch.equal, again.hidden, passage.hidden))
+    assert all(map(torch.equal, again.originals, passage.originals))
 
 
 def test_arguments_that_differ_are_kept_for_every_window() -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from harness.calibration.capture import capture_inputs
-from harness.calibration.experts import batches, fill_up
+from harness.calibration.experts import batches
+from harness.calibration.owners import own_statistics
 from harness.calibration.passage import Passage
-from harness.calibration.sums import Statistics
+from harness.calibration.sums import Rows, Sums
+from harness.distributed.ranks import ALONE
 from harness.models.decoder import find_decoder_layers
 from harness.models.linearize import linearize
 from reference.ternarize import ternarize
@@ -60,21 +62,24 @@ def test_each_expert_has_the_gram_matrix_of_its_own_tokens_from_one_pass() -> No
         gate, value = (X @ up[number].T).chunk(2, dim=1)
         for part, inputs in (("gate_up_proj", X), ("down_proj", torch.nn.functional.silu(gate) * value)):
             total = sums[f"mlp.experts.{number}.{part}"]
-            assert total.rows == len(X)
-            torch.testing.assert_close(total.finish(), inputs.T @ inputs, rtol=1e-4, atol=1e-5)
+            assert total.gram.rows == len(X)
+            torch.testing.assert_close(total.gram.finish(), inputs.T @ inputs, rtol=1e-4, atol=1e-5)
 
 
 def test_an_expert_with_fewer_tokens_than_columns_gets_average_ones() -> None:
     passage = passage_of(tiny.make_mixture("mixtral", ternary=False))
     layer = passage.enter(0)
     names = ["self_attn.o_proj", *(f"mlp.experts.{number}.down_proj" for number in range(4))]
-    tokens = [1, 0, 2, 3, 7]
-    # Matrices of three columns; the Gram matrix of the first belongs to no expert.
-    grams = [torch.full((3, 3), float(value)).double() for value in (100, 0, 8, 9, 19)]
-    known = [Statistics(gram, count) for gram, count in zip(grams, tokens, strict=True)]
-    found = [float(s.gram[0, 0]) for s in fill_up(layer, [[name] for name in names], known)]
+    # Inputs of three columns; the first matrix belongs to no expert.
+    inputs = [[10.0], [], [2.0, 2.0], [1.0, 2.0, 2.0], [2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0]]
+    sums = [Sums(3) for _ in names]
+    for total, tokens in zip(sums, inputs, strict=True):
+        total.add(Rows(torch.tensor(tokens)[:, None].expand(-1, 3)))
+    groups = [[name] for name in names]
+    known = own_statistics(layer, groups, sums, dict.fromkeys(names, 0), ALONE)
     average = (0 + 8 + 9 + 19) / (0 + 2 + 3 + 7)
-    assert found == [100, 3 * average, 8 + average, 9, 19]
+    assert [float(known[name].gram[0, 0]) for name in names] == [100, 3 * average, 8 + average, 9, 19]
+    assert [known[name].tokens for name in names] == [1, 0, 2, 3, 7]
 
 
 @pytest.mark.parametrize("tokens", [8, 32, 64])

@@ -160,8 +160,9 @@ def test_gram_sum_keeps_digits_over_many_rows() -> None:
         total.add(part)
     exact = X.double().numpy().T @ X.double().numpy()
     # float32 products summed over a chunk: rounding grows at most with its length.
-    np.testing.assert_allclose(total.finish(), exact, rtol=1e-5)
-    assert np.array_equal(total.finish(), total.finish().T)
+    found = total.finish()
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    assert np.array_equal(found, found.T)
 
 
 def test_a_failure_names_the_matrix() -> None:

@@ -7,13 +7,14 @@ import math
 import re
 import sys
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.files import json_text
 from harness.page import page as page_module
-from harness.page.page import MOST_BYTES, page
+from harness.page.page import MOST_BYTES, page, write_page
 from tests.harness.page.reading import Read, read
 from tests.harness.page.records import DENSE, record_of
 
@@ -120,8 +121,7 @@ def test_experts_of_a_layer_share_a_cell() -> None:
     [
         ({"layers": 48, "experts": 128}, True),
         ({"layers": 126}, True),
-        ({"layers": 100, "kinds": tuple(f"mixer.number_{i}_of_a_long_name_proj" for i in range(39))}, True),
-        ({"layers": 101, "kinds": tuple(f"mixer.number_{i}_of_a_long_name_proj" for i in range(40))}, False),
+        ({"layers": 300, "kinds": tuple(f"mixer.number_{i}_of_a_long_name_proj" for i in range(80))}, False),
     ],
 )
 def test_a_page_of_the_largest_models_stays_small(
@@ -205,6 +205,12 @@ def test_names_and_texts_are_escaped(record: dict[str, Any], with_plots: None) -
     assert not any("onerror" in attributes for _, attributes in found.tags)
     assert found.text.count("<script>alert(1)</script>") > 20
     assert f"{EVIL}, ternary" in found.text
+
+
+def test_a_name_that_is_not_unicode_is_written_with_escapes(record: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    write_page({**record, "model": "a\udcff"}, file)
+    assert "a\\udcff, ternary" in read(file.read_text("utf-8")).text
 
 
 def test_without_matplotlib_a_page_has_tables_and_says_how_to_get_plots(

@@ -38,15 +38,16 @@ SIZES = {
 
 def test_markdown_rounds_and_csv_does_not() -> None:
     assert markdown_table(QUALITY) == [
-        "| | bits per weight | w: perplexity | w: KL | failed | paper: wikitext2 |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| a | 16 | 19.1 | 0 | | |",
-        "| `b` | 1.90 | 713 | 3.55 | | |",
-        "| c | | | | no inverse | |",
-        "| d | | | | | 11.6 |",
-        "| e | 2 | inf | nan | | |",
+        "| | bits per weight | w: perplexity | w: KL | paper: wikitext2 |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 16 | 19.1 | 0 | |",
+        "| `b` | 1.90 | 713 | 3.55 | |",
+        "| c | | | | |",
+        "| d | | | | 11.6 |",
+        "| e | 2 | inf | nan | |",
     ]
-    first, second, *_ = csv.DictReader(io.StringIO(csv_of(QUALITY)))
+    first, second, third, *_ = csv.DictReader(io.StringIO(csv_of(QUALITY)))
+    assert third["failed"] == "no inverse"
     assert (first["w: perplexity"], second["w: KL"]) == ("19.131", "3.5469")
 
 

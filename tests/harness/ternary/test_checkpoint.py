@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import harness
 from harness.backends import load_backend
 from harness.errors import UserError
-from harness.models.folder import INDEX
+from harness.models.folder import INDEX, SINGLE
 from harness.ternary.format import packed_bytes, packed_tensors, permutation_dtype
 from harness.ternary.linear import TernaryLinear
+from harness.ternary.reading import verify
 from reference.types import TernaryMatrix
 
 REFERENCE = load_backend("reference")
@@ -318,3 +320,20 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt") as shard:
             tensors.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
     return tensors
+
+
+@pytest.mark.parametrize(
+    ("limit", "weight", "culprit"), [(torch.inf, 1, None), (torch.nan, 1, "limit"), (1, torch.inf, "weight")]
+)
+def test_only_buffers_may_be_infinite(
+    limit: float, weight: float, culprit: str | None, tmp_path: Path
+) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.register_buffer("limit", torch.zeros(1))
+    tensors = {"weight": torch.full((1, 1), float(weight)), "limit": torch.full((1,), float(limit))}
+    save_file(tensors, tmp_path / SINGLE)
+    if culprit is None:
+        verify([tmp_path / SINGLE], model)
+    else:
+        with pytest.raises(UserError, match=f"{culprit} is damaged: it has a value that is not finite"):
+            verify([tmp_path / SINGLE], model)
