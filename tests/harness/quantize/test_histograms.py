@@ -59,7 +59,7 @@ def fitted(name: str, alpha: list[float], mu: list[float] | None, coded: bool = 
     shift = None if mu is None else grid(mu)
     result = TernaryMatrix(trits, grid(alpha), shift, torch.arange(4).numpy(), 4)
     empty = torch.empty(0)
-    return FittedMatrix(name, empty, empty, result, 0.0, 0)
+    return FittedMatrix(name, empty, result, 0.0, 0, 0, {})
 
 
 @pytest.mark.parametrize("coded", [False, True])
@@ -83,4 +83,4 @@ def test_without_a_shift_there_is_no_histogram_of_it_and_without_alpha_an_empty_
 
 def test_a_dense_matrix_has_no_histogram() -> None:
     empty = torch.empty(0)
-    assert grid_histograms([FittedMatrix("m.0.up", empty, empty, empty.numpy(), 0.0, 0)]) == {}
+    assert grid_histograms([FittedMatrix("m.0.up", empty, empty.numpy(), 0.0, 0, 0, {})]) == {}
