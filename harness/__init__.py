@@ -40,7 +40,8 @@ Words used throughout:
     window         one sequence of calibration or evaluation tokens
     hidden states  output of one decoder layer and input of the next, kept for every window
     backend        a package that implements the functions of reference/: `reference`, `cpu` or `gpu`
-    shard          one safetensors file of a checkpoint; each decoder layer has its own
+    shard          one safetensors file of a checkpoint; each decoder layer has its own. Of windows:
+                   neighbours whose products are summed in float32
     packed         stored as trits, in bytes (on disk) or in the kernels' words (on a device)
     dense          stored as ordinary weights, dequantized
 """

@@ -36,7 +36,6 @@ DONE, REFUSED, NOT_BUILT, FAILED = "done", "refused", "not built", "failed"
 # The tables that are walked: classes by type of model.
 CAUSAL, VISION = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 TABLES = {CAUSAL: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, VISION: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
-MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 # Enough tokens for routers to choose every expert, few enough to be quick.
 WINDOWS, SEQLEN = 2, 32

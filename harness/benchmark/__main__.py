@@ -23,6 +23,7 @@ from harness.benchmark.methods import compare_methods, summarize
 from harness.benchmark.mixture import PARTS, RUNS, compare_mixtures
 from harness.benchmark.products import product_speed
 from harness.benchmark.quantization import Scale, quantize_shape
+from harness.benchmark.ranks import rank_counts, rank_speed
 from harness.benchmark.shapes import SHAPES
 from harness.cli import HelpFormatter, add_verbose, model_name, path, positive, run, window_length
 from harness.comparison.methods import METHODS
@@ -42,6 +43,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
 
   run      time every stage of a quantization, and two plain forward passes of the same tokens
   busy     compare the CPU time of a quantization with that beside busy processes
+  ranks    compare processes that share a quantization with one process; count what they send and compute
   methods  compare the paper's ablations and 2-bit baselines on the same text; processes of torchrun share it
   mixture  compare mixtures of experts, made of slices of a dense model's MLPs, with that model
   evaluate time perplexity and divergence beside bare forward passes
@@ -112,6 +114,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--busy", type=positive, default=2, metavar="N", help="busy processes for every core of the machine"
     )
+
+    sub = kind("ranks", "compare processes that share a quantization with one; count what they send")
+    sub.add_argument("--model", type=model_name, metavar="MODEL", help="as for harness.quantize")
+    sub.add_argument("--calibration", default=text.BUILTIN, metavar="TEXT", help=text.SOURCES_HELP)
+    sub.add_argument("--recipe", choices=RECIPES, default="best", help="as for harness.quantize")
+    sub.add_argument("--nsamples", type=positive, default=16, help="calibration windows")
+    sub.add_argument("--seqlen", type=window_length, default=1024, help="tokens per window")
+    sub.add_argument(
+        "--processes", type=positive, default=2, help="processes, and threads of the one process"
+    )
+    sub.add_argument("--rounds", type=positive, default=3, help="runs of each kind, which alternate")
+    counted = "models whose shapes to count for, with the paper's amount of calibration"
+    sub.add_argument("--count", nargs="*", choices=SHAPES, default=["llama-7b", "llama2-70b"], help=counted)
 
     sub = kind("methods", "compare the paper's ablations and 2-bit baselines on the same text")
     listed = "\n".join(f"  {key:16} {method.words}" for key, method in METHODS.items())
@@ -241,6 +256,8 @@ def _measure(arguments: argparse.Namespace, ranks: Ranks) -> int:
         size = ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen)]
         model = [] if arguments.model is None else ["--model", arguments.model]
         results = busy_cost([*size, *model], arguments.busy)
+    elif arguments.kind == "ranks":
+        results = _rank_figures(arguments)
     elif arguments.kind == "evaluate":
         window = arguments.seqlen, arguments.windows
         measured = arguments.model, arguments.data, *window
@@ -337,6 +354,20 @@ def _quantize_shapes(
         results[shape] = quantize_shape(scale, backend, compute)
         save(results)
     return results
+
+
+def _rank_figures(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time one process and several on the command line's model, and count for larger ones."""
+    size = ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen)]
+    model = [] if arguments.model is None else [arguments.model]
+    run = [*model, *size, "--calibration", arguments.calibration, "--eval", NO_EVALUATION]
+    measured = rank_speed([*run, "--recipe", arguments.recipe], arguments.processes, arguments.rounds)
+    whole = Options()
+    counts = {
+        shape: rank_counts(shape, arguments.recipe, whole.nsamples, whole.seqlen, (1, 2, 4, 8))
+        for shape in arguments.count
+    }
+    return {"measured": measured, "counted": counts}
 
 
 def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:

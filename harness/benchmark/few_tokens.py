@@ -12,7 +12,7 @@ from harness.backends import load_backend
 from harness.benchmark.slices import Slicing, slice_mlps
 from harness.calibration.capture import capture_inputs
 from harness.calibration.methods import Method, ternarizer
-from harness.calibration.owners import deal, own_statistics
+from harness.calibration.owners import own_statistics
 from harness.calibration.sums import Statistics
 from harness.comparison.methods import METHODS
 from harness.compute import Compute, compute_for
@@ -122,8 +122,8 @@ def _experts(dense: Original, mixture: Any, windows: torch.Tensor, compute: Comp
             layer = here.enter(index)
             names = [name for name in layer.linears if family(layer.module, name)]
             groups = [[name] for name in names]
-            owners = deal(layer, groups, ALONE)
-            filled = own_statistics(layer, groups, here.collect(layer, groups), owners, ALONE)
+            sums = here.collect(layer, groups)
+            filled = own_statistics(layer, groups, sums, dict.fromkeys(names, 0), ALONE)
             weights = {name: layer.linears[name].weight for name in names}
             yield weights, {name: replace(known, gram=known.seen) for name, known in filled.items()}, filled
         there.advance(there.enter(index))

@@ -148,7 +148,10 @@ def _turns(
     """Collect what is known about the inputs of a batch, for those groups that are fitted next."""
     ranks = passage.compute.ranks
     turns = [batch] if beside is None else beside.turns(batch)
-    owners = {name: rank for turn in turns for name, rank in deal(layer, turn, ranks).items()}
+    shapes = {name: linear.weight.shape for name, linear in layer.linears.items()}
+    owners: Owners = {}
+    for turn in turns:
+        owners |= deal({name: shapes[name] for group in turn for name in group}, ranks.size)
     sums = passage.collect(layer, batch, step) if beside is None else beside.collect(layer, batch, step)
     known = own_statistics(layer, batch, sums, owners, ranks)
     for place, turn in enumerate(turns):

@@ -16,7 +16,7 @@ and, with targets, of the (r, m) lost products ``(N - 1) * 16 * r * m + (k - 1) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -30,19 +30,29 @@ from harness.models.experts import family
 Owners = dict[str, int]
 
 
-def deal(layer: WorkingLayer, groups: list[list[str]], ranks: Ranks) -> Owners:
-    """Deal matrices that are fitted at the same time to processes: the costliest first, to the least busy."""
-    linears = layer.linears
-    names = [name for group in groups for name in group]
-    shapes = {name: linears[name].weight.shape for name in names}
-    costs = {name: rows * columns**2 + columns**3 for name, (rows, columns) in shapes.items()}
-    busy = [0] * ranks.size
+def fit_cost(rows: int, columns: int) -> int:
+    """What the fit of a matrix costs beside others, in multiplications."""
+    return rows * columns**2 + columns**3
+
+
+def deal(shapes: Mapping[str, Sequence[int]], size: int) -> Owners:
+    """Deal matrices that are fitted at the same time to processes: the costliest first, to the least busy.
+
+    Parameters
+    ----------
+    shapes : mapping of str to (int, int)
+        Rows and columns of the matrices, by name.
+    size : int
+        Number of processes.
+    """
+    costs = {name: fit_cost(*shape) for name, shape in shapes.items()}
+    busy = [0] * size
     owners = {}
-    for name in sorted(names, key=lambda name: -costs[name]):  # stable: ties go by the order of use
+    for name in sorted(shapes, key=lambda name: -costs[name]):  # stable: ties go by the order of use
         rank = busy.index(min(busy))
         owners[name] = rank
         busy[rank] += costs[name]
-    return {name: owners[name] for name in names}
+    return owners
 
 
 def own_statistics(

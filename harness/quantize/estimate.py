@@ -13,6 +13,7 @@ from harness.calibration.methods import ternarizer
 from harness.calibration.passage import Passage, brought
 from harness.calibration.targets import KEPT_BYTES, SWEEPS, TURNS
 from harness.compute import Compute, seconds_of
+from harness.distributed.ranks import Ranks
 from harness.machine import duration
 from harness.models.decoder import DecoderLayers, describe_parameters
 from harness.models.experts import family
@@ -45,6 +46,8 @@ class Plan:
     memory_bytes, device_bytes, seconds : float
         Expected peak of resident memory; expected peak of device memory without hidden states (0 without a
         device); expected time without evaluation.
+    processes : int
+        Processes that share the run.
     """
 
     matrices: int
@@ -56,6 +59,7 @@ class Plan:
     memory_bytes: float
     device_bytes: float
     seconds: float
+    processes: int = 1
 
     @property
     def bits_per_weight(self) -> float:
@@ -74,6 +78,7 @@ class Plan:
             f"{self.other_bytes / 1e6:.0f} MB embeddings, head and norms)",
             f"  about {self.memory_bytes / 1e9:.1f} GB of memory, "
             + (f"{self.device_bytes / 1e9:.1f} GB of device memory, " if self.device_bytes else "")
+            + (f"in each of {self.processes} processes, " if self.processes > 1 else "")
             + f"{duration(self.seconds)} without evaluation",
         ]
 
@@ -85,6 +90,7 @@ def make_plan(
     passage: Passage,
     evaluated: bool,
     saved_bytes: int,
+    ranks: Ranks,
 ) -> Plan:
     """Estimate a run from the shapes of the matrices and one timed pass of the first layer.
 
@@ -102,9 +108,11 @@ def make_plan(
         Whether perplexity is measured.
     saved_bytes : int
         Bytes that 8-bit codes save on embedding and head.
+    ranks : Ranks
+        The processes that share the run; memory is that of each.
     """
     decoder, compute, config = passage.decoder, passage.compute, options.config
-    window, windows = passage.hidden[0], options.nsamples
+    window, windows = passage.hidden[0], -(-options.nsamples // ranks.size)
     evaluation_seqlen = options.evaluation_seqlen if evaluated else 0
     model = original.model
     linears = decoder.named_linears()
@@ -123,8 +131,9 @@ def make_plan(
     states = (2 if beside else 1) * windows * window.numel() * window.element_size()
     states += windows * sum(call.bytes_of_windows() for call in passage.calls)
 
-    # Gram matrices of a layer, in float64 with a float32 chunk; most layers have two or three of one width.
-    grams = 12 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
+    # Gram matrices of a layer, in pairs of float64 with a float32 chunk; most layers have two or three of one
+    # width.
+    grams = 20 * sum({columns: columns**2 for _, columns in shapes}.values()) * 2
     in_memory = item * (total if original.read is None else total - weights + layer)
     device = compute.memory is not None
     fit = 8 * 3 * widest**2 + 20 * max(shape.numel() for shape in shapes)
@@ -164,7 +173,8 @@ def make_plan(
         + item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0),
         # The layer, its weights before and after quantization, and the activations of one window.
         device_bytes=2 * item * layer + grams + fit + 16 * item * seqlen * widest if device else 0,
-        seconds=len(decoder.layers) * windows * (passes * forward + gram) + fitting,
+        seconds=len(decoder.layers) * windows * (passes * forward + gram) + fitting / ranks.size,
+        processes=ranks.size,
     )
 
 
@@ -173,7 +183,7 @@ def _expert_sums(decoder: DecoderLayers, beside: bool) -> int:
 
     def size(linear: nn.Linear) -> int:
         m, n = linear.in_features, linear.out_features
-        return 20 * m**2 + (12 * m * max(m, n) if beside else 0)
+        return 28 * m**2 + (20 * m * max(m, n) if beside else 0)
 
     return max(
         sum(size(linear) for name, linear in linears.items() if family(layer, name))

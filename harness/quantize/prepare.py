@@ -141,6 +141,7 @@ def prepare(
         passage,
         evaluated=evaluation_text is not None,
         saved_bytes=sum(matrix.saved_bytes for matrix in coded.values()),
+        ranks=compute.ranks,
     )
     words = beginning(tokens, original.tokenizer, bos)
     return Ready(original, backend, passage, len(tokens), words, windows, plan, coded)

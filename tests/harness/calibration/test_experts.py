@@ -10,7 +10,7 @@ import torch
 
 from harness.calibration.capture import capture_inputs
 from harness.calibration.experts import batches
-from harness.calibration.owners import deal, own_statistics
+from harness.calibration.owners import own_statistics
 from harness.calibration.passage import Passage
 from harness.calibration.sums import Rows, Sums
 from harness.distributed.ranks import ALONE
@@ -76,7 +76,7 @@ def test_an_expert_with_fewer_tokens_than_columns_gets_average_ones() -> None:
     for total, tokens in zip(sums, inputs, strict=True):
         total.add(Rows(torch.tensor(tokens)[:, None].expand(-1, 3)))
     groups = [[name] for name in names]
-    known = own_statistics(layer, groups, sums, deal(layer, groups, ALONE), ALONE)
+    known = own_statistics(layer, groups, sums, dict.fromkeys(names, 0), ALONE)
     average = (0 + 8 + 9 + 19) / (0 + 2 + 3 + 7)
     assert [float(known[name].gram[0, 0]) for name in names] == [100, 3 * average, 8 + average, 9, 19]
     assert [known[name].tokens for name in names] == [1, 0, 2, 3, 7]

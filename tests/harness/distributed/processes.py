@@ -4,33 +4,64 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
+from multiprocessing.context import ForkProcess
+from typing import Any
+
+from torch import distributed
 
 from harness.distributed.launch import joined
 from harness.distributed.ranks import Ranks
+from harness.errors import UserError
 
 Work = Callable[[Ranks], object]
 
 
 def in_processes(size: int, work: Work) -> None:
     """Run a function in forked processes; fail if it fails in any, with its stack trace on stderr."""
+    with forked(size, work) as processes:
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0] * size
+
+
+@contextmanager
+def forked(size: int, work: Work) -> Any:
+    """Start a function in forked processes; kill those that are left in the end.
+
+    As with torchrun, the store is kept by a process that does not take part.
+    """
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=_run, args=(rank, size, port, work)) for rank in range(size)]
+    processes = [context.Process(target=_run, args=(rank, size, store.port, work)) for rank in range(size)]
     for process in processes:
         process.start()
     try:
-        for process in processes:
-            process.join(120)
-        assert [process.exitcode for process in processes] == [0] * size
+        yield processes
     finally:
         for process in processes:
             process.kill()
+            process.join()
+
+
+def end(processes: list[ForkProcess], seconds: float) -> float:
+    """Do as torchrun: once a process fails, end the others by SIGTERM; return the seconds until all ended."""
+    began = time.monotonic()
+    told = False
+    while any(process.is_alive() for process in processes):
+        assert time.monotonic() - began < seconds, "processes go on without one that has died"
+        if not told and any(process.exitcode for process in processes):
+            told = True
+            for process in processes:
+                if process.is_alive() and process.pid is not None:
+                    os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.02)
+    return time.monotonic() - began
 
 
 def _run(rank: int, size: int, port: int, work: Work) -> None:
@@ -39,13 +70,19 @@ def _run(rank: int, size: int, port: int, work: Work) -> None:
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises, as under `harness.cli.run`
     stderr, status = sys.__stderr__, 1
     try:
         with joined() as ranks:
             work(ranks)
         status = 0
+    except UserError as error:
+        print(f"error: {error}", file=stderr)
     except BaseException:
         traceback.print_exc(file=stderr)
     finally:
+        if stderr is not None:
+            stderr.flush()
         os._exit(status)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from harness import text
+from harness.benchmark.ranks import layer_bytes
+from harness.benchmark.shapes import Shape
 from harness.compute import default_compute
 from harness.distributed.ranks import Ranks
 from harness.divergence import divergence_on
@@ -181,6 +183,8 @@ def test_the_bytes_between_processes_are_those_of_the_count(shared: tuple[int, P
     counted = {"dense-best": others * best + sum(sums.values()) + lost}
     if size == 2:  # all at once, by cost: down, q, k to one process, gate, up, o, v to the other
         counted["dense-paper"] = others * paper + sum(sums.values()) - 8 * width**2
+    shape = Shape(width, inner, 3, heads=4, groups=2, vocabulary=tiny.VOCABULARY)
     for case, expected in counted.items():
+        assert layer_bytes(shape, RECIPES[case.removeprefix("dense-")], size) == expected
         layers = json.loads((out / case / REPORT).read_text())["layers"]
         assert [layer["bytes_between_processes"] for layer in layers] == [expected] * 3

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from harness.errors import UserError
 from harness.models.folder import PAGE, REPORT
 from harness.models.original import Original
 from harness.quantize.__main__ import main as quantize_main
-from harness.quantize.options import Options
+from harness.quantize.options import RECIPES, Options
 from harness.quantize.run import quantize
 from reference.types import TernaryConfig
 from tests.harness import tiny
@@ -211,32 +212,37 @@ def test_a_float16_model_measured_before_is_still_what_is_read_back(words_file: 
 def test_every_setting_of_the_method_is_a_switch(
     tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TernaryConfig(
-        block_size=64,
-        start="twn",
-        reorder="hessian",
-        itf=False,
-        aga="conditional",
-        compensation=False,
-        damping=0.2,
-        max_iterations=5,
-        seed=3,
-        grid="int8",
-        feed_forward=True,
-        refinement="grid",
-        rounds=2,
-        shift="none",
-    )
-    assert all(value != getattr(TernaryConfig(), name) for name, value in vars(config).items())
+    """Two command lines, as some settings rule out others."""
+    changed = [
+        {
+            "block_size": 64,
+            "reorder": "hessian",
+            "itf": False,
+            "aga": "conditional",
+            "compensation": False,
+            "damping": 0.2,
+            "seed": 3,
+            "grid": "int8",
+            "feed_forward": True,
+            "refinement": "grid",
+            "shift": "none",
+        },
+        {"start": "twn", "max_iterations": 5, "refinement": "descent", "rounds": 2},
+    ]
+    assert {name for settings in changed for name in settings} == vars(TernaryConfig()).keys()
+    switches = [
+        "--block-size 64 --order hessian --no-itf --aga conditional --no-compensation --damping 0.2 --seed 3 "
+        "--grid int8 --feed-forward --joint-grid --no-descent --shift none",
+        "--start twn --max-iterations 5 --descent --rounds 2",
+    ]
     seen: list[Options] = []
     monkeypatch.setattr("harness.quantize.__main__.quantize", seen.append)
-    switches = "--block-size 64 --start twn --reorder hessian --no-itf --aga conditional --no-compensation"
-    rest = "--damping 0.2 --max-iterations 5 --seed 3 --grid int8 --feed-forward --joint-grid --rounds 2"
-    rest += " --shift none"
-    for recipe in ("paper", "best --no-descent"):
-        arguments = f"--recipe {recipe} {switches} {rest}".split()
-        assert run_main(quantize_main, "--out", tmp_path, *arguments) == 0
-        assert seen.pop().config == config
+    for recipe, settings in RECIPES.items():
+        for arguments, wanted in zip(switches, changed, strict=True):
+            assert all(value != getattr(TernaryConfig(), name) for name, value in wanted.items())
+            command = f"--recipe {recipe} {arguments}".split()
+            assert run_main(quantize_main, "--out", tmp_path, *command) == 0
+            assert seen.pop().config == replace(settings.config, **wanted)
 
 
 def assert_same_weights(loaded: torch.nn.Module, model: torch.nn.Module) -> None:

@@ -144,6 +144,7 @@ def test_it_is_read_layer_by_layer_by_the_names_of_its_files(
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("ternarized", ["qwen2_vl"], indirect=True)
 def test_programs_take_it(ternarized: Any, run_main: Run, capsys: pytest.CaptureFixture[str]) -> None:
     kind, model, folder = ternarized
     out, text = folder / "out", ("--data", folder / "words.txt", "--seqlen", 24, "--windows", 2)
