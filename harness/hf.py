@@ -143,9 +143,9 @@ class TernaryQuantizer(HfQuantizer):
         for module in model.modules():  # drop what stood in for weights while tensors were loaded
             if isinstance(module, Experts):
                 for part in (up_name(module), DOWN):
-                    vars(module).pop(part, None)
+                    module.__dict__.pop(part, None)
         for layer in layers:
-            vars(layer).pop("weight", None)
+            layer.__dict__.pop("weight", None)
             layer.keep_dense(not on_host if dense is None else dense)
         if dense is None and on_host:
             use_kernels(model)
@@ -237,7 +237,7 @@ def _separate_experts(model: nn.Module, names: list[str]) -> None:
         if name in inside and is_fused(module):
             experts = Experts(module, together)
             for part in (up_name(module), DOWN):
-                vars(experts)[part] = torch.empty(0, device="meta")
+                experts.__dict__[part] = torch.empty(0, device="meta")
             put(model, name, experts)
 
 

@@ -103,14 +103,14 @@ def auto_round(source: str, data: str, out: str, group: str, iterations: str) ->
     from auto_round import AutoRound
 
     windows = load_file(data)[WINDOWS]
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
+    rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
     count, seqlen = windows.shape
     quantizer = AutoRound(
         source,
         scheme="W2A16",
         group_size=int(group),
         sym=False,
-        dataset=torch.utils.data.DataLoader(rows, batch_size=1),  # type: ignore[arg-type]
+        dataset=torch.utils.data.DataLoader(rows, batch_size=1),
         iters=int(iterations),
         seqlen=seqlen,
         nsamples=count,
