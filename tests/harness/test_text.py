@@ -91,9 +91,9 @@ def test_a_column_that_is_not_text_is_refused(tmp_path: Path, kind: str) -> None
             for ending in text.COMPRESSED
         ),
         ("text.txt.gz", b"zipped", "is damaged: Not a gzipped file"),
-        ("text.txt.gz", gzip.compress(b"text " * 1000)[:-20], "is damaged"),
-        ("latin.txt.gz", gzip.compress(b"caf\xe9"), "not UTF-8"),
-        ("bad.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": \n'), "line 2 is not JSON"),
+        ("text.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:-20], "is damaged"),
+        ("latin.txt.gz", gzip.compress(b"caf\xe9", mtime=0), "not UTF-8"),
+        ("bad.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": \n', mtime=0), "line 2 is not JSON"),
         (
             "two.jsonl",
             b'{"text": "a", "messages": []}\n',
@@ -151,9 +151,9 @@ def test_a_file_is_read_by_its_kind_whatever_data_set_it_is_of(
 
 def test_compressed_files_are_read_by_what_is_inside(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": row}) + "\n" for row in ROWS).encode()
-    (tmp_path / "c4-train.00000.json.gz").write_bytes(gzip.compress(rows))
-    (tmp_path / "wiki.raw.gz").write_bytes(gzip.compress(b" \n A row. \n"))
-    (tmp_path / "a.txt.GZ").write_bytes(gzip.compress(b"as it\r\nis"))
+    (tmp_path / "c4-train.00000.json.gz").write_bytes(gzip.compress(rows, mtime=0))
+    (tmp_path / "wiki.raw.gz").write_bytes(gzip.compress(b" \n A row. \n", mtime=0))
+    (tmp_path / "a.txt.GZ").write_bytes(gzip.compress(b"as it\r\nis", mtime=0))
     c4 = text.read_text(f"c4:{tmp_path / 'c4-train.00000.json.gz'}", text.CALIBRATION)
     assert c4.stream == "\n\n".join(ROWS)
     wiki = text.read_text(f"wikitext2:{tmp_path / 'wiki.raw.gz'}", text.EVALUATION)
@@ -190,7 +190,7 @@ def test_a_folder_gives_all_its_files_in_the_order_of_their_names(tmp_path: Path
     (folder / "b").mkdir(parents=True)
     (folder / "c.txt").write_text("third")
     (folder / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
-    (folder / "b" / "z.md.gz").write_bytes(gzip.compress(b"between"))
+    (folder / "b" / "z.md.gz").write_bytes(gzip.compress(b"between", mtime=0))
     (folder / ".DS_Store").write_bytes(b"\xff")
     read = text.read_text(str(folder), text.CALIBRATION)
     assert read.stream == "first\n\nsecond\n\nbetween\n\nthird"
