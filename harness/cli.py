@@ -134,8 +134,10 @@ def _out_of_memory_message(error: Exception) -> str | None:
     return None
 
 
-def run(main: Callable[[], int]) -> None:
+def run(main: Callable[[], int], shared: bool = False) -> None:
     """Run a command line and exit with its status.
+
+    `shared` says whether processes of torchrun can share the program's work (`harness.distributed`).
 
     Bad input, Ctrl-C, SIGTERM and a lack of memory (host or device) print one line instead of a stack trace.
     """
@@ -149,6 +151,8 @@ def run(main: Callable[[], int]) -> None:
     with raised() as arrived:
         try:
             try:
+                if not shared and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+                    raise UserError("this program runs in one process; start it without torchrun")
                 status = main()
             except SystemExit as error:  # of argparse, after its help or a usage error
                 if arrived:

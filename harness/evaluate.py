@@ -256,4 +256,4 @@ def _require_causal(original: Original, stream: text.AnyText) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, shared=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.cli import HelpFormatter, add_verbose, path, run
 from harness.errors import UserError
 from harness.files import read_json
-from harness.models.folder import PAGE, REPORT
+from harness.models.folder import PAGE, PROGRESS, REPORT, STAGING
 from harness.page.page import write_page
 
 DESCRIPTION = """\
@@ -43,10 +43,14 @@ def draw(source: Path, target: Path | None = None) -> Path:
     """
     file = source / REPORT if source.is_dir() else source
     target = target or file.with_name(PAGE)
+    if not file.is_file():
+        progress = source / STAGING / PROGRESS
+        hint = f"; its run is unfinished, draw {progress}" if progress.is_file() else ""
+        raise UserError(f"{file} does not exist{hint}")
     record = read_json(file)
     try:
         write_page(record, target)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{file} is not the report of a quantization run, or damaged: {what}") from None
     except OSError as error:

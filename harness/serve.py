@@ -42,7 +42,7 @@ settings, or else at 1; temperature 0 is greedy. The text of "stop" is part of t
 Ctrl-C ends the server.
 """
 
-# Fields that would change the answer and that the handlers ignore, each with the value that asks for nothing.
+# Fields that the handlers ignore, or take for something else, each with the value that asks for nothing.
 IGNORED = {
     "n": 1,
     "best_of": 1,
@@ -50,6 +50,7 @@ IGNORED = {
     "logprobs": False,
     "top_logprobs": 0,
     "presence_penalty": 0,
+    "frequency_penalty": 0,
     "response_format": {"type": "text"},
 }
 
@@ -205,10 +206,12 @@ def require_answerable(body: dict[str, Any]) -> None:
     """
     for field, nothing in IGNORED.items():
         value = body.get(field)
-        if value is not None and value != nothing:
+        # 0 log-probabilities are those of the chosen tokens alone, and not none.
+        asks = value != nothing or (isinstance(nothing, bool) and not isinstance(value, bool))
+        if value is not None and asks:
             raise UserError(f"{field} is not supported; drop it from the request")
     share = body.get("top_p")
-    if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+    if share is not None and not (type(share) in (int, float) and 0 < share <= 1):
         raise UserError(f"top_p must be above 0 and at most 1, got {share!r}")
 
 

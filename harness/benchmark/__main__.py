@@ -396,4 +396,4 @@ def _run_figures(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, shared=True)

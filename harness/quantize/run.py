@@ -116,8 +116,7 @@ def quantize(
         if options.measure_original and "before" not in record.perplexity:
             with unrounded(ready.coded):
                 measure("before", ready.original)
-        with record.time("divergence"):
-            reference = keep_reference(options, ready, evaluation_text, where, say)
+        reference = keep_reference(options, ready, evaluation_text, record, where, say)
     with sink.open(ready, record, say):
         quantize_layers(options, sink, ready, record, say, kept)
         sink.finish(record)
@@ -144,7 +143,12 @@ def quantize(
 
 
 def keep_reference(
-    options: Options, ready: Ready, evaluation_text: AnyText | None, compute: Compute, say: Say
+    options: Options,
+    ready: Ready,
+    evaluation_text: AnyText | None,
+    record: Record,
+    compute: Compute,
+    say: Say,
 ) -> Reference | None:
     """Keep what the divergence from the original is measured by; None if the run cannot or need not.
 
@@ -154,7 +158,8 @@ def keep_reference(
         return None
     count = min(DIVERGENCE_WINDOWS, options.evaluation_windows or DIVERGENCE_WINDOWS)
     windows, *_ = cut_windows(ready.original, evaluation_text, options.evaluation_seqlen, count)
-    return Reference.of(ready.original, windows, compute, say)
+    with record.time("divergence"):
+        return Reference.of(ready.original, windows, compute, say)
 
 
 def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: AnyText) -> list[str]:

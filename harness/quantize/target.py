@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from harness.errors import UserError
+from harness.models.classes import is_classifier
 from harness.models.decoder import DecoderLayers
+from harness.models.experts import Experts
 from harness.models.original import Original
-from harness.quantize.options import AS_IT_IS, GGUF, MLX, Options
+from harness.quantize.options import AS_IT_IS, GGUF, MLX, VLLM, Options
 from harness.runtimes.containers import FOLDABLE_MODELS, GGUF_TYPES, MLX_GROUPS, Container, smallest
-from harness.runtimes.features import refusals_of
+from harness.runtimes.features import refusals_of, require
 from harness.runtimes.mlx_architectures import settings_of
 from reference.types import TernaryConfig
 
@@ -46,9 +48,14 @@ def require_supported(target: str | None, original: Original, decoder: DecoderLa
     UserError
         If the program would compute something else than the model, or its format has no place for a part.
     """
+    model = original.model
+    with refusals_of(f"--for {target}: {original.name}"):
+        if target == VLLM:
+            require(not is_classifier(model), f"the plugin serves no {type(model).__name__}")
+            experts = [name for name, part in model.named_modules() if isinstance(part, Experts)]
+            require(not experts, f"the plugin has no experts ({experts and experts[0]})")
     if target not in TYPES:
         return []
-    model = original.model
     ternary = {f"{name}.weight" for name in decoder.named_linears()}
     left_out = ternary | getattr(model, "all_tied_weights_keys", {}).keys()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
@@ -182,6 +189,7 @@ def _refusal(options: Options, columns: Sequence[int]) -> str:
     sizes = [held.columns for held in types if not any(count % held.columns for count in columns)]
     if not sizes:
         least = min(held.columns for held in types)
+        rows = _listed([count for count in columns if count % least])
         return f"{options.target} cannot hold rows of {rows} columns: it needs a multiple of {least}"
     return (
         f"{options.target} cannot hold blocks of {options.config.block_size} in rows of {rows} columns; "

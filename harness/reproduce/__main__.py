@@ -167,6 +167,8 @@ def main() -> int:
     settings = _settings(arguments)
     require_installed(settings.peers)
     out: Path = arguments.out
+    if out.is_file():
+        raise UserError(f"{out} is a file; --out needs a folder")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         cells = Cells(out, settings)
@@ -190,6 +192,8 @@ def _write(out: Path, record: dict[str, Any]) -> None:
 def _settings(arguments: argparse.Namespace) -> Settings:
     if (arguments.tasks_dir is not None or arguments.limit is not None) and not arguments.tasks:
         raise UserError("--tasks-dir and --limit apply only to --tasks; pass it as well, or drop them")
+    if arguments.peers and not {"table1", ALL} & set(arguments.tables):
+        raise UserError("--peers are rows of table1; name it as well, or drop them")
     text.require_rows(arguments.text_column, *arguments.calibration, *arguments.eval)
     return Settings(
         model=arguments.model,

@@ -48,3 +48,12 @@ def test_no_program_takes_paths_in_another_way() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "type" and isinstance(node.value, ast.Name):
                 assert node.value.id != "Path", f"{file}:{node.value.lineno}: use harness.cli.path"
+
+
+def test_torchrun_is_told_of_programs_that_run_in_one_process(
+    run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_main(lambda: pytest.fail("ran")) == EXIT_USAGE
+    assert "start it without torchrun" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_what_is_no_checkpoint_is_refused(
     assert "does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [(), ("--dense",), ("--compile",)])
+@pytest.mark.parametrize("options", [(), ("--dense",)])
 def test_a_prompt_is_continued_with_the_likeliest_tokens(
     options: tuple[str, ...], quantized: Path, run_main: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

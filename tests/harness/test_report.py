@@ -95,7 +95,7 @@ def test_a_page_of_an_earlier_run_does_not_stay_beside_another_model(
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (None, "report.json is missing or damaged"),
+        (None, "report.json does not exist"),
         ("{", "report.json is damaged: not valid JSON"),
         ("{}", "report.json is not the report of a quantization run, or damaged: there is no 'model'"),
         ('{"layers": 3}', "report.json is not the report of a quantization run, or damaged"),
@@ -118,3 +118,13 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path, run_main: Run
     target = tmp_path / "missing" / "page.html"
     assert run_main(report_main, tmp_path, "--out", target) == EXIT_USAGE
     assert f"{target} cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_the_record_of_an_unfinished_run_is_named(
+    tmp_path: Path, run_main: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = tmp_path / STAGING / PROGRESS
+    progress.parent.mkdir()
+    progress.write_text("{}")
+    assert run_main(report_main, tmp_path) == EXIT_USAGE
+    assert f"its run is unfinished, draw {progress}" in capsys.readouterr().err

@@ -123,6 +123,8 @@ def test_the_model_s_name_is_listed(server: Any) -> None:
         ({"prompt": "x", "n": 2}, "n is not supported; drop it from the request"),
         ({"prompt": "x", "echo": True}, "echo is not supported"),
         ({"messages": MESSAGES, "logprobs": True}, "logprobs is not supported"),
+        ({"prompt": "x", "logprobs": 0}, "logprobs is not supported"),
+        ({"prompt": "x", "frequency_penalty": -1}, "frequency_penalty is not supported"),
         ({"messages": MESSAGES, "top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
     ],
 )

@@ -123,7 +123,7 @@ def test_without_a_target_nothing_changes() -> None:
             {256},
             "blocks of 48 in rows of 256 columns; pass a --bl",
         ),
-        (("--for", "mlx"), {100, 256}, "cannot hold rows of 100 and 256 columns: it needs a multiple of 32"),
+        (("--for", "mlx"), {100, 256}, "cannot hold rows of 100 columns: it needs a multiple of 32"),
     ],
 )
 def test_what_no_type_holds_is_refused(arguments: tuple[str, ...], columns: set[int], message: str) -> None:
