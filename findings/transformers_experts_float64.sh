@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.23.0: by default a mixture of experts cannot run in float64.
 #
-# One would expect a model in float64 to run, slowly: a dense one does, and so did mixtures when each expert was
-# an nn.Linear. By default transformers 5 now computes the experts with torch's grouped_mm, which knows
-# float32, bfloat16 and float16 only. transformers has a fallback of its own, but asks only whether torch has
+# One would expect a model in float64 to run, slowly: a dense one does. By default transformers computes the
+# experts with torch's grouped_mm, which knows float32, bfloat16 and float16 only. transformers has a fallback of its own, but asks only whether torch has
 # the function, not whether it takes the dtype: the model loads, and its first forward raises a RuntimeError about
 # "mat_a" that names no setting. experts_implementation="eager" and "batched_mm" work.
 #
