@@ -2,9 +2,10 @@
 # transformers 5.23.0: by default a mixture of experts cannot run in float64.
 #
 # One would expect a model in float64 to run, slowly: a dense one does. By default transformers computes the
-# experts with torch's grouped_mm, which knows float32, bfloat16 and float16 only. transformers has a fallback of its own, but asks only whether torch has
-# the function, not whether it takes the dtype: the model loads, and its first forward raises a RuntimeError about
-# "mat_a" that names no setting. experts_implementation="eager" and "batched_mm" work.
+# experts with torch's grouped_mm, which knows float32, bfloat16 and float16 only. transformers has a fallback of
+# its own, but asks only whether torch has the function, not whether it takes the dtype: the model loads, and its
+# first forward raises a RuntimeError about "mat_a" that names no setting. experts_implementation="eager" and
+# "batched_mm" work.
 #
 # It matters to those who compare a conversion or a quantized model with the original in float64, to tell errors
 # of rounding from errors of the code: the same lines work for all models but mixtures.
