@@ -65,8 +65,8 @@ def exact(answer):
 right = [exact(answer) for answer in answers]
 found = {}
 for kind in (None, "float32"):
-    harness = HFLM(model, tokenizer=tokenizer, batch_size=1, softmax_dtype=kind)
-    scores = [score for score, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    evaluated = HFLM(model, tokenizer=tokenizer, batch_size=1, softmax_dtype=kind)
+    scores = [score for score, _ in evaluated.loglikelihood(requests, disable_tqdm=True)]
     worst = max(abs(a - b) for a, b in zip(scores, right, strict=True))
     found[kind] = (len(set(scores)), worst, all(score % 0.5 == 0 for score in scores))
     print(

@@ -30,13 +30,6 @@ SIZES = ("--samples", "8", "--seqlen", "24", "--eval-seqlen", "24", "--eval-wind
 
 
 @pytest.fixture(scope="module")
-def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small LLaMA on no grid, so that methods differ, by a name that the paper has."""
-    folder = tmp_path_factory.mktemp("models") / "Llama-2-7b-hf"
-    return tiny.save(tiny.make_model("llama", ternary=False), folder)
-
-
-@pytest.fixture(scope="module")
 def arguments(random_llama: Path, words_file: Path) -> tuple[object, ...]:
     return ("--model", random_llama, "--calibration", words_file, "--eval", words_file, *SIZES)
 
