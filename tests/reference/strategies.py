@@ -80,4 +80,6 @@ def quadratic_error(W, W_hat, C):
 def square_root(C):
     """L with C = L L^T, also where C is singular."""
     values, vectors = np.linalg.eigh(C)
+    # Which eigenvectors of eigenvalue 0 come back differs between BLAS kernels; a dead input is exactly dead.
+    vectors = np.where(np.diag(C)[:, None] > 0, vectors, 0)
     return vectors * np.sqrt(np.maximum(values, 0))
