@@ -2,15 +2,17 @@
 # llama.cpp (xllamacpp 2026.10.11549) ignores four of the YaRN keys of a llama or qwen2 GGUF file.
 #
 # GGUF has keys for all settings of YaRN: type, factor and original context, and then yarn_beta_fast,
-# yarn_beta_slow, yarn_ext_factor and yarn_attn_factor. The converter of llama.cpp writes those that are in the
-# config, for any architecture. One would expect the runtime to read them: it knows their names. But it reads the
-# last four for a few architectures only, such as Grok. For others, llama and qwen2 among them, it computes with
-# 32, 1, 1 and 1 in silence. Bounds given as options (--yarn-beta-fast) do count. --yarn-attn-factor does not, as it
-# is computed again from the factor; what counts is the key attn_factor, which the converter writes for longrope.
+# yarn_beta_slow, yarn_ext_factor and yarn_attn_factor. The converter of llama.cpp writes those that are in
+# the config, for any architecture. One would expect the runtime to read them: it knows their names. But it
+# reads the last four for a few architectures only, such as Grok. For others, llama and qwen2 among them, it
+# computes with 32, 1, 1 and 1 in silence. Bounds given as options (--yarn-beta-fast) do count.
+# --yarn-attn-factor does not, as it is computed again from the factor; what counts is the key attn_factor,
+# which the converter writes for longrope.
 #
-# It matters to those who convert or quantize a model trained with other bounds or its own attention_factor: every
-# tensor is right, but it is another model at every length, as YaRN is on from the first token. So a difference
-# from the original looks like the quantization's. Options for the bounds avoid it, attn_factor in the file the rest.
+# It matters to those who convert or quantize a model trained with other bounds or its own attention_factor:
+# every tensor is right, but it is another model at every length, as YaRN is on from the first token. So a
+# difference from the original looks like the quantization's. Options for the bounds avoid it, attn_factor in
+# the file the rest.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
