@@ -2,15 +2,15 @@
 # zstandard 0.25.0: a .zst file that was cut off is read as a shorter text, by datasets and pandas too.
 #
 # A zstd frame states where it ends, as a gzip member does, and may state its length and a checksum. One would
-# expect an error for a file whose download or copy broke off, as gzip raises EOFError. stream_reader of zstandard
-# takes the end of the input for the end of the text, with length and checksum in the file as well. fsspec
-# 2026.9.0 reads .zst by it unless backports.zstd is installed (or Python is 3.14), and so do datasets 5.2.0 and
-# pandas 3.1.1: the rows up to there come back, the last one a piece of a line, and nothing is said. Rows of JSON
-# fail only if the cut falls inside a row, with an error about a quotation mark.
+# expect an error for a file whose download or copy broke off, as gzip raises EOFError. stream_reader of
+# zstandard takes the end of the input for the end of the text, with length and checksum in the file as well.
+# fsspec 2026.9.0 reads .zst by it unless backports.zstd is installed (or Python is 3.14), and so do datasets
+# 5.2.0 and pandas 3.1.1: the rows up to there come back, the last one a piece of a line, and nothing is said.
+# Rows of JSON fail only if the cut falls inside a row, with an error about a quotation mark.
 #
-# It matters to those who calibrate or measure on text that comes as .zst: on half of it the perplexity is another
-# one, without a sign. zstandard comes with lm_eval, and datasets names it as what to install. With
-# backports.zstd beside it fsspec and datasets raise EOFError; pandas needs a check of the file.
+# It matters to those who calibrate or measure on text that comes as .zst: on half of it the perplexity is
+# another one, without a sign. zstandard is what datasets and pandas ask to install. With backports.zstd
+# beside it fsspec and datasets raise EOFError; pandas needs a check of the file.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
@@ -54,7 +54,8 @@ def by_fsspec(path):
 
 
 def by_datasets(path):
-    return datasets.load_dataset("text", data_files=path, split="train", cache_dir=f"cache-{sys.argv[1]}")["text"]
+    cache = f"cache-{sys.argv[1]}"
+    return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache)["text"]
 
 
 def by_pandas(path):
@@ -71,7 +72,8 @@ def attempt(read, path):
 
 print("zstandard", version("zstandard"), sys.argv[1], f"backports.zstd; the whole text has {LINES} lines")
 for read in (by_zstandard, by_fsspec, by_datasets, by_pandas):
-    found = {kind: attempt(read, f"cut.txt.{kind}") for kind in packed if read is not by_zstandard or kind == "zst"}
+    kinds = ["zst"] if read is by_zstandard else [*packed]
+    found = {kind: attempt(read, f"cut.txt.{kind}") for kind in kinds}
     print(f"  {read.__name__}, half of a file:", *(f"{kind}: {what}" for kind, what in found.items()))
     assert found.get("gz", "EOFError") == "EOFError"
     if sys.argv[1] == "with" and read in (by_fsspec, by_datasets):
