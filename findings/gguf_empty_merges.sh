@@ -9,7 +9,7 @@
 # gguf-new-metadata, the program of the same package that copies files, stops with "Empty array".
 #
 # It matters to those who convert a tokenizer without merges, or test a converter with the smallest one there
-# is: the call that should write the key is there, and the key is not. A merge that no text can use avoids it.
+# is: the call that should write the key is there, and the key is not. A list of one merge avoids the error.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

@@ -2,10 +2,11 @@
 # safetensors 0.8.0 reads MXFP4 scales and FP4 weights from a file, but not from the bytes of the same file.
 #
 # safetensors.torch.save_file and save write float8_e8m0fnu, the scales of MX formats, and float4_e2m1fn_x2,
-# two 4-bit floats a byte. One would expect load(data) to read what load_file(path) reads, as for every other
-# dtype. But load, also for the result of save, raises KeyError 'F8_E8M0' or 'F4': it has a table of dtypes of
-# its own, which lacks these two. A part of a float4 tensor, get_slice(name)[:2], fails as well, with an error
-# about a shape: the file counts single values, torch counts pairs. So does the shape that get_slice gives.
+# two 4-bit floats a byte. One would expect load(data) to read what load_file(path) reads, as for the other
+# dtypes. But load, also for the result of save, raises KeyError 'F8_E8M0' or 'F4': it has a table of dtypes
+# of its own, which lacks these two. A part of a float4 tensor, get_slice(name)[:2], fails as well, with an
+# error about a shape: the file counts single values, torch counts pairs. So does the shape that get_slice
+# gives.
 #
 # It matters to those who move quantized weights without a file, from a network, an archive or another
 # process, or read only the rows of their rank: MX checkpoints pass every test with load_file and fail there.
