@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers 5.23.0: a Llama in float64 is about as exact as one in float32, though its logits are float64.
 #
-# One would expect a model in float64 to compute 16 digits, as torch.nn.RMSNorm and a GPT-2 do. The RMSNorm of
+# One would expect a model in float64 to compute 16 digits, as torch.nn.RMSNorm does. The RMSNorm of
 # transformers casts its input to float32, so that half-precision models are exact enough, and casts the
 # result back. For float64 that cast is a rounding to 7 digits, twice a layer, with nothing in the dtype of
 # the result to show it. Llama, Qwen, Mistral, Gemma, Phi-3, OLMo 2, GPT-OSS, DeepSeek and T5 all have it.
