@@ -25,7 +25,7 @@ from harness.compute import dtype_name
 from harness.errors import UserError
 from harness.files import read_json
 from harness.models.classes import auto_class
-from harness.models.experts import DOWN, Experts, is_fused, up_name
+from harness.models.experts import DOWN, Experts, separated, up_name
 from harness.models.folder import CONFIG, GENERATION, read_config
 from harness.models.linearize import put
 from harness.models.loading import load_original
@@ -234,8 +234,8 @@ def _separate_experts(model: nn.Module, names: list[str]) -> None:
     """Give the experts of a model matrices of their own, where these names ask for it."""
     inside = {name.rsplit(".", 2)[0] for name in names if name.count(".") > 1}
     for name, module in list(model.named_modules()):
-        if name in inside and is_fused(module):
-            experts = Experts(module, together)
+        if name in inside and (kind := separated(module)):
+            experts = kind(module, together)
             for part in (up_name(module), DOWN):
                 experts.__dict__[part] = torch.empty(0, device="meta")
             put(model, name, experts)

@@ -30,7 +30,7 @@ class Routing:
     experts : Experts
         The experts.
     read : tuple of tensors
-        What they read: (tokens, width), and the experts and routing weights of each token, (tokens, k).
+        What they read, as `Experts.reading` gives it.
     """
 
     def __init__(self, experts: Experts, read: tuple[torch.Tensor, ...]) -> None:
@@ -38,6 +38,10 @@ class Routing:
         _, index, weights = read
         self._index, self._weights = index, weights.float()
         self.pairs = dict(enumerate(experts.routed(index)))
+
+    def rows(self, number: int) -> torch.Tensor:
+        """Places among the rows that are read of the tokens of an expert."""
+        return self._experts.rows_of(self.pairs[number], self._index)
 
     def tokens(self, number: int) -> torch.Tensor:
         """Places in the window of the tokens of an expert."""
@@ -47,10 +51,10 @@ class Routing:
         """Routing weights of the tokens of an expert, (tokens, 1)."""
         return self._weights.reshape(-1, 1)[self.pairs[number]]
 
-    def inner(self, experts: Experts, hidden: torch.Tensor, numbers: set[int]) -> dict[int, torch.Tensor]:
-        """What other experts, of the same routing, pass to ``down_proj`` for other hidden states."""
+    def inner(self, experts: Experts, rows: torch.Tensor, numbers: set[int]) -> dict[int, torch.Tensor]:
+        """What other experts, of the same routing, pass to ``down_proj`` where they read other rows."""
         pairs = {number: own for number, own in self.pairs.items() if number in numbers}
-        return experts.inner(hidden, self._index.shape[-1], pairs)
+        return experts.inner(rows, self._index, pairs)
 
     def shares(self, missing: torch.Tensor, numbers: set[int]) -> dict[int, torch.Tensor]:
         """How far outputs of experts must move, so that their weighted sum moves by what is missing.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from harness.calibration.calls import moved
 from harness.calibration.passage import Passage, WorkingLayer, brought
-from harness.models.experts import DOWN, place_of
+from harness.models.experts import DOWN, Experts, place_of
 
 # Share of a module's output by which a stream may differ from the sum of its parts, to allow for rounding.
 ADDED = 0.01
@@ -43,7 +43,7 @@ class Seen:
     inputs, outputs : dict of str to tensor
         By the name of the module.
     mixtures : dict of str to tuple of tensors
-        What `Experts` read: (tokens, width), and the experts and weights of each token, (tokens, k).
+        What `Experts` read, as `Experts.reading` gives it.
     output : tensor, optional
         Output of the layer, if it ran to the end.
     """
@@ -90,8 +90,8 @@ def watch(
             hooks.callback(module(name).register_forward_pre_hook(enter).remove)
         for name in wanted.mixtures:
 
-            def mix(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                note(seen.mixtures, name, args)
+            def mix(experts: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                note(seen.mixtures, name, cast(Experts, experts).reading(*args))
 
             hooks.callback(module(name).register_forward_pre_hook(mix).remove)
         for name in wanted.outputs:
@@ -151,8 +151,9 @@ def stream_writers(passage: Passage, layer: WorkingLayer, groups: list[list[str]
                 hooks.callback(part.register_forward_pre_hook(note, with_kwargs=True).remove)
         for name in names:
 
-            def keep(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                made[name] = (len(seen), rows_of(first_of(output)))
+            def keep(part: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                output = part.written(output) if isinstance(part, Experts) else first_of(output)
+                made[name] = (len(seen), rows_of(output).clone())  # Llama 4 adds to it in place
 
             hooks.callback(module.get_submodule(name).register_forward_hook(keep).remove)
         seen.append(rows_of(call(module, hidden, 0, handed)))

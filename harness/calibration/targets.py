@@ -226,7 +226,7 @@ class Beside:
             moving = {number for number, name in members.items() if name in aimed}
             weights: dict[int, torch.Tensor | None] = dict.fromkeys(members)
             if part != DOWN:
-                lost = {n: read[routing.tokens(n)].float() - inputs[n].float() for n in moving}
+                lost = {n: read[routing.rows(n)].float() - inputs[n].float() for n in moving}
             elif mixture not in self.writers:
                 inner = routing.inner(_experts(self.layer, mixture), read, moving)
                 lost = {n: inner[n].float() - inputs[n].float() for n in moving}

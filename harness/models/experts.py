@@ -2,7 +2,8 @@
 
 transformers keeps the matrices of all experts of a layer in 3-D parameters (`use_experts_implementation`).
 `Experts` takes their place, with one nn.Linear for each matrix: ``3.gate_up_proj`` is what expert 3 reads its
-tokens with, ``3.down_proj`` what it writes with.
+tokens with, ``3.down_proj`` what it writes with. `SlotExperts` are those of Llama 4, which are called in
+another way.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ DOWN = "down_proj"
 Multiply = Callable[[list[nn.Module], list[torch.Tensor]], list[torch.Tensor]]
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds experts as 3-D parameters, with the attributes that transformers gives them."""
+# Classes of transformers whose experts read a row for every expert and token (`SlotExperts`).
+SLOTS = ("Llama4TextExperts",)
+
+
+def separated(module: nn.Module) -> type[Experts] | None:
+    """Return the class that takes the place of a module; None if it holds no experts as 3-D parameters.
+
+    Experts are known by the attributes that transformers' decorator gives them, or by their class.
+    """
     count, down = getattr(module, "num_experts", None), module._parameters.get(DOWN)
     up = module._parameters.get(up_name(module))
-    known = hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
-    return known and all(p is not None and p.ndim == 3 and len(p) == count for p in (up, down))
+    if not all(p is not None and p.ndim == 3 and len(p) == count for p in (up, down)):
+        return None
+    if type(module).__name__ in SLOTS:
+        return SlotExperts
+    return Experts if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") else None
 
 
 def up_name(module: nn.Module) -> str:
@@ -47,7 +58,8 @@ class Experts(nn.Module):
     Parameters
     ----------
     fused : nn.Module
-        The module of transformers, for which `is_fused` holds. Its weights are shared, not copied.
+        The module of transformers, whose place `separated` gives to this class. Its weights are shared, not
+        copied.
     multiply : callable
         Multiplies by the matrices of one kind of several experts.
 
@@ -58,11 +70,16 @@ class Experts(nn.Module):
     every : bool
         Whether a pass also runs the experts that no token is routed to, on no rows, so that calibration
         meets every matrix once.
+    per_pair : bool
+        Whether a row of what is read belongs to one expert of a token, not to all of them.
     """
+
+    per_pair = False
 
     # What the fused module has too; classes of transformers may have more.
     num_experts: int
     has_gate: bool
+    is_transposed: bool
     act_fn: Any
     post_expert_norm: Any
 
@@ -72,12 +89,11 @@ class Experts(nn.Module):
         self.multiply = multiply
         self.every = False
         _take_over(fused, self)
-        transposed = bool(getattr(fused, "is_transposed", False))
         for number in range(fused.num_experts):
             expert = Expert()
             for name in (up_name(fused), DOWN):
                 weight, bias = getattr(fused, name)[number], getattr(fused, f"{name}_bias", None)
-                expert.add_module(name, _linear(weight.T if transposed else weight, bias, number))
+                expert.add_module(name, _linear(weight.T if self.is_transposed else weight, bias, number))
             self.add_module(str(number), expert)
 
     def forward(
@@ -88,17 +104,41 @@ class Experts(nn.Module):
         `top_k_index` and `top_k_weights` are (tokens, k). An index beyond the experts stands for none. Sums
         are over k in order, whatever experts there are, as in transformers' batched implementations.
         """
-        pairs = self.routed(top_k_index)
-        used = [number for number, own in enumerate(pairs) if len(own) or self.every]
-        inner = self.inner(hidden_states, top_k_index.shape[-1], {number: pairs[number] for number in used})
-        outputs = [*self.products(DOWN, inner).values()]
-        outer = hidden_states.new_zeros(top_k_index.numel(), hidden_states.shape[-1])
-        if outputs:
-            outer[torch.cat([pairs[number] for number in used])] = torch.cat(outputs).to(outer.dtype)
+        outer = self.outer(hidden_states, top_k_index)
         if getattr(self, "has_post_expert_norm", False):
             outer = self.post_expert_norm(outer)
         weighted = outer * top_k_weights.reshape(-1, 1)
         return weighted.view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def reading(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is read, given the arguments of a call.
+
+        Returns
+        -------
+        (rows, width) tensor
+            A row for each token; with `per_pair`, for each pair of a token and one of its experts.
+        two (tokens, k) tensors
+            The experts and routing weights of each token.
+        """
+        return arguments
+
+    def written(self, output: torch.Tensor) -> torch.Tensor:
+        """The sums of the experts of each token, (tokens, width), given what a call returned."""
+        return output
+
+    def outer(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """What each expert of a token writes, (tokens * k, width), before weights and sums.
+
+        `rows` and `index` are as `reading` gives them.
+        """
+        pairs = self.routed(index)
+        used = [number for number, own in enumerate(pairs) if len(own) or self.every]
+        inner = self.inner(rows, index, {number: pairs[number] for number in used})
+        outputs = [*self.products(DOWN, inner).values()]
+        outer = rows.new_zeros(index.numel(), rows.shape[-1])
+        if outputs:
+            outer[torch.cat([pairs[number] for number in used])] = torch.cat(outputs).to(outer.dtype)
+        return outer
 
     def routed(self, top_k_index: torch.Tensor) -> list[torch.Tensor]:
         """Places in `top_k_index`, read row by row, of each expert's tokens, in the order of the tokens."""
@@ -107,24 +147,28 @@ class Experts(nn.Module):
         return list(chosen.argsort(stable=True)[: sum(counts)].split(counts))
 
     def inner(
-        self, hidden_states: torch.Tensor, k: int, pairs: dict[int, torch.Tensor]
+        self, rows: torch.Tensor, index: torch.Tensor, pairs: dict[int, torch.Tensor]
     ) -> dict[int, torch.Tensor]:
         """What some experts pass to ``down_proj``, (tokens of the expert, columns), by their numbers.
 
         Parameters
         ----------
-        hidden_states : (tokens, width) tensor
-            What the experts read.
-        k : int
-            Experts of a token.
+        rows, index : tensors
+            What the experts read, as `reading` gives it.
         pairs : dict of int to tensor
             The tokens of these experts, as `routed` gives them.
         """
         # All experts read before the first writes: matrices of a kind share a pass in calibration.
-        rows = {number: hidden_states[own // k] for number, own in pairs.items()}
-        read = self.products(up_name(self), rows)
-        between = self.kind._apply_gate if self.has_gate else lambda self, x: self.act_fn(x)
-        return {number: between(self, x) for number, x in read.items()}
+        own_rows = {number: rows[self.rows_of(own, index)] for number, own in pairs.items()}
+        return {n: self.between(x) for n, x in self.products(up_name(self), own_rows).items()}
+
+    def rows_of(self, pairs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Places of pairs among the rows that are read."""
+        return pairs if self.per_pair else pairs // index.shape[-1]
+
+    def between(self, read: torch.Tensor) -> torch.Tensor:
+        """What stands between the two matrices of an expert."""
+        return self.kind._apply_gate(self, read) if self.has_gate else self.act_fn(read)
 
     def products(self, part: str, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Multiply rows by the matrices of one kind of some experts, by their numbers."""
@@ -144,12 +188,53 @@ class Experts(nn.Module):
         for name in (up_name(self), DOWN):
             linears = [getattr(expert, name) for expert in experts]
             weight = torch.stack([linear.weight for linear in linears])
-            weight = weight.mT.contiguous() if getattr(self, "is_transposed", False) else weight
+            weight = weight.mT.contiguous() if self.is_transposed else weight
             fused.register_parameter(name, nn.Parameter(weight))
             if linears[0].bias is not None:
                 biases = torch.stack([linear.bias for linear in linears])
                 fused.register_parameter(f"{name}_bias", nn.Parameter(biases))
         return fused.train(self.training)
+
+
+class SlotExperts(Experts):
+    """Experts that read a row for every expert and token, zeros where a token is not routed to an expert.
+
+    In Llama 4 routing scores multiply what experts read, and outputs are added up as they are. The rows of
+    zeros give zeros; they are left out here, so that they are no tokens of an expert in calibration, and cost
+    nothing.
+    """
+
+    is_transposed = True
+    per_pair = True
+
+    def forward(self, slots: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Map (experts * tokens, width), expert by expert, to the same shape."""
+        rows, index, _ = self.reading(slots)
+        tokens = len(index)
+        places = index * tokens + torch.arange(tokens, device=index.device)[:, None]
+        # The last rows are those of no expert.
+        filled = slots.new_zeros(len(slots) + tokens, slots.shape[-1])
+        filled[places.reshape(-1)] = self.outer(rows, index)
+        return filled[: len(slots)]
+
+    def reading(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is read; a token's experts come in the order of their scores, the largest first."""
+        (slots,) = arguments
+        by_token = slots.unflatten(0, (self.num_experts, -1)).transpose(0, 1)
+        sizes = by_token.abs().amax(dim=-1)
+        k = max(int((sizes != 0).sum(dim=1).max()), 1)
+        largest, index = sizes.topk(k)
+        rows = by_token.take_along_dim(index[..., None], dim=1).flatten(0, 1)
+        return rows, index.masked_fill(largest == 0, self.num_experts), torch.ones_like(largest)
+
+    def written(self, output: torch.Tensor) -> torch.Tensor:
+        """The sums of the experts of each token, as the caller takes them."""
+        return output.unflatten(0, (self.num_experts, -1)).sum(dim=0)
+
+    def between(self, read: torch.Tensor) -> torch.Tensor:
+        """The gate and what it multiplies are the halves of what was read."""
+        gate, up = read.chunk(2, dim=-1)
+        return up * self.act_fn(gate)
 
 
 class Place(NamedTuple):

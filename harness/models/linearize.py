@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.models.decoder import Reader, locate_layers
-from harness.models.experts import DOWN, Experts, is_fused, up_name
+from harness.models.experts import DOWN, Experts, separated, up_name
 from harness.models.matrices import is_kept
 
 
@@ -53,8 +53,8 @@ def linearize(model: nn.Module, read: Reader | None = None) -> Reader | None:
                 put(layer, name, _as_linear(module))
                 weight = f"{decoder.full_name(index, name)}.weight"
                 sources[weight] = Source(weight, transposed=True)
-            elif is_fused(module) and _is_ternarized(name, module):
-                experts = Experts(module)
+            elif (kind := separated(module)) and _is_ternarized(name, module):
+                experts = kind(module)
                 experts.every = True
                 put(layer, name, experts)
                 sources |= _sources(decoder.full_name(index, name), experts)
@@ -83,12 +83,11 @@ def _is_ternarized(name: str, fused: nn.Module) -> bool:
 
 def _sources(name: str, experts: Experts) -> dict[str, Source]:
     """Places of the experts' tensors in the files, if those hold them fused."""
-    transposed = bool(getattr(experts, "is_transposed", False))
     sources = {}
     for part in (up_name(experts), DOWN):
         for number in range(experts.num_experts):
             own = f"{name}.{number}.{part}"
-            sources[f"{own}.weight"] = Source(f"{name}.{part}", transposed, number)
+            sources[f"{own}.weight"] = Source(f"{name}.{part}", experts.is_transposed, number)
             sources[f"{own}.bias"] = Source(f"{name}.{part}_bias", expert=number)
     return sources
 

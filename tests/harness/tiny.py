@@ -61,7 +61,8 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 
-# Mixtures of experts: with a gate; with biases, and matrices stored transposed; without a gate.
+# Mixtures of experts: with a gate; with biases, and matrices stored transposed; without a gate; with
+# scores that multiply what experts read.
 _SHALLOW = {**_GROUPED, "num_hidden_layers": 2}
 MIXTURES: dict[str, Any] = {
     "mixtral": lambda: transformers.MixtralConfig(**_SHALLOW, num_local_experts=4),
@@ -80,7 +81,16 @@ MIXTURES: dict[str, Any] = {
         moe_shared_expert_intermediate_size=INNER,
         mlp_hidden_act="silu",  # squared ReLU would leave some inputs dead, whose weights count as 0
     ),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **_SHALLOW,
+        head_dim=32,
+        intermediate_size_mlp=INNER,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+    ),
 }
+TRANSPOSED = ("gpt_oss", "llama4")
 
 
 def make_mixture(kind: str, dtype: torch.dtype = torch.bfloat16, ternary: bool = True) -> Any:
@@ -91,7 +101,8 @@ def make_mixture(kind: str, dtype: torch.dtype = torch.bfloat16, ternary: bool =
         for name, parameter in model.named_parameters():
             if parameter.ndim == 3 and "experts" in name and ternary:
                 for matrix in parameter:
-                    matrix.copy_(on_grid(*matrix.T.shape).T if kind == "gpt_oss" else on_grid(*matrix.shape))
+                    transposed = kind in TRANSPOSED
+                    matrix.copy_(on_grid(*matrix.T.shape).T if transposed else on_grid(*matrix.shape))
             elif name.endswith("_proj.weight") and ternary:
                 parameter.copy_(on_grid(*parameter.shape))
             elif "bias" in name:

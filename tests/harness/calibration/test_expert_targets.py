@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from harness.calibration.capture import capture_inputs
 from harness.calibration.layerwise import fit_layers
@@ -59,6 +60,15 @@ CONFIGS: dict[str, Any] = {
         qk_nope_head_dim=16,
         v_head_dim=16,
     ),
+    # Scores multiply what an expert reads, not what it writes.
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **_SHAPE,
+        head_dim=16,
+        intermediate_size_mlp=INNER,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+    ),
     # A factor stands between the mixture and the stream.
     "granitemoe": lambda: transformers.GraniteMoeConfig(
         **_SHAPE, num_local_experts=EXPERTS, num_experts_per_tok=2, residual_multiplier=0.5
@@ -91,7 +101,7 @@ def layers_of(model: Any) -> Any:
 
 def experts_of(layer: Any) -> tuple[str, Any]:
     """The fused experts of a layer of transformers, and their name."""
-    return next((name, module) for name, module in layer.named_modules() if hasattr(module, "_apply_gate"))
+    return next((name, module) for name, module in layer.named_modules() if name.endswith(".experts"))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +112,10 @@ def experts_of(layer: Any) -> tuple[str, Any]:
         # The shared expert's output has a factor.
         ("qwen2_moe", ["mlp.experts in mlp"]),
         ("deepseek_v3", ["mlp.experts in mlp", "mlp.shared_experts.down_proj in mlp"]),
+        (
+            "llama4",
+            ["feed_forward.experts in feed_forward", "feed_forward.shared_expert.down_proj in feed_forward"],
+        ),
         ("granitemoe", []),
     ],
 )
@@ -117,6 +131,19 @@ def test_mixtures_that_add_to_the_stream_are_found(kind: str, writers: list[str]
     found = stream_writers(passage, layer, passage.input_groups(layer))
     attention = [] if kind == "granitemoe" else ["self_attn.o_proj"]
     assert [described(writer) for writer in found] == attention + writers
+
+
+def is_llama4(experts: Any) -> bool:
+    return isinstance(experts, Llama4TextExperts)
+
+
+def one_expert_a_token(slots: torch.Tensor) -> list[torch.Tensor]:
+    """Inputs, expert and weight of each token, given a row for every expert and token."""
+    by_expert = slots.view(EXPERTS, -1, WIDTH)
+    chosen = (by_expert != 0).any(dim=2)
+    assert (chosen.sum(dim=0) == 1).all()
+    index = chosen.int().argmax(dim=0)
+    return [by_expert.sum(dim=0), index[:, None], torch.ones_like(index[:, None]).double()]
 
 
 @dataclass
@@ -146,16 +173,22 @@ class Pass:
                 model(window[None], use_cache=False)
         for handle in handles:
             handle.remove()
+        if is_llama4(experts):
+            found = [one_expert_a_token(slots) for (slots,) in found]
         x, index, w = (torch.cat(part).numpy() for part in zip(*found, strict=True))
         return cls(experts, x, index, w, torch.cat([o.flatten(0, -2) for o in outputs]).numpy())
 
     def matrix(self, part: str, expert: int) -> np.ndarray:
         weight = getattr(self.experts, part)[expert].detach().numpy()
-        return weight.T if getattr(self.experts, "is_transposed", False) else weight
+        transposed = is_llama4(self.experts) or self.experts.is_transposed
+        return weight.T if transposed else weight
 
     def inner(self, x: np.ndarray, expert: int) -> np.ndarray:
         """What an expert passes to its down_proj for one token."""
         read = torch.from_numpy(self.matrix(up_name(self.experts), expert) @ x)[None]
+        if is_llama4(self.experts):
+            gate, up = (half[0].numpy() for half in read.chunk(2, dim=1))
+            return gate / (1 + np.exp(-gate)) * up
         if self.experts.has_bias:
             read = read + self.experts.gate_up_proj_bias[expert]
         with torch.no_grad():
@@ -214,6 +247,8 @@ def halve(model: Any, layer: int, part: str, experts: list[int]) -> None:
         ("gpt_oss", True, True, False),
         ("qwen2_moe", True, True, True),
         ("deepseek_v3", True, True, True),
+        ("llama4", True, True, True),
+        ("llama4", False, False, False),
         ("granitemoe", True, True, False),
     ],
 )

@@ -66,6 +66,40 @@ def test_each_expert_has_the_gram_matrix_of_its_own_tokens_from_one_pass() -> No
             torch.testing.assert_close(total.gram.finish(), inputs.T @ inputs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@torch.no_grad()
+def test_experts_of_llama_4_count_the_tokens_routed_to_them_scaled_by_their_scores(k: int) -> None:
+    """Against the router's formula: transformers multiplies by every expert, most of the rows being zeros."""
+    model = tiny.make_mixture("llama4", torch.float32, ternary=False)
+    block = model.model.layers[0].feed_forward
+    block.router.top_k = k
+    states: list[torch.Tensor] = []
+    handle = block.register_forward_pre_hook(lambda _, args: states.append(args[0].flatten(0, 1)))
+    for window in WINDOWS:
+        model(window[None])
+    handle.remove()
+    h = torch.cat(states).double()
+    logits = h @ block.router.weight.double().T
+    chosen = logits >= logits.sort(dim=1, descending=True).values[:, k - 1 : k]
+    up, down = (p.double() for p in (block.experts.gate_up_proj, block.experts.down_proj))
+    passage = passage_of(model)
+    layer = passage.enter(0)
+    groups = passage.input_groups(layer)
+    found = passage.collect(layer, groups)
+    sums = {group[0]: total for group, total in zip(groups, found, strict=True)}
+    counts = []
+    for number in range(len(down)):
+        own = chosen[:, number]
+        X = h[own] / (1 + (-logits[own, number, None]).exp())
+        gate, value = (X @ up[number]).chunk(2, dim=1)
+        for part, inputs in (("gate_up_proj", X), ("down_proj", gate / (1 + (-gate).exp()) * value)):
+            total = sums[f"feed_forward.experts.{number}.{part}"]
+            assert total.gram.rows == len(X)
+            torch.testing.assert_close(total.gram.finish(), inputs.T @ inputs, rtol=1e-4, atol=1e-5)
+        counts.append(len(X))
+    assert sum(counts) == k * WINDOWS.numel()
+
+
 def test_an_expert_with_fewer_tokens_than_columns_gets_average_ones() -> None:
     passage = passage_of(tiny.make_mixture("mixtral", ternary=False))
     layer = passage.enter(0)

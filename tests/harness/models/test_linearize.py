@@ -79,6 +79,28 @@ def test_an_index_beyond_the_experts_is_no_expert() -> None:
     assert not found[2].any()
 
 
+@torch.no_grad()
+def test_rows_of_zeros_reach_no_expert_and_others_give_what_fused_experts_do() -> None:
+    """Of Llama 4: tokens with one expert, with all of them, and with none."""
+    model = tiny.make_mixture("llama4", torch.float32, ternary=False)
+    fused = model.model.layers[0].feed_forward.experts
+    slots = torch.randn(4, 5, tiny.WIDTH)
+    routed = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 1, 0, 1], [0, 0, 1, 0, 0], [0, 0, 1, 0, 0]])
+    slots *= routed[..., None]
+    expected = fused(slots.flatten(0, 1))
+    linearize(model)
+    experts = experts_of(model)[0][1]
+    read: dict[int, torch.Tensor] = {}
+    for number in range(4):
+        matrix = experts.matrix(number, "gate_up_proj")
+        matrix.register_forward_pre_hook(lambda _, args, number=number: read.update({number: args[0]}))
+    torch.testing.assert_close(experts(slots.flatten(0, 1)), expected, rtol=1e-5, atol=1e-6)
+    for number, rows in read.items():
+        assert torch.equal(rows, slots[number, routed[number] == 1])
+    none = torch.zeros(4 * 5, tiny.WIDTH)
+    assert torch.equal(experts(none), none)
+
+
 def test_an_expert_has_its_number_and_the_name_of_its_matrix() -> None:
     model = tiny.make_mixture("mixtral", ternary=False)
     linearize(model)
@@ -121,6 +143,7 @@ def mixture(kind: str) -> Any:
         ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
         ("qwen3_moe", "model.layers.1.mlp.experts.3.gate_proj.weight"),
         ("deepseek_v3", "model.layers.1.mlp.experts.3.gate_proj.weight"),
+        ("llama4_text", "model.layers.1.feed_forward.experts.gate_up_proj"),
     ],
 )
 def test_rewritten_layers_are_read_from_the_files(
