@@ -38,18 +38,22 @@ class LayerCall:
     """Arguments of a decoder layer other than the hidden states, and the form of its output.
 
     `extra` counts the values that the layer returns in a tuple after the hidden states; None if it returns
-    the hidden states alone. `compute` is where `Varying` arguments are moved to once they are needed.
+    the hidden states alone. `compute` is where `Varying` arguments are moved to once they are needed. A layer
+    that is `skipped` is not called: it passes the hidden states on.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     extra: int | None = None
     compute: Compute = _AS_IT_IS
+    skipped: bool = False
 
     def __call__(
         self, layer: nn.Module, hidden: torch.Tensor, window: int, handed: MutableMapping[Any, Any]
     ) -> torch.Tensor:
         """Run the layer on hidden states; they must have its device and dtype."""
+        if self.skipped:
+            return hidden
         args, kwargs = _at((self.args, self.kwargs), window, handed, self.compute)
         output = layer(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple | list) else output

@@ -51,7 +51,8 @@ def capture_inputs(
     -------
     Passage
         Its calls, one per layer. All windows have the same length and no padding, so they share masks and
-        positions; arguments that depend on the text are kept for every window.
+        positions; arguments that depend on the text are kept for every window. Its decoder layers are those
+        given, without the matrices of layers that text skips.
 
     Raises
     ------
@@ -72,6 +73,7 @@ def capture_inputs(
         _require_only_text(model, decoder, windows[0], calls, extra)
         recorded = [_record_pass(model, decoder, window, extra) for window in own]
         calls = [merged(iter(of_windows)) for of_windows in zip(*recorded, strict=True)]
+    decoder = decoder.without([index for index, call in enumerate(calls) if call.skipped])
     passage = Passage(decoder, hidden, calls, compute, windows_per_shard(count, seqlen))
     _require_heard(model, passage, own[0])
     return passage
@@ -223,21 +225,28 @@ def _record_pass(
 ) -> list[LayerCall]:
     """Record the call of every layer in a forward pass of the whole model, with stand-ins for the layers."""
     layers = decoder.layers
-    calls: list[LayerCall] = []
+    calls: dict[int, LayerCall] = {}
     expected: list[torch.Tensor] = []
     passed_on = True
 
-    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal passed_on
-        states, call = _split(args, kwargs)
-        passed_on &= not expected or torch.equal(expected.pop(), states)
-        expected.append(stand_in(states))
-        calls.append(replace(call, extra=extra, args=marked(call.args), kwargs=marked(call.kwargs)))
+    def entering(index: int) -> Callable[..., None]:
+        def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal passed_on
+            states, call = _split(args, kwargs)
+            passed_on &= index > max(calls, default=-1)
+            passed_on &= not expected or torch.equal(expected.pop(), states)
+            expected.append(stand_in(states))
+            calls[index] = replace(call, extra=extra, args=marked(call.args), kwargs=marked(call.kwargs))
+
+        return enter
 
     def leave(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         raise _Captured
 
-    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles = [
+        layer.register_forward_pre_hook(entering(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
     handles.append(layers[-1].register_forward_hook(leave))
     try:
         with _replaced(layers, stand_in, extra):
@@ -245,17 +254,13 @@ def _record_pass(
     finally:
         for handle in handles:
             handle.remove()
-    if len(calls) < len(layers):
-        raise UserError(
-            f"text skips {len(layers) - len(calls)} of the {len(layers)} decoder layers of "
-            f"{type(model).__name__}; such models cannot be calibrated layer by layer"
-        )
-    if len(calls) != len(layers) or not passed_on:
+    if not passed_on:
         raise UserError(
             f"{type(model).__name__} does more between its decoder layers than pass on the hidden states; "
             "such models cannot be calibrated layer by layer"
         )
-    return calls
+    skipped = LayerCall((), {}, extra, skipped=True)
+    return [calls.get(index, skipped) for index in range(len(layers))]
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, LayerCall]:

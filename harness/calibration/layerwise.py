@@ -110,7 +110,7 @@ def fit_layers(
         groups = ranks.share(passage.input_groups(layer))
         beside = Beside(passage, layer, groups, targets) if targets is not None else None
         matrices: dict[str, FittedMatrix] = {}
-        for batch in batches(layer, groups) if true_sequential else [groups]:
+        for batch in batches(layer, groups) if true_sequential else [groups][: len(groups)]:
             weights = {name: layer.linears[name].weight.detach() for group in batch for name in group}
             turns = _turns(passage, layer, batch, beside, partial(progress, 1, "inputs"))
             for turn, owners, known in clock.through("inputs", turns):

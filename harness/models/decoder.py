@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ class DecoderLayers:
     layers: nn.ModuleList
     linears: list[dict[str, nn.Linear]]
     read: Reader | None = None
+    skipped: tuple[int, ...] = ()
+
+    def without(self, skipped: Sequence[int]) -> DecoderLayers:
+        """Return the same layers, with no matrices to ternarize in some of them."""
+        linears = [{} if index in skipped else own for index, own in enumerate(self.linears)]
+        return replace(self, linears=linears, skipped=tuple(skipped))
 
     def tensors(self, index: int, names: list[str]) -> dict[str, torch.Tensor]:
         """Get tensors of a layer in the model's dtype, by their names in the layer."""
@@ -107,10 +113,12 @@ class DecoderLayers:
     def not_understood(self) -> dict[str, nn.Parameter]:
         """Parameters that stay as they are because they are not understood, by name in the whole model.
 
-        Matrices that several layers share are among them.
+        Matrices that several layers share are among them, those of skipped layers are not.
         """
         found: dict[str, nn.Parameter] = {}
         for i, layer in enumerate(self.layers):
+            if i in self.skipped:
+                continue
             shared = ternarized(layer).keys() - self.linears[i].keys()
             parts = {f"{name}.weight": layer.get_parameter(f"{name}.weight") for name in sorted(shared)}
             parts |= not_understood(layer)

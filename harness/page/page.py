@@ -135,8 +135,8 @@ def notes(record: dict[str, Any]) -> list[str]:
             f"The calibration text has {calibration['tokens']:,} tokens, fewer than the {wanted:,} "
             "requested: windows overlap."
         )
-    if left := record.get("plan", {}).get("not_understood"):
-        found.append(f"Left as it is: {left}.")
+    plan = record.get("plan", {})
+    found += [f"Left as it is: {plan[part]}." for part in ("not_understood", "skipped") if plan.get(part)]
     experts = [layer["experts"] for layer in layers if "experts" in layer]
     if experts:
         idle, few = (sum(row[name] for row in experts) for name in ("without_tokens", "filled_up"))

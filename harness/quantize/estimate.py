@@ -41,6 +41,8 @@ class Plan:
         Weights in the decoder layers, ternarized or not.
     not_understood : str
         What is left as it is because it is not understood; empty if there is nothing.
+    skipped : str
+        What is left as it is because text alone does not go through it; empty if there is nothing.
     packed_bytes, other_bytes : int
         Bytes of the packed matrices, and of everything else in the checkpoint.
     memory_bytes, device_bytes, seconds : float
@@ -60,6 +62,7 @@ class Plan:
     device_bytes: float
     seconds: float
     processes: int = 1
+    skipped: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -73,7 +76,7 @@ class Plan:
             f"  {self.matrices} matrices, {self.weights / 1e6:.1f} M weights "
             f"({self.weights / self.layer_weights:.1%} of the decoder layers), "
             f"{self.bits_per_weight:.3f} bits per weight including alpha, mu and permutation",
-            *([f"  left as it is: {self.not_understood}"] if self.not_understood else []),
+            *(f"  left as it is: {what}" for what in (self.not_understood, self.skipped) if what),
             f"  checkpoint {size / 1e6:.0f} MB ({self.packed_bytes / 1e6:.0f} MB ternary, "
             f"{self.other_bytes / 1e6:.0f} MB embeddings, head and norms)",
             f"  about {self.memory_bytes / 1e9:.1f} GB of memory, "
@@ -175,6 +178,7 @@ def make_plan(
         device_bytes=2 * item * layer + grams + fit + 16 * item * seqlen * widest if device else 0,
         seconds=len(decoder.layers) * windows * (passes * forward + gram) + fitting / ranks.size,
         processes=ranks.size,
+        skipped=_skipped(decoder),
     )
 
 
@@ -201,6 +205,18 @@ def _left(model: nn.Module, decoder: DecoderLayers) -> str:
         f"{weights / 1e6:.2f} M weights that are not understood, or shared by layers (--strict refuses "
         f"them): "
         f"{describe_parameters(model, unknown)}"
+    )
+
+
+def _skipped(decoder: DecoderLayers) -> str:
+    """Say which layers text skips, and how many weights they have."""
+    if not decoder.skipped:
+        return ""
+    weights = sum(p.numel() for index in decoder.skipped for p in decoder.layers[index].parameters())
+    numbers = ", ".join(map(str, decoder.skipped))
+    return (
+        f"{weights / 1e6:.2f} M weights of layers of {decoder.prefix} that text alone does not go through: "
+        f"{numbers}"
     )
 
 

@@ -10,7 +10,7 @@ import transformers
 
 from harness.architectures.configs import small_config
 from harness.calibration.calls import LayerCall, Varying, merged
-from harness.calibration.capture import capture_inputs
+from harness.calibration.capture import capture_inputs, logits_after
 from harness.calibration.layerwise import fit_layers
 from harness.calibration.passage import Passage
 from harness.calibration.targets import Targets
@@ -72,6 +72,33 @@ def test_both_models_give_what_they_give_as_a_whole_and_a_resumed_run_the_same(k
         pass
     assert all(map(torch.equal, again.hidden, passage.hidden))
     assert all(map(torch.equal, again.originals, passage.originals))
+
+
+@pytest.mark.parametrize("cross", [[1], [1, 2]], ids=["between", "last"])
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_layers_that_text_skips_stay_as_they_are(cross: list[int], true_sequential: bool) -> None:
+    """Those of Mllama that attend to images; with the others fitted, logits are those of the whole model."""
+    config = small_config("mllama")
+    config.text_config.num_hidden_layers = 4 if cross == [1] else 3
+    config.text_config.cross_attention_layers = cross
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    layers = model.model.language_model.layers
+    before = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    passage = passage_of(model)
+    assert passage.decoder.skipped == tuple(cross)
+    targets = Targets(lambda W, C, D: W)
+    fits = fit_layers(passage, lambda W, C: W.numpy() / 2, true_sequential=true_sequential, targets=targets)
+    assert [len(layer.matrices) for layer in fits] == [0 if i in cross else 7 for i in range(len(layers))]
+    for name, tensor in layers.state_dict().items():
+        factor = 2 if name.endswith("_proj.weight") and int(name.split(".")[0]) not in cross else 1
+        assert torch.equal(factor * tensor, before[name]), name
+    for window, states in zip(WINDOWS, passage.hidden, strict=True):
+        with torch.no_grad():
+            expected = model(window[None]).logits
+        torch.testing.assert_close(
+            logits_after(model, passage, window, states), expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_arguments_that_differ_are_kept_for_every_window() -> None:

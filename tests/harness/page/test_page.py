@@ -190,7 +190,7 @@ def test_names_and_texts_are_escaped(record: dict[str, Any], with_plots: None) -
     evil = deepcopy(record)
     evil.update(model=EVIL, command=EVIL, created=f"2001-02-03{EVIL}", device=EVIL, divergence=None)
     evil["calibration"].update(text=EVIL, bos=EVIL, targets=EVIL)
-    evil["plan"]["not_understood"] = EVIL
+    evil["plan"]["not_understood"] = evil["plan"]["skipped"] = EVIL
     evil["perplexity"]["after"]["protocol"] = EVIL
     evil["versions"][EVIL] = EVIL
     evil["options"][EVIL] = EVIL
