@@ -110,6 +110,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"), _rotary(4, 6, 6)),
     "mllama_text_model": {"cross_attention_layers": [1]},
     "qwen2_vl_vision": {"embed_dim": WIDTH},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 7},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
     # Two layers share their attention.
     "zamba2": {

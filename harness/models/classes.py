@@ -9,8 +9,12 @@ from harness.models.original import quiet_transformers
 
 # Classes with a vocabulary at their end: decoders alone, with vision, with any other inputs.
 LANGUAGE = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-# Classes with labels at their end.
-CLASSIFIERS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+# Classes with labels at their end; those of images count if they read text too (ShieldGemma 2).
+CLASSIFIERS = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForImageClassification",
+)
 # Classes that end otherwise; without a word here they would be said to lack the tensors of a language model.
 OTHERS = ("AutoModelForQuestionAnswering", "AutoModelForMultipleChoice")
 
@@ -49,9 +53,10 @@ def auto_class(config: Any, name: str) -> Any:
 
 
 def _classes(auto: Any, config: Any) -> list[str]:
-    """Names of the classes that an Auto class makes of a config."""
+    """Names of the classes that an Auto class makes of a config and that read text."""
     found = auto._model_mapping.get(type(config), ())
-    names = [kind.__name__ for kind in (found if isinstance(found, tuple | list) else (found,))]
+    kinds = found if isinstance(found, tuple | list) else (found,)
+    names = [kind.__name__ for kind in kinds if "text" in kind.input_modalities]
     own = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
     return names if own is None else [own.rpartition(".")[2], *names]  # code that comes with the model first
 

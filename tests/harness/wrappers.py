@@ -76,8 +76,21 @@ def _with_vision(kind: str) -> Any:
     if kind == "git":
         shape = {name: size for name, size in _TEXT.items() if name != "num_key_value_heads"}
         return transformers.GitConfig(vision_config=VISION, **shape)
-    assert kind == "gemma3"
-    return transformers.Gemma3Config(
+    if kind == "mllama":
+        return transformers.MllamaConfig(
+            text_config={**_TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]},
+            vision_config={
+                **{name: size for name, size in VISION.items() if name != "num_attention_heads"},
+                "attention_heads": 4,
+                "num_global_layers": 1,
+                "intermediate_layers_indices": [0, 1],
+                "vision_output_dim": 3 * VISION["hidden_size"],
+            },
+            image_token_index=IMAGE,
+        )
+    assert kind in ("gemma3", "shieldgemma2")
+    config: Any = transformers.ShieldGemma2Config if kind == "shieldgemma2" else transformers.Gemma3Config
+    return config(
         text_config=tiny.CONFIGS["gemma3"]().to_dict(),
         vision_config=VISION,
         mm_tokens_per_image=4,
@@ -89,10 +102,13 @@ def _with_vision(kind: str) -> Any:
 
 # Where the decoder layers are.
 WITH_VISION = {
-    **dict.fromkeys(("llava", "qwen2_vl", "qwen3_vl", "paligemma", "gemma3"), "model.language_model.layers"),
+    **dict.fromkeys(
+        ("llava", "qwen2_vl", "qwen3_vl", "paligemma", "gemma3", "mllama"), "model.language_model.layers"
+    ),
     "idefics3": "model.text_model.layers",
     "git": "git.encoder.layer",
 }
+GUARDED = "model.model.language_model.layers"
 CLASSIFIERS: dict[str, Any] = {
     "llama": transformers.LlamaForSequenceClassification,
     "qwen3": transformers.Qwen3ForTokenClassification,
@@ -104,7 +120,26 @@ def with_vision(kind: str, ternary: bool = False) -> Any:
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForImageTextToText
     model = auto.from_config(_with_vision(kind), dtype=torch.bfloat16).eval()
+    if kind == "mllama":
+        _open_gates(model)
     return _on_grid(model, WITH_VISION[kind]) if ternary else model
+
+
+@torch.no_grad()
+def _open_gates(model: Any) -> None:
+    """Let images matter: at the start of training, their gates are shut."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate"):
+            parameter.fill_(1)
+
+
+def guard() -> Any:
+    """ShieldGemma 2, which answers whether an image breaks a rule; its decoder on a grid."""
+    torch.manual_seed(0)
+    config = _with_vision("shieldgemma2")
+    config.yes_token_index, config.no_token_index = 5, 7
+    model = transformers.ShieldGemma2ForImageClassification(config).to(torch.bfloat16).eval()
+    return _on_grid(model, GUARDED)
 
 
 def classifier(kind: str, ternary: bool = False, labels: int = 3) -> Any:
@@ -143,10 +178,18 @@ def with_image(kind: str) -> dict[str, torch.Tensor]:
             "pixel_values": patches,
             "image_grid_thw": torch.tensor([[1, 2, 2]]),
         }
+    if kind == "mllama":  # one tile of four
+        return {
+            "input_ids": torch.tensor([[3, IMAGE, 11, 5, 7]]),
+            "pixel_values": torch.randn(1, 1, 4, 3, 28, 28, generator=generator).bfloat16(),
+            "aspect_ratio_ids": torch.tensor([[1]]),
+            "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
+            "cross_attention_mask": torch.tensor([1, 0, 0, 0]).expand(1, 5, 1, 4),
+        }
     inputs = {
         "input_ids": torch.tensor([[3, *[IMAGE] * 4, 11, 5, 7]]),
         "pixel_values": torch.randn(1, 3, 28, 28, generator=generator).bfloat16(),
     }
-    if kind == "gemma3":  # its images are read in both directions
+    if kind in ("gemma3", "shieldgemma2"):  # its images are read in both directions
         inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     return inputs
