@@ -40,11 +40,23 @@ def test_an_architecture_is_ternarized_and_read_back(model_type: str) -> None:
     assert outcome.ternarized > 0.9
 
 
-@pytest.mark.parametrize("model_type", ["idefics3", "qwen3_omni_moe_thinker", "gemma4"])
+@pytest.mark.parametrize("model_type", ["idefics3", "qwen3_omni_moe_thinker", "gemma4", "llama4"])
 def test_a_model_of_images_and_text_is_ternarized_and_read_back(model_type: str) -> None:
     """The second one initializes its fused experts by their names; the third has infinite bounds."""
     outcome = check(model_type, VISION)
     assert outcome.outcome == DONE, outcome.reason
+    assert outcome.left == ""
+
+
+def test_layers_that_text_skips_are_left_and_named() -> None:
+    outcome = check("mllama", VISION)
+    assert outcome.outcome == DONE, outcome.reason
+    layers = transformers.AutoModelForImageTextToText.from_config(configs.small_config("mllama"))
+    skipped = sum(p.numel() for p in layers.model.language_model.layers[1].parameters())
+    assert outcome.left == (
+        f"{skipped / 1e6:.2f} M weights of layers of model.language_model.layers that text alone does not go "
+        "through: 1"
+    )
 
 
 def test_a_type_is_of_the_table_that_is_walked(
@@ -76,6 +88,40 @@ def test_a_model_that_differs_when_it_is_read_back_fails(
     assert "logits differ by up to" in capsys.readouterr().out
     row = json.loads(file.read_text())["architectures"][0]
     assert (row["model_type"], row["outcome"]) == ("llama", FAILED)
+
+
+def test_single_rows_of_a_table_are_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    run_main: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = {"mixtral": DONE, "llama": DONE}
+
+    def found(model_type: str, auto: str) -> Outcome:
+        return Outcome(model_type, "Class", known[model_type], "why" * (known[model_type] != DONE))
+
+    monkeypatch.setattr("harness.architectures.__main__.check", found)
+    file = tmp_path / "table.json"
+    assert run_main(main, file, "--only", "mixtral", "llama") == 0
+    known["llama"] = REFUSED
+    assert run_main(main, file, "--only", "llama") == 0
+    table = json.loads(file.read_text())
+    # In the order of transformers' table.
+    assert [(row["model_type"], row["outcome"]) for row in table["architectures"]] == [
+        ("llama", REFUSED),
+        ("mixtral", DONE),
+    ]
+    assert table["totals"] == "1 refused, 1 done, 50% of the 2 that could be built"
+    for arguments, changed, reason in (
+        (("--only", "idefics3", "--auto", VISION), {}, f"is not of the table of {VISION}"),
+        (("--only", "llama"), {"versions": {}}, "is of other versions"),
+    ):
+        before = json.dumps({**table, **changed})
+        file.write_text(before)
+        assert run_main(main, file, *arguments) == EXIT_USAGE
+        assert reason in capsys.readouterr().err
+        assert file.read_text() == before
 
 
 def test_what_cannot_be_built_is_told_from_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
