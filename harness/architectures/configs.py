@@ -112,6 +112,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2_vl_vision": {"embed_dim": WIDTH},
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 7},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
+    "step3p5": {"mlp_layer_types": ["dense", "sparse"], "share_expert_dim": 96},
     # Two layers share their attention.
     "zamba2": {
         "num_hidden_layers": 4,

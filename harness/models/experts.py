@@ -27,7 +27,8 @@ SLOTS = ("Llama4TextExperts",)
 def separated(module: nn.Module) -> type[Experts] | None:
     """Return the class that takes the place of a module; None if it holds no experts as 3-D parameters.
 
-    Experts are known by the attributes that transformers' decorator gives them, or by their class.
+    Experts are known by the method that transformers gives them for what stands between their matrices, or by
+    their class.
     """
     count, down = getattr(module, "num_experts", None), module._parameters.get(DOWN)
     up = module._parameters.get(up_name(module))
@@ -35,7 +36,7 @@ def separated(module: nn.Module) -> type[Experts] | None:
         return None
     if type(module).__name__ in SLOTS:
         return SlotExperts
-    return Experts if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") else None
+    return Experts if hasattr(module, "_apply_gate") else None
 
 
 def up_name(module: nn.Module) -> str:
@@ -76,10 +77,10 @@ class Experts(nn.Module):
 
     per_pair = False
 
-    # What the fused module has too; classes of transformers may have more.
+    # What the fused module has too; classes of transformers may have more, and leave out what is usual.
     num_experts: int
-    has_gate: bool
-    is_transposed: bool
+    has_gate: bool = True
+    is_transposed: bool = False
     act_fn: Any
     post_expert_norm: Any
 

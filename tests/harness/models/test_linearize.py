@@ -10,12 +10,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
-from harness.architectures.configs import small_config
+from harness.architectures.configs import WIDTH, small_config
 from harness.compute import Compute
 from harness.errors import UserError
 from harness.models.decoder import find_decoder_layers
-from harness.models.experts import Experts, family
+from harness.models.experts import Experts, family, separated
 from harness.models.folder import SINGLE, files_of_tensors
 from harness.models.linearize import linearize, put
 from harness.models.loading import load_original
@@ -63,6 +64,22 @@ def test_experts_that_are_fused_again_are_as_they_were(kind: str) -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, expected)
+
+
+@torch.no_grad()
+def test_experts_without_the_decorator_of_transformers_are_separated_too() -> None:
+    """Those of Step 3.7, whose gates have a limit."""
+    config = small_config("step3p7").text_config
+    fused = Step3p7Experts(config, swiglu_limit=0.05)
+    for parameter in fused.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    states, index, weights = torch.randn(6, WIDTH), torch.randint(0, 5, (6, 2)), torch.rand(6, 2)
+    kind = separated(fused)
+    assert kind is not None
+    expected = fused(states, index, weights)
+    torch.testing.assert_close(kind(fused)(states, index, weights), expected, rtol=1e-5, atol=1e-6)
+    fused.limit = float("inf")
+    assert not torch.allclose(fused(states, index, weights), expected)
 
 
 @torch.no_grad()
