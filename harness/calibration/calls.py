@@ -1,8 +1,9 @@
 """How decoder layers are called: the arguments beside the hidden states, for every window of text.
 
 Most models pass masks and positions, the same for all windows. Some pass what they made from the text
-(`Varying`), such as embeddings of the tokens for every layer, or a mapping in which layers leave keys and
-values for later ones (`Handed`).
+(`Varying`), such as embeddings of the tokens for every layer, a mapping in which layers leave keys and
+values for later ones (`Handed`), or what the layer before returned beside the hidden states (`Returned`),
+such as which tokens it attended to.
 """
 
 from __future__ import annotations
@@ -34,12 +35,25 @@ class Handed:
 
 
 @dataclass(frozen=True)
+class Returned:
+    """An argument that an earlier layer returned after the hidden states: its index, and the place there."""
+
+    layer: int
+    place: int
+
+
+# Where what layers return for later ones is kept in what is handed on.
+_RETURNED = "returned after the hidden states"
+
+
+@dataclass(frozen=True)
 class LayerCall:
     """Arguments of a decoder layer other than the hidden states, and the form of its output.
 
     `extra` counts the values that the layer returns in a tuple after the hidden states; None if it returns
     the hidden states alone. `compute` is where `Varying` arguments are moved to once they are needed. A layer
-    that is `skipped` is not called: it passes the hidden states on.
+    that is `skipped` is not called: it passes the hidden states on. If the layer with this `index` `returns`
+    something to later ones, it is kept on the host.
     """
 
     args: tuple[Any, ...]
@@ -47,6 +61,13 @@ class LayerCall:
     extra: int | None = None
     compute: Compute = _AS_IT_IS
     skipped: bool = False
+    index: int = 0
+    returns: bool = False
+
+    @property
+    def sources(self) -> set[int]:
+        """The layers of which arguments were returned."""
+        return {leaf.layer for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, Returned)}
 
     def __call__(
         self, layer: nn.Module, hidden: torch.Tensor, window: int, handed: MutableMapping[Any, Any]
@@ -56,7 +77,13 @@ class LayerCall:
             return hidden
         args, kwargs = _at((self.args, self.kwargs), window, handed, self.compute)
         output = layer(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(output, tuple | list):
+            return output
+        if self.returns:
+            # The layer may run again, on what it has read now.
+            earlier = {i: kept for i, kept in handed.get(_RETURNED, {}).items() if i in self.sources}
+            handed[_RETURNED] = {**earlier, self.index: moved(tuple(output[1:]), _AS_IT_IS)}
+        return output[0]
 
     def to(self, compute: Compute) -> LayerCall:
         """Move the arguments to a device; cast floating-point ones (masks, rotary tables) to its dtype."""
@@ -129,6 +156,8 @@ def _at(value: Any, window: int, handed: MutableMapping[Any, Any], compute: Comp
         return moved(value.values[window], compute)
     if isinstance(value, Handed):
         return handed
+    if isinstance(value, Returned):
+        return moved(handed[_RETURNED][value.layer][value.place], compute)
     if isinstance(value, tuple | list):
         return type(value)(_at(v, window, handed, compute) for v in value)
     if isinstance(value, dict):

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
 
-from harness.calibration.calls import LayerCall, differ, marked, merged
+from harness.calibration.calls import LayerCall, Returned, differ, marked, merged
 from harness.calibration.gram import windows_per_shard
 from harness.calibration.passage import Passage, brought, own_windows
 from harness.compute import Compute
@@ -234,9 +235,11 @@ def _record_pass(
             nonlocal passed_on
             states, call = _split(args, kwargs)
             passed_on &= index > max(calls, default=-1)
+            call = replace(call, index=index, extra=extra, args=marked(call.args), kwargs=marked(call.kwargs))
+            passed_on &= call.sources <= {max(calls, default=-1)}
             passed_on &= not expected or torch.equal(expected.pop(), states)
             expected.append(stand_in(states))
-            calls[index] = replace(call, extra=extra, args=marked(call.args), kwargs=marked(call.kwargs))
+            calls[index] = call
 
         return enter
 
@@ -249,7 +252,7 @@ def _record_pass(
     ]
     handles.append(layers[-1].register_forward_hook(leave))
     try:
-        with _replaced(layers, stand_in, extra):
+        with _replaced(layers, stand_in, extra, Returned):
             _run(model, window)
     finally:
         for handle in handles:
@@ -259,6 +262,8 @@ def _record_pass(
             f"{type(model).__name__} does more between its decoder layers than pass on the hidden states; "
             "such models cannot be calibrated layer by layer"
         )
+    for source in {source for call in calls.values() for source in call.sources}:
+        calls[source] = replace(calls[source], returns=True)
     skipped = LayerCall((), {}, extra, skipped=True)
     return [calls.get(index, skipped) for index in range(len(layers))]
 
@@ -276,17 +281,21 @@ def _replaced(
     layers: nn.ModuleList,
     stand_in: Callable[[torch.Tensor], torch.Tensor],
     extra: int | None,
+    more: Callable[[int, int], Any] = lambda layer, place: None,
 ) -> Iterator[None]:
-    """Replace every layer by `stand_in`, with an output of the same form as the layer's."""
+    """Replace every layer by `stand_in`, with an output of the same form as the layer's.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    After the hidden states, a layer returns `more` of its index and of the place.
+    """
+
+    def forward(index: int, *args: Any, **kwargs: Any) -> Any:
         states = stand_in(_split(args, kwargs)[0])
-        return states if extra is None else (states, *[None] * extra)
+        return states if extra is None else (states, *(more(index, place) for place in range(extra)))
 
     # Libraries that offload weights replace a module's forward by their own.
     own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = forward
+    for index, layer in enumerate(layers):
+        layer.forward = partial(forward, index)
     try:
         yield
     finally:

@@ -187,17 +187,23 @@ class Passage:
     def input_groups(self, layer: WorkingLayer) -> list[list[str]]:
         """Group the names of the matrices that read the same tensor, in the order of their use.
 
+        A matrix may be used again on zeros, which it maps to the same whatever its weights.
+
         Raises
         ------
         UserError
-            If a matrix is used more than once in its layer, or not at all.
+            If a matrix is used more than once in its layer otherwise, or not at all.
         """
         linears = layer.linears
         readers: dict[int, list[str]] = {}
         kept = []  # keeps inputs alive, so that no two share an id
+        used: set[str] = set()
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if name in used and not args[0].any():
+                    return
+                used.add(name)
                 kept.append(args[0])
                 readers.setdefault(id(args[0]), []).append(name)
 
@@ -226,11 +232,19 @@ class Passage:
         first = [linears[group[0]] for group in groups]
         sums = [Sums(linear.in_features, device=self.compute.device) for linear in first]
 
+        used: set[nn.Module] = set()
+
         def add(total: Sums) -> Callable[..., None]:
-            return lambda module, args: total.add(Rows(args[0].reshape(-1, args[0].shape[-1])))
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if module not in used:  # what follows the first use is zeros
+                    used.add(module)
+                    total.add(Rows(args[0].reshape(-1, args[0].shape[-1])))
+
+            return hook
 
         with _pre_hooks({linear: add(total) for linear, total in zip(first, sums, strict=True)}):
             for window, states in enumerate(self.hidden):
+                used.clear()
                 layer.run(brought(states, self.compute), window)
                 if self.ends_shard(window):
                     for total in sums:

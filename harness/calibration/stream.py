@@ -85,7 +85,8 @@ def watch(
         for name in wanted.inputs:
 
             def enter(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                note(seen.inputs, name, args[0])
+                if name not in seen.inputs:  # what follows the first use is zeros
+                    note(seen.inputs, name, args[0])
 
             hooks.callback(module(name).register_forward_pre_hook(enter).remove)
         for name in wanted.mixtures:

@@ -22,13 +22,18 @@ from tests.harness import tiny
 WINDOWS = torch.randint(3, tiny.VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
 
 # The first two pass parts of the embeddings to every layer, and the last two layers of each read the keys and
-# values that earlier layers left. Zamba2 passes the embeddings, HY-V4 has several vectors a token.
-KINDS = ("gemma4_text", "gemma3n_text", "zamba2", "hy_v4")
+# values that earlier layers left. Zamba2 passes the embeddings, HY-V4 has several vectors a token. Layers of
+# GLM-5 attend to the tokens that the one before chose; those of Zaya read what its router computed, and use a
+# matrix once more on zeros.
+KINDS = ("gemma4_text", "gemma3n_text", "zamba2", "hy_v4", "glm_moe_dsa", "zaya")
 
 
 def model_of(kind: str) -> Any:
     torch.manual_seed(0)
     config = small_config(kind)
+    if kind == "glm_moe_dsa":
+        config.num_hidden_layers, config.index_topk = 3, 4
+        config.indexer_types, config.mlp_layer_types = ["full", "shared", "shared"], ["dense"] * 3
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
@@ -72,6 +77,33 @@ def test_both_models_give_what_they_give_as_a_whole_and_a_resumed_run_the_same(k
         pass
     assert all(map(torch.equal, again.hidden, passage.hidden))
     assert all(map(torch.equal, again.originals, passage.originals))
+
+
+def test_a_matrix_that_is_used_again_on_anything_else_is_refused() -> None:
+    model = tiny.make_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(
+            lambda mlp, args, output: output + mlp.down_proj(mlp.gate_proj(args[0]))
+        )
+    passage = passage_of(model)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.\w+_proj is used more than once"):
+        passage.input_groups(passage.enter(1))
+
+
+def test_a_matrix_that_is_used_again_on_zeros_counts_every_token_once() -> None:
+    model = model_of("zaya")
+    passage = passage_of(model)
+    layer = passage.enter(0)
+    groups = passage.input_groups(layer)
+    name = "self_attn.qkv_proj.v_proj_delayed"
+    assert [group for group in groups if name in group] == [
+        [f"self_attn.qkv_proj.{part}" for part in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")]
+    ]
+    (total,) = passage.collect(layer, [[name]])
+    assert total.gram.rows == WINDOWS.numel()
+    with torch.no_grad():
+        x = torch.cat([layer.module.input_layernorm(states)[0] for states in passage.hidden]).double()
+    torch.testing.assert_close(total.gram.finish(), x.T @ x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cross", [[1], [1, 2]], ids=["between", "last"])
