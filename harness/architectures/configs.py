@@ -104,7 +104,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "paddleocr_vl_text"), _rotary(4, 6, 6)),
     "glm4v_moe_text": _rotary(2, 3, 3),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "longcat_flash": {"head_dim": 16, "zero_expert_num": 2},
+    "longcat_flash": {"head_dim": 16, "moe_topk": 2, "zero_expert_num": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"), _rotary(4, 6, 6)),

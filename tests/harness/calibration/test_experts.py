@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.calibration.capture import capture_inputs
-from harness.calibration.experts import batches
+from harness.calibration.experts import Routing, batches
 from harness.calibration.owners import own_statistics
 from harness.calibration.passage import Passage
 from harness.calibration.sums import Rows, Sums
@@ -98,6 +98,26 @@ def test_experts_of_llama_4_count_the_tokens_routed_to_them_scaled_by_their_scor
             torch.testing.assert_close(total.gram.finish(), inputs.T @ inputs, rtol=1e-4, atol=1e-5)
         counts.append(len(X))
     assert sum(counts) == k * WINDOWS.numel()
+
+
+def test_rows_and_tokens_of_experts_that_read_scaled_tokens_are_told_apart() -> None:
+    """Of Llama 4: two experts a token, so that a row is no token; the last token has one, the first none."""
+    model = tiny.make_mixture("llama4", torch.float32, ternary=False)
+    linearize(model)
+    experts = model.model.layers[0].feed_forward.experts
+    slots = torch.randn(4, 5, tiny.WIDTH)
+    routed = torch.tensor([[0, 1, 0, 1, 0], [0, 1, 1, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
+    read = experts.reading((slots * routed[..., None]).flatten(0, 1))
+    routing = Routing(experts, read)
+    for number in range(4):
+        tokens = routed[number].nonzero()[:, 0]
+        assert torch.equal(routing.tokens(number), tokens)
+        assert torch.equal(read[0][routing.rows(number)], slots[number, tokens])
+        assert torch.equal(routing.weights(number), torch.ones(len(tokens), 1))
+    missing = torch.randn(5, tiny.WIDTH)
+    shares = routing.shares(missing, {0, 1})
+    assert torch.equal(shares[0], missing[[1, 3]] / torch.tensor([[2], [1]]))
+    assert torch.equal(shares[1], missing[[1, 2, 4]] / torch.tensor([[2], [1], [1]]))
 
 
 def test_an_expert_with_fewer_tokens_than_columns_gets_average_ones() -> None:

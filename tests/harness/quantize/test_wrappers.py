@@ -307,6 +307,14 @@ def test_a_classifier_of_images_that_reads_text_keeps_its_class(
             "is DistilBertForMaskedLM, which cannot be used; only decoder-only language models",
         ),
         (
+            lambda: transformers.ViTForImageClassification(
+                transformers.ViTConfig(
+                    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+                )
+            ),
+            "is ViTForImageClassification, which cannot be used",
+        ),
+        (
             lambda: transformers.LlamaForQuestionAnswering(tiny.CONFIGS["llama"]()),
             "is LlamaForQuestionAnswering, which cannot be used",
         ),
