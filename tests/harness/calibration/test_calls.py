@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from harness.architectures.configs import small_config
 from harness.calibration.calls import LayerCall, Varying, merged
@@ -15,7 +16,7 @@ from harness.calibration.layerwise import fit_layers
 from harness.calibration.passage import Passage
 from harness.calibration.targets import Targets
 from harness.errors import UserError
-from harness.models.decoder import find_decoder_layers
+from harness.models.decoder import DecoderLayers, find_decoder_layers
 from harness.models.linearize import linearize
 from tests.harness import tiny
 
@@ -77,6 +78,37 @@ def test_both_models_give_what_they_give_as_a_whole_and_a_resumed_run_the_same(k
         pass
     assert all(map(torch.equal, again.hidden, passage.hidden))
     assert all(map(torch.equal, again.originals, passage.originals))
+
+
+class Layer(nn.Module):
+    """Returns its input beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, states: torch.Tensor, other: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        return self.linear(states), states
+
+
+class FromTheFirst(nn.Module):
+    """Hands what the first layer returned to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tiny.VOCABULARY, 4)
+        self.layers = nn.ModuleList([Layer(), Layer(), Layer()])
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> None:
+        states, other = self.layers[0](self.embedding(input_ids))
+        states, _ = self.layers[1](states)
+        self.layers[2](states, other)
+
+
+def test_what_an_earlier_layer_than_the_one_before_returned_is_refused() -> None:
+    model = FromTheFirst()
+    with pytest.raises(UserError, match="FromTheFirst does more between its decoder layers than pass on"):
+        capture_inputs(model, DecoderLayers("layers", model.layers, [{}, {}, {}]), WINDOWS)
 
 
 def test_a_matrix_that_is_used_again_on_anything_else_is_refused() -> None:
