@@ -40,10 +40,9 @@ def test_an_architecture_is_ternarized_and_read_back(model_type: str) -> None:
     assert outcome.ternarized > 0.9
 
 
-@pytest.mark.parametrize("model_type", ["idefics3", "qwen3_omni_moe_thinker", "gemma4", "llama4", "step3p7"])
+@pytest.mark.parametrize("model_type", ["idefics3", "qwen3_omni_moe_thinker", "gemma4", "llama4"])
 def test_a_model_of_images_and_text_is_ternarized_and_read_back(model_type: str) -> None:
-    """The second one initializes its fused experts by their names; the third has infinite bounds;
-    the last one's experts lack transformers' decorator."""
+    """The second one initializes its fused experts by their names; the third has infinite bounds."""
     outcome = check(model_type, VISION)
     assert outcome.outcome == DONE, outcome.reason
     assert outcome.left == ""
