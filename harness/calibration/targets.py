@@ -80,9 +80,10 @@ class Beside:
     experts f of a turn, so that Y_t = D_e h_te + w_te r_t / sum_f w_tf^2 is wanted; of all moves of their
     outputs that move the weighted sum by r_t, these are the smallest. Experts of later turns are then fitted
     to what is left. When all have been, each is fitted again: wanted is what its ternary form gives, and what
-    is lacking now, while damping still draws it to its own weights. Where the mixture does not add to the
-    stream as it is, wanted is D_e h with the inner states h of the original expert, on the original model's
-    input of the token.
+    is lacking now, while damping still draws it to its own weights. In Llama 4 routing weights multiply what
+    experts read: there w_te is 1, and inputs are those of the token's expert of the same rank. Where the
+    mixture does not add to the stream as it is, wanted is D_e h with the inner states h of the original
+    expert, on the original model's input of the token.
     """
 
     def __init__(
