@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from harness.calibration.layerwise import fit_layers
+from harness.calibration.methods import FitError
 from harness.calibration.passage import Passage
 from harness.compute import Compute, compute_for
 from harness.distributed.launch import current
@@ -97,8 +98,8 @@ def quantize(
         continue_from(earlier, record, options.out)
     record.spent("load", began)
     kept = None
-    if options.keep_states is not None:
-        kept = KeptStates(options.keep_states, ready.passage, *ready.windows.shape)
+    if options.keep_states is not None and options.out is not None:
+        kept = KeptStates(options.keep_states, options.out, ready.passage, *ready.windows.shape)
         say(f"  hidden states of finished layers: up to {kept.require_space() / 1e9:.2f} GB in {kept.folder}")
 
     # Of a model that is read from disk, only the first process has the quantized layers.
@@ -222,7 +223,12 @@ def quantize_layers(
         )
         while record.done < count:
             with record.time("layers"):
-                layer = next(layers)
+                try:
+                    layer = next(layers)
+                except FitError:  # a resumed run would fail again
+                    if kept is not None:
+                        kept.forget()
+                    raise
                 sink.add(layer, record.done)
                 checksums = {"outputs_checksum": passage.checksum()}
                 if kept is not None and passage.originals:

@@ -3,8 +3,11 @@
 Without them, `harness.quantize.resume` runs the finished layers again. There is a file for each shard of
 windows, whichever process writes it, so that another number of processes finds what it needs:
 
-    DIR/layer-00007/shard-00003.safetensors
+    DIR/OUT-1f0c9a3e/layer-00007/shard-00003.safetensors
         hidden, originals    (windows, 1, seqlen, width), as after layer 7, the first being layer 1
+
+OUT is the name of the run's output folder, and the digits are of its whole path: runs that share DIR do not
+touch each other's files.
 
 Files are complete or absent. Those of a layer are deleted once the next layer is noted in progress.json, so
 at any time one noted layer has its states. What is read back must have the checksum that was noted.
@@ -12,6 +15,7 @@ at any time one noted layer has its states. What is read back must have the chec
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
@@ -35,7 +39,9 @@ class KeptStates:
     Parameters
     ----------
     folder : Path
-        Where they are kept.
+        Where they are kept, in a folder of their own.
+    out : Path
+        The run's output folder, which no other run writes to at the same time.
     passage : Passage
         Hidden states of this process's windows.
     windows, seqlen : int
@@ -47,8 +53,9 @@ class KeptStates:
         If layers leave more than hidden states for later layers, which is not kept.
     """
 
-    def __init__(self, folder: Path, passage: Passage, windows: int, seqlen: int) -> None:
-        self.folder, self.passage = folder, passage
+    def __init__(self, folder: Path, out: Path, passage: Passage, windows: int, seqlen: int) -> None:
+        digest = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()
+        self.folder, self.passage = folder / f"{out.resolve().name}-{digest[:8]}", passage
         if type(passage.handed[0]) is not dict:
             raise UserError(
                 "--keep-states keeps hidden states alone, but layers of this model also hand keys and values "
@@ -56,7 +63,6 @@ class KeptStates:
             )
         own = own_windows(windows, seqlen, passage.compute.ranks)
         self._first = own.start // passage.shard
-        self._made = not folder.exists()
 
     def needed(self) -> int:
         """Bytes that this process's states take at most."""
@@ -85,6 +91,7 @@ class KeptStates:
         except OSError as error:
             problem = f"{self.folder} cannot be created: {error.strerror}"
             here, free = ranks.gather([socket.gethostname(), 0]), 0
+        self._remove_if_empty()
         needed = sum(count for host, count in here if host == socket.gethostname())
         if problem is None and free < needed:
             problem = (
@@ -165,9 +172,13 @@ class KeptStates:
                     file.unlink(missing_ok=True)
                 with suppress(OSError):  # another process has files there, or has deleted it
                     folder.rmdir()
-        if self._made and but is None:
-            with suppress(OSError):
-                self.folder.rmdir()
+        if but is None:
+            self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
+        with suppress(OSError):
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
 
     def _folder(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}"

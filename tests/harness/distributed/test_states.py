@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from harness.calibration.methods import FitError
 from harness.cli import EXIT_USAGE
 from harness.distributed.ranks import Ranks
 from harness.quantize import run, states
@@ -60,7 +62,7 @@ def test_finished_layers_do_not_run_again(
     monkeypatch.setattr(run, "run_again", refuse)
     assert run_main(quantize_main, *command, "--resume") == 0
     assert files_of(tmp_path / "out") == whole
-    assert not list((tmp_path / "states").glob("*"))
+    assert not (tmp_path / "states").exists()
 
 
 def test_another_number_of_processes_begins_there_too(
@@ -87,7 +89,7 @@ def test_states_that_are_not_the_noted_ones_are_not_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stopped_after(2, run_main, *command)
-    file = tmp_path / "states" / "layer-00002" / "shard-00003.safetensors"
+    (file,) = (tmp_path / "states").glob("out-*/layer-00002/shard-00003.safetensors")
     if damage == "gone":
         file.unlink()
     elif damage == "cut":
@@ -113,3 +115,39 @@ def test_too_little_space_is_said_before_the_first_layer(
     error = capsys.readouterr().err
     assert f"hidden states need {(1 << 60) / 1e9:.2f} GB in {tmp_path / 'states'}" in error
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "states").exists()
+
+
+def test_runs_that_share_a_folder_leave_each_other_s_states_alone(
+    command: list[object],
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    run_main: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even if their output folders have the same name."""
+    out = tmp_path / "out"
+    stopped_after(2, run_main, *command)
+    own = {*(tmp_path / "states").iterdir()}
+    (tmp_path / "other").mkdir()
+    stopped_after(1, run_main, *[tmp_path / "other" / "out" if word == out else word for word in command])
+    (other,) = {*(tmp_path / "states").iterdir()} - own
+    files = {*other.rglob("*")}
+    monkeypatch.setattr(run, "run_again", refuse)
+    assert run_main(quantize_main, *command, "--resume") == 0
+    assert files_of(out) == whole
+    assert [*(tmp_path / "states").iterdir()] == [other]
+    assert {*other.rglob("*")} == files != set()
+
+
+def test_a_fit_that_fails_leaves_no_states(
+    command: list[object], tmp_path: Path, run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any, **named: Any) -> Iterator[Any]:
+        yield next(layers(*arguments, **named))
+        raise FitError("no fit")
+
+    layers = run.fit_layers
+    monkeypatch.setattr(run, "fit_layers", failing)
+    assert run_main(quantize_main, *command) == EXIT_USAGE
+    assert not (tmp_path / "states").exists()
