@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,31 @@ def model_name(value: str) -> str:
             "should be; rename it, or set a locale with UTF-8"
         ) from None
     return value
+
+
+def refuse_idle(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, idle: Mapping[str, str]
+) -> None:
+    """Refuse options that the command line gives, be it with their default values, and that change nothing.
+
+    Parameters
+    ----------
+    parser, arguments
+        The parser, and what it made of the command line.
+    idle : mapping of str to str
+        Names of options that change nothing, each with the reason: "without --tasks".
+
+    Raises
+    ------
+    UserError
+        The message names the option.
+    """
+    unset = object()
+    unread = argparse.Namespace(**dict.fromkeys(arguments.__dict__, unset))
+    given = parser.parse_args(namespace=unread).__dict__
+    for name, reason in idle.items():
+        if given[name] is not unset:
+            raise UserError(f"--{name.replace('_', '-')} has no effect {reason}; drop it")
 
 
 def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:

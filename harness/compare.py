@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import text
-from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, model_name, path, run
+from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, model_name, path, refuse_idle, run
 from harness.compute import Compute, default_compute
 from harness.divergence import Divergence, divergence_on
 from harness.errors import UserError
@@ -18,7 +18,7 @@ from harness.files import json_text, read_json
 from harness.hf import open_model
 from harness.inspect import describe
 from harness.models.folder import REPORT, read_config
-from harness.models.loading import load_original
+from harness.models.loading import NO_GGUF, is_gguf, load_original
 from harness.perplexity import Perplexity
 
 DESCRIPTION = """\
@@ -196,6 +196,11 @@ def main() -> int:
     arguments = parser().parse_args()
     if (arguments.original is None) != (arguments.data is None):
         raise UserError("predictions are compared with an original on a text; pass --original and --data")
+    options = ("text_column", "seqlen", "windows", "bos", "cpu")
+    idle = dict.fromkeys(options, "without --original") if arguments.original is None else {}
+    if arguments.original is None or not is_gguf(arguments.original):
+        idle["gguf_dtype"] = NO_GGUF
+    refuse_idle(parser(), arguments, idle)
     trusted = arguments.trust_remote_code
     checkpoints = [read_checkpoint(folder, trusted) for folder in arguments.checkpoints]
     if arguments.original is not None:

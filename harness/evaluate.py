@@ -19,6 +19,7 @@ from harness.cli import (
     model_name,
     path,
     positive,
+    refuse_idle,
     run,
     window_length,
 )
@@ -31,7 +32,7 @@ from harness.files import json_text
 from harness.hf import open_model
 from harness.models.decoder import locate_layers
 from harness.models.gguf import GGUF_DTYPES
-from harness.models.loading import MODEL_HELP, load_original
+from harness.models.loading import MODEL_HELP, NO_GGUF, is_gguf, load_original
 from harness.models.original import Original
 from harness.perplexity import Perplexity, measure_on
 from harness.windows import AUTO, BOS_CHOICES, tokenize
@@ -58,6 +59,9 @@ used. Several models are shown side by side.
 """
 
 ALL = "all"
+
+# Options that change nothing without --tasks.
+TASK_OPTIONS = ("tasks_dir", "limit", "batch_size")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -145,6 +149,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> int:
     stream = tasks = None
     if arguments.data is None and arguments.tasks is None:
         raise UserError("nothing to measure; pass --data for perplexity, --tasks for accuracy, or both")
+    refuse_idle(parser(), arguments, _idle(arguments))
     text.require_rows(arguments.text_column, *filter(None, [arguments.data]))
     if arguments.data is not None:
         stream = text.read_text(arguments.data, text.EVALUATION, arguments.text_column)
@@ -152,8 +157,6 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> int:
         raise UserError("--original compares predictions on a text; pass --data as well")
     if arguments.tasks is not None:
         tasks = load_tasks(arguments.tasks, arguments.tasks_dir, arguments.limit)
-    elif arguments.tasks_dir is not None or arguments.limit is not None:
-        raise UserError("--tasks-dir and --limit apply only to --tasks; pass it as well, or drop them")
     compute = Compute(ranks=ranks) if arguments.cpu else default_compute()
     other = None
     if arguments.original is not None:
@@ -172,6 +175,19 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
         print("\n".join(table([result.accuracies for result in results])))
     return 0
+
+
+def _idle(arguments: argparse.Namespace) -> dict[str, str]:
+    """Options that change nothing without another one."""
+    idle = {}
+    if arguments.data is None:
+        idle |= dict.fromkeys(("text_column", "seqlen", "windows"), "without --data")
+    if arguments.tasks is None:
+        idle |= dict.fromkeys(TASK_OPTIONS, "without --tasks")
+    models = [*(arguments.models or [None]), *filter(None, [arguments.original])]
+    if not any(map(is_gguf, models)):
+        idle["gguf_dtype"] = NO_GGUF
+    return idle
 
 
 @dataclass(frozen=True)

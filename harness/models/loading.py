@@ -24,6 +24,15 @@ MODEL_HELP = (
 )
 
 
+# Why --gguf-dtype changes nothing for other models.
+NO_GGUF = "without a .gguf file"
+
+
+def is_gguf(source: str | None) -> bool:
+    """Whether a name is that of a GGUF file; the embedded model, None, is one."""
+    return source is None or (Path(source).suffix.lower() == ".gguf" and not Path(source).is_dir())
+
+
 def load_original(
     source: str | None, gguf_dtype: str = "bfloat16", trust_remote_code: bool = False
 ) -> Original:
@@ -48,7 +57,7 @@ def load_original(
     elif not source:
         raise UserError("MODEL is empty; is a shell variable unset?")
     path = Path(source)
-    if path.suffix.lower() == ".gguf" and not path.is_dir():
+    if is_gguf(source):
         return load_gguf(path, GGUF_DTYPES[gguf_dtype])
     if path.is_dir():
         _require_no_adapter(path)

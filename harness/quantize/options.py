@@ -16,7 +16,7 @@ from harness.calibration.methods import BASELINES, RTN
 from harness.cli import model_name, path, positive, share, window_length
 from harness.errors import UserError
 from harness.models.gguf import GGUF_DTYPES
-from harness.models.loading import MODEL_HELP
+from harness.models.loading import MODEL_HELP, NO_GGUF, is_gguf
 from harness.runtimes.containers import FOLDABLE
 from reference.types import ALIGNMENTS, BEST, GRIDS, REORDERINGS, SHIFTS, STARTS, TernaryConfig
 
@@ -205,6 +205,21 @@ class Options:
     )
     measure_original: bool = True
 
+    @property
+    def calibration_source(self) -> str:
+        """Name of the text to calibrate on."""
+        if self.calibration is not None:
+            return self.calibration
+        return text.BUILTIN if self.model is None else "wikitext2"
+
+    @property
+    def evaluation_source(self) -> str:
+        """Name of the text to measure perplexity on, by default of the data set to calibrate on; or none."""
+        if self.evaluation is not None:
+            return self.evaluation
+        named = self.calibration_source in (*text.DATA_SETS, text.BUILTIN)
+        return self.calibration_source if named else NO_EVALUATION
+
     def reorders(self, name: str) -> bool:
         """Whether the columns of a matrix are reordered."""
         foldable = name.rpartition(".")[2] == FOLDABLE
@@ -251,25 +266,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     }
     groups[None] = parser
 
-    def add(name: str, group: str | None, default: Any, argument: dict[str, Any]) -> None:
+    def add(name: str, group: str | None, argument: dict[str, Any]) -> None:
         flags = _flags(name)
         named = {"dest": name} if flags[0].startswith("--") else {}
         found = {recipe: _default(recipe, name) for recipe in RECIPES}
-        if None not in found.values():  # from_arguments takes it from the recipe
-            default = None
-            if len(set(found.values())) == 1:
-                given = next(iter(found.values()))
+        values = set(found.values())
+        if values != {None} and (values != {False} or name in _RECIPE_FIELDS):
+            if len(values) == 1:
+                shown = _shown(values.pop())
             else:
-                given = ", ".join(f"{_shown(value)} ({recipe})" for recipe, value in found.items())
-            argument = {**argument, "help": f"{argument['help']} (default: {_shown(given)})"}
-        groups[group].add_argument(*flags, default=default, **named, **argument)
+                shown = ", ".join(f"{_shown(value)} ({recipe})" for recipe, value in found.items())
+            argument = {**argument, "help": f"{argument['help']} (default: {shown})"}
+        # None tells what was not given, for which from_arguments has the default.
+        groups[group].add_argument(*flags, default=None, **named, **argument)
 
     for spec in _specified():
-        add(spec.name, spec.metadata["group"], spec.default, spec.metadata["argument"])
+        add(spec.name, spec.metadata["group"], spec.metadata["argument"])
     for name, argument in CONFIG_OPTIONS.items():
-        add(name, METHOD, None, argument)
+        add(name, METHOD, argument)
     for name, words in REFINEMENT_SWITCHES.items():
-        add(name, METHOD, None, {**ON_OR_OFF, "help": words})
+        add(name, METHOD, {**ON_OR_OFF, "help": words})
 
 
 def from_arguments(arguments: argparse.Namespace) -> Options:
@@ -280,11 +296,11 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     UserError
         If `TernaryConfig` refuses a setting, or a switch would change nothing.
     """
-    recipe = arguments.recipe or ("best" if arguments.method == PT2_LLM else "paper")
+    recipe = arguments.recipe or ("best" if arguments.method in (None, PT2_LLM) else "paper")
 
     def value(name: str) -> Any:
         given = getattr(arguments, name)
-        return _default(recipe, name) if given is None and name in _RECIPE_FIELDS else given
+        return _default(recipe, name) if given is None else given
 
     if arguments.descent and arguments.joint_grid is False:
         raise UserError("--descent alternates with the joint grid; drop --no-joint-grid")
@@ -299,18 +315,31 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
     given = tuple(name for name in CONFIG_OPTIONS if getattr(arguments, name) is not None)
     options = Options(**{**named, "recipe": recipe}, config=config, given=given)
     for name, cause in _without_effect(arguments, options):
-        reason = f"{_flag(name, getattr(arguments, name))} has no effect with {_flag(cause, value(cause))}"
+        found = options.evaluation_source if cause == "evaluation" else value(cause)
+        reason = f"{_flag(name, getattr(arguments, name))} has no effect with {_flag(cause, found)}"
         if getattr(arguments, cause) is not None:
             raise UserError(f"{reason}; drop one of them")
-        raise UserError(f"{reason}, which recipe {recipe} has; drop it, or give {_flag(cause)} as well")
+        whose = f"which recipe {recipe} has" if cause in _RECIPE_FIELDS else "the default with this text"
+        raise UserError(f"{reason}, {whose}; drop it, or give {_flag(cause)} as well")
+    if arguments.gguf_dtype is not None and not is_gguf(options.model):
+        raise UserError(f"{_flag('gguf_dtype')} has no effect {NO_GGUF}; drop it")
     return options
 
 
 def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator[tuple[str, str]]:
-    """Settings of a command line that would change nothing, each with the setting that is why."""
+    """Settings of a command line that would change nothing, each with the setting that is why.
+
+    What the command line gives comes before what only the recipe has.
+    """
     config = options.config
-    idle = [
-        ("strength", options.strength != 1 and options.targets == WEIGHTS, "targets"),
+    idle: list[tuple[str, bool, str]] = []
+    if options.method != PT2_LLM:
+        used = {"block_size", "seed"} | (set() if options.method == RTN else {"damping"})
+        names = ("foldable", "keep_states", *CONFIG_OPTIONS, *REFINEMENT_SWITCHES)
+        idle += [(name, name not in used, "method") for name in names]
+    unmeasured = options.evaluation_source == NO_EVALUATION
+    idle += [
+        ("strength", options.targets == WEIGHTS, "targets"),
         ("token_weights", arguments.token_weights and options.targets != STREAM, "targets"),
         (
             "rounds",
@@ -319,13 +348,9 @@ def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator
         ),
         ("max_iterations", not config.itf, "itf"),
         ("start", config.symmetric, "shift"),
-        ("evaluation_windows", options.evaluation == NO_EVALUATION, "evaluation"),
+        ("evaluation_windows", unmeasured, "evaluation"),
+        ("evaluation_seqlen", unmeasured, "evaluation"),
     ]
-    if options.method != PT2_LLM:
-        used = {"block_size", "seed"} | (set() if options.method == RTN else {"damping"})
-        idle += [("foldable", options.foldable, "method"), ("keep_states", True, "method")]
-        for name in (*CONFIG_OPTIONS, *REFINEMENT_SWITCHES):
-            idle.append((name, name not in used, "method"))
     for name, changes_nothing, cause in idle:
         if changes_nothing and getattr(arguments, name) is not None:
             yield name, cause
@@ -349,11 +374,13 @@ _RECIPE_FIELDS = ("targets", "token_weights", "true_sequential", *CONFIG_OPTIONS
 
 
 def _default(recipe: str, name: str) -> Any:
-    """The default of a setting in a recipe; None if recipes have none."""
+    """The default of a setting in a recipe; of most, it is the same in all."""
     settings = RECIPES[recipe]
     if name in REFINEMENT_SWITCHES:
         return settings.config.refinement in (("grid", "descent") if name == "joint_grid" else ("descent",))
-    return getattr(settings.config if name in CONFIG_OPTIONS else settings, name, None)
+    if name in CONFIG_OPTIONS:
+        return getattr(settings.config, name)
+    return getattr(settings if name in _RECIPE_FIELDS else Options, name)
 
 
 def _shown(value: Any) -> str:

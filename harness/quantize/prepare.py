@@ -93,13 +93,7 @@ def choose_backend(options: Options, say: Say) -> Backend:
 
 def read_texts(options: Options, say: Say) -> tuple[text.AnyText, text.AnyText | None]:
     """Read the texts for calibration and evaluation; by default, both come from the same data set."""
-    calibration = options.calibration
-    if calibration is None:
-        calibration = text.BUILTIN if options.model is None else "wikitext2"
-    evaluation = options.evaluation
-    if evaluation is None:
-        named = calibration in (*text.DATA_SETS, text.BUILTIN)
-        evaluation = calibration if named else NO_EVALUATION
+    calibration, evaluation = options.calibration_source, options.evaluation_source
     text.require_rows(options.text_column, calibration, evaluation)
     for name in dict.fromkeys((calibration, evaluation)):
         if name in text.DATA_SETS:

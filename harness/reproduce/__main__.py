@@ -18,18 +18,19 @@ from harness.cli import (
     model_name,
     path,
     positive,
+    refuse_idle,
     run,
     window_length,
 )
 from harness.comparison.plots import svg_of, write_svg
 from harness.comparison.speed import Lengths
 from harness.errors import UserError
-from harness.evaluate import task_names
+from harness.evaluate import TASK_OPTIONS, task_names
 from harness.files import write_json
 from harness.machine import duration
 from harness.models.folder import locked
 from harness.models.gguf import GGUF_DTYPES
-from harness.models.loading import MODEL_HELP
+from harness.models.loading import MODEL_HELP, NO_GGUF, is_gguf
 from harness.progress import say_on_stdout
 from harness.quantize.options import BACKENDS
 from harness.reproduce import paper
@@ -190,10 +191,18 @@ def _write(out: Path, record: dict[str, Any]) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    if (arguments.tasks_dir is not None or arguments.limit is not None) and not arguments.tasks:
-        raise UserError("--tasks-dir and --limit apply only to --tasks; pass it as well, or drop them")
-    if arguments.peers and not {"table1", ALL} & set(arguments.tables):
-        raise UserError("--peers are rows of table1; name it as well, or drop them")
+    idle = {}
+    if not arguments.tasks:
+        idle |= dict.fromkeys(TASK_OPTIONS, "without --tasks")
+    if not {"table1", ALL} & set(arguments.tables):
+        idle["peers"] = "without table1, whose rows they are"
+    if not arguments.peers:
+        idle["peer_iterations"] = "without --peers"
+    if not {"figure4", ALL} & set(arguments.tables):
+        idle |= dict.fromkeys(("prefill", "decode"), "without figure4")
+    if not is_gguf(arguments.model):
+        idle["gguf_dtype"] = NO_GGUF
+    refuse_idle(parser(), arguments, idle)
     text.require_rows(arguments.text_column, *arguments.calibration, *arguments.eval)
     return Settings(
         model=arguments.model,

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 # Enough tokens for every width of the tiny models, and little enough to be quick.
 SMALL = (
     *("--recipe", "paper", "--backend", "reference"),
-    *("--nsamples", "8", "--seqlen", "24", "--eval-seqlen", "24"),
+    *("--nsamples", "8", "--seqlen", "24"),
 )
 
 
@@ -69,6 +69,8 @@ def quantized(llama: Path, words_file: Path, tmp_path_factory: pytest.TempPathFa
         words_file,
         "--eval",
         words_file,
+        "--eval-seqlen",
+        24,
         "--block-size",
         tiny.BLOCK,
     ]

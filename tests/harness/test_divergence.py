@@ -85,7 +85,7 @@ def test_a_run_reports_the_divergence_that_evaluate_measures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = tiny.save(tiny.make_model("llama", ternary=False), tmp_path / "original")
-    text = ("--calibration", words_file, "--eval", words_file)
+    text = ("--calibration", words_file, "--eval", words_file, "--eval-seqlen", 24)
     assert run_main(quantize_main, source, "--out", tmp_path / "out", *text, *SMALL, *switches) == 0
     assert "KL divergence from the original" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / REPORT).read_text())["divergence"]
@@ -101,7 +101,7 @@ def test_a_run_reports_the_divergence_that_evaluate_measures(
 def test_a_run_that_changes_the_head_measures_no_divergence(
     llama: Path, words_file: Path, tmp_path: Path, run_main: Run
 ) -> None:
-    text = ("--calibration", words_file, "--eval", words_file, "--embedding", "int8")
+    text = ("--calibration", words_file, "--eval", words_file, "--eval-seqlen", 24, "--embedding", "int8")
     assert run_main(quantize_main, llama, "--out", tmp_path / "out", *text, *SMALL) == 0
     assert "divergence" not in json.loads((tmp_path / "out" / REPORT).read_text())
 

@@ -36,7 +36,7 @@ def call(program: str, *arguments: object, **more: object) -> subprocess.Complet
 
 
 def quantize_arguments(model: Path, text: Path, out: Path) -> list[object]:
-    return [model, "--out", out, "--calibration", text, "--eval", text, *SMALL]
+    return [model, "--out", out, "--calibration", text, "--eval", text, "--eval-seqlen", 24, *SMALL]
 
 
 def assert_complete(out: Path) -> None:

@@ -232,7 +232,18 @@ def test_windows_of_calibration_begin_as_those_of_evaluation(
 
     monkeypatch.setattr(prepare, "capture_inputs", note)
     folder, out = save(kind, True, tmp_path / "model"), tmp_path / "out"
-    arguments = (folder, "--out", out, "--calibration", words_file, "--eval", words_file, *SMALL)
+    arguments = (
+        folder,
+        "--out",
+        out,
+        "--calibration",
+        words_file,
+        "--eval",
+        words_file,
+        "--eval-seqlen",
+        24,
+        *SMALL,
+    )
     assert run_main(quantize_main, *arguments) == 0
     ids = [1, *(int(word[1:]) for word in words_file.read_text().split())]
     generator = random.Random(0)

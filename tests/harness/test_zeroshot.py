@@ -272,7 +272,6 @@ def test_questions_without_an_answer_are_refused(
         (("--tasks", "piqa,hella"), "'hella' is not a task; choose from all, piqa"),
         (("--tasks", "piqa", "--tasks-dir", "no-such-folder"), "no-such-folder is not a folder"),
         (("--tasks", "piqa", "--original", "a"), "pass --data as well"),
-        (("--data", "builtin", "--limit", "3"), "--tasks-dir and --limit apply only to --tasks"),
     ],
 )
 def test_options_that_do_not_belong_together_are_refused(

@@ -19,4 +19,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(model: Path, words_file: Path, tmp_path: Path) -> list[object]:
     """Arguments of a run into tmp_path / "out"."""
-    return [model, "--out", tmp_path / "out", "--calibration", words_file, "--eval", words_file, *SMALL]
+    return [
+        model,
+        "--out",
+        tmp_path / "out",
+        "--calibration",
+        words_file,
+        "--eval",
+        words_file,
+        "--eval-seqlen",
+        24,
+        *SMALL,
+    ]

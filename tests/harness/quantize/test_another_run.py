@@ -256,7 +256,7 @@ def test_other_text_of_an_evaluation_is_measured_anew(
 ) -> None:
     text = tmp_path / "eval.txt"
     text.write_text(words_file.read_text())
-    command += ["--eval", text]
+    command += ["--eval", text, "--eval-seqlen", 24]
     stopped_after(1, run_main, *command)
     text.write_text(tiny.words(400, seed=1))
     assert run_main(quantize_main, *command, "--resume") == 0

@@ -63,7 +63,16 @@ def test_a_model_too_large_for_the_memory_gives_the_same_checkpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("harness.models.streamed.MEMORY_SHARE", 0.0)
-    text = ("--calibration", words_file, "--eval", words_file, "--block-size", tiny.BLOCK)
+    text = (
+        "--calibration",
+        words_file,
+        "--eval",
+        words_file,
+        "--eval-seqlen",
+        24,
+        "--block-size",
+        tiny.BLOCK,
+    )
     assert run_main(quantize_main, llama, "--out", tmp_path / "out", *text, *SMALL) == 0
     capsys.readouterr()
     files = sorted(file.name for file in quantized.glob("model*"))
@@ -109,7 +118,17 @@ def test_a_run_prints_plan_layers_table_and_result(
 ) -> None:
     out = tmp_path / "out"
     code = run_main(
-        quantize_main, llama, "--out", out, "--calibration", words_file, "--eval", words_file, *SMALL
+        quantize_main,
+        llama,
+        "--out",
+        out,
+        "--calibration",
+        words_file,
+        "--eval",
+        words_file,
+        "--eval-seqlen",
+        24,
+        *SMALL,
     )
     printed = capsys.readouterr().out
     assert code == 0

@@ -90,6 +90,15 @@ def test_descent_without_the_joint_grid_is_refused(run_main: Run, capsys: pytest
         ("--start twn --shift none", "--start twn has no effect with --shift none; drop one of them"),
         ("--eval none --eval-windows 3", "--eval-windows has no effect with --eval none; drop one of them"),
         ("--recipe paper --token-weights", "--targets weights, which recipe paper has"),
+        ("--recipe paper --strength 1", "--strength has no effect with --targets weights, which recipe"),
+        ("--method rtn-2bit --rounds 2", "--rounds has no effect with --method rtn-2bit; drop one of them"),
+        ("--eval none --eval-seqlen 2048", "--eval-seqlen has no effect with --eval none; drop one of them"),
+        (
+            "--calibration my.txt --eval-seqlen 64",
+            "--eval-seqlen has no effect with --eval none, the default with this text; drop it, or",
+        ),
+        ("--calibration c4:c4.json --eval-windows 4", "--eval-windows has no effect with --eval none, the"),
+        ("some/folder --gguf-dtype float16", "--gguf-dtype has no effect without a .gguf file; drop it"),
     ],
 )
 def test_a_switch_that_would_change_nothing_is_refused(
@@ -97,6 +106,21 @@ def test_a_switch_that_would_change_nothing_is_refused(
 ) -> None:
     assert run_main(quantize_main, *flags.split()) == EXIT_USAGE
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--calibration my.txt --eval-seqlen 64 --eval ptb",
+        "--calibration c4 --eval-windows 4",
+        "--eval-windows 4",
+        "--gguf-dtype float16",
+        "model.GGUF --gguf-dtype bfloat16",
+        "--strength 0 --token-weights",  # the weights count in the Gram matrix as well
+    ],
+)
+def test_a_switch_that_changes_something_is_not(flags: str) -> None:
+    assert options(*flags.split())
 
 
 @pytest.mark.parametrize("flags", ["--damping 0.2 --block-size 64", "--recipe best --strength 0.5"])

@@ -202,7 +202,7 @@ def test_a_classifier_keeps_its_head_and_its_class(
 ) -> None:
     source, out = tmp_path / "original", tmp_path / "out"
     model = wrappers.saved(wrappers.classifier(kind, ternary=True), source)
-    more = ("--eval", words_file, "--reorder", "none")
+    more = ("--eval", words_file, "--eval-seqlen", 24, "--reorder", "none")
     assert run_main(quantize_main, *command(source, out, words_file, *more)) == 0
     assert "a classification head has no perplexity" in capsys.readouterr().out
     assert json.loads((out / REPORT).read_text())["perplexity"] == {}
