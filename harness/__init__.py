@@ -22,7 +22,7 @@ Reading order, bottom-up; a module imports only modules listed above it:
     vllm/                         load checkpoints in vLLM, which imports this by itself
     evaluate, inspect, report     single-file programs
     quantize/, export/, verify/   programs with a folder
-    generate/, serve              text from a model: at a terminal, over HTTP
+    generate/, serve/             text from a model: at a terminal, over HTTP
     compare                       checkpoints side by side
     comparison/                   what methods make of one model, on the same texts
     benchmark/, hardware          programs that measure the others

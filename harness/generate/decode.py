@@ -11,6 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from harness.errors import UserError
+from harness.generate.stops import UntilStop, cut
 from harness.models.classes import require_vocabulary
 from harness.models.folder import GENERATION
 from harness.models.original import Original, require_fits, summary
@@ -98,9 +99,7 @@ class Printer(TextStreamer):
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop = stop
-        self.text = ""  # all that could be printed, were there no stop texts
-        self.printed = 0
+        self.until_stop = UntilStop(stop)
         self.first: float | None = None
         self.calls = 0
 
@@ -113,23 +112,7 @@ class Printer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print, but hold back what may be the beginning of a stop text."""
-        self.text += text
-        end = len(_cut(self.text, self.stop))
-        if end == len(self.text) and not stream_end:
-            end -= max((_overlap(self.text, stop) for stop in self.stop), default=0)
-        print(self.text[self.printed : end], end="\n" if stream_end else "", flush=True)
-        self.printed = max(self.printed, end)
-
-
-def _cut(text: str, stop: tuple[str, ...]) -> str:
-    """Return a text up to the first stop text."""
-    return text[: min((at for at in map(text.find, stop) if at >= 0), default=None)]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of a text that is a proper beginning of a stop text."""
-    lengths = range(min(len(text), len(stop) - 1), 0, -1)
-    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+        print(self.until_stop.take(text, stream_end), end="\n" if stream_end else "", flush=True)
 
 
 def decode(
@@ -212,7 +195,7 @@ def decode(
     new = tokens.shape[1] - len(ids)
     at_limit = new == settings.tokens and int(tokens[0, -1]) not in (ends or ())
     return Generated(
-        _cut(text_of(tokens), settings.stop),
+        cut(text_of(tokens), settings.stop),
         tokens[0].tolist(),
         at_limit and not stopped(tokens, None).item(),
         Speed(len(ids), new, first - begin, end - first),

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import harness
-from harness import serve
 from harness.cli import EXIT_USAGE
+from harness.hf import open_model
+from harness.serve import __main__ as serve
 from tests.harness.export import checkpoints
 
 Run = Callable[..., int]
@@ -97,6 +98,31 @@ def test_a_chat_is_the_model_s_answer(server: Any, expected: Callable[[str, int]
     assert stream[-1].choices[0].finish_reason == given.choices[0].finish_reason
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_a_stop_text_is_left_out(
+    kind: str, stream: bool, server: Any, expected: Callable[[str, int], str]
+) -> None:
+    """And an answer that ends in the beginning of one is whole."""
+    text = expected({"chat": "user: jump</s>assistant:", "completion": "foxes"}[kind], 24).rstrip("\ufffd")
+    assert len(text) > 8
+
+    def answer(stop: Any) -> str:
+        asked: Any = {"model": "tiny-ternary", "max_tokens": 24, "temperature": 0, "stop": stop}
+        asked |= {"stream": stream}
+        if kind == "chat":
+            given = server[0].chat.completions.create(messages=MESSAGES, **asked)
+            if not stream:
+                return given.choices[0].message.content
+            return "".join(chunk.choices[0].delta.content or "" for chunk in given)
+        given = server[0].completions.create(prompt="foxes", **asked)
+        return "".join(chunk.choices[0].text for chunk in given) if stream else given.choices[0].text
+
+    middle = text[4:7]
+    assert answer(middle) == answer([middle]) == answer(["never", middle]) == text.split(middle)[0]
+    assert answer(text[-2:] + "never").rstrip("\ufffd") == text
+
+
 def test_a_temperature_samples(server: Any) -> None:
     ask = lambda seed: server[0].completions.create(  # noqa: E731
         model="tiny-ternary", prompt="foxes", max_tokens=20, temperature=5, seed=seed
@@ -126,6 +152,14 @@ def test_the_model_s_name_is_listed(server: Any) -> None:
         ({"prompt": "x", "logprobs": 0}, "logprobs is not supported"),
         ({"prompt": "x", "frequency_penalty": -1}, "frequency_penalty is not supported"),
         ({"messages": MESSAGES, "top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"prompt": "x", "suffix": "y"}, "suffix is not supported"),
+        ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice is not supported"),
+        ({"messages": MESSAGES, "modalities": ["text", "audio"]}, "modalities is not supported"),
+        ({"prompt": "x", "stop": ""}, "stop must be a text, or a list of at most 4, none of them empty"),
+        ({"prompt": "x", "stop": ["a", ""]}, "stop must be a text"),
+        ({"prompt": "x", "stop": list("abcde")}, "stop must be a text"),
+        ({"messages": MESSAGES, "stop": [3]}, "stop must be a text"),
     ],
 )
 def test_requests_that_cannot_be_answered_say_why(server: Any, request_: Any, message: str) -> None:
@@ -135,11 +169,22 @@ def test_requests_that_cannot_be_answered_say_why(server: Any, request_: Any, me
     with pytest.raises(openai.BadRequestError) as error:
         client.create(**{"model": "tiny-ternary", **request_})
     assert message in str(error.value)
+    assert error.value.type == "invalid_request_error"
+    named = message.split()[0]
+    assert error.value.param == (named if named in request_ else None)
 
 
 def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(server: Any) -> None:
     chat = server[0].chat.completions
-    given = chat.create(model="tiny-ternary", messages=MESSAGES, max_tokens=2, n=1, logprobs=False, top_p=1)
+    nothing: Any = {
+        "n": 1,
+        "logprobs": False,
+        "top_p": 1,
+        "stop": [],
+        "logit_bias": {},
+        "tool_choice": "auto",
+    }
+    given = chat.create(model="tiny-ternary", messages=MESSAGES, max_tokens=2, **nothing)
     assert len(given.choices) == 1
 
 
@@ -151,11 +196,29 @@ def test_every_error_has_the_form_of_openai_s(server: Any) -> None:
         ("completions", b"[]"),
         ("completions", None),
         ("no", None),
+        ("models", b"{}"),  # which has no POST
     ):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(urllib.request.Request(url + path, body, json_), timeout=60)
         assert 400 <= error.value.code < 500
-        assert json.load(error.value)["error"]["message"]
+        found = json.load(error.value)["error"]
+        assert found["message"]
+        assert found["type"] == "invalid_request_error"
+        assert {"param", "code"} <= found.keys()
+
+
+def test_a_failure_has_that_form_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    testclient = pytest.importorskip("fastapi.testclient", reason="needs the extra serve and httpx")
+    from harness.serve import app
+
+    original = open_model(str(folder))
+    monkeypatch.setattr(original.model, "generate", lambda **named: 1 / 0)
+    served = app.build_app(original, "tiny", app.Generator(original))
+    client = testclient.TestClient(served, raise_server_exceptions=False)
+    answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "ZeroDivisionError" in answer.json()["error"]["message"]
 
 
 def test_an_answer_ends_where_the_context_does(server: Any) -> None:

@@ -1,46 +1,22 @@
-"""Serve a model over HTTP, as OpenAI's API does: python -m harness.serve PATH."""
+"""The application: transformers' handlers for requests, with one model, and in OpenAI's words."""
 
 from __future__ import annotations
 
-import argparse
-import ipaddress
-import socket
-import sys
+import asyncio
 import threading
 import uuid
-from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
-from transformers.utils.import_utils import is_serve_available
 
-from harness.cli import HelpFormatter, add_trust_remote_code, add_verbose, model_name, run
-from harness.compute import default_compute
 from harness.errors import UserError
 from harness.generate.chat import end_tokens
-from harness.generate.decode import context_length, require_whole
-from harness.hf import open_model
-from harness.models.loading import MODEL_HELP
-from harness.models.original import Original, is_verbose, summary
-from harness.signals import leave
-
-DESCRIPTION = """\
-Serve a ternary checkpoint, or an original model for comparison, over HTTP. Programs that talk to OpenAI's
-API can use it: POST /v1/chat/completions and /v1/completions, streamed or not, and GET /v1/models.
-Requests are answered one after the other, by the server that comes with transformers.
-
-  python -m harness.serve smollm2-ternary
-
-  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{"model": "smollm2-ternary", "messages": [{"role": "user", "content": "Hello!"}]}'
-
-The model's name is that of its folder. A request without a temperature samples with the model's own
-settings, or else at 1; temperature 0 is greedy. The text of "stop" is part of the answer.
-Ctrl-C ends the server.
-"""
+from harness.generate.decode import context_length
+from harness.generate.stops import UntilStop, cut
+from harness.models.original import Original, summary
 
 # Fields that the handlers ignore, or take for something else, each with the value that asks for nothing.
 IGNORED = {
@@ -52,7 +28,25 @@ IGNORED = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "response_format": {"type": "text"},
+    "suffix": "",
+    "tool_choice": "auto",
+    "functions": [],
+    "function_call": "auto",
+    "modalities": ["text"],
 }
+# Of these, the handler for completions ignores more.
+IGNORED_IN_COMPLETIONS = {**IGNORED, "logit_bias": {}}
+
+# As many as OpenAI's API takes.
+MOST_STOPS = 4
+
+
+class RequestError(UserError):
+    """A request that cannot be answered because of one of its fields."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field} {reason}")
+        self.field = field
 
 
 class PinnedModel(ModelManager):
@@ -71,6 +65,37 @@ class PinnedModel(ModelManager):
     def load_model_and_processor(self, *arguments: Any, **rest: Any) -> tuple[Any, Any]:
         """Return the model and its tokenizer."""
         return self.original.model, self.original.tokenizer
+
+
+class QueueUntilStop:
+    """The queue that a handler reads an answer from, without the text that stops it, and what follows.
+
+    Parameters
+    ----------
+    queue : asyncio.Queue
+        Pieces of text, other parts of an answer, and None at the end.
+    stops : tuple of str
+        Stop texts.
+    """
+
+    def __init__(self, queue: asyncio.Queue[Any], stops: tuple[str, ...]) -> None:
+        self._queue, self._until_stop = queue, UntilStop(stops)
+
+    async def get(self) -> Any:
+        """Return the next part."""
+        return self._passed(await self._queue.get())
+
+    def get_nowait(self) -> Any:
+        """Return the next part, or raise `asyncio.QueueEmpty`."""
+        return self._passed(self._queue.get_nowait())
+
+    def _passed(self, part: Any) -> Any:
+        if type(part) is str:  # reasoning is a subclass
+            return self._until_stop.take(part)
+        if part is None and (rest := self._until_stop.take("", last=True)):
+            self._queue.put_nowait(None)  # comes next
+            return rest
+        return part
 
 
 class Generator(GenerateManager, GenerationState):
@@ -92,16 +117,20 @@ class Generator(GenerateManager, GenerationState):
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **named: Any
     ) -> Any:
-        """Start to generate; return a queue of text."""
+        """Start to generate; return a queue of text, and what fills it."""
         inputs = self._checked(inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *rest, **named)
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, *rest, **named)
+        return QueueUntilStop(queue, _stops(gen_config.stop_strings)), streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *rest: Any, **named: Any
     ) -> Any:
-        """Generate to the end."""
+        """Generate to the end; return the text, the length of the prompt, and the new tokens."""
         inputs = self._checked(inputs, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, *rest, **named)
+        text, *others = await super().generate_non_streaming(
+            model, processor, inputs, gen_config, *rest, **named
+        )
+        return cut(text, _stops(gen_config.stop_strings)), *others
 
     def _checked(self, inputs: Any, settings: Any) -> dict[str, Any]:
         """Limit the answer to the room that the prompt leaves, and let `ending` end it."""
@@ -158,21 +187,29 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
     chat, completion = ChatCompletionHandler(pinned, generator), CompletionHandler(pinned, generator)
     app = FastAPI(title=name)
 
+    def failed(message: str, status: int = 400, field: str | None = None) -> Any:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = {"message": message, "type": kind, "param": field, "code": None}
+        return JSONResponse({"error": error}, status_code=status)
+
     @app.exception_handler(UserError)
     async def refuse(request: Any, error: UserError) -> Any:
-        return JSONResponse({"error": {"message": str(error)}}, status_code=400)
+        return failed(str(error), field=error.field if isinstance(error, RequestError) else None)
 
-    @app.exception_handler(HTTPException)  # which clients expect under another key than FastAPI's
+    @app.exception_handler(HTTPException)
     async def explain(request: Any, error: HTTPException) -> Any:
-        return JSONResponse({"error": {"message": error.detail}}, status_code=error.status_code)
+        return failed(str(error.detail), error.status_code)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Any, error: RequestValidationError) -> Any:
-        reason = f"the request is not a JSON object: {error.errors()[0]['msg']}"
-        return JSONResponse({"error": {"message": reason}}, status_code=400)
+        return failed(f"the request is not a JSON object: {error.errors()[0]['msg']}")
+
+    @app.exception_handler(Exception)  # uvicorn also logs it
+    async def apologize(request: Any, error: Exception) -> Any:
+        return failed(f"the server failed: {summary(error)}", 500)
 
     async def answer(handler: Any, body: dict[str, Any], kind: str) -> Any:
-        require_answerable(body)
+        body = {**body, "logit_bias": body.get("logit_bias") or None}  # transformers refuses an empty one
         try:
             return await handler.handle_request(body, f"{kind}-{uuid.uuid4().hex}")
         except (AttributeError, KeyError, TypeError, ValueError, TemplateError) as error:
@@ -181,12 +218,14 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: dict[str, Any]) -> Any:
+        require_answerable(body, IGNORED)
         if not original.tokenizer.chat_template:
             raise UserError(f"{name} has no chat template; use /v1/completions")
         return await answer(chat, body, "chatcmpl")
 
     @app.post("/v1/completions")
     async def completions(body: dict[str, Any]) -> Any:
+        require_answerable(body, IGNORED_IN_COMPLETIONS)
         return await answer(completion, body, "cmpl")
 
     @app.get("/v1/models")
@@ -196,112 +235,35 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
     return app
 
 
-def require_answerable(body: dict[str, Any]) -> None:
-    """Refuse a request that asks for something that the handlers would ignore, or sample wrongly by.
+def require_answerable(body: dict[str, Any], ignored: dict[str, Any]) -> None:
+    """Refuse a request that asks for something that the handlers would ignore, or take wrongly.
+
+    Parameters
+    ----------
+    body : dict
+        The request.
+    ignored : dict of str to Any
+        Fields that the handler ignores, each with the value that asks for nothing.
 
     Raises
     ------
-    UserError
+    RequestError
         The message names the field.
     """
-    for field, nothing in IGNORED.items():
+    for field, nothing in ignored.items():
         value = body.get(field)
         # 0 log-probabilities are those of the chosen tokens alone, and not none.
         asks = value != nothing or (isinstance(nothing, bool) and not isinstance(value, bool))
         if value is not None and asks:
-            raise UserError(f"{field} is not supported; drop it from the request")
+            raise RequestError(field, "is not supported; drop it from the request")
     share = body.get("top_p")
     if share is not None and not (type(share) in (int, float) and 0 < share <= 1):
-        raise UserError(f"top_p must be above 0 and at most 1, got {share!r}")
+        raise RequestError("top_p", f"must be above 0 and at most 1, got {share!r}")
+    stops = _stops(body.get("stop"))
+    if len(stops) > MOST_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+        raise RequestError("stop", f"must be a text, or a list of at most {MOST_STOPS}, none of them empty")
 
 
-def run_server(app: Any, bound: socket.socket, generator: Generator) -> None:
-    """Answer requests until Ctrl-C or SIGTERM, which ends the answers under way with an error.
-
-    A second signal ends the process at once.
-    """
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, number: int, frame: Any) -> None:
-            if self.should_exit:
-                leave(number, frame)
-            generator.ending.set()
-            super().handle_exit(number, frame)
-
-    config = uvicorn.Config(app, log_level="info" if is_verbose() else "error")
-    Server(config).run(sockets=[bound])
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address, so that a port in use is told before a model is loaded.
-
-    Raises
-    ------
-    UserError
-        If there is no such address, or the port is in use or not allowed.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        if sys.platform != "win32":  # where it would let two servers share a port
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"cannot serve at {host}, port {port}: {error.strerror}; choose another --port or --host"
-        ) from None
-    return bound
-
-
-def _port(value: str) -> int:
-    if not value.isdecimal() or int(value) > 65535:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, got {value!r}")
-    return int(value)
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.serve", description=DESCRIPTION, formatter_class=HelpFormatter
-    )
-    add = parser.add_argument
-    what = f"a ternary checkpoint; or {MODEL_HELP}"
-    add("model", nargs="?", type=model_name, metavar="PATH", help=what)
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen at; others than a loopback address let other machines in, and nobody is "
-        "asked for a key",
-    )
-    add("--port", type=_port, default=8000, metavar="N", help="port to listen at; 0 for any free one")
-    add("--cpu", action="store_true", help="run on the CPU even if torch has a CUDA GPU")
-    add_trust_remote_code(parser)
-    add_verbose(parser)
-    return parser
-
-
-def main() -> int:
-    """Run the command line."""
-    arguments = _parser().parse_args()
-    if not is_serve_available():
-        raise UserError("serving requires more packages; run pip install '.[serve]' in the clone")
-    with bind(arguments.host, arguments.port) as bound:
-        device = "cpu" if arguments.cpu else default_compute().device
-        original = open_model(arguments.model, device, trust_remote_code=arguments.trust_remote_code)
-        require_whole(original)
-        original.model.to(device)
-        name = Path(original.name).resolve().name if Path(original.name).exists() else original.name
-        host, port = bound.getsockname()[:2]
-        if not ipaddress.ip_address(host).is_loopback:
-            print(f"warning: whoever reaches {host} can use the model; there are no keys", file=sys.stderr)
-        bound.listen()  # whoever connects before the server runs waits for it
-        address = f"[{host}]" if ":" in host else host
-        print(f"serving {name} at http://{address}:{port}/v1, on {original.model.device}", file=sys.stderr)
-        generator = Generator(original)
-        run_server(build_app(original, name, generator), bound, generator)
-    return 0
-
-
-if __name__ == "__main__":
-    run(main)
+def _stops(given: Any) -> tuple[Any, ...]:
+    """The stop texts of a request or of generation settings: none, one, or several."""
+    return () if given is None else tuple(given) if isinstance(given, list) else (given,)
