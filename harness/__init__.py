@@ -5,11 +5,13 @@ transformers.
 
 Reading order, bottom-up; a module imports only modules listed above it:
 
-    errors, signals, streams      messages; Ctrl-C and SIGTERM; stdout and stderr
+    errors, words                 messages
+    signals, streams              Ctrl-C and SIGTERM; stdout and stderr
     files, cli, machine           JSON, command lines, facts about this machine
     cpu/                          the backend for CPUs
     progress                      progress bars, or lines where there is no terminal
     distributed/                  several processes that share a run
+    plotting                      what all plots share
     page/                         the report of a run as a page
     backends, compute             which package fits matrices; which device runs layers
     models/                       the original model: its folder, loading, decoder layers

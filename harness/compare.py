@@ -144,6 +144,7 @@ def table(checkpoints: list[Checkpoint]) -> list[str]:
         rows.append(["KL divergence, mean", *(f"{d.mean:.4g}" for d in figures)])
         rows.append(["KL divergence, 99th percentile", *(f"{d.percentile_99:.4g}" for d in figures)])
         rows.append(["same most likely token or label", *(f"{d.agreement:.1%}" for d in figures)])
+        rows.append(["predictions compared", *(f"{d.tokens:,}" for d in figures)])
     for name, values in differing_settings(checkpoints).items():
         rows.append([name, *("" if value is None else str(value) for value in values)])
     errors = [c.layer_errors for c in checkpoints]

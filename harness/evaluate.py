@@ -36,6 +36,7 @@ from harness.models.loading import MODEL_HELP, NO_GGUF, is_gguf, load_original
 from harness.models.original import Original
 from harness.perplexity import Perplexity, measure_on
 from harness.windows import AUTO, BOS_CHOICES, tokenize
+from harness.words import counted
 from harness.zeroshot.tasks import TASKS, example_of, load_tasks
 
 # Tokens to see on whether a model looks ahead.
@@ -179,7 +180,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 def _idle(arguments: argparse.Namespace) -> dict[str, str]:
     """Options that change nothing without another one."""
-    idle = {}
+    idle: dict[str, str] = {}
     if arguments.data is None:
         idle |= dict.fromkeys(("text_column", "seqlen", "windows"), "without --data")
     if arguments.tasks is None:
@@ -208,7 +209,7 @@ class _Result:
             yield (
                 f"KL divergence from {self.original}: mean {self.divergence.mean:.4g}, 99th percentile "
                 f"{self.divergence.percentile_99:.4g}; the same most likely token or label in "
-                f"{self.divergence.agreement:.1%} of {self.divergence.tokens} predictions"
+                f"{self.divergence.agreement:.1%} of {counted(self.divergence.tokens, 'prediction')}"
             )
 
     def to_json(self) -> dict[str, Any]:

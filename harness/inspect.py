@@ -15,6 +15,7 @@ from harness.hf import load_stored
 from harness.ternary.format import PACKED, unpack_base3
 from harness.ternary.linear import TernaryLinear
 from harness.ternary.reading import tensors_of, weight_map
+from harness.words import counted
 
 DESCRIPTION = """\
 Show the contents of a ternary checkpoint. For each ternary layer: its shape, bytes, bits per weight and
@@ -107,7 +108,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{'all ternary layers':36} {ternary:16,} bytes  {8 * ternary / weights:7.3f} bits per weight"
     )
     text.append(f"{'weight files on disk':36} {found['bytes_on_disk']:16,} bytes")
-    text.append(f"{len(layers)} ternary layers, {weights:,} weights, blocks of {found['block_size']} columns")
+    text.append(
+        f"{counted(len(layers), 'ternary layer')}, {weights:,} weights, "
+        f"blocks of {found['block_size']} columns"
+    )
     return text
 
 

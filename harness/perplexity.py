@@ -19,6 +19,7 @@ from harness.models.original import Original, require_fits
 from harness.progress import Progress, Say, say_on_stderr
 from harness.text import AnyText
 from harness.windows import AUTO, beginning, bos_of, evaluation_windows, tokenize
+from harness.words import counted
 
 # Rows of logits converted to float32 at a time: so few that those of large vocabularies fit in a CPU cache.
 # The divergence then takes a quarter of the time that it takes with 256 rows.
@@ -242,7 +243,7 @@ def from_losses(
     count, seqlen = windows.shape
     value = exponential(sum(losses) / count)
     protocol = (
-        f"{source}; {tokens} tokens, {count} of {tokens // seqlen} windows of {seqlen} without overlap, "
-        f"computed in {dtype_name(dtype)}"
+        f"{source}; {tokens} tokens, {count} of {counted(tokens // seqlen, 'window')} of {seqlen} "
+        f"without overlap, computed in {dtype_name(dtype)}"
     )
     return Perplexity(value, count, seqlen, tokens, protocol)

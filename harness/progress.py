@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from harness.machine import duration
 from harness.streams import discard
+from harness.words import counted
 
 Say = Callable[[str], object]
 
@@ -60,7 +61,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._bar = tqdm(total=self.total, desc=self.what, unit=self.unit, disable=None, leave=False)
         if self._bar.disable:
-            self.say(f"{self.what}: {self.total} {self.unit}{'s' if self.total != 1 else ''}")
+            self.say(f"{self.what}: {counted(self.total, self.unit)}")
         self._began = self._said = time.monotonic()
         return self
 
@@ -75,7 +76,7 @@ class Progress:
         if first and left > SHORT:
             self.say(f"  about {duration(now - self._began + left)}")
         elif now - self._said > BETWEEN_LINES:
-            self.say(f"  {self.done} of {self.total} {self.unit}s, about {duration(left)} left")
+            self.say(f"  {self.done:,} of {counted(self.total, self.unit)}, about {duration(left)} left")
             self._said = now
 
     def __exit__(

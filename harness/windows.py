@@ -19,6 +19,7 @@ from harness.errors import UserError
 from harness.models.original import summary
 from harness.models.tokenizer import chat_writer
 from harness.text import AnyText, Chat, Mixture, Text
+from harness.words import counted
 
 # Which windows begin with a BOS token.
 AUTO, EVERY_WINDOW, AS_TOKENIZED = BOS_CHOICES = ("auto", "every-window", "as-tokenized")
@@ -94,8 +95,8 @@ def calibration_windows(
     for stream, count in zip(tokens.streams, _counts(tokens, nsamples), strict=True):
         if len(stream) < seqlen + 1:
             raise UserError(
-                f"the calibration text has {len(stream)} tokens, but windows of {seqlen} need at least "
-                f"{seqlen + 1}; use more text or a smaller --seqlen"
+                f"the calibration text has {counted(len(stream), 'token')}, but windows of {seqlen} need "
+                f"at least {seqlen + 1}; use more text or a smaller --seqlen"
             )
         starts = [generator.randint(0, len(stream) - seqlen - 1) for _ in range(count)]
         windows += [stream[s : s + seqlen] for s in starts]
@@ -119,7 +120,7 @@ def evaluation_windows(
     for stream, most in zip(tokens.streams, available, strict=True):
         if most == 0:
             raise UserError(
-                f"the evaluation text has {len(stream)} tokens, less than one window of {seqlen}; "
+                f"the evaluation text has {counted(len(stream), 'token')}, less than one window of {seqlen}; "
                 "use more text or shorter windows"
             )
     count = min(int(most / share) + 1 for most, share in zip(available, tokens.shares, strict=True))

@@ -21,6 +21,7 @@ from harness.compute import Compute
 from harness.distributed.ranks import Ranks
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers, require_finite
+from harness.words import counted
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -279,8 +280,8 @@ def own_windows(count: int, seqlen: int, ranks: Ranks) -> range:
     shards = -(-count // shard)
     if shards < ranks.size:
         raise UserError(
-            f"{count} windows of {seqlen} tokens make {shards} shards, which {ranks.size} processes cannot "
-            "share; use fewer processes or more windows"
+            f"{counted(count, 'window')} of {seqlen} tokens make {counted(shards, 'shard')}, which "
+            f"{ranks.size} processes cannot share; use fewer processes or more windows"
         )
     own = ranks.own(shards)
     return range(shard * own.start, min(shard * own.stop, count))

@@ -27,6 +27,7 @@ from harness.distributed.ranks import ALONE, Ranks
 from harness.distributed.watch import DONE, EXIT_FAILED, FAILED, STOPPED, Watch
 from harness.errors import LostProcess, UserError
 from harness.signals import WORDS
+from harness.words import counted
 
 # What torchrun, or whoever starts processes in its way, tells each of them.
 REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -95,8 +96,8 @@ def _choose_gpu() -> None:
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if int(place) >= len(devices):
         raise UserError(
-            f"{socket.gethostname()} has {len(devices)} GPUs for {os.environ.get('LOCAL_WORLD_SIZE')} "
-            "processes; use a smaller --nproc-per-node"
+            f"{socket.gethostname()} has {counted(len(devices), 'GPU')} for "
+            f"{os.environ.get('LOCAL_WORLD_SIZE')} processes; use a smaller --nproc-per-node"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(place)]
 

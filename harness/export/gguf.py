@@ -38,6 +38,7 @@ from harness.runtimes.containers import GGUF_TYPES, smallest
 from harness.runtimes.features import Refused, refusals_of
 from harness.runtimes.gguf_architectures import Architecture
 from harness.runtimes.gguf_header import Header, describe, plain_type
+from harness.words import counted
 
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 
@@ -188,7 +189,8 @@ def _type_lines(types: dict[TernaryTensor, DataType], lacking: dict[str, dict[st
         counts[kind] += len(tensor.modules)
     lines = []
     for kind, count in counts.items():
-        line = f"{kind.name}, {8 * kind.size / kind.columns:.4g} bits per weight, holds {count} matrices"
+        bits = f"{8 * kind.size / kind.columns:.4g} bits per weight"
+        line = f"{kind.name}, {bits}, holds {counted(count, 'matrix')}"
         by_reason: dict[str, list[str]] = {}
         for name, reason in lacking.get(kind.name, {}).items():
             by_reason.setdefault(reason, []).append(name)

@@ -41,6 +41,7 @@ from harness.progress import Progress, say_on_stdout
 from harness.runtimes.containers import MLX_GROUPS, Container, smallest
 from harness.runtimes.features import Refused, refusals_of
 from harness.runtimes.mlx_architectures import architecture_of, settings_of
+from harness.words import counted
 from reference.types import TernaryMatrix
 
 WEIGHTS = "model.safetensors"
@@ -126,7 +127,7 @@ def export_mlx(
     require_space(out, sum(tensor.nbytes for tensor in tensors.values()))
     write_folder(stored, out, WEIGHTS, tensors, "mlx", settings)
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
-    notes = tuple(f"groups of {columns} hold {count} matrices" for columns, count in counts.items())
+    notes = tuple(f"groups of {columns} hold {counted(count, 'matrix')}" for columns, count in counts.items())
     return Exported(out, size, weights, weight_bytes, rounding, notes)
 
 

@@ -18,6 +18,7 @@ from harness.models.loading import MODEL_HELP
 from harness.models.original import Original
 from harness.ternary.format import is_ternary
 from harness.text import require_unicode
+from harness.words import counted
 
 # Dividing logits by a smaller temperature could overflow float32.
 LEAST_TEMPERATURE = 1e-6
@@ -165,7 +166,7 @@ def _continue(original: Original, prompt: str, settings: Settings, chat: bool) -
     positions = context_length(original)
     if positions and len(ids) + settings.tokens > positions:
         raise UserError(
-            f"the prompt ({len(ids)} tokens) and --tokens {settings.tokens} make "
+            f"the prompt ({counted(len(ids), 'token')}) and --tokens {settings.tokens} make "
             f"{len(ids) + settings.tokens} tokens, more than the {positions} positions of {original.name}; "
             "shorten the prompt or lower --tokens"
         )

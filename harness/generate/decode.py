@@ -15,6 +15,7 @@ from harness.generate.stops import UntilStop, cut
 from harness.models.classes import require_vocabulary
 from harness.models.folder import GENERATION
 from harness.models.original import Original, require_fits, summary
+from harness.words import counted
 
 
 def require_whole(original: Original) -> None:
@@ -65,8 +66,9 @@ class Speed:
         after = self.written - 1
         decoding = f" at {after / self.writing_seconds:.1f} tokens/s" if after > 0 else ""
         return (
-            f"prompt of {self.prompt} tokens in {self.prompt_seconds:.2f} s "
-            f"({self.prompt / self.prompt_seconds:.1f} tokens/s); generated {self.written} tokens{decoding}"
+            f"prompt of {counted(self.prompt, 'token')} in {self.prompt_seconds:.2f} s "
+            f"({self.prompt / self.prompt_seconds:.1f} tokens/s); "
+            f"generated {counted(self.written, 'token')}{decoding}"
         )
 
 

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from harness.machine import duration
 from harness.page import figures, tally
 from harness.page.kinds import short_names
+from harness.words import counted
 
 # What a page may have at most; the table of layers is left out before it gets larger.
 MOST_BYTES = 1_000_000
@@ -127,7 +128,7 @@ def notes(record: dict[str, Any]) -> list[str]:
     found = []
     layers, rows = record["layers"], tally.matrices(record)
     if not is_finished(record):
-        found.append(f"The run has not ended: {len(layers)} layers are finished.")
+        found.append(f"The run has not ended: {counted(len(layers), 'layer')} finished.")
     calibration = record["calibration"]
     wanted = calibration["nsamples"] * calibration["seqlen"]
     if calibration["tokens"] < wanted:
@@ -151,12 +152,14 @@ def notes(record: dict[str, Any]) -> list[str]:
         found.append(f"{dead:,} of {len(rows):,} matrices have inputs that are 0 for every token.")
     raised = sum(tally.is_raised(row, record) for row in rows)
     if raised:
-        found.append(f"The damping of {raised:,} matrices had to be raised.")
+        found.append(f"The damping of {counted(raised, 'matrix', ',')} had to be raised.")
     lost = sum(row.get("lost_blocks", 0.0) > tally.LOST_SHARE for row in rows)
     if lost:
-        found.append(f"{lost:,} matrices have blocks whose alpha is too small to be stored.")
+        found.append(
+            f"Blocks of {counted(lost, 'matrix', ',')} have an alpha that is too small to be stored."
+        )
     if resumed := record.get("resumed_after"):
-        found.append(f"The run was resumed after {_listed(resumed)} layers.")
+        found.append(f"The run was resumed after layer {_listed(resumed)}.")
     return found
 
 
@@ -171,16 +174,16 @@ def done(record: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if plan:
         share = plan["weights"] / plan["layer_weights"]
-        weights = f"{plan['weights'] / 1e6:,.1f} M weights in {plan['matrices']:,} matrices"
+        weights = f"{plan['weights'] / 1e6:,.1f} M weights in {counted(plan['matrices'], 'matrix', ',')}"
         found.append(("ternarized", f"{weights}, {share:.1%} of the decoder layers"))
     grid = f", alpha and mu in {config['grid']}" if "grid" in config else ""
-    windows = f"{calibration['nsamples']:,} windows of {calibration['seqlen']:,} tokens"
+    windows = f"{counted(calibration['nsamples'], 'window', ',')} of {calibration['seqlen']:,} tokens"
     found += [
         ("blocks", f"{config['block_size']} columns{grid}"),
         ("calibration", f"{windows}; {calibration['text']}; {calibration['bos']}"),
         ("fitted to", _TARGETS.get(calibration["targets"], calibration["targets"])),
         ("computed", f"on the {record['backend']} backend, layers in {calibration['computed_in']}"),
-        ("device", f"{record['device']}, {record['cores']} cores, {record['machine']}"),
+        ("device", f"{record['device']}, {counted(record['cores'], 'core')}, {record['machine']}"),
         ("started", record["created"].replace("T", " ").replace("+00:00", " UTC")),
     ]
     return found
@@ -251,7 +254,8 @@ def _shade(cell: tally.Cell | None, largest: float) -> Shade | None:
     if len(cell.rows) > 1:
         errors = sorted(map(tally.error_of, cell.rows))
         worst = cell.worst["name"]
-        title = f"{len(errors)} matrices, {percent(errors[0])} to {percent(errors[-1])} ({worst})"
+        title = f"{counted(len(errors), 'matrix')}, {percent(errors[0])} to "
+        title += f"{percent(errors[-1])} ({worst})"
     return Shade(_percents(cell.error), depth, title)
 
 

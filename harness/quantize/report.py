@@ -9,6 +9,7 @@ import numpy as np
 from harness.calibration.fits import FittedMatrix
 from harness.calibration.layerwise import FittedLayer
 from harness.quantize.histograms import count_trits, grid_histograms
+from harness.words import counted
 from reference.types import TernaryMatrix
 
 
@@ -111,7 +112,7 @@ def _with_families(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _family_row(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     worst = max(row["relative_output_error"] for row in rows)
     tokens = [row["tokens"] for row in rows]
-    others = f"  {len(rows)} experts, worst {worst:.5f}, tokens {min(tokens)}-{max(tokens)}"
+    others = f"  {counted(len(rows), 'expert')}, worst {worst:.5f}, tokens {min(tokens)}-{max(tokens)}"
     merged = {"name": name, "others": others, "seconds": sum(row["seconds"] for row in rows)}
     single = ("aligned_weight_error", "variance_before", "variance_after", "relative_output_error")
     merged |= {key: float(np.median([row[key] for row in rows])) for key in single if key in rows[0]}

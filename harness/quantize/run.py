@@ -36,6 +36,7 @@ from harness.quantize.sink import Sink, sink_for
 from harness.quantize.states import KeptStates
 from harness.ternary.embedding import unrounded
 from harness.text import AnyText
+from harness.words import counted
 from reference.types import TernaryConfig
 
 # Windows that the divergence from the original is measured on: the first of those for perplexity. It tells
@@ -168,16 +169,19 @@ def announcement(options: Options, sink: Sink, ready: Ready, calibration_text: A
     wanted = options.nsamples * options.seqlen
     lines = [
         f"{ready.original.name}: {_named(options)} on the {sink.fitted_by(ready.backend)} backend",
-        f"  calibration: {options.nsamples} windows of {options.seqlen} tokens; {calibration_text.protocol}; "
-        f"{ready.beginning}",
+        f"  calibration: {counted(options.nsamples, 'window')} of {options.seqlen} tokens; "
+        f"{calibration_text.protocol}; {ready.beginning}",
     ]
     if ready.tokens < wanted:
         lines.append(
-            f"  warning: the text has {ready.tokens} tokens, {wanted} are requested; windows overlap"
+            f"  warning: the text has {counted(ready.tokens, 'token')}, {wanted} are requested; "
+            "windows overlap"
         )
     if ignored := ready.original.ignored:
         some = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
-        lines.append(f"  warning: the model does not use {len(ignored)} tensors of its files: {some}")
+        lines.append(
+            f"  warning: the model does not use {counted(len(ignored), 'tensor')} of its files: {some}"
+        )
     if ready.plan.memory_bytes > host_memory():
         lines.append(
             f"  warning: this machine has {host_memory() / 1e9:.1f} GB of memory, the run needs about "
@@ -305,14 +309,14 @@ def stored_everywhere(sink: Sink, passage: Passage, index: int) -> dict[str, tor
 def layer_lines(row: dict[str, Any], count: int, config: TernaryConfig) -> list[str]:
     """Format the figures of a finished layer, and warnings: more damping, alpha too small for its type."""
     lines = [
-        f"layer {row['layer'] + 1:3d}/{count}  {len(row['matrices'])} matrices  "
+        f"layer {row['layer'] + 1:3d}/{count}  {counted(len(row['matrices']), 'matrix')}  "
         f"relative output error {row['relative_output_error']:.4f}  {sum(row['seconds'].values()):.1f} s"
     ]
     if sent := row.get("bytes_between_processes"):
         lines.append(f"  {sent / 1e6:.1f} MB between processes")
     if experts := row.get("experts"):
         lines.append(
-            f"  experts: {experts['matrices']} matrices, fewest tokens {experts['fewest_tokens']}; "
+            f"  experts: {counted(experts['matrices'], 'matrix')}, fewest tokens {experts['fewest_tokens']}; "
             f"{experts['filled_up']} with fewer tokens than columns are fitted to average tokens too, "
             f"{experts['without_tokens']} without tokens to those alone"
         )
@@ -345,7 +349,7 @@ def result_lines(sink: Sink, record: Record, classifier: bool = False) -> list[s
     if record.divergence is not None:
         lines.append(
             f"KL divergence from the original {record.divergence['mean']:.4g} nats, same most likely token "
-            f"{record.divergence['agreement']:.1%}, over {record.divergence['tokens']} tokens"
+            f"{record.divergence['agreement']:.1%}, over {counted(record.divergence['tokens'], 'prediction')}"
         )
     out = sink.options.out
     if record.checkpoint_bytes is not None:

@@ -41,6 +41,7 @@ from harness.reproduce.record import record_of
 from harness.reproduce.render import csv_of, markdown_of
 from harness.reproduce.settings import Settings
 from harness.reproduce.tables import TABLES, cells_of
+from harness.words import counted
 from harness.zeroshot.tasks import TASKS
 
 ALL = "all"
@@ -72,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
     defaults = Settings()
     described = (
         textwrap.fill(
-            f"{name:9}{len(table.rows(defaults))} cells: {table.title.partition(': ')[2]}. {table.teaches}",
+            f"{name:9}{counted(len(table.rows(defaults)), 'cell')}: "
+            f"{table.title.partition(': ')[2]}. {table.teaches}",
             width=96,
             initial_indent="  ",
             subsequent_indent=" " * 11,
@@ -191,7 +193,7 @@ def _write(out: Path, record: dict[str, Any]) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    idle = {}
+    idle: dict[str, str] = {}
     if not arguments.tasks:
         idle |= dict.fromkeys(TASK_OPTIONS, "without --tasks")
     if not {"table1", ALL} & set(arguments.tables):
@@ -231,7 +233,7 @@ def _measure(names: list[str], settings: Settings, cells: Cells) -> Iterator[str
     """Measure the cells that are missing, and yield each table as soon as it is complete."""
     wanted = list(cells_of(names, settings))
     missing = [cell for cell in wanted if cells.find(cell) is None]
-    say_on_stdout(f"{len(wanted)} cells, {len(wanted) - len(missing)} of them already measured")
+    say_on_stdout(f"{counted(len(wanted), 'cell')}, {len(wanted) - len(missing)} of them already measured")
     began, done = time.monotonic(), 0
     for name in names:
         for cell in cells_of([name], settings):

@@ -37,6 +37,7 @@ from harness.reproduce.tables import ORIGINAL, SPEED, Cell
 from harness.ternary.kernels.launches import use_kernels
 from harness.ternary.linear import TernaryLinear
 from harness.windows import bos_of, calibration_windows, tokenize
+from harness.words import counted
 from reference.types import TernaryConfig
 
 CELLS, UNFINISHED = "cells", "unfinished"
@@ -131,10 +132,11 @@ class Cells:
         """Say what is measured."""
         if cell.measured == SPEED:
             lengths = self.settings.lengths
-            return f"{cell.method}, {lengths.prefill} tokens read, {lengths.decode} written"
+            return f"{cell.method}, {counted(lengths.prefill, 'token')} read, {lengths.decode} written"
         if cell.method == ORIGINAL:
             return cell.method
-        return f"{cell.method}, {cell.samples} windows of {self.settings.seqlen} tokens, {cell.calibration}"
+        windows = counted(cell.samples, "window")
+        return f"{cell.method}, {windows} of {self.settings.seqlen} tokens, {cell.calibration}"
 
     def summary(self, cell: Cell) -> str:
         """Say what was measured."""

@@ -10,6 +10,7 @@ from harness.reproduce import paper
 from harness.reproduce.cells import Cells
 from harness.reproduce.settings import Settings
 from harness.reproduce.tables import QUALITY, RATES, SIZES, STAGES, TABLES, Cell
+from harness.words import counted
 
 # The figures of a cell that a table shows.
 SHOWN = {
@@ -87,7 +88,7 @@ def _protocol(names: list[str], settings: Settings, cells: Cells) -> dict[str, A
     }
     protocol: dict[str, Any] = {"evaluation": texts}
     if calibrated:
-        windows = f"{settings.samples} windows of {settings.seqlen} tokens"
+        windows = f"{counted(settings.samples, 'window')} of {settings.seqlen} tokens"
         protocol["calibration"] = f"{windows}; {'; '.join(calibrated)}"
     if any(TABLES[name].shows == RATES for name in names):
         lengths = settings.lengths

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness.reproduce.tables import QUALITY, RATES, SIZES, STAGES
+from harness.words import counted
 
 # Names of the paper's columns, and of those that are not named by a text or task.
 PAPER_COLUMNS = {"bits_per_weight": "bits", "gigabytes": "GB", "reduction": "times smaller"}
@@ -118,4 +119,4 @@ def markdown_of(record: dict[str, Any]) -> str:
 
 def _machine(record: dict[str, Any]) -> str:
     machine, device = record["machine"], record["device"]
-    return f"{machine['cpu']} ({machine['cores']} cores)" if device == "CPU" else device
+    return f"{machine['cpu']} ({counted(machine['cores'], 'core')})" if device == "CPU" else device

@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.reproduce.peers import PEERS
 from harness.reproduce.settings import Settings
 from harness.text import DATA_SETS
+from harness.words import counted
 
 # What is measured of a cell.
 QUALITY, SPEED = "quality", "speed"
@@ -119,7 +120,11 @@ def _sizes_of_calibration(settings: Settings) -> list[Row]:
     counts = [max(1, settings.samples // 2), settings.samples, 2 * settings.samples]
     text = settings.calibration[0]
     return [
-        Row(f"{words}{count} windows", Cell(method, count, text), str(count) if method == PAPER else None)
+        Row(
+            f"{words}{counted(count, 'window')}",
+            Cell(method, count, text),
+            str(count) if method == PAPER else None,
+        )
         for words, method in (("", PAPER), ("`best`, ", BEST))
         for count in counts
     ]

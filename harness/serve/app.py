@@ -17,6 +17,7 @@ from harness.generate.chat import end_tokens
 from harness.generate.decode import context_length
 from harness.generate.stops import UntilStop, cut
 from harness.models.original import Original, summary
+from harness.words import counted
 
 # Fields that the handlers ignore, or take for something else, each with the value that asks for nothing.
 IGNORED = {
@@ -141,7 +142,8 @@ class Generator(GenerateManager, GenerationState):
             room = self.positions - length
             if room < 1:
                 raise UserError(
-                    f"the prompt has {length} tokens, and the model {self.positions} positions; shorten it"
+                    f"the prompt has {counted(length, 'token')}, and the model "
+                    f"{counted(self.positions, 'position')}; shorten it"
                 )
             wanted = settings.max_new_tokens
             settings.max_new_tokens = room if wanted is None else min(wanted, room)
@@ -209,7 +211,8 @@ def build_app(original: Original, name: str, generator: Generator) -> Any:
         return failed(f"the server failed: {summary(error)}", 500)
 
     async def answer(handler: Any, body: dict[str, Any], kind: str) -> Any:
-        body = {**body, "logit_bias": body.get("logit_bias") or None}  # transformers refuses an empty one
+        # These may be empty, which transformers refuses.
+        body = {**body, **{field: body.get(field) or None for field in ("stop", "logit_bias")}}
         try:
             return await handler.handle_request(body, f"{kind}-{uuid.uuid4().hex}")
         except (AttributeError, KeyError, TypeError, ValueError, TemplateError) as error:

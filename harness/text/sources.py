@@ -21,6 +21,7 @@ from harness.text.rows import (
     read_plain,
     text_rows,
 )
+from harness.words import counted
 
 BUILTIN = "builtin"
 
@@ -149,7 +150,7 @@ def _local(name: str, path: Path, use: str, column: str | None) -> Text | Chat:
         if not files:
             raise UserError(f"{path} contains no text")
         rows = [row for file in files for row in _rows_of(name, path / file, column)]
-        return _joined(rows, name, use, f"{path.name}, {len(files)} files")
+        return _joined(rows, name, use, f"{path.name}, {counted(len(files), 'file')}")
     if not path.is_file():
         known = ", ".join([*DATA_SETS, BUILTIN])
         raise UserError(f"{path} is not a file; use one of {known}, or an existing file")
@@ -185,6 +186,9 @@ def _joined(rows: Sequence[Row], name: str, use: str, origin: str) -> Text | Cha
     if text and conversations:
         raise UserError(f"{origin} holds text in some rows and conversations in others; split it")
     if conversations:
-        return Chat(tuple(conversations), f"{origin}, {len(rows)} conversations by the model's chat template")
-    protocol = f"{origin}, {len(rows)} rows joined by {split.joiner!r}"
+        return Chat(
+            tuple(conversations),
+            f"{origin}, {counted(len(rows), 'conversation')} by the model's chat template",
+        )
+    protocol = f"{origin}, {counted(len(rows), 'row')} joined by {split.joiner!r}"
     return Text(split.joiner.join(text), f"{name}: {protocol}" if name else protocol, split.windows)

@@ -18,6 +18,7 @@ from harness.models.classes import require_vocabulary
 from harness.models.original import Original
 from harness.progress import Progress, Say, say_on_stderr
 from harness.windows import AUTO, bos_of
+from harness.words import counted
 from harness.zeroshot.tasks import TASKS
 
 # Tokens that a batch is taken to hold per prompt, to decide whether a model fits on a device.
@@ -170,7 +171,7 @@ def measure_tasks(
         {name: found["n-samples"][name]["effective"] for name in tasks},
         asked.shortened,
         f"lm-eval {metadata.version('lm-eval')}, no examples, {_beginning(asked)}, "
-        f"{batch_size} prompts at a time, computed in {dtype_name(model.dtype)}",
+        f"{counted(batch_size, 'prompt')} at a time, computed in {dtype_name(model.dtype)}",
     )
 
 
@@ -210,7 +211,7 @@ def table(results: list[Accuracies]) -> list[str]:
         notes.append(f"{result.model}: {result.protocol}")
         if result.shortened:
             notes.append(
-                f"{result.model}: {result.shortened} prompts lost their beginning to fit its context"
+                f"{result.model}: {counted(result.shortened, 'prompt')} lost the beginning to fit its context"
             )
     return [*lines, *notes]
 

@@ -106,7 +106,7 @@ def test_transformers_does_not_warn_of_what_nobody_asked_for(quantized: Path, tm
     command = [sys.executable, "-m", "harness.generate", folder, "--prompt", "w3", "--tokens", "2", "--cpu"]
     run = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0
-    assert run.stderr.startswith("prompt of 1 tokens")
+    assert run.stderr.startswith("prompt of 1 token ")
 
 
 def test_without_a_path_the_embedded_model_writes(

@@ -58,7 +58,7 @@ def test_a_run_that_goes_on_has_a_page_too(
     out = tmp_path / "out"
     stopped_after(1, run_main, llama, "--out", out, "--calibration", words_file, *SMALL)
     assert run_main(report_main, out / STAGING / PROGRESS, "--out", tmp_path / "so-far.html") == 0
-    assert "1 layers are finished" in read((tmp_path / "so-far.html").read_text("utf-8")).text
+    assert "1 layer finished" in read((tmp_path / "so-far.html").read_text("utf-8")).text
 
 
 def test_a_page_that_cannot_be_drawn_fails_no_run(

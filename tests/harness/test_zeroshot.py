@@ -207,7 +207,7 @@ def test_prompts_that_lose_their_beginning_are_counted(folder: Path) -> None:
     longer = sum(len((prompt + continuation).split()) > 8 for prompt, continuation in pairs)
     assert 0 < longer < len(pairs)
     assert found.shortened == longer
-    assert f"tiny: {longer} prompts lost their beginning to fit its context" in table([found])
+    assert f"tiny: {longer} prompts lost the beginning to fit its context" in table([found])
 
 
 def changed(row: Row, **fields: Any) -> str:

@@ -248,8 +248,8 @@ def test_a_page_of_a_run_that_goes_on_says_so(record: dict[str, Any], with_plots
     started = {name: value for name, value in record.items() if name != "mean_relative_output_error"}
     started |= {"layers": record["layers"][:1], "perplexity": {}, "resumed_after": [1, 2, 7]}
     found = read(page(started))
-    assert "The run has not ended: 1 layers are finished." in found.text
-    assert "The run was resumed after 1, 2 and 7 layers." in found.text
+    assert "The run has not ended: 1 layer finished." in found.text
+    assert "The run was resumed after layer 1, 2 and 7." in found.text
     assert "Perplexity was not measured" in found.text
     assert "matplotlib" not in read(page(started | {"layers": []})).text
 
