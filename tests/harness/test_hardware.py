@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness import hardware
-from harness.benchmark.__main__ import parser
+from harness.benchmark.options import parser
 from harness.cli import EXIT_USAGE
 from harness.errors import UserError
 from harness.verify.__main__ import main as verify_main
