@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.comparison.plots import COLOURS, GREY, MARKERS, STAGES, svg_of, write_svg
 from harness.errors import UserError
+from harness.plotting import handles_of, label_plainly
+from harness.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,11 +111,7 @@ def draw_speed(record: dict[str, Any]) -> Figure:
         else:
             _draw_rates(panel, results, title)
             panel.set_title(f"{title}: {STAGES[title]}", fontweight="bold", loc="left")
-    legend: dict[str, Any] = {}
-    for panel in panels:
-        handles, labels = panel.get_legend_handles_labels()
-        legend |= dict(zip(labels, handles, strict=True))
-    figure.legend(list(legend.values()), list(legend), loc="outside lower left", ncols=4, frameon=False)
+    figure.legend(*handles_of(list(panels)), loc="outside lower left", ncols=4, frameon=False)
     return figure
 
 
@@ -143,7 +141,7 @@ def _draw_rates(panel: Axes, results: dict[str, Any], stage: str) -> None:
     names = []
     for shape, result in results.items():
         layers, whole = result["layers"], result["layers_of_the_model"]
-        names.append(shape if layers == whole else f"{shape}\n{layers} of {whole} layers")
+        names.append(shape if layers == whole else f"{shape}\n{layers} of {counted(whole, 'layer')}")
     panel.set_xticks(range(len(names)), names)
     panel.set_ylabel("tokens per second")
     panel.margins(y=0.15)
@@ -152,7 +150,6 @@ def _draw_rates(panel: Axes, results: dict[str, Any], stage: str) -> None:
 def draw_quality(record: dict[str, Any]) -> Figure:
     """Plot perplexity against bits per weight: one labelled point per method, and the original as a line."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     results: dict[str, Any] = dict(record["results"])
     original, protocol = _positive(results.pop("original")["perplexity"]), results.pop("protocol")
@@ -182,9 +179,7 @@ def draw_quality(record: dict[str, Any]) -> Figure:
     panel.set(
         xlabel="bits per weight", ylabel="perplexity", yscale="log", xlim=(left, right), ylim=(low, high)
     )
-    panel.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
-    panel.yaxis.set_major_formatter("{x:,g}")
-    panel.minorticks_off()
+    label_plainly(panel, panel.yaxis, low, high)
     panel.axhline(original, color=GREY, linestyle="--")
     panel.plot(bits, perplexities[1:], "o", color=COLOURS[0])
     floor, room = 0.0, sum(map(_height, labels.values()))
@@ -219,7 +214,7 @@ def _heading(record: dict[str, Any], width: float) -> str:
     results, machine = record["results"], record["machine"]
     device = _common(results, "device")
     if device == "CPU":
-        device = f"CPU: {machine['cpu']}, {machine['cores']} cores"
+        device = f"CPU: {machine['cpu']}, {counted(machine['cores'], 'core')}"
     tokens = "products" not in next(iter(results.values())) and f"; batch 1; {_common(results, 'tokens')}"
     words = f"measured on {device}; {_common(results, 'dtype')}{tokens or ''}; {record['date']}"
     return textwrap.fill(words, int(13 * width))

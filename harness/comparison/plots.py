@@ -1,14 +1,14 @@
-"""The style of all plots; every run writes the same bytes, so plots can be committed."""
+"""The style of plots in files; every run writes the same bytes, so plots can be committed."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
+from harness.plotting import styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,15 +26,9 @@ STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.edgecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
     "grid.color": "#E3E3E3",
     "lines.markersize": 4,
-    "text.parse_math": False,  # a dollar sign in a name is literal
     "svg.fonttype": "path",  # readers may lack the font
-    "svg.hashsalt": "pt2-llm",  # without a salt, ids in the file are random
 }
 
 
@@ -47,8 +41,11 @@ def svg_of(draw: Callable[[], Figure]) -> bytes:
         If matplotlib is not installed.
     """
     svg = io.BytesIO()
-    with style():
-        draw().savefig(svg, format="svg", metadata={"Date": None})
+    try:
+        with styled(STYLE):
+            draw().savefig(svg, format="svg", metadata={"Date": None})
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install matplotlib") from None
     return svg.getvalue()
 
 
@@ -65,16 +62,3 @@ def write_svg(target: Path, svg: bytes) -> None:
         target.write_bytes(svg)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Use matplotlib's defaults and `STYLE`, independent of the user's settings."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install matplotlib") from None
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield

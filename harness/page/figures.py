@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from harness.page import tally
 from harness.page.kinds import short_names
+from harness.plotting import styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,16 +48,10 @@ STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
     "axes.edgecolor": LINE,
     "grid.color": LINE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # a dollar sign in a name is literal
-    "svg.hashsalt": "report",  # without a salt, ids are random
     "svg.fonttype": "none",  # text stays text, in the fonts of the page
 }
 
@@ -84,7 +78,7 @@ def plots(record: dict[str, Any]) -> dict[str, Plot]:
         If matplotlib is not installed.
     """
     drawn = {}
-    with _style():
+    with styled(STYLE):
         for name, (draw, title, caption) in PLOTS.items():
             if (figure := draw(record)) is not None:
                 drawn[name] = Plot(inline(figure, name, title), title, caption)
@@ -107,17 +101,6 @@ def inline(figure: Figure, name: str, title: str) -> str:
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
     return f'<svg role="img" aria-label="{title}" {box[0]}>{svg[svg.index(">") + 1 :].strip()}'
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Use matplotlib's defaults and `STYLE`, independent of the user's settings."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
 
 
 def _panel(height: float = HEIGHT) -> tuple[Figure, Axes]:

@@ -7,13 +7,13 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from harness.comparison.plots import COLOURS, GREY, MARKERS, STAGES
+from harness.plotting import handles_of, label_plainly
 from harness.reproduce.render import cells_of, shown
 from harness.reproduce.tables import RATES, SIZES
 from harness.reproduce.tables import STAGES as BY_STAGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
@@ -53,7 +53,7 @@ def _draw_dots(table: dict[str, Any]) -> Figure:
                 panel.plot(*zip(*points, strict=True), marker, color=colour, label=label, clip_on=False)
         panel.set(xlabel=title, **({"xscale": "log"} if logarithmic else {"xlim": (0, None)}))
         if logarithmic:
-            _label_powers(panel, panel.xaxis, *panel.get_xlim())
+            label_plainly(panel, panel.xaxis, *panel.get_xlim())
     axes[0].set_yticks(range(len(rows)), [textwrap.fill(_plain(row[""]), 40) for row in rows])
     axes[0].invert_yaxis()
     _legend(figure, list(axes))
@@ -82,7 +82,7 @@ def _draw_stages(table: dict[str, Any]) -> Figure:
     outputs.set(ylabel="E_x / tr(WCWᵀ)")
     outputs.set_xticks(range(4), ["start", "ITF", "AGA", "whole"])
     variance.set(xlabel="layer", ylabel="variance in blocks", yscale="log")
-    _label_powers(variance, variance.yaxis, *variance.get_ylim())
+    label_plainly(variance, variance.yaxis, *variance.get_ylim())
     _legend(figure, [weights])
     return figure
 
@@ -105,23 +105,9 @@ def _draw_rates(table: dict[str, Any]) -> Figure:
     return figure
 
 
-def _label_powers(panel: Axes, axis: Axis, low: float, high: float) -> None:
-    """Label a logarithmic axis with plain numbers."""
-    from matplotlib.ticker import LogLocator
-
-    axis.set_major_locator(LogLocator(subs=(1,) if high > 1000 * low else (1, 2, 5)))
-    axis.set_major_formatter("{x:,g}")
-    panel.minorticks_off()
-
-
 def _legend(figure: Figure, axes: list[Axes]) -> None:
-    found: dict[str, Any] = {}
-    for panel in axes:
-        handles, labels = panel.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        list(found.values()), list(found), loc="outside lower left", ncols=4, frameon=False, labelcolor=GREY
-    )
+    handles, labels = handles_of(axes)
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, labelcolor=GREY)
 
 
 def _finite(value: Any) -> float | None:

@@ -24,7 +24,8 @@ from harness.benchmark.__main__ import main as benchmark_main
 from harness.benchmark.shapes import SHAPES
 from harness.cli import EXIT_USAGE
 from harness.comparison.methods import METHODS
-from harness.comparison.plots import style
+from harness.comparison.plots import STYLE
+from harness.plotting import styled
 
 Run = Callable[..., int]
 
@@ -190,7 +191,7 @@ def test_labels_of_methods_do_not_touch_even_where_points_do(perplexity: float) 
         method.words: {"bits_per_weight": 1.9 + 0.01 * i, "perplexity": perplexity + 0.001 * i}
         for i, method in enumerate(METHODS.values())
     }
-    with style():
+    with styled(STYLE):
         figure = figures.figure_of(methods(**results))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -246,7 +247,7 @@ def test_the_file_is_the_same_at_every_run_and_with_every_setting(
 
 def test_a_dollar_in_a_name_is_no_formula() -> None:
     record = methods(**{r"$\nosuch$": {"bits_per_weight": 2.0, "perplexity": 200.0}})
-    with style():
+    with styled(STYLE):
         figures.figure_of(record).savefig(io.BytesIO(), format="svg")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from harness.comparison.plots import style, svg_of
+from harness.comparison.plots import STYLE, svg_of
+from harness.plotting import styled
 from harness.reproduce.plots import draw
 from harness.reproduce.render import csv_of, markdown_table, shown
 from harness.reproduce.stages import summarize_stages
@@ -84,11 +85,11 @@ def points(figure: Figure) -> dict[str, dict[str, list[tuple[float, float]]]]:
 
 
 def test_dots_are_the_figures_of_the_rows() -> None:
-    with style():
+    with styled(STYLE):
         drawn = points(draw(QUALITY))
     assert drawn["perplexity"] == {"w": [(19.131, 0), (713.09, 1)]}
     assert drawn["KL divergence from the original, nats"] == {"w": [(0.0, 0), (3.5469, 1)]}
-    with style():
+    with styled(STYLE):
         assert points(draw(SIZES))["GB"] == {"this model": [(4.0, 0), (0.5, 1)]}
 
 
@@ -115,7 +116,7 @@ def test_errors_by_stage_are_sums_over_matrices() -> None:
 
 def test_figure_3_shows_the_curves() -> None:
     stages = summarize_stages([{"matrices": MATRICES}])
-    with style():
+    with styled(STYLE):
         figure = draw({"title": "t", "shows": "stages", "rows": [{"label": "x", "stages": stages}]})
     weights, outputs, variance = figure.axes
     assert list(weights.lines[0].get_ydata()) == stages["weight_errors"]
@@ -128,7 +129,7 @@ def test_bars_of_figure_4_are_the_rates() -> None:
         {"label": label, "prefill": 10.0 * i, "decode": 3.0 * i, "both": 4.0 * i, "bytes": 9}
         for i, label in enumerate("ab", 1)
     ]
-    with style():
+    with styled(STYLE):
         figure = draw({"title": "t", "shows": "rates", "rows": rows})
     heights = [[bar.get_height() for bar in panel.patches] for panel in figure.axes]
     assert heights == [[10.0, 20.0], [3.0, 6.0], [4.0, 8.0]]
