@@ -19,6 +19,8 @@ from harness.errors import UserError
 from reference.layout import Layout
 from reference.types import CodedGrid, TernaryConfig, TernaryMatrix
 
+CPU = "cpu"  # the backend in `harness.cpu`
+
 
 class MissingOperation(LookupError):
     """Raised if a backend lacks an operation of the reference."""
@@ -144,8 +146,8 @@ def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
             package = _package("gpu")
             name, note = "gpu", f"backend auto: gpu ({package.describe()})"
         except UserError as error:
-            name, note = "cpu", f"backend auto: cpu (NumPy and Numba); {error}"
-            package = _package("cpu")
+            name, note = CPU, f"backend auto: cpu (NumPy and Numba); {error}"
+            package = _package(CPU)
     else:
         package = _package(name)
     backend = Backend(name, package, note=note)
@@ -155,7 +157,7 @@ def load_backend(name: str = "auto", precision: str | None = None) -> Backend:
 
 
 def _package(name: str) -> ModuleType:
-    path = "harness.cpu" if name == "cpu" else name
+    path = "harness.cpu" if name == CPU else name
     if not name.isidentifier() or importlib.util.find_spec(path) is None:
         raise UserError(f"unknown backend {name!r}: no Python package has this name; use --backend reference")
     try:

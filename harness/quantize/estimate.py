@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from harness.backends import Backend
+from harness.backends import CPU, Backend
 from harness.calibration.gram import GramSum
 from harness.calibration.methods import ternarizer
 from harness.calibration.passage import Passage, brought
@@ -18,8 +18,9 @@ from harness.machine import duration
 from harness.models.decoder import DecoderLayers, describe_parameters
 from harness.models.experts import family
 from harness.models.original import Original
-from harness.quantize.options import WEIGHTS, Options
+from harness.quantize.options import PT2_LLM, WEIGHTS, Options
 from harness.ternary.format import packed_bytes
+from harness.words import counted
 from reference.types import TernaryConfig
 
 # Seconds of `reference.ternarize` on one core of 2024: per weight, and per column cubed.
@@ -27,6 +28,8 @@ TERNARIZE_WEIGHT, TERNARIZE_CUBE = 7e-7, 2.2e-10
 
 # Resident size of an interpreter with torch and transformers loaded.
 IMPORTS_BYTES = 700e6
+# Share by which memory that is freed and not given back makes the peak larger.
+FRAGMENTS = 0.15
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Plan:
     packed_bytes, other_bytes : int
         Bytes of the packed matrices, and of everything else in the checkpoint.
     memory_bytes, device_bytes, seconds : float
-        Expected peak of resident memory; expected peak of device memory without hidden states (0 without a
-        device); expected time without evaluation.
+        Peak of resident memory, rather too large than too small; expected peak of device memory without
+        hidden states (0 without a device); expected time without evaluation.
     processes : int
         Processes that share the run.
     """
@@ -73,7 +76,7 @@ class Plan:
         """Return the lines to print."""
         size = self.packed_bytes + self.other_bytes
         return [
-            f"  {self.matrices} matrices, {self.weights / 1e6:.1f} M weights "
+            f"  {counted(self.matrices, 'matrix')}, {self.weights / 1e6:.1f} M weights "
             f"({self.weights / self.layer_weights:.1%} of the decoder layers), "
             f"{self.bits_per_weight:.3f} bits per weight including alpha, mu and permutation",
             *(f"  left as it is: {what}" for what in (self.not_understood, self.skipped) if what),
@@ -130,6 +133,8 @@ def make_plan(
         for name, (rows, columns) in zip(linears, shapes, strict=True)
     )
     seqlen = window.shape[1]
+    # Of one window, by the original and the quantized model.
+    logits = 2 * item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0)
     beside = options.targets != WEIGHTS  # the original model runs beside the quantized one
     states = (2 if beside else 1) * windows * window.numel() * window.element_size()
     states += windows * sum(call.bytes_of_windows() for call in passage.calls)
@@ -149,6 +154,8 @@ def make_plan(
     grams += _expert_sums(decoder, beside)
     host_layer = 12 * layer + kept + grams + host_fits + 16 * max(shape.numel() for shape in shapes)
 
+    if backend.name == CPU and options.method == PT2_LLM:
+        _compile(backend, compute, config)
     forward, gram = _time_layer(passage)
     # With true-sequential: one pass each for inputs of q/k/v, o, gate/up and down, and one for the outputs.
     passes = 5 if options.true_sequential else 2
@@ -169,11 +176,8 @@ def make_plan(
         not_understood=_left(model, decoder),
         packed_bytes=packed,
         other_bytes=item * (total - weights) - saved_bytes,
-        memory_bytes=IMPORTS_BYTES
-        + in_memory
-        + states
-        + (0 if device else host_layer)
-        + item * evaluation_seqlen * getattr(model.config.get_text_config(), "vocab_size", 0),
+        memory_bytes=(1 + FRAGMENTS)
+        * (IMPORTS_BYTES + in_memory + states + (0 if device else host_layer) + logits),
         # The layer, its weights before and after quantization, and the activations of one window.
         device_bytes=2 * item * layer + grams + fit + 16 * item * seqlen * widest if device else 0,
         seconds=len(decoder.layers) * windows * (passes * forward + gram) + fitting / ranks.size,
@@ -235,6 +239,16 @@ def _time_layer(passage: Passage) -> tuple[float, float]:
 
     # q/k/v, o and gate/up each need a Gram matrix of the hidden width; only down needs one of the widest.
     return seconds_of(lambda: layer.run(hidden, 0), compute), 2 * seconds_of(products, compute)
+
+
+def _compile(backend: Backend, compute: Compute, config: TernaryConfig) -> None:
+    """Compile what fits matrices, by a small fit: on a new machine this takes longer than a small run.
+
+    What remains can then be estimated.
+    """
+    small = replace(config, block_size=16)
+    W = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    ternarizer(backend, compute, small)(W, torch.eye(32, dtype=torch.float64))
 
 
 def _time_block(backend: Backend, compute: Compute, config: TernaryConfig) -> float:
