@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,9 @@ def test_programs_take_it(ternarized: Any, run_main: Run, capsys: pytest.Capture
     assert run_main(inspect_main, out) == 0
     assert f"{wrappers.WITH_VISION[kind]}.0.self_attn.q_proj" in capsys.readouterr().out
     assert run_main(compare_main, out, out, "--original", folder / "original", *text) == 0
-    assert "same most likely token or label  100.0%" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "same most likely token or label  100.0%" in shown
+    assert re.search(r"^predictions compared +46 +46$", shown, re.MULTILINE)  # 23 of each window
     assert run_main(generate_main, out, "--dense", "--prompt", "w3 w7 w11", "--tokens", 5) == 0
     written = capsys.readouterr().out.split()
     ids = model.generate(torch.tensor([[3, 7, 11]]), max_new_tokens=5, do_sample=False)[0, 3:]
