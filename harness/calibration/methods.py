@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,20 @@ BASELINES = {
 }
 
 
-def baseline_bits(config: TernaryConfig) -> float:
-    """Bits per weight of a baseline: 2, plus a 16-bit step and a 2-bit zero point for each group."""
-    return 2 + 18 / config.block_size
+def two_bits(shapes: Iterable[tuple[int, int]], group: int, shared: int = 16 + 2) -> float:
+    """Bits per weight of matrices in 2 bits and groups of columns, the last of which may be short.
+
+    Parameters
+    ----------
+    shapes : iterable of (n, m)
+        Rows and columns of the matrices.
+    group : int
+        Columns of a row that share a step and a zero point.
+    shared : int
+        Bits of these two.
+    """
+    sizes = [(n * m, n * math.ceil(m / group)) for n, m in shapes]
+    return 2 + shared * sum(groups for _, groups in sizes) / sum(weights for weights, _ in sizes)
 
 
 def baseline(name: str, config: TernaryConfig) -> Method:

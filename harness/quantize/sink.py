@@ -18,7 +18,7 @@ import torch
 from harness.backends import Backend
 from harness.calibration.grid_range import require_in_range
 from harness.calibration.layerwise import FittedLayer
-from harness.calibration.methods import FitError, Method, baseline, baseline_bits, ternarizer
+from harness.calibration.methods import FitError, Method, baseline, ternarizer, two_bits
 from harness.distributed.ranks import ALONE, Ranks
 from harness.errors import UserError
 from harness.hf import load_stored
@@ -272,13 +272,15 @@ class BaselineSink(Sink):
 
     def computed(self, ready: Ready, say: Say) -> dict[str, Any]:
         config, ranks = self.options.config, ready.passage.compute.ranks
+        linears = ready.passage.decoder.named_linears().values()
+        shapes = [(linear.out_features, linear.in_features) for linear in linears]
         return {
             # A run of one process is not resumed, so nobody asks what the original was.
             "original": identify(self.options.model, say, ranks) if ranks.size > 1 else None,
             "backend": self.fitted_by(ready.backend),
             "config": {"block_size": config.block_size, "damping": config.damping},
             "plan": None,
-            "bits_per_weight": baseline_bits(config),
+            "bits_per_weight": two_bits(shapes, config.block_size),
         }
 
     def method(self, ready: Ready) -> Method:

@@ -133,14 +133,15 @@ def parser() -> argparse.ArgumentParser:
         choices=PEERS,
         default=[],
         metavar="PEER",
-        help=f"other packages for table1, if installed: {', '.join(PEERS)}",
+        help=f"other packages for table1, if installed: {', '.join(PEERS)}. Each is installed by the extra "
+        "of its name; gptqmodel needs PyTorch 2.14.1, and hqq calibrates on nothing",
     )
     parser.add_argument(
         "--peer-iterations",
         type=positive,
         default=defaults.peer_iterations,
         metavar="N",
-        help="steps of gradient descent that a peer takes per layer; 200 is AutoRound's default",
+        help="steps of gradient descent that auto-round takes per layer; 200 is its default",
     )
     known = list(paper.contents()["models"])
     parser.add_argument(

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness import text
 from harness.backends import load_backend
-from harness.calibration.methods import FitError, baseline_bits
+from harness.calibration.methods import FitError
 from harness.comparison.measure import Comparison
 from harness.comparison.methods import METHODS, Method
 from harness.comparison.speed import fill, generation_rates, make_ternary
@@ -110,7 +110,7 @@ class Cells:
                 "text": self._checksum(cell.calibration, text.CALIBRATION),
                 "windows": [cell.samples, settings.seqlen],
             }
-        if cell.method in PEERS:
+        if cell.method in PEERS and PEERS[cell.method].trains:
             found["iterations"] = settings.peer_iterations
         return {
             **found,
@@ -247,7 +247,7 @@ class Cells:
         bos = bos_of(original.model, original.tokenizer)
         windows = calibration_windows(tokens, cell.samples, settings.seqlen, TernaryConfig().seed, bos)
         linears = locate_layers(original.model).named_linears().values()
-        weights = sum(linear.in_features * linear.out_features for linear in linears)
+        shapes = [(linear.out_features, linear.in_features) for linear in linears]
         with self._unfinished() as folder:
             began = time.perf_counter()
             folder.mkdir(parents=True)
@@ -255,13 +255,12 @@ class Cells:
             seconds = round(time.perf_counter() - began, 1)
             loaded = load_original(str(quantized), trust_remote_code=settings.trust_remote_code)
         figures = self._of_quantized(loaded)
-        bits = baseline_bits(TernaryConfig(block_size=peer.group))
         return {
-            **self._size(weights, bits),
+            **self._size(sum(n * m for n, m in shapes), peer.bits_per_weight(shapes)),
             **figures,
             "seconds": seconds,
             "calibration": stream.protocol,
-            "iterations": settings.peer_iterations,
+            **({"iterations": settings.peer_iterations} if peer.trains else {}),
         }
 
     def _of_quantized(self, model: Original) -> dict[str, Any]:
