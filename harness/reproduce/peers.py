@@ -108,6 +108,7 @@ def quantize_by(peer: Peer, original: Original, windows: torch.Tensor, iteration
     UserError
         If the peer fails.
     """
+    folder = folder.resolve()  # a peer may change its working folder
     source, data, out = folder / "original", folder / "windows.safetensors", folder / "quantized"
     original.model.save_pretrained(source)
     original.tokenizer.save_pretrained(source)
@@ -152,6 +153,7 @@ def gptqmodel(source: str, data: str, out: str, group: str, _iterations: str) ->
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.utils.model_dequant import dequantize_model
 
+    os.chdir(Path(out).parent)  # it writes a folder of logs into the working folder
     dtype = AutoConfig.from_pretrained(source).dtype
     # The order of the columns is its default: whole groups by activation, and columns inside a group.
     config = QuantizeConfig(bits=2, group_size=int(group), sym=False, device=_device(), offload_to_disk=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,7 @@ class GPTQModel:
         model.source = source
         return model
     def quantize(self, rows, batch_size):
+        open("gptq.log", "w").close()
         assert [tuple(row["input_ids"].shape) for row in rows] == [(1, 24)] * 8
     def save(self, out):
         shutil.copytree(self.source, out)
@@ -121,6 +123,7 @@ def test_a_peer_runs_in_a_process_of_its_own_and_is_measured_by_the_same_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_package(tmp_path, name)
+    before = os.listdir()
     module = peers.PEERS[name].module
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == module]:
         monkeypatch.delitem(sys.modules, loaded)
@@ -144,6 +147,7 @@ def test_a_peer_runs_in_a_process_of_its_own_and_is_measured_by_the_same_code(
     assert text["mean"] > 0
     assert text["perplexity"] != next(iter(original["texts"].values()))["perplexity"]
     assert module not in sys.modules
+    assert os.listdir() == before
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
