@@ -6,7 +6,7 @@ transformers.
 Reading order, bottom-up; a module imports only modules listed above it:
 
     errors, words                 messages
-    signals, streams              Ctrl-C and SIGTERM; stdout and stderr
+    streams, signals              stdout and stderr; Ctrl-C and SIGTERM
     files, cli, machine           JSON, command lines, facts about this machine
     cpu/                          the backend for CPUs
     progress                      progress bars, or lines where there is no terminal
@@ -62,6 +62,10 @@ __all__ = ["load"]
 # that are not torch's, they keep work from the cores. OpenMP reads this when torch is first imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+# Of what `harness.distributed` tells in a line, torch's C++ warns in every process, with its stack.
+if os.environ.get("WORLD_SIZE", "1") != "1":
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # "-m" as long as Python locates the module to run: python -m harness.PROGRAM, whose imports take seconds.
 if sys.argv[:1] == ["-m"]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.errors import LostProcess, UserError
 from harness.signals import WORDS, raised
-from harness.streams import discard, make_writable
+from harness.streams import discard, end_unheard, is_first, make_writable
 
 EXIT_MISS = 1  # a check failed
 EXIT_USAGE = 2  # unusable input; the message says why
@@ -179,6 +179,8 @@ def run(main: Callable[[], int], shared: bool = False) -> None:
         try:
             try:
                 if not shared and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+                    if not is_first():
+                        end_unheard(EXIT_USAGE)
                     raise UserError("this program runs in one process; start it without torchrun")
                 status = main()
             except SystemExit as error:  # of argparse, after its help or a usage error
@@ -196,7 +198,8 @@ def run(main: Callable[[], int], shared: bool = False) -> None:
 
 
 def _ended_by(number: int) -> int:
-    _print_error(WORDS[signal.Signals(number)])
+    if is_first():
+        _print_error(WORDS[signal.Signals(number)])
     return 128 + number
 
 

@@ -6,8 +6,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
+
+from harness.streams import is_first, tell
 
 # What is printed; exit statuses are those that a shell gives.
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -80,6 +82,6 @@ def _is_free(number: int) -> bool:
 
 def leave(number: int, frame: Any) -> None:
     """End the process at once, in one line; a handler of signals."""
-    with suppress(OSError):  # stderr may be closed
-        os.write(2, f"{WORDS[signal.Signals(number)]}\n".encode())
+    if is_first():
+        tell(WORDS[signal.Signals(number)])
     os._exit(128 + number)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import harness
+from harness import streams
 from harness.cli import EXIT_USAGE
 from harness.export.__main__ import main as export_main
 from harness.inspect import main as inspect_main
@@ -53,7 +54,13 @@ def test_no_program_takes_paths_in_another_way() -> None:
 def test_torchrun_is_told_of_programs_that_run_in_one_process(
     run_main: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    """By the first process alone; the others end later, as torchrun ends all with the first that ends."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run_main(lambda: pytest.fail("ran")) == EXIT_USAGE
-    assert "start it without torchrun" in capsys.readouterr().err
+    message = "error: this program runs in one process; start it without torchrun\n"
+    for rank, words in (("1", ""), ("0", message)):
+        monkeypatch.setenv("RANK", rank)
+        assert run_main(lambda: pytest.fail("ran")) == EXIT_USAGE
+        assert capsys.readouterr().err == words
+    assert waited == [streams.HEAD_START]

@@ -71,6 +71,25 @@ def test_a_signal_during_imports_ends_in_one_line(
 
 
 @BOTH
+def test_of_several_processes_the_first_alone_speaks(number: signal.Signals) -> None:
+    """torchrun sends its signal to all."""
+    program = f"import os, signal, harness.signals as s; s.end_at_once(); os.kill(os.getpid(), {int(number)})"
+    for rank in range(2):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            check=False,
+        )
+        status, word = ENDS[number]
+        assert (done.returncode, done.stderr) == (status, "" if rank else f"{word}\n")
+
+
+@BOTH
 @pytest.mark.parametrize(
     "error", [None, ImportError("half"), UserError("no model"), SystemError(), SystemExit(2)]
 )
