@@ -23,14 +23,13 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from harness.distributed.ranks import ALONE, Ranks
-from harness.distributed.watch import DONE, EXIT_FAILED, FAILED, STOPPED, Watch
+from harness.distributed.meet import first_line, in_time, meet, numbers
+from harness.distributed.ranks import ALONE, EXIT_FAILED, Ranks
+from harness.distributed.watch import DONE, FAILED, STOPPED, Watch
 from harness.errors import LostProcess, UserError
 from harness.signals import WORDS
+from harness.streams import end_unheard, tell
 from harness.words import counted
-
-# What torchrun, or whoever starts processes in its way, tells each of them.
-REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # `watch` notices a process that has died; one that fits a large matrix may keep the others waiting for hours.
 PATIENCE = timedelta(days=30)
@@ -58,11 +57,10 @@ def joined() -> Iterator[Ranks]:
         If another process dies.
     """
     global _current
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = numbers()
     if size == 1:
         yield ALONE
         return
-    rank = int(os.environ["RANK"])
     if rank > 0:
         _be_quiet()
     watch = None
@@ -94,7 +92,9 @@ def _choose_gpu() -> None:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if int(place) >= len(devices):
+    if int(place) > len(devices):
+        raise SystemExit(EXIT_FAILED)
+    if int(place) == len(devices):
         raise UserError(
             f"{socket.gethostname()} has {counted(len(devices), 'GPU')} for "
             f"{os.environ.get('LOCAL_WORLD_SIZE')} processes; use a smaller --nproc-per-node"
@@ -103,25 +103,33 @@ def _choose_gpu() -> None:
 
 
 def _join(rank: int, size: int) -> Ranks:
-    missing = [name for name in REQUIRED if name not in os.environ]
-    if missing:
-        raise UserError(f"WORLD_SIZE is {size}, but there is no {missing[0]}; start processes with torchrun")
+    store = meet(rank, size)
+    store.set_timeout(PATIENCE)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        distributed.init_process_group(backend, rank=rank, world_size=size, timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"rank {rank} could not join the {size} processes of this run: {first}") from None
+        in_time(
+            lambda: distributed.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+            )
+        )
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"rank {rank} could not connect to the other processes of this run: {first_line(error)}"
+        ) from None
     return Ranks(rank, size)
 
 
 def _leave(rank: int, watch: Watch | None, error: BaseException) -> None:
     """Return to let an error be reported as in a process that is alone; else report it here, and end."""
-    if isinstance(error, SystemExit):  # of argparse, in all processes
+    if isinstance(error, SystemExit):  # of argparse, in all processes; or one with nothing to say
+        if watch is not None:
+            watch.leave(FAILED)
+        if rank > 0 and error.code:
+            end_unheard(error.code)
         return
     if watch is None:
-        if rank > 0:
-            _print(f"rank {rank} on {socket.gethostname()}: error: {error}")
+        if rank > 0 and not isinstance(error, KeyboardInterrupt):
+            tell(f"rank {rank} on {socket.gethostname()}: error: {error}")
         return
     for number in WORDS if threading.current_thread() is threading.main_thread() else ():
         signal.signal(number, signal.SIG_IGN)  # of torchrun, as soon as it knows of the other's end
@@ -138,15 +146,10 @@ def _leave(rank: int, watch: Watch | None, error: BaseException) -> None:
         if found is not None and found.message and found.speaker == rank:
             if rank == 0:
                 raise LostProcess(found.message) from None
-            _print(f"error: {found.message}")
+            tell(f"error: {found.message}")
     elif rank == 0:
         return
     elif not watch.lower_failed(SAME_ERROR):
         what = f"error: {error}" if isinstance(error, UserError) else traceback.format_exc().rstrip()
-        _print(f"rank {rank} on {socket.gethostname()}: {what}")
+        tell(f"rank {rank} on {socket.gethostname()}: {what}")
     os._exit(EXIT_FAILED)
-
-
-def _print(line: str) -> None:
-    with suppress(OSError):
-        os.write(2, f"{line}\n".encode(errors="backslashreplace"))

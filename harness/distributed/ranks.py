@@ -16,6 +16,9 @@ from torch import distributed
 
 from harness.errors import LostProcess
 
+# The exit status of a process whose run has failed.
+EXIT_FAILED = 2
+
 
 class Ranks:
     """A process, and the others that share its run.

@@ -20,7 +20,8 @@ from datetime import timedelta
 
 from torch import distributed
 
-from harness.distributed.ranks import Ranks
+from harness.distributed.ranks import EXIT_FAILED, Ranks
+from harness.streams import tell
 
 # Seconds between two counts.
 PERIOD = 1.0
@@ -31,8 +32,6 @@ GRACE = 5.0
 
 # How a process ended: well, with a message of its own, or because it had to.
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
-
-EXIT_FAILED = 2
 
 
 @dataclass(frozen=True)
@@ -99,44 +98,48 @@ class Watch:
                 return self._died(silent)
             everyone_ended = all(ended for _, ended, _ in self._seen)
             if everyone_ended or time.monotonic() > deadline:
-                break
+                return None
             time.sleep(PERIOD / 4)
-        return None  # without the store, torchrun is ending, and with it all
+        return self._lost_store()
 
     def _watch(self) -> None:
         while not self._ended:
             time.sleep(PERIOD)
             self._exchange()
             if time.monotonic() - self._heard > SILENCE:
-                where = f"{self._address[0]}:{self._address[1]}"
-                self._end(f"torchrun, or the process that keeps its store at {where}, has ended")
+                self._end(self._lost_store())
             elif silent := self._silent(SILENCE):
-                self._end(self._died(silent).message, self._died(silent).speaker)
+                self._end(self._died(silent))
             elif any(ended in (FAILED, STOPPED) for _, ended, _ in self._seen):
                 self._end()
 
-    def _end(self, message: str = "", speaker: int | None = None) -> None:
+    def _end(self, found: Verdict | None = None) -> None:
         """Interrupt the main thread, and end the process if that does not.
 
         The main thread may wait for a process that is gone, or for a long fit.
         """
-        if message:
+        if found is not None:
             _thread.interrupt_main()
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
             time.sleep(PERIOD / 4)
             if self._ended:
                 return
-        if not message and (found := self.verdict()):
-            message, speaker = found.message, found.speaker
-        if speaker is None:  # without the store, one process of each machine speaks
-            speaker = self._rank if os.environ.get("LOCAL_RANK", "0") == "0" else -1
+        found = found or self.verdict()
         if self._ended:
             return
-        if message and speaker == self._rank:
-            with suppress(OSError):
-                os.write(2, f"error: {message}\n".encode())
+        if found is not None and found.message and found.speaker == self._rank:
+            tell(f"error: {found.message}")
         os._exit(EXIT_FAILED)
+
+    def _lost_store(self) -> Verdict:
+        """Without the store, one process of each machine speaks."""
+        where = f"{self._address[0]}:{self._address[1]}"
+        return Verdict(
+            self._rank if os.environ.get("LOCAL_RANK", "0") == "0" else -1,
+            f"torchrun, or the process that keeps its store at {where}, has ended; finished layers are kept, "
+            "repeat the command with --resume",
+        )
 
     def _died(self, silent: list[int]) -> Verdict:
         names = " and ".join(self._who[rank] for rank in silent)

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import distributed
 
+from harness.cli import run
 from harness.distributed.launch import joined
 from harness.distributed.ranks import Ranks
-from harness.errors import UserError
 
 Work = Callable[[Ranks], object]
 
@@ -31,14 +31,17 @@ def in_processes(size: int, work: Work) -> None:
 
 
 @contextmanager
-def forked(size: int, work: Work) -> Any:
+def forked(size: int, work: Work, **environment: str) -> Any:
     """Start a function in forked processes; kill those that are left in the end.
 
-    As with torchrun, the store is kept by a process that does not take part.
+    As with torchrun, the store is kept by a process that does not take part. `environment` changes what
+    processes are told.
     """
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": "True"} | environment
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_run, args=(rank, size, store.port, work)) for rank in range(size)]
+    processes = [context.Process(target=_run, args=(rank, told, work)) for rank in range(size)]
     for process in processes:
         process.start()
     try:
@@ -64,22 +67,20 @@ def end(processes: list[ForkProcess], seconds: float) -> float:
     return time.monotonic() - began
 
 
-def _run(rank: int, size: int, port: int, work: Work) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises, as under `harness.cli.run`
-    stderr, status = sys.__stderr__, 1
-    try:
+def _run(rank: int, told: dict[str, str], work: Work) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} | told
+    status: Any = 1
+    stderr = sys.__stderr__
+
+    def main() -> int:
         with joined() as ranks:
             work(ranks)
-        status = 0
-    except UserError as error:
-        print(f"error: {error}", file=stderr)
+        return 0
+
+    try:
+        run(main, shared=True)
+    except SystemExit as error:
+        status = error.code
     except BaseException:
         traceback.print_exc(file=stderr)
     finally:
