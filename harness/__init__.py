@@ -6,12 +6,12 @@ transformers.
 Reading order, bottom-up; a module imports only modules listed above it:
 
     errors, words                 messages
+    plotting                      what all plots share
     streams, signals              stdout and stderr; Ctrl-C and SIGTERM
     files, cli, machine           JSON, command lines, facts about this machine
     cpu/                          the backend for CPUs
     progress                      progress bars, or lines where there is no terminal
     distributed/                  several processes that share a run
-    plotting                      what all plots share
     page/                         the report of a run as a page
     backends, compute             which package fits matrices; which device runs layers
     models/                       the original model: its folder, loading, decoder layers

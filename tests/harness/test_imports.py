@@ -12,7 +12,7 @@ ROOT = Path(harness.__file__).parent
 
 # From the ground up. Rooms of one line know nothing of each other.
 STOREYS = [
-    {"errors", "streams"},
+    {"errors", "plotting", "streams", "words"},
     {"signals"},
     {"files", "cli", "machine", "cpu"},
     {"backends", "distributed", "page", "progress"},
