@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from multiprocessing.context import ForkProcess
+from multiprocessing.synchronize import Event
 from typing import Any
 
 from torch import distributed
@@ -34,16 +35,20 @@ def in_processes(size: int, work: Work) -> None:
 def forked(size: int, work: Work, **environment: str) -> Any:
     """Start a function in forked processes; kill those that are left in the end.
 
-    As with torchrun, the store is kept by a process that does not take part. `environment` changes what
-    processes are told.
+    As with torchrun, the store is kept by a process that does not take part. No process may reach it before
+    all are forked: the store's thread looks up the names of those that do, and a process that is forked
+    meanwhile would wait for the C library's lock for ever. `environment` changes what processes are told.
     """
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     told |= {"TORCHELASTIC_USE_AGENT_STORE": "True"} | environment
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_run, args=(rank, told, work)) for rank in range(size)]
+    all_forked = context.Event()
+    arguments = [(rank, told, all_forked, work) for rank in range(size)]
+    processes = [context.Process(target=_run, args=own) for own in arguments]
     for process in processes:
         process.start()
+    all_forked.set()
     try:
         yield processes
     finally:
@@ -67,7 +72,8 @@ def end(processes: list[ForkProcess], seconds: float) -> float:
     return time.monotonic() - began
 
 
-def _run(rank: int, told: dict[str, str], work: Work) -> None:
+def _run(rank: int, told: dict[str, str], all_forked: Event, work: Work) -> None:
+    all_forked.wait()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} | told
     status: Any = 1
     stderr = sys.__stderr__
