@@ -30,9 +30,15 @@ from harness.models.experts import family
 Owners = dict[str, int]
 
 
+# Seconds for a row and squared column beside those for a cubed column, in fits by the recipe `best` on a CPU:
+# 19 to 20 at 576 x 1536 and 2048 x 2048. The former are mostly products by H, the latter the factors of the
+# Gram matrix. SSR, which updates the inverse block by block, and refines nothing by `paper`, has 3.
+ROW_COST = 20
+
+
 def fit_cost(rows: int, columns: int) -> int:
-    """What the fit of a matrix costs beside others, in multiplications."""
-    return rows * columns**2 + columns**3
+    """What the fit of a matrix costs beside others: that of its rows, and of factors of its Gram matrix."""
+    return ROW_COST * rows * columns**2 + columns**3
 
 
 def deal(shapes: Mapping[str, Sequence[int]], size: int) -> Owners:
