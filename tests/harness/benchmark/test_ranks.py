@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parents[3] / "benchmarks" / "ranks.json"
 
 
 def test_what_must_be_waited_for_of_eight_processes() -> None:
-    """7B by best: q beside k and v, o alone, gate beside up, down alone. Rows cost 20 times what factors do."""
+    """By best: q beside k and v, o alone, gate beside up, down alone; rows cost 20 times what factors do."""
     m, k = 4096, 11008
     waited = 20 * m**2 * (2 * m + k) + 3 * m**3 + 20 * k**2 * m + k**3
     total = 20 * m**2 * (4 * m + 2 * k) + 6 * m**3 + 20 * k**2 * m + k**3
