@@ -280,8 +280,8 @@ def own_windows(count: int, seqlen: int, ranks: Ranks) -> range:
     shards = -(-count // shard)
     if shards < ranks.size:
         raise UserError(
-            f"{counted(count, 'window')} of {seqlen} tokens make {counted(shards, 'shard')}, which "
-            f"{ranks.size} processes cannot share; use fewer processes or more windows"
+            f"{counted(count, 'window')} of {seqlen} tokens in {counted(shards, 'shard')}: "
+            f"{ranks.size} processes cannot share them; use fewer processes or more windows"
         )
     own = ranks.own(shards)
     return range(shard * own.start, min(shard * own.stop, count))
