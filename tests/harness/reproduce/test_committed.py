@@ -5,16 +5,31 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import pytest
+
 import harness
 from harness.files import read_json
 from harness.reproduce.render import markdown_of, markdown_table
 
 ROOT = Path(harness.__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "reproduce" / "reproduce.json"
+RATES = RESULTS.parent / "figure4" / RESULTS.name
 
 
-def test_the_committed_markdown_is_that_of_the_committed_results() -> None:
-    assert RESULTS.with_suffix(".md").read_text(encoding="utf-8") == markdown_of(read_json(RESULTS))
+@pytest.mark.parametrize("results", [RESULTS, RATES], ids=["tables", "rates"])
+def test_the_committed_markdown_is_that_of_the_committed_results(results: Path) -> None:
+    assert results.with_suffix(".md").read_text(encoding="utf-8") == markdown_of(read_json(results))
+
+
+def test_the_readme_has_the_committed_rates() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    original, paper, best = [
+        (f"{row['prefill']:.0f}", f"{row['decode']:.1f}")
+        for row in read_json(RATES)["results"]["figure4"]["rows"]
+    ]
+    assert "read {} tokens/s and wrote {}".format(*original) in readme
+    assert "by `best` {} and {}".format(*best) in readme
+    assert "reordered columns {} and {}".format(*paper) in readme
 
 
 def test_the_readme_shows_the_committed_results() -> None:
