@@ -26,7 +26,7 @@ Run a benchmark on this machine and write the results to a file, with command, m
   quantize quantize random weights in the shapes of large models
   matmul   time products with matrices of large models, packed and dense
   generate measure tokens per second of random models of these shapes, dense and ternary
-  plot     redraw the results of methods, matmul or generate, which plot them too if matplotlib is installed
+  plot     redraw the results of methods, matmul or generate, which plot them too
 
   python -m harness.benchmark run benchmarks/calibration.json
   python -m harness.benchmark run benchmarks/demo.json --report smollm2-ternary/report.json

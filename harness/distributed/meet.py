@@ -44,6 +44,8 @@ def numbers() -> tuple[int, int]:
         If the environment speaks of several processes, but not of how to join them.
     """
     size = _number("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+    if size < 1:
+        raise UserError(f"WORLD_SIZE is {size}, but must be at least 1")
     if size == 1:
         return 0, 1
     missing = [name for name in REQUIRED if not os.environ.get(name)]
@@ -52,7 +54,9 @@ def numbers() -> tuple[int, int]:
     rank = _number("RANK")
     if not 0 <= rank < size:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}; ranks are counted from 0")
-    _number("MASTER_PORT")
+    port = _number("MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT is {port}, but ports are numbers from 1 to {2**16 - 1}")
     return rank, size
 
 

@@ -1,6 +1,6 @@
 """Experts of a mixture as matrices of their own.
 
-transformers keeps the matrices of all experts of a layer in 3-D parameters (`use_experts_implementation`).
+transformers keeps the matrices of all experts of a layer in 3-D parameters.
 `Experts` takes their place, with one nn.Linear for each matrix: ``3.gate_up_proj`` is what expert 3 reads its
 tokens with, ``3.down_proj`` what it writes with. `SlotExperts` are those of Llama 4, which are called in
 another way.
@@ -18,7 +18,6 @@ DOWN = "down_proj"
 
 # Multiplies the inputs of some matrices, each by its own.
 Multiply = Callable[[list[nn.Module], list[torch.Tensor]], list[torch.Tensor]]
-
 
 # Classes of transformers whose experts read a row for every expert and token (`SlotExperts`).
 SLOTS = ("Llama4TextExperts",)

@@ -32,8 +32,9 @@ CALIBRATION, METHOD, EVALUATION = "calibration", "method", "evaluation before an
 # Groups of the help, and their descriptions.
 GROUPS = {
     CALIBRATION: None,
-    METHOD: "every step of a recipe has its own switch; of these, a baseline uses targets, --sequential, "
-    "--block-size and --damping, by default as the recipe paper has them",
+    METHOD: "every step of a recipe has its own switch; of these, a baseline uses targets and their "
+    "switches, --sequential, --block-size, --seed and, but for rtn-2bit, --damping, by default as the recipe "
+    "paper has them",
     EVALUATION: None,
 }
 
@@ -327,10 +328,7 @@ def from_arguments(arguments: argparse.Namespace) -> Options:
 
 
 def _without_effect(arguments: argparse.Namespace, options: Options) -> Iterator[tuple[str, str]]:
-    """Settings of a command line that would change nothing, each with the setting that is why.
-
-    What the command line gives comes before what only the recipe has.
-    """
+    """Settings of a command line that would change nothing, each with the setting that is why."""
     config = options.config
     idle: list[tuple[str, bool, str]] = []
     if options.method != PT2_LLM:

@@ -56,9 +56,9 @@ class KeptStates:
     def __init__(self, folder: Path, out: Path, passage: Passage, windows: int, seqlen: int) -> None:
         digest = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()
         self.folder, self.passage = folder / f"{out.resolve().name}-{digest[:8]}", passage
-        if type(passage.handed[0]) is not dict:
+        if type(passage.handed[0]) is not dict or any(call.sources for call in passage.calls):
             raise UserError(
-                "--keep-states keeps hidden states alone, but layers of this model also hand keys and values "
+                "--keep-states keeps hidden states alone, but layers of this model also hand something else "
                 "on to later layers; drop it"
             )
         own = own_windows(windows, seqlen, passage.compute.ranks)

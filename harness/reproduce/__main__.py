@@ -199,8 +199,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         idle |= dict.fromkeys(TASK_OPTIONS, "without --tasks")
     if not {"table1", ALL} & set(arguments.tables):
         idle["peers"] = "without table1, whose rows they are"
-    if not arguments.peers:
-        idle["peer_iterations"] = "without --peers"
+    if not any(PEERS[name].trains for name in arguments.peers):
+        idle["peer_iterations"] = "without --peers auto-round"
     if not {"figure4", ALL} & set(arguments.tables):
         idle |= dict.fromkeys(("prefill", "decode"), "without figure4")
     if not is_gguf(arguments.model):

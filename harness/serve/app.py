@@ -34,6 +34,11 @@ IGNORED = {
     "functions": [],
     "function_call": "auto",
     "modalities": ["text"],
+    "parallel_tool_calls": True,
+    "reasoning_effort": None,
+    "prediction": None,
+    "audio": None,
+    "web_search_options": None,
 }
 # Of these, the handler for completions ignores more.
 IGNORED_IN_COMPLETIONS = {**IGNORED, "logit_bias": {}}

@@ -39,7 +39,10 @@ IDLE = {
         ["--gguf-dtype float16"],
     ),
     "reproduce table1 figure4": ("without --tasks", ["--tasks-dir .", "--limit 3", "--batch-size 8"]),
-    "reproduce table1": ("without --peers", ["--peer-iterations 200"]),
+    "reproduce table1": (
+        "without --peers auto-round",
+        ["--peer-iterations 200", "--peer-iterations 5 --peers hqq"],
+    ),
     "reproduce table2a figure3": ("without figure4", ["--prefill 128", "--decode 9", "--decode=9"]),
     "reproduce figure4": ("without table1", ["--peers auto-round"]),
     "reproduce all --model some/folder": ("without a .gguf file", ["--gguf-dtype bfloat16"]),

@@ -188,6 +188,15 @@ def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(server: Any) -> Non
     assert len(given.choices) == 1
 
 
+def test_what_transformers_ignores_is_refused_or_asks_for_nothing_of_the_model() -> None:
+    from transformers.cli.serving.chat_completion import UNUSED_CHAT_COMPLETION_FIELDS
+
+    from harness.serve.app import IGNORED
+
+    harmless = {"metadata", "service_tier", "store", "stream_options", "user"}
+    assert UNUSED_CHAT_COMPLETION_FIELDS - harmless <= IGNORED.keys()
+
+
 def test_every_error_has_the_form_of_openai_s(server: Any) -> None:
     url = str(server[0].base_url)
     json_ = {"Content-Type": "application/json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from harness.calibration.targets import Targets
 from harness.errors import UserError
 from harness.models.decoder import DecoderLayers, find_decoder_layers
 from harness.models.linearize import linearize
+from harness.quantize.states import KeptStates
 from tests.harness import tiny
 
 WINDOWS = torch.randint(3, tiny.VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -103,6 +105,13 @@ class FromTheFirst(nn.Module):
         states, other = self.layers[0](self.embedding(input_ids))
         states, _ = self.layers[1](states)
         self.layers[2](states, other)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "glm_moe_dsa", "zaya"])
+def test_states_of_layers_that_hand_more_on_are_not_kept(kind: str, tmp_path: Path) -> None:
+    """A resumed run would lack it."""
+    with pytest.raises(UserError, match="--keep-states keeps hidden states alone"):
+        KeptStates(tmp_path, tmp_path / "out", passage_of(model_of(kind)), *WINDOWS.shape)
 
 
 def test_what_an_earlier_layer_than_the_one_before_returned_is_refused() -> None:
