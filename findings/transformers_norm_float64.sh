@@ -8,7 +8,7 @@
 # Replacing the norms by torch's, with the same weights, gives the exact logits to compare with.
 #
 # It matters to those who take a float64 run as the truth, to tell errors of rounding from errors of the code,
-# or to judge a kernel: below that precision the difference is that of the reference.
+# or to judge a kernel: the difference cannot be told from the rounding of what it is compared with.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

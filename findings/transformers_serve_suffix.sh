@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # transformers 5.23.0: transformers serve says that it fills in the middle, and only glues the suffix on.
 #
-# "suffix" of OpenAI's completions is the text after the gap: the model reads prompt and suffix and writes what
-# belongs between them, and the answer is that insertion alone. The server's own documentation names "suffix"
-# for fill-in-the-middle insertion. It generates from the prompt alone; the model never sees the suffix, which
-# is appended to the answer, and to a stream as its last piece. So every suffix gives the same tokens, and
-# clients that put the answer into the gap have the suffix twice.
+# One would expect the "suffix" of OpenAI's completions: the text after the gap. The model reads prompt and
+# suffix and writes what belongs between them, and the answer is that insertion alone. The server's own
+# documentation names "suffix" for fill-in-the-middle insertion. It generates from the prompt alone; the model
+# never sees the suffix, which is appended to the answer, and to a stream as its last piece. So every suffix
+# gives the same tokens, and clients that put the answer into the gap have the suffix twice.
 #
 # It matters to those who measure a quantized code model on filling in, or let an editor complete code by it:
 # no error tells that the model was not asked the question, and exact matches fail for all answers.
@@ -35,7 +35,7 @@ from transformers.utils import logging
 logging.disable_progress_bar()
 
 # A model that counts: the likeliest token after a word is the next word.
-words = ["one", ", two", ", three", ", four", ", five", ", six", ", seven"]
+words = ["one", ", two", ", three", ", four", ", five", ", six", ", seven", ", eight"]
 backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="one"))
 backend.pre_tokenizer = pre_tokenizers.Split(", ", "merged_with_next")
 backend.decoder = decoders.Fuse()
@@ -93,7 +93,7 @@ try:
     for suffix in (", six", ", seven"):
         text, read = answer(suffix=suffix)
         pieces = streamed(suffix=suffix)
-        print(f"prompt 'one', suffix {suffix!r}: {text!r}, {read} token read, stream ends with {pieces[-1]!r}")
+        print(f"suffix {suffix!r}: {text!r}, {read} token read, stream ends with {pieces[-1]!r}")
         assert text == alone + suffix and read == tokens and pieces[-1] == suffix and "".join(pieces) == text
 finally:
     server.terminate()
